@@ -1,0 +1,6 @@
+"""pgolf: fused kernels, recipes and an artifact format for training the best small language model per byte.
+
+Importing this package is cheap: torch is only imported by the submodules that need it.
+"""
+
+__version__ = "0.1.0"

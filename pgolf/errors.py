@@ -1,0 +1,35 @@
+"""Errors that are the user's to mend: one message each, which names the value and the remedy.
+
+The command line prints them as one line and exits with `exit_code`; anything else is a bug and
+keeps its traceback.
+"""
+
+
+class PgolfError(Exception):
+    """Base of every error that pgolf raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(PgolfError):
+    """An unknown recipe or key, or a value out of range."""
+
+
+class DataError(PgolfError):
+    """Missing, damaged or mixed-up shards, tokenizers and corpora."""
+
+
+class ArtifactError(PgolfError):
+    """A file that is not a valid artifact; the message says what is wrong with it."""
+
+
+class BudgetError(PgolfError):
+    """Code and model together are larger than the recipe's limit."""
+
+
+class TrainingError(PgolfError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+
+class StorageError(PgolfError):
+    """A file could not be written: no space, no permission, a folder in the way."""

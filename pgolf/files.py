@@ -1,0 +1,99 @@
+"""Writing files so that a reader sees the old content or the new, never a half.
+
+Everything that pgolf leaves on disk goes through `atomic_write` or `atomic_folder`.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pgolf.errors import StorageError
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Say in words what stopped a write to `path`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "no space left on the device: free some, or write elsewhere with out=FOLDER"
+        elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "no permission to write there: choose another place with out=FOLDER"
+        else:
+            remedy = e.strerror or str(e)
+        raise StorageError(f"cannot write {path}: {remedy}") from e
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+    """Replace `path` by `content`: bytes, text, or a function that writes to the open file.
+
+    Raises:
+        StorageError: the file could not be written; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _storage_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                if callable(content):
+                    content(f)
+                else:
+                    f.write(content.encode() if isinstance(content, str) else content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    An existing folder at `path` is replaced.
+
+    Raises:
+        StorageError: something in the block could not be written; `path` is as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _storage_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as f:
+                        os.fsync(f.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
