@@ -95,5 +95,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 def sha256_of(path: Path | str) -> str:
     """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
