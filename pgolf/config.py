@@ -1,0 +1,404 @@
+"""Every setting of a run: one frozen dataclass a section, `key=value` overrides, range checks.
+
+Field names are unique over all sections, so `layers=4` and `model.layers=4` mean the same.
+Shares are fractions of the run: of its time, token or step budget, whichever is spent furthest.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pgolf.errors import ConfigError
+
+
+def opt(default: Any, doc: str, **limits: Any) -> Any:
+    """A documented field; limits are `ge`, `gt`, `le`, `choices`."""
+    return field(default=default, metadata={"doc": doc, **limits})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is needed to rebuild the model; stored in the artifact."""
+
+    vocab_size: int = opt(1024, "rows of the token table; must cover the tokenizer", ge=4, le=65536)
+    layers: int = opt(11, "transformer blocks", ge=1, le=256)
+    dim: int = opt(512, "residual width", ge=8, le=16384)
+    heads: int = opt(8, "query heads", ge=1)
+    kv_heads: int = opt(4, "key/value heads; divides heads", ge=1)
+    mlp_hidden: int = opt(1536, "hidden width of the MLP", ge=1)
+    activation: str = opt("leaky_relu2", "MLP activation", choices=("relu2", "leaky_relu2"))
+    leaky_slope: float = opt(0.5, "slope of leaky_relu2 below zero, before squaring", ge=0, le=1)
+    qk_norm: bool = opt(True, "RMS-normalise q and k per head")
+    qk_gain: float = opt(1.5, "initial gain of q per head, learned", gt=0)
+    rope_dims: int = opt(16, "leading head dims that RoPE rotates; 0 = none", ge=0)
+    rope_base: float = opt(10000.0, "RoPE base, the same at every length", gt=1)
+    xsa_layers: str = opt("all", "layers with XSA: all, none, last:N, or indices as 0,3,7-10")
+    tied_embedding: bool = opt(True, "logits from the token table; False adds an output matrix")
+    bigram_buckets: int = opt(0, "rows of the hashed bigram table; 0 = no BigramHash", ge=0)
+    bigram_dim: int = opt(128, "width of the bigram table", ge=1)
+    ve_layers: str = opt("none", "layers that add the shared value embedding to v")
+    ve_dim: int = opt(128, "width of the shared value-embedding table", ge=1)
+    smear: str = opt(
+        "seed", "SmearGate: off, seed form, or no smear across BOS",
+        choices=("off", "seed", "bos_masked"),
+    )
+    bos_id: int = opt(1, "id of the document start, for smear=bos_masked", ge=0)
+    resid_mix: str = opt(
+        "identity", "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",
+        choices=("off", "identity", "phase"),
+    )
+    layer_scale: bool = opt(True, "scale normed block inputs by 1/sqrt(layer + 1)")
+    unet_skips: bool = opt(True, "learned skips from the first half to the second, last to first")
+    backout: bool = opt(False, "subtract a learned share of the middle block's output at the end")
+    softcap: float = opt(30.0, "logits = c tanh(logits / c); 0 = off", ge=0)
+    norm_eps: float = opt(1e-6, "eps of every RMS norm", gt=0)
+    embed_std: float = opt(0.005, "std of the token table at init", gt=0)
+    proj_init: str = opt(
+        "unit", "orthogonal init of the bigram and value projections: gain 1 or 1/sqrt(2 layers)",
+        choices=("unit", "scaled"),
+    )
+    table_dtype: str = opt(
+        "bf16", "dtype of the embedding tables in training, their AdamW moments included",
+        choices=("bf16", "fp32"),
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for matrices, AdamW for tables and scalars."""
+
+    matrix_lr: float = opt(0.025, "Muon learning rate", gt=0)
+    embed_lr: float = opt(0.035, "AdamW learning rate of tables", gt=0)
+    scalar_lr: float = opt(0.025, "AdamW learning rate of scalars and vectors", gt=0)
+    matrix_wd: float = opt(0.04, "decoupled weight decay of Muon", ge=0)
+    embed_wd: float = opt(0.04, "decoupled weight decay of tables", ge=0)
+    scalar_wd: float = opt(0.04, "decoupled weight decay of scalars and vectors", ge=0)
+    side_proj_optimizer: str = opt(
+        "muon", "optimiser of bigram.proj and ve_shared.proj (banked scripts use AdamW)",
+        choices=("muon", "adamw"),
+    )
+    momentum: float = opt(0.99, "Muon momentum after its warm-up", ge=0, le=0.9999)
+    momentum_start: float = opt(0.92, "Muon momentum at step 0", ge=0, le=0.9999)
+    momentum_warmup: float = opt(0.2, "share of the run in which momentum rises", ge=0, le=1)
+    nesterov: bool = opt(True, "Nesterov momentum in Muon")
+    ns_steps: int = opt(5, "Newton-Schulz iterations", ge=1, le=20)
+    ns_dtype: str = opt("bf16", "dtype of Newton-Schulz", choices=("bf16", "fp32"))
+    beta1: float = opt(0.9, "AdamW beta1", ge=0, le=0.9999)
+    beta2: float = opt(0.95, "AdamW beta2", ge=0, le=0.99999)
+    adam_eps: float = opt(1e-8, "AdamW eps", gt=0)
+    grad_clip: float = opt(0.3, "global gradient norm limit; 0 = off", ge=0)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Budget and learning-rate schedule. At least one of the three limits must be set."""
+
+    max_seconds: float = opt(0.0, "training time budget in s; 0 = no limit", ge=0)
+    max_tokens: int = opt(0, "token budget; 0 = no limit", ge=0)
+    max_steps: int = opt(0, "step budget; 0 = no limit", ge=0)
+    schedule: str = opt(
+        "share", "warm-down, momentum, averaging and QAT by share of the run, or by iterations "
+        "as the published scripts have it", choices=("share", "iterations"),
+    )
+    warmdown: float = opt(0.5, "share of the run in which the learning rate falls", ge=0, le=1)
+    lr_floor: float = opt(0.0, "learning-rate multiplier at the end", ge=0, le=1)
+    warmdown_iters: int = opt(3500, "warm-down in steps, for schedule=iterations", ge=0)
+    momentum_warmup_iters: int = opt(1500, "momentum warm-up, for schedule=iterations", ge=0)
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Weight averaging: which weights are exported."""
+
+    averaging: str = opt(
+        "ema", "exported weights; ema_then_swa = EMA unless 2 SWA snapshots exist",
+        choices=("none", "ema", "swa", "ema_then_swa"),
+    )
+    ema_start: float = opt(0.3, "share of the run before which nothing is averaged", ge=0, le=1)
+    ema_horizon: float = opt(0.05, "time constant of the EMA as a share of the run", gt=0, le=1)
+    ema_decay: float = opt(0.997, "EMA decay from step 0, for schedule=iterations", ge=0, le=1)
+    swa_start: float = opt(0.8, "share of the run at which SWA snapshots begin", ge=0, le=1)
+    swa_every: float = opt(0.01, "share of the run between two snapshots", gt=0, le=1)
+    swa_start_lr: float = opt(
+        0.4, "learning-rate multiplier below which SWA begins, for schedule=iterations", ge=0, le=1
+    )
+    swa_every_iters: int = opt(50, "steps between snapshots, for schedule=iterations", ge=1)
+
+
+_BITS = ("4", "5", "6", "7", "8", "8/4", "16")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What is stored for each tensor, and late QAT on the same grids.
+
+    Bits are '4' to '8', '16' for fp16, or '8/4' for int8 codes rounded to multiples of 4 (PR 543).
+    """
+
+    attn_bits: str = opt("6", "attention matrices", choices=_BITS)
+    mlp_bits: str = opt("6", "MLP matrices", choices=_BITS)
+    tok_bits: str = opt("8", "token table", choices=_BITS)
+    bigram_bits: str = opt("6", "bigram table", choices=_BITS)
+    ve_bits: str = opt("6", "value-embedding table", choices=_BITS)
+    bits_overrides: str = opt("", "name patterns first, as blocks.0.*=8,blocks.8.attn.c_k*=16")
+    small_numel: int = opt(65536, "tensors of at most so many elements are stored as fp16", ge=0)
+    clip_search: str = opt(
+        "row", "clip of searched grids: best percentile per row, per matrix, or the row's maximum",
+        choices=("row", "matrix", "max"),
+    )
+    clip_percentiles: str = opt("0.999,0.9995,0.9999,0.99999,1", "candidates, 1 = row maximum")
+    max_clip_bits: str = opt("5", "bits that always take the row's maximum, as 5,7; none = ''")
+    int8_percentile: float = opt(0.9999984, "clip of 8-bit rows", gt=0.5, le=1)
+    min_scale: float = opt(
+        0.0, "floor of a row's step as a multiple of 1/qmax (the seeds use 1; not for 5 bits)",
+        ge=0, le=100,
+    )
+    full_range: bool = opt(False, "codes from -qmax-1 (PR 531) instead of -qmax")
+    qat_start: float = opt(0.9, "share of the run at which fake-quant goes on; 1 = never", ge=0, le=1)
+    qat_lr_scale: float = opt(1.0, "learning-rate factor from then on (PR 543: 0.5)", gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class ArtifactConfig:
+    """Packing and the size limit."""
+
+    codec: str = opt("auto", "compressor; auto keeps the smallest", choices=("auto", "zstd", "lzma"))
+    packing: str = opt(
+        "auto", "integer codes one a byte, packed to bits, or the smaller of both",
+        choices=("auto", "bytes", "bits"),
+    )
+    zstd_level: int = opt(22, "zstd level", ge=1, le=22)
+    lzma_preset: int = opt(9, "lzma preset", ge=0, le=9)
+    budget_bytes: int = opt(16_000_000, "limit of code + model; 0 = none", ge=0)
+    prune_to_fit: bool = opt(True, "zero the cheapest codes of +-1 if the budget is exceeded")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, tokenizer and batch."""
+
+    data: str = opt("", "folder of shards; '' = prepare and use the embedded demo corpus")
+    tokenizer: str = opt("", "SentencePiece model; '' = the one that belongs to the shards")
+    seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
+    batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)
+    micro_tokens: int = opt(98_304, "tokens a forward pass and rank, at most", ge=8)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation while training and the reported score."""
+
+    stride: int = opt(64, "targets scored by each window after the first", ge=1)
+    val_tokens: int = opt(0, "validate on the first N tokens only; 0 = all", ge=0)
+    val_every: int = opt(0, "steps between validations while training; 0 = only at the end", ge=0)
+    eval_tokens: int = opt(65_536, "tokens a forward pass in evaluation, at most", ge=8)
+    score_live: bool = opt(True, "also score the weights before quantisation with the same windows")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how to run."""
+
+    seed: int = opt(1337, "seed of initial weights and data order", ge=0, le=2**31 - 1)
+    out: str = opt("", "run folder; '' = runs/RECIPE-seedSEED, with -2, -3 ... if that exists")
+    resume: bool = opt(False, "go on from the newest checkpoint in out=FOLDER")
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    compute_dtype: str = opt(
+        "auto", "dtype of activations and matmuls; auto = bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp32"),
+    )
+    compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
+    compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
+    log_every: int = opt(10, "steps between log lines", ge=1)
+    checkpoint_every: int = opt(200, "steps between checkpoints; 0 = none", ge=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Build it with a recipe, change it with `with_overrides`."""
+
+    recipe: str = ""
+    seed_exact: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "seed_exact")}
+
+# The contest's scripts are configured by environment variables; fingers know these names.
+ENVIRONMENT = {
+    "SEED": "seed",
+    "DATA_PATH": "data",
+    "TOKENIZER_PATH": "tokenizer",
+    "MAX_WALLCLOCK_SECONDS": "max_seconds",
+    "ITERATIONS": "max_steps",
+    "TRAIN_BATCH_TOKENS": "batch_tokens",
+    "TRAIN_SEQ_LEN": "seq_len",
+    "VAL_LOSS_EVERY": "val_every",
+}
+
+
+def known_keys() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Key -> (section, field), for every setting."""
+    return {f.name: (s, f) for s, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def find_key(key: str) -> tuple[str, dataclasses.Field]:
+    """The section and field of `layers` or `model.layers`.
+
+    Raises:
+        ConfigError: no such key; the message suggests the nearest.
+    """
+    keys = known_keys()
+    section, _, name = key.rpartition(".")
+    if name in keys and section in ("", keys[name][0]):
+        return keys[name]
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`pgolf recipes --keys` lists them"
+    raise ConfigError(f"unknown key {key!r}: {hint}")
+
+
+def parse_value(key: str, spec: dataclasses.Field, text: Any) -> Any:
+    """Turn text into the field's type and check its limits."""
+    kind = spec.type if isinstance(spec.type, type) else {t.__name__: t for t in (int, float, bool, str)}[spec.type]
+    try:
+        if isinstance(text, str) and kind is bool:
+            value = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}[text.lower()]
+        elif isinstance(text, str) and kind is int and "e" in text.lower():
+            value = int(float(text))  # 1e6
+            if value != float(text):
+                raise ValueError
+        else:
+            value = kind(text)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ConfigError(f"{key}={text}: expected {kind.__name__}") from None
+    check_limits(key, spec.metadata, value)
+    return value
+
+
+def check_limits(key: str, limits: Mapping[str, Any], value: Any) -> None:
+    """Raise ConfigError unless `value` is within the field's limits."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ConfigError(f"{key}={value}: must be finite")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(map(repr, limits['choices']))}")
+    if "ge" in limits and value < limits["ge"]:
+        raise ConfigError(f"{key}={value}: must be at least {limits['ge']}")
+    if "gt" in limits and value <= limits["gt"]:
+        raise ConfigError(f"{key}={value}: must be greater than {limits['gt']}")
+    if "le" in limits and value > limits["le"]:
+        raise ConfigError(f"{key}={value}: must be at most {limits['le']}")
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy with some keys changed; values may be text. Checks every value and how they fit."""
+    changed: dict[str, dict[str, Any]] = {}
+    for key, text in overrides.items():
+        section, spec = find_key(key)
+        changed.setdefault(section, {})[spec.name] = parse_value(key, spec, text)
+    config = dataclasses.replace(
+        config,
+        **{s: dataclasses.replace(getattr(config, s), **values) for s, values in changed.items()},
+    )
+    check(config)
+    return config
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+    """['layers=4', 'seed=1'] -> {'layers': '4', 'seed': '1'}."""
+    overrides = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not key=value, for example layers=4")
+        if key in overrides:
+            raise ConfigError(f"{key} is given twice: {overrides[key]} and {value}")
+        overrides[key] = value
+    return overrides
+
+
+def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The contest's environment names that are set, as key -> text."""
+    return {key: environ[name] for name, key in ENVIRONMENT.items() if environ.get(name)}
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where values that are fine alone do not fit together."""
+    m, d, s = config.model, config.data, config.schedule
+    if m.dim % m.heads:
+        raise ConfigError(f"dim={m.dim} must be a multiple of heads={m.heads}")
+    if m.heads % m.kv_heads:
+        raise ConfigError(f"heads={m.heads} must be a multiple of kv_heads={m.kv_heads}")
+    if m.rope_dims % 2 or m.rope_dims > m.dim // m.heads:
+        raise ConfigError(
+            f"rope_dims={m.rope_dims} must be even and at most the head size {m.dim // m.heads}"
+        )
+    if m.bigram_buckets == 1:
+        raise ConfigError("bigram_buckets=1 has no room for the sentinel: use 0 (off) or 2 and more")
+    resolve_layers("xsa_layers", m.xsa_layers, m.layers)
+    resolve_layers("ve_layers", m.ve_layers, m.layers)
+    if d.batch_tokens % d.seq_len:
+        raise ConfigError(
+            f"batch_tokens={d.batch_tokens} must be a multiple of seq_len={d.seq_len}"
+        )
+    if config.eval.stride > d.seq_len:
+        raise ConfigError(f"stride={config.eval.stride} must be at most seq_len={d.seq_len}")
+    if config.recipe and not (s.max_seconds or s.max_tokens or s.max_steps):
+        raise ConfigError("no budget: set max_seconds, max_tokens or max_steps")
+
+
+def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
+    """Layer indices of 'all', 'none', 'last:N' or '0,3,7-10' in a model of `layers` blocks."""
+    try:
+        if text in ("none", ""):
+            return ()
+        if text == "all":
+            return tuple(range(layers))
+        if text.startswith("last:"):
+            count = int(text[5:])
+            if not 0 < count <= layers:
+                raise ConfigError(f"{key}={text}: there are {layers} layers")
+            return tuple(range(layers - count, layers))
+        chosen: set[int] = set()
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
+    if not chosen or max(chosen) >= layers:
+        raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
+    return tuple(sorted(chosen))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def section_from_dict(cls: type, values: Any) -> Any:
+    """Rebuild one section from plain values, refusing unknown names, types and limits."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__}: expected an object, found {type(values).__name__}")
+    known = {f.name: f for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{cls.__name__}: unknown key {name!r}")
+    return cls(**{name: parse_value(name, known[name], v) for name, v in values.items()})
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`."""
+    sections = {s: section_from_dict(cls, values.get(s, {})) for s, cls in SECTIONS.items()}
+    config = Config(recipe=values["recipe"], seed_exact=values["seed_exact"], **sections)
+    check(config)
+    return config

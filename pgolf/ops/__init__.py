@@ -1,0 +1,1 @@
+"""Operators: one file each, with the formula, its source and the pure torch reference."""
