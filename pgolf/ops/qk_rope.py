@@ -12,10 +12,10 @@ from torch import Tensor
 from pgolf.ops.residual_norm import rms_norm
 
 
-def rope_table(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, dims/2) in fp32; angles are computed in fp64."""
-    j = torch.arange(0, dims, 2, dtype=torch.float64, device=device)
-    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * base ** (-j / dims)
+    j = torch.arange(0, dims, 2, dtype=torch.float64)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * base ** (-j / dims)
     return angle.cos().float(), angle.sin().float()
 
 

@@ -1,0 +1,130 @@
+"""The transformer of the four seed systems, every technique switchable by ModelConfig.
+
+Forward pass: embed (+ bigram), norm, smear; blocks with U-Net skips; norm; capped logits.
+Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.config import ModelConfig, resolve_layers
+from pgolf.model.layers import BigramHash, Block, SmearGate, Table, ValueEmbedding
+from pgolf.ops.embed_smear import smear
+from pgolf.ops.qk_rope import rope_table
+from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class GPT(nn.Module):
+    """A decoder-only language model; parameters are empty until `init_weights` or a load.
+
+    Args:
+        config: the model's section of a run's configuration.
+        compute_dtype: dtype of activations and matmul inputs; losses are fp32.
+        backend: attention backend, from `pgolf.ops.attention.choose`.
+        max_length: longest sequence that will be asked for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        backend: str = "sdpa",
+        max_length: int = 2048,
+    ):
+        super().__init__()
+        self.config, self.compute_dtype, self.backend = config, compute_dtype, backend
+        table_dtype = DTYPES[config.table_dtype]
+        kv_dim = config.dim // config.heads * config.kv_heads
+        xsa_layers = resolve_layers("xsa_layers", config.xsa_layers, config.layers)
+        self.ve_index = resolve_layers("ve_layers", config.ve_layers, config.layers)
+        self.encoder = config.layers // 2 if config.unet_skips else 0
+
+        self.tok_emb = Table(config.vocab_size, config.dim, table_dtype)
+        self.lm_head = (
+            None if config.tied_embedding else Table(config.vocab_size, config.dim, table_dtype)
+        )
+        self.bigram = (
+            BigramHash(config.bigram_buckets, config.bigram_dim, config.dim, table_dtype)
+            if config.bigram_buckets
+            else None
+        )
+        self.smear = SmearGate(config.dim) if config.smear != "off" else None
+        if self.ve_index:
+            self.ve_shared = ValueEmbedding(config.vocab_size, config.ve_dim, kv_dim, table_dtype)
+            self.ve_layer_scales = nn.ParameterList(torch.empty(()) for _ in self.ve_index)
+        self.register_parameter(
+            "skip_weights",
+            nn.Parameter(torch.empty(self.encoder, config.dim)) if self.encoder else None,
+        )
+        self.register_parameter(
+            "backout", nn.Parameter(torch.empty(())) if config.backout else None
+        )
+        self.blocks = nn.ModuleList(Block(config, i, i in xsa_layers) for i in range(config.layers))
+        cos, sin = rope_table(max_length, config.rope_dims, config.rope_base)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) rows that logits are taken from."""
+        return (self.tok_emb if self.lm_head is None else self.lm_head).weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """First residual state (N, T, D): normed and smeared."""
+        c = self.config
+        x = self.tok_emb(ids).to(self.compute_dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, x.dtype)
+        x = rms_norm(x, c.norm_eps)
+        if self.smear is not None:
+            x = smear(x, self.smear.gate, ids == c.bos_id if c.smear == "bos_masked" else None)
+        return x
+
+    def features(self, ids: Tensor) -> Tensor:
+        """Final normed state (N, T, D)."""
+        c = self.config
+        x = x0 = self.embed(ids)
+        rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
+        value = self.ve_shared(ids, x.dtype) if self.ve_index else None
+        skips: list[Tensor] = []
+        middle = None
+        for i, block in enumerate(self.blocks):
+            if i >= self.encoder and skips:
+                weight = self.skip_weights[i - self.encoder]
+                x = x + weight.to(x.dtype) * skips.pop()
+            v = None
+            if i in self.ve_index:
+                v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x.dtype)
+            x = block(x, x0, rope, v, self.backend)
+            if i < self.encoder:
+                skips.append(x)
+            if i == c.layers // 2:
+                middle = x
+        if self.backout is not None:
+            x = x - self.backout.to(x.dtype) * middle
+        return rms_norm(x, c.norm_eps)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Capped logits (.., V) in fp32 of features x (.., D)."""
+        return softcap_logits(x, self.head_weight.to(x.dtype), self.config.softcap)
+
+    def forward(self, ids: Tensor, targets: Tensor, last: int = 0) -> Tensor:
+        """Mean loss in nats, or with last > 0 the losses (N, last) of the last positions."""
+        x = self.features(ids)
+        if last:
+            x, targets = x[:, -last:], targets[:, -last:]
+        losses = softcap_cross_entropy(
+            x.reshape(-1, x.size(-1)),
+            self.head_weight.to(x.dtype),
+            targets.reshape(-1),
+            self.config.softcap,
+            reduction="none" if last else "mean",
+        )
+        return losses.view(targets.shape) if last else losses
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Parameters by name: what an artifact stores. Buffers of QAT are not among them."""
+        return {name: p.detach() for name, p in self.named_parameters()}

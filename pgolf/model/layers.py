@@ -1,0 +1,164 @@
+"""The modules of the transformer: weights in fp32, cast where they are used.
+
+Module and parameter names are those of the contest's public scripts, so that their checkpoints
+load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H, F = MLP width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgolf.config import ModelConfig
+from pgolf.ops.attention import attention
+from pgolf.ops.embed_smear import bigram_rows
+from pgolf.ops.fake_quant import fake_quant
+from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.qk_rope import qk_rope
+from pgolf.ops.residual_norm import residual_norm
+from pgolf.ops.xsa import xsa
+
+
+class Matrix(nn.Module):
+    """A weight (out, in) without bias that can be fake-quantised where it is used.
+
+    `prepare_qat` adds the buffers of late QAT: clip factor per row, bits, and the switch. They are
+    tensors, so a compiled graph takes a change of any of them without recompiling.
+    """
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.grid: dict | None = None
+
+    def prepare_qat(self, bits: int, switch: Tensor, **grid: float | int | bool) -> None:
+        """Add the fake-quant of grid `bits` to the forward pass, off while `switch` is 0."""
+        device = self.weight.device
+        self.grid = grid
+        self.register_buffer("qat_clip", torch.ones(self.weight.size(0), device=device))
+        self.register_buffer("qat_bits", torch.tensor(float(bits), device=device))
+        self.register_buffer("qat_on", switch)
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the forward pass uses it."""
+        w = self.weight
+        if self.grid is not None:
+            w = fake_quant(w, self.qat_clip, self.qat_bits, self.qat_on, **self.grid)
+        return w.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.cast(x.dtype))
+
+
+class Attention(nn.Module):
+    """Causal self attention with q/k norm, partial RoPE, query gain and optional XSA."""
+
+    def __init__(self, config: ModelConfig, exclusive: bool):
+        super().__init__()
+        self.config, self.exclusive = config, exclusive
+        head = config.dim // config.heads
+        self.c_q = Matrix(config.dim, config.dim)
+        self.c_k = Matrix(config.kv_heads * head, config.dim)
+        self.c_v = Matrix(config.kv_heads * head, config.dim)
+        self.proj = Matrix(config.dim, config.dim)
+        self.q_gain = nn.Parameter(torch.empty(config.heads))
+
+    def forward(
+        self, h: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
+    ) -> Tensor:
+        """h (N, T, D) normed; value (N, T, G d) is added to v."""
+        c = self.config
+        batch, time, _ = h.shape
+        q = self.c_q(h).view(batch, time, c.heads, -1)
+        k = self.c_k(h).view(batch, time, c.kv_heads, -1)
+        v = self.c_v(h)
+        v = (v if value is None else v + value).view(batch, time, c.kv_heads, -1)
+        q, k = qk_rope(q, k, *rope, self.q_gain, c.norm_eps, c.qk_norm)
+        y = attention(q, k, v, backend)
+        if self.exclusive:
+            y = xsa(y, v)
+        return self.proj(y.reshape(batch, time, -1))
+
+
+class MLP(nn.Module):
+    """Squared (leaky) ReLU MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.fc = Matrix(config.mlp_hidden, config.dim)
+        self.proj = Matrix(config.dim, config.mlp_hidden)
+        self.slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return leaky_relu2_mlp(h, self.fc.cast(h.dtype), self.proj.cast(h.dtype), self.slope)
+
+
+class Block(nn.Module):
+    """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, exclusive: bool):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm_scale = (layer + 1) ** -0.5 if config.layer_scale else 1.0
+        self.attn = Attention(config, exclusive)
+        self.mlp = MLP(config)
+        self.attn_scale = nn.Parameter(torch.empty(config.dim))
+        self.mlp_scale = nn.Parameter(torch.empty(config.dim))
+        self.register_parameter(
+            "resid_mix",
+            None if config.resid_mix == "off" else nn.Parameter(torch.empty(2, config.dim)),
+        )
+
+    def forward(
+        self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
+    ) -> Tensor:
+        x, h = residual_norm(x, x0, self.resid_mix, self.norm_scale, self.eps)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(h, rope, value, backend)
+        x, h = residual_norm(x, x0, None, self.norm_scale, self.eps)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(h)
+
+
+class Table(nn.Module):
+    """An embedding table (rows, width) in its own dtype."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class BigramHash(nn.Module):
+    """Embedding of the hashed pair (previous id, id), projected to the residual width."""
+
+    def __init__(self, buckets: int, width: int, dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.embed = Table(buckets, width, dtype)
+        self.proj = Matrix(dim, width) if width != dim else None
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        e = self.embed(bigram_rows(ids, self.embed.weight.size(0))).to(dtype)
+        return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
+
+
+class ValueEmbedding(nn.Module):
+    """One table of values shared by the layers that add it, as (N, T, G d)."""
+
+    def __init__(self, vocab: int, width: int, kv_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.embed = Table(vocab, width, dtype)
+        self.proj = Matrix(kv_dim, width) if width != kv_dim else None
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        e = self.embed(ids).to(dtype)
+        return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
+
+
+class SmearGate(nn.Module):
+    """Holds the gate of `pgolf.ops.embed_smear.smear`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))

@@ -1,0 +1,66 @@
+"""Averages of the weights: EMA and SWA, in fp32 whatever the parameters' dtype.
+
+SWA: Izmailov et al. 2018, arXiv 1803.05407.
+"""
+
+import torch
+from torch import Tensor
+
+from pgolf.model.gpt import GPT
+from pgolf.optim.schedule import Clock, Schedule
+
+
+class Averager:
+    """Follows a model's weights as the schedule says and gives the weights to export."""
+
+    def __init__(self, model: GPT, schedule: Schedule):
+        self.kind = schedule.config.average.averaging
+        self.schedule = schedule
+        self.params = dict(model.named_parameters())
+        # With schedule=iterations the EMA starts from the initial weights, as published.
+        start_now = "ema" in self.kind and not schedule.by_share
+        self.ema: dict[str, Tensor] = self._copy() if start_now else {}
+        self.swa: dict[str, Tensor] = {}
+        self.snapshots = 0
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {n: p.detach().to(torch.float32, copy=True) for n, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self, before: Clock, after: Clock) -> None:
+        """Take in the weights after a step."""
+        if "ema" in self.kind:
+            decay = self.schedule.ema_decay(before, after)
+            if decay == 0.0 or (decay is not None and not self.ema):
+                self.ema = self._copy()
+            elif decay is not None:
+                self._lerp(self.ema, 1.0 - decay)
+        if "swa" in self.kind and self.schedule.swa_snapshot(before, after):
+            self.snapshots += 1
+            if self.snapshots == 1:
+                self.swa = self._copy()
+            else:
+                self._lerp(self.swa, 1.0 / self.snapshots)
+
+    def _lerp(self, average: dict[str, Tensor], weight: float) -> None:
+        torch._foreach_lerp_(
+            list(average.values()), [p.detach().float() for p in self.params.values()], weight
+        )
+
+    def export(self) -> tuple[dict[str, Tensor], str]:
+        """The weights to export, in the parameters' dtypes, and what they are in words."""
+        if self.kind in ("swa", "ema_then_swa") and self.snapshots >= (
+            2 if self.kind == "ema_then_swa" else 1
+        ):
+            chosen, words = self.swa, f"SWA of {self.snapshots} snapshots"
+        elif self.ema:
+            chosen, words = self.ema, "EMA"
+        else:
+            chosen, words = self._copy(), "last weights"
+        return {n: chosen[n].to(p.dtype, copy=True) for n, p in self.params.items()}, words
+
+    def state_dict(self) -> dict:
+        return {"ema": self.ema, "swa": self.swa, "snapshots": self.snapshots}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema, self.swa, self.snapshots = state["ema"], state["swa"], state["snapshots"]

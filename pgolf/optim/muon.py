@@ -1,0 +1,72 @@
+"""Muon: momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    buf <- mu buf + G;   U = G + mu buf (Nesterov) or buf;   X = newton_schulz(U)
+    W <- W (1 - lr wd) - lr sqrt(max(1, rows / cols)) X
+
+Matrices of one shape are processed as one batch. On several ranks, which must hold the same
+gradients, each rank orthogonalises every world-th matrix and the results are summed: each entry
+comes from one rank, so nothing is rounded.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pgolf.ops.newton_schulz import newton_schulz
+
+
+class Muon(torch.optim.Optimizer):
+    """Optimiser of 2-D weights; `lr`, `momentum` and `weight_decay` may change between steps."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool,
+        ns_steps: int,
+        ns_dtype: torch.dtype,
+    ):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(list(params), defaults)
+        self.nesterov, self.ns_steps, self.ns_dtype = nesterov, ns_steps, ns_dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Apply one update from the gradients."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape].append(p)
+            for shape, params in shapes.items():
+                updates = self._orthogonal(torch.stack([self._direction(p, group) for p in params]))
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(
+                    params, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
+                )
+
+    def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
+        """Momentum of one matrix, after adding its gradient."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"]
+        buffer.mul_(group["momentum"]).add_(p.grad)
+        return p.grad.add(buffer, alpha=group["momentum"]) if self.nesterov else buffer
+
+    def _orthogonal(self, stack: Tensor) -> Tensor:
+        """Newton-Schulz of (B, R, C), shared out over the ranks."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return newton_schulz(stack, self.ns_steps, self.ns_dtype)
+        rank = dist.get_rank()
+        out = torch.zeros(stack.shape, dtype=self.ns_dtype, device=stack.device)
+        if rank < len(stack):
+            out[rank::world] = newton_schulz(stack[rank::world], self.ns_steps, self.ns_dtype)
+        dist.all_reduce(out)
+        return out
