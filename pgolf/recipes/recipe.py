@@ -1,0 +1,57 @@
+"""A recipe: values with their sources, what was corrected, and the published behaviour.
+
+Source letters: C read in the submission's code, L its training log, R its README or PR text,
+S the description it was announced with, I inferred (the note says why), P pgolf's own choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pgolf.config import Config, with_overrides
+
+
+@dataclass(frozen=True)
+class Value:
+    """One setting: key, value, source letter, and a note where the letter is not enough."""
+
+    key: str
+    value: Any
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named configuration.
+
+    Attributes:
+        name: as typed on the command line.
+        title: one line.
+        source: where the system is published; '' for our own.
+        values: every setting that the recipe decides.
+        corrections: what differs from the publication, each with the reason.
+        seed_exact: what `seed_exact=true` changes back, as far as it is known.
+        contest: whether the budget of 16,000,000 bytes is a rule for it.
+    """
+
+    name: str
+    title: str
+    source: str
+    values: tuple[Value, ...]
+    corrections: tuple[str, ...] = ()
+    seed_exact: tuple[Value, ...] = ()
+    contest: bool = True
+
+    def config(self, overrides: Mapping[str, Any] | None = None, seed_exact: bool = False) -> Config:
+        """The configuration, with `overrides` on top.
+
+        Raises:
+            ConfigError: an override is unknown, out of range or does not fit; or seed_exact for a
+                recipe without a published form.
+        """
+        chosen = {v.key: v.value for v in self.values}
+        if seed_exact:
+            chosen.update({v.key: v.value for v in self.seed_exact})
+        base = Config(recipe=self.name, seed_exact=seed_exact)
+        return with_overrides(base, {**chosen, **(overrides or {})})

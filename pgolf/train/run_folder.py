@@ -1,0 +1,142 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoints, artifact, result.json.
+
+checkpoints/step-N holds state.pt and manifest.json with its size and sha256; the folder appears
+under its name only when it is complete, and the two newest are kept.
+"""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf.config import Config, to_dict
+from pgolf.errors import ConfigError, DataError
+from pgolf.files import atomic_folder, atomic_write, sha256_of
+
+KEEP = 2
+# What may differ between the first part of a run and its continuation.
+FREE_KEYS = {"run.resume", "run.out", "run.log_every", "run.checkpoint_every", "eval.val_every"}
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested config as 'section.key' -> value."""
+    out = {}
+    for section, content in values.items():
+        if isinstance(content, dict):
+            out.update({f"{section}.{k}": v for k, v in content.items()})
+        else:
+            out[section] = content
+    return out
+
+
+class RunFolder:
+    """Paths and files of one run. Only rank 0 creates or writes; the others get `writes=False`."""
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
+        self.artifact = path / "artifact"
+        self.result = path / "result.json"
+        self.metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def choose(cls, config: Config) -> Path:
+        """The folder of a new or resumed run.
+
+        Raises:
+            ConfigError: out= exists already, or there is nothing to resume.
+        """
+        out = config.run.out
+        if config.run.resume:
+            if not out:
+                raise ConfigError("resume=true needs out=FOLDER, the run to go on with")
+            if not (Path(out) / "config.json").is_file():
+                raise ConfigError(f"nothing to resume in {out}: there is no config.json")
+            return Path(out)
+        if out:
+            if (Path(out) / "config.json").exists():
+                raise ConfigError(
+                    f"out={out} holds a run already: choose another folder, or go on with "
+                    "resume=true"
+                )
+            return Path(out)
+        base = f"runs/{config.recipe}-seed{config.run.seed}"
+        for n in range(1, 10_000):
+            path = Path(base if n == 1 else f"{base}-{n}")
+            if not path.exists():
+                return path
+        raise ConfigError(f"{base}-2 to -9999 all exist: choose a folder with out=FOLDER")
+
+    def open(self, config: Config) -> None:
+        """Write config.json of a new run, or check that a resumed one has the same settings."""
+        file = self.path / "config.json"
+        if config.run.resume:
+            old, new = flat(json.loads(file.read_text())), flat(to_dict(config))
+            changed = [
+                f"{k}={old.get(k)} then, {new.get(k)} now"
+                for k in sorted(old.keys() | new.keys())
+                if old.get(k) != new.get(k) and k not in FREE_KEYS
+            ]
+            if changed:
+                raise ConfigError(
+                    f"cannot resume {self.path}: its settings differ ({'; '.join(changed)})"
+                )
+        elif self.writes:
+            atomic_write(file, json.dumps(to_dict(config), indent=2) + "\n")
+
+    def log(self, **line: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.writes:
+            with open(self.metrics, "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps after `step`: a resumed run will write them again."""
+        if self.writes and self.metrics.exists():
+            kept = []
+            for text in self.metrics.read_text().splitlines():
+                try:
+                    if json.loads(text)["step"] <= step:
+                        kept.append(text)
+                except (ValueError, KeyError):
+                    continue  # the line that was being written when the run stopped
+            atomic_write(self.metrics, "".join(line + "\n" for line in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, then remove all but the newest ones."""
+        path = self.path / "checkpoints" / f"step-{step:07d}"
+        with atomic_folder(path) as folder:
+            file = folder / "state.pt"
+            torch.save(state, file)
+            manifest = {"step": step, "bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            (folder / "manifest.json").write_text(json.dumps(manifest) + "\n")
+        for old in self.checkpoints()[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], Path]:
+        """The newest checkpoint that is whole.
+
+        Raises:
+            DataError: there is none; the message names what was wrong with each.
+        """
+        problems = []
+        for path in reversed(self.checkpoints()):
+            file = path / "state.pt"
+            try:
+                manifest = json.loads((path / "manifest.json").read_text())
+                if sha256_of(file) != manifest["sha256"]:
+                    raise ValueError("state.pt does not match its sha256")
+                return torch.load(file, map_location=device, weights_only=True), path
+            except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as e:
+                problems.append(f"{path.name}: {e}")
+        raise DataError(
+            f"no checkpoint to resume from in {self.path}"
+            + (f" ({'; '.join(problems)})" if problems else ": none was written yet")
+        )

@@ -1,0 +1,276 @@
+"""The training loop: micro-steps, one optimiser step, and what happens between steps.
+
+Off the clock: compilation, validation and checkpoints of it. On the clock: everything else.
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pgolf.bpb import ByteTable
+from pgolf.config import Config
+from pgolf.data.loader import SequentialLoader
+from pgolf.errors import ConfigError, TrainingError
+from pgolf.evaluate import Sums, evaluate
+from pgolf.model import GPT
+from pgolf.model.layers import Matrix
+from pgolf.optim.averaging import Averager
+from pgolf.optim.groups import Optimizers
+from pgolf.optim.schedule import Clock, Schedule
+from pgolf.progress import format_seconds
+from pgolf.quant.gptq_lite import clip_factors
+from pgolf.quant.policy import TensorPlan, plan
+from pgolf.train.interrupt import Interrupt
+from pgolf.train.ranks import Ranks
+from pgolf.train.run_folder import RunFolder
+
+
+def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
+    """Least number of micro-steps that shares a batch out evenly in whole sequences.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    sequences, ragged = divmod(batch_tokens, seq_len * world)
+    if not ragged:
+        for count in range(1, sequences + 1):
+            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
+                return count
+    raise ConfigError(
+        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
+        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
+    )
+
+
+class Trainer:
+    """One run's state and its loop.
+
+    Args:
+        model: initialised, on the run's device.
+        val: (N + 1,) validation tokens.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        folder: RunFolder,
+        model: GPT,
+        loader: SequentialLoader,
+        val: np.ndarray,
+        table: ByteTable,
+    ):
+        self.config, self.ranks, self.folder = config, ranks, folder
+        self.model, self.loader, self.val, self.table = model, loader, val, table
+        self.schedule = Schedule(config)
+        self.clock = Clock()
+        d = config.data
+        self.accum = micro_steps(d.batch_tokens, d.micro_tokens, d.seq_len, ranks.world)
+        self.local_tokens = d.batch_tokens // ranks.world // self.accum
+        self.qat_switch = torch.zeros((), device=ranks.device)
+        self.qat_plans = self._prepare_qat()
+        self.optimizers = Optimizers(model, config.optim)
+        self.averager = Averager(model, self.schedule)
+        self.compiled = config.run.compile == "on" or (
+            config.run.compile == "auto" and ranks.device.type == "cuda"
+        )
+        self.forward = (
+            torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
+        )
+        # First step whose loss or gradient was not finite; read now and then, not every step.
+        self.bad_step = torch.full((), math.inf, device=ranks.device)
+
+    # --- late QAT -----------------------------------------------------------------------------
+
+    def _prepare_qat(self) -> dict[Matrix, TensorPlan]:
+        """Put the exported grid, switched off, on every integer block matrix."""
+        if self.config.quant.qat_start >= 1.0:
+            return {}
+        plans = plan(
+            self.config.quant, {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+        )
+        chosen = {}
+        for name, module in self.model.blocks.named_modules(prefix="blocks"):
+            how = plans.get(f"{name}.weight")
+            if isinstance(module, Matrix) and how is not None and how.kind == "int":
+                module.prepare_qat(how.bits, self.qat_switch, **how.grid())
+                chosen[module] = how
+        return chosen
+
+    def _switch_qat_on(self) -> None:
+        for matrix, how in self.qat_plans.items():
+            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), how))
+        self.qat_switch.fill_(1.0)
+        self.event(f"late QAT on for {len(self.qat_plans)} matrices")
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def step(self, lr_scale: float, momentum: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
+        total = torch.zeros((), device=self.ranks.device)
+        for _ in range(self.accum):
+            x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
+            x = x.to(self.ranks.device, non_blocking=True)
+            y = y.to(self.ranks.device, non_blocking=True)
+            loss = self.forward(x, y)
+            (loss / self.accum).backward()
+            total += loss.detach() / self.accum
+        self.ranks.average_gradients(self.optimizers.params)
+        return total, self.optimizers.step(lr_scale, momentum)
+
+    def warm_up(self) -> None:
+        """Compile off the clock: a few real steps, then everything is put back."""
+        if not self.compiled:
+            return
+        self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
+        started = time.perf_counter()
+        weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        cursor = self.loader.state_dict()
+        for _ in range(self.config.run.compile_warmup):
+            self.step(0.0, self.config.optim.momentum_start)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(weights[name])
+        self.optimizers = Optimizers(self.model, self.config.optim)
+        self.loader.load_state_dict(cursor)
+        self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
+
+    def train(self, interrupt: Interrupt) -> None:
+        """Run until the budget is spent.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            Interrupted: Ctrl-C; a checkpoint was written.
+        """
+        self.synchronize()
+        started, offset = time.perf_counter(), self.clock.seconds
+        loss = norm = torch.zeros(())
+        while not self.schedule.finished(self.clock):
+            before = Clock(self.clock.step, self.clock.tokens, self.clock.seconds)
+            if self.schedule.qat(before) and not self.qat_switch:
+                self._switch_qat_on()
+            lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
+            loss, norm = self.step(lr_scale, momentum)
+            bad = ~(loss.isfinite() & norm.isfinite())
+            self.bad_step = torch.where(bad, self.bad_step.clamp(max=before.step), self.bad_step)
+            self.clock.step += 1
+            self.clock.tokens += self.config.data.batch_tokens
+            self.synchronize()
+            self.clock.seconds, stop = self.ranks.decide(
+                time.perf_counter() - started + offset, interrupt.requested
+            )
+            self.averager.update(before, self.clock)
+
+            paused = time.perf_counter()
+            self._between_steps(loss, norm, lr_scale, momentum)
+            if stop:
+                self.checkpoint()
+                raise interrupt.error(self.clock.step)
+            offset -= time.perf_counter() - paused
+
+    def _between_steps(
+        self, loss: torch.Tensor, norm: torch.Tensor, lr_scale: float, momentum: float
+    ) -> None:
+        """Log, validate, write a checkpoint: whatever is due after this step."""
+        run, step = self.config.run, self.clock.step
+        finished = self.schedule.finished(self.clock)
+        validate = finished or (self.config.eval.val_every and step % self.config.eval.val_every == 0)
+        save = run.checkpoint_every and step % run.checkpoint_every == 0
+        log = finished or step == 1 or step % run.log_every == 0
+        if log or save or validate:
+            self.check_finite()
+        if log:
+            mean = self.ranks.sum([loss.item()])[0] / self.ranks.world
+            self.log_step(mean, norm.item(), lr_scale, momentum)
+        if validate:
+            self.validate()
+        if save:
+            self.checkpoint()
+
+    def synchronize(self) -> None:
+        """Let the clock see finished work only."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def check_finite(self) -> None:
+        """Stop at the first step whose loss or gradient was not finite, on any rank."""
+        step = self.bad_step.item()
+        bad = self.ranks.sum([float(step < math.inf)])[0]
+        if bad:
+            kept = self.folder.checkpoints()
+            raise TrainingError(
+                f"the loss or its gradient was not finite at step {int(min(step, self.clock.step))}: "
+                "lower the learning rates, or look at the data. "
+                + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was due yet")
+            )
+
+    # --- looking and keeping ------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if self.ranks.first:
+            print(text, flush=True)
+
+    def event(self, text: str) -> None:
+        """A line in the log and in the metrics."""
+        self.say(f"step:{self.clock.step} {text}")
+        self.folder.log(kind="event", text=text, **vars(self.clock))
+
+    def log_step(self, loss: float, norm: float, lr_scale: float, momentum: float) -> None:
+        """The contest's console line, and a line of metrics."""
+        c = self.clock
+        ms = 1000 * c.seconds / c.step
+        left = self.schedule.steps_left(c)
+        self.say(
+            f"step:{c.step}/{c.step + left} train_loss:{loss:.4f} train_time:{1000 * c.seconds:.0f}ms "
+            f"step_avg:{ms:.2f}ms eta:{format_seconds(left * ms / 1000)}"
+        )
+        self.folder.log(
+            kind="train", **vars(c), loss=loss, grad_norm=norm, lr_scale=lr_scale,
+            momentum=momentum, ms_per_step=ms,
+        )
+
+    def score(self, stride: int, label: str = "") -> Sums:
+        """Sums over the validation tokens with the model's present weights, all ranks together."""
+        part = evaluate(
+            self.forward, self.val, self.table, self.config.data.seq_len, stride,
+            self.config.eval.eval_tokens, (self.ranks.rank, self.ranks.world),
+            label if self.ranks.first else "",
+        )
+        nll, targets, size = self.ranks.sum([part.nll, part.targets, part.bytes])
+        return Sums(nll, int(targets), int(size))
+
+    def validate(self) -> None:
+        """Non-overlapping score of the raw weights."""
+        sums = self.score(self.config.data.seq_len)
+        c = self.clock
+        self.say(
+            f"step:{c.step}/{c.step + self.schedule.steps_left(c)} val_loss:{sums.loss:.4f} "
+            f"val_bpb:{sums.bpb:.4f} train_time:{1000 * c.seconds:.0f}ms"
+        )
+        self.folder.log(kind="val", **vars(c), loss=sums.loss, bpb=sums.bpb)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "averager": self.averager.state_dict(),
+            "loader": self.loader.state_dict(),
+            "clock": vars(self.clock),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.averager.load_state_dict(state["averager"])
+        self.loader.load_state_dict(state["loader"])
+        self.clock = Clock(**state["clock"])
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint (rank 0; every rank holds the same state)."""
+        if self.ranks.first:
+            path = self.folder.save(self.clock.step, self.state_dict())
+            self.say(f"step:{self.clock.step} checkpoint {path}")
+        self.ranks.barrier()
