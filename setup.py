@@ -1,0 +1,282 @@
+"""Builds pgolf._C, the C++ and CUDA half of the package, with ninja; the rest is in pyproject.toml.
+
+The environment chooses:
+  PGOLF_BUILD           auto (default): CPU kernels, and CUDA kernels if there is an nvcc;
+                        cpu; cuda (an error if it cannot be done); none (pure Python)
+  CXX                   the C++ compiler; otherwise c++ or g++ on PATH
+  CUDA_HOME             nvcc is $CUDA_HOME/bin/nvcc; otherwise the one on PATH
+  TORCH_CUDA_ARCH_LIST  such as "8.0;9.0a+PTX"; otherwise sm_80, sm_90a and PTX for newer GPUs
+  PGOLF_CUDART          static (default: the module also loads where there is no driver) or shared
+
+Nothing here depends on torch, nor on whether a GPU is visible. Objects stay in build/, so that only
+what changed is compiled again. `python setup.py build_ext --inplace` builds into the checkout.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = Path("csrc")  # relative to ROOT, like every path in the ninja file
+# One folder an interpreter, shared by wheels, editable installs and build_ext.
+OBJECTS = Path("build") / f"ninja-{sysconfig.get_config_var('SOABI')}"
+MODULE = "pgolf._C"
+
+# PTX of compute_90, not of compute_90a, because the latter runs on no GPU but the H100's kind.
+DEFAULT_ARCHS = ["sm_80", "sm_90a", "compute_90"]
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+# The static libraries' symbols stay inside: torch brings a CUDA runtime of its own.
+LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built, and why."""
+
+    reason: str
+    mode: str = "none"
+    cxx: tuple[str, ...] = ()  # a command, such as ('ccache', 'g++'); empty: no extension
+    nvcc: str = ""  # empty: no CUDA kernels
+    archs: tuple[str, ...] = ()
+    cudart: str = ""
+
+    def __str__(self) -> str:
+        if not self.cxx:
+            return f"no {MODULE}, pure Python only: {self.reason}"
+        what = f"CPU and CUDA ({' '.join(self.archs)})" if self.nvcc else "CPU only"
+        return f"{MODULE} for {what}: {self.reason}"
+
+
+def choice(env: Mapping[str, str], name: str, allowed: str) -> str:
+    """The value of an environment variable which has to be one of `allowed`; first is default."""
+    value = env.get(name) or allowed.split()[0]
+    if value not in allowed.split():
+        raise SystemExit(f"{name}={value} is unknown: choose one of {allowed}")
+    return value
+
+
+def parse_archs(text: str) -> tuple[str, ...]:
+    """'8.0;9.0a+PTX' -> ('sm_80', 'sm_90a', 'compute_90a'); the default for an empty text."""
+    archs = []
+    for item in re.split(r"[;,\s]+", text.strip()) if text.strip() else ():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not match:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST={text}: {item!r} is no architecture: write 8.0;9.0a+PTX"
+            )
+        major, minor, variant, ptx = match.groups()
+        archs += [f"sm_{major}{minor}{variant}"] + [f"compute_{major}{minor}{variant}"] * bool(ptx)
+    return tuple(dict.fromkeys(archs or DEFAULT_ARCHS))
+
+
+def find_cxx(env: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """The C++ compiler, or what is missing for one: (command, '') or ((), complaint)."""
+    if wanted := env.get("CXX"):
+        cxx = tuple(shlex.split(wanted))
+        if not shutil.which(cxx[0], path=env.get("PATH")):
+            return (), f"the C++ compiler CXX={wanted} is not there"
+    else:
+        cxx = tuple(c for c in ("c++", "g++") if shutil.which(c, path=env.get("PATH")))[:1]
+        if not cxx:
+            return (), "no C++ compiler on PATH (apt-get install g++, or set CXX)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return (), "no Python.h (apt-get install python3-dev)"
+    return cxx, ""
+
+
+def find_nvcc(env: Mapping[str, str]) -> str:
+    """The path of nvcc, or ''."""
+    if home := env.get("CUDA_HOME"):
+        if nvcc := shutil.which(str(Path(home) / "bin" / "nvcc")):
+            return nvcc
+    return shutil.which("nvcc", path=env.get("PATH")) or ""
+
+
+def make_plan(env: Mapping[str, str]) -> Plan:
+    """Decide what to build from the environment; SystemExit with the remedy if that cannot be."""
+    mode = choice(env, "PGOLF_BUILD", "auto cpu cuda none")
+    reason = f"PGOLF_BUILD={mode}"
+    if mode == "none":
+        return Plan(reason)
+    cxx, complaint = find_cxx(env)
+    if complaint and mode == "auto":
+        return Plan(f"{reason} and {complaint}")
+    if complaint:
+        raise SystemExit(f"{reason}: {complaint}; PGOLF_BUILD=none builds without")
+    if mode == "cpu":
+        return Plan(reason, mode, cxx)
+    if nvcc := find_nvcc(env):
+        archs = parse_archs(env.get("TORCH_CUDA_ARCH_LIST", ""))
+        cudart = choice(env, "PGOLF_CUDART", "static shared")
+        return Plan(f"{reason} and {nvcc} is there", mode, cxx, nvcc, archs, cudart)
+    if mode == "auto":
+        return Plan(f"{reason} and no nvcc in $CUDA_HOME/bin or on PATH", mode, cxx)
+    raise SystemExit(
+        f"{reason}: no nvcc in $CUDA_HOME/bin or on PATH; install the CUDA toolkit and set "
+        "CUDA_HOME, or build the CPU kernels only with PGOLF_BUILD=cpu"
+    )
+
+
+def gencode(archs: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for ('sm_80', 'compute_90'): machine code for the first, PTX for the second."""
+    return [f"-gencode=arch={a.replace('sm_', 'compute_')},code={a}" for a in archs]
+
+
+def version_of(command: tuple[str, ...], pattern: str) -> str:
+    """The first line of `command --version` that matches `pattern`, or the command itself."""
+    lines = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    matching = (line for line in lines.splitlines() if re.search(pattern, line))
+    return next(matching, shlex.join(command))
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Keep the old time stamp where nothing changed, so that ninja has nothing to do."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def write_build_info(plan: Plan, pybind11_version: str) -> None:
+    """The header behind `pgolf._C.build_info()`."""
+    values = {
+        "COMPILER": version_of(plan.cxx, "."),
+        "NVCC": version_of((plan.nvcc,), "release") if plan.nvcc else "",
+        "CUDART": plan.cudart,
+        "ARCHS": " ".join(plan.archs),
+        "PYBIND11": pybind11_version,
+        "REASON": plan.reason,
+    }
+    # A JSON string without \u escapes is a C string.
+    lines = [f"#define PGOLF_{k} {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
+    lines.append(f"#define PGOLF_CUDA {int(bool(plan.nvcc))}")
+    write_if_changed(OBJECTS / "build_info.h", "\n".join(lines) + "\n")
+
+
+def ninja_text(plan: Plan) -> str:
+    """The ninja file: a rule a compiler, a line a source file, and the link."""
+
+    def command(*parts: str) -> str:
+        return shlex.join(parts).replace("$", "$$")
+
+    includes = [f"-I{SOURCES}", f"-I{OBJECTS}"]
+    # System headers are left out of the depfiles (-MMD): pybind11 may lie in a temporary folder.
+    cxx_includes = ["-isystem", f"{OBJECTS}/pybind11", "-isystem", sysconfig.get_path("include")]
+    cxx_command = command(*plan.cxx, *CXX_FLAGS, *includes, *cxx_includes)
+    nvcc_command = command(plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), *includes)
+    # nvcc knows where its runtime lies.
+    linker = [plan.nvcc, f"-cudart={plan.cudart}"] if plan.nvcc else plan.cxx
+    rules = {
+        "cxx": f"{cxx_command} -MMD -MF $out.d -c $in -o $out",
+        "nvcc": f"{nvcc_command} -MMD -MF $out.d -c $in -o $out",
+        "link": f"{command(*linker, *LINK_FLAGS)} $in -o $out",
+    }
+    lines = [f"builddir = {OBJECTS}"]
+    for name, line in rules.items():
+        lines += [f"rule {name}", f"  command = {line}", f"  description = {name} $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"] * (name != "link")
+    suffixes = {".cpp": "cxx", ".cu": "nvcc"} if plan.nvcc else {".cpp": "cxx"}
+    objects = []
+    for source in sorted(SOURCES.rglob("*")):
+        if rule := suffixes.get(source.suffix):
+            objects.append(f"{OBJECTS}/{source.relative_to(SOURCES)}.o")
+            lines.append(f"build {objects[-1]}: {rule} {source}")
+    lines.append(f"build {OBJECTS}/_C.so: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_ninja(plan: Plan) -> Path:
+    """Compile what changed; the path of the module. CalledProcessError if a compiler failed."""
+    import ninja
+    import pybind11
+
+    write_build_info(plan, pybind11.__version__)
+    # Behind a link, because pip's build environment lies in another folder each time, and a changed
+    # command line would compile everything again. A new version shows in build_info.h.
+    link = OBJECTS / "pybind11"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include())
+    write_if_changed(OBJECTS / "build.ninja", ninja_text(plan))
+    program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
+    subprocess.run([program, "-f", str(OBJECTS / "build.ninja")], check=True)
+    return OBJECTS / "_C.so"
+
+
+def nvcc_complaint(plan: Plan) -> str:
+    """Why nvcc cannot compile even an empty file for the plan's architectures, or ''."""
+    empty = OBJECTS / "empty.cu"
+    empty.write_text("")
+    command = [plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), "-c", str(empty), "-o", f"{empty}.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = (result.stderr + result.stdout).strip().splitlines() or ["no message"]
+    return lines[0] if result.returncode else ""
+
+
+class BuildEverything(build):
+    """Build from an empty folder, so that a wheel never holds what an older tree left there."""
+
+    # build_ext runs even where it has nothing to build: it says why.
+    sub_commands = [(n, None if n == "build_ext" else when) for n, when in build.sub_commands]
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class NinjaBuild(build_ext):
+    """setuptools' build_ext with ninja in place of its compilers."""
+
+    def run(self):
+        if not self.extensions:
+            if self.inplace:  # an old module would contradict what is said here
+                for old in ROOT.glob("pgolf/_C.*.so"):
+                    old.unlink()
+            print(f"pgolf: built {make_plan(os.environ)}", flush=True)
+        super().run()
+
+    def build_extension(self, ext):
+        plan = make_plan(os.environ)
+        try:
+            module = run_ninja(plan)
+        except subprocess.CalledProcessError:
+            complaint = nvcc_complaint(plan) if plan.nvcc else ""
+            if not complaint:
+                raise SystemExit(
+                    f"PGOLF_BUILD={plan.mode}: the compiler failed, see above; "
+                    f"PGOLF_BUILD={'cpu' if plan.nvcc else 'none'} builds without"
+                ) from None
+            complaint = f"{plan.nvcc} cannot compile an empty file: {complaint}"
+            if plan.mode == "cuda":
+                raise SystemExit(
+                    f"PGOLF_BUILD=cuda: {complaint}; set CUDA_HOME to a toolkit that fits the "
+                    "C++ compiler, or TORCH_CUDA_ARCH_LIST to architectures that it knows"
+                ) from None
+            plan = replace(plan, nvcc="", archs=(), cudart="", reason=f"auto and {complaint}")
+            module = run_ninja(plan)
+        print(f"pgolf: built {plan}", flush=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(module, target)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    # (In the checkout, pgolf/triton_kernels is a link, for running without installing.)
+    packages = {*find_packages(include=["pgolf", "pgolf.*"]), "pgolf.triton_kernels"}
+    setup(
+        packages=sorted(packages),
+        package_dir={"pgolf.triton_kernels": "triton_kernels"},
+        ext_modules=[Extension(MODULE, sources=[])] if make_plan(os.environ).cxx else [],
+        cmdclass={"build": BuildEverything, "build_ext": NinjaBuild},
+    )
