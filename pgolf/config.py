@@ -210,6 +210,10 @@ class RunConfig:
         "auto", "dtype of activations and matmuls; auto = bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
     )
+    attention: str = opt(
+        "auto", "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
+        choices=("auto", "fa3", "fa2", "sdpa"),
+    )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
     log_every: int = opt(10, "steps between log lines", ge=1)

@@ -1,0 +1,47 @@
+"""From an artifact's bytes to a model that can score or speak."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf.artifact.container import read_artifact
+from pgolf.config import ModelConfig, section_from_dict
+from pgolf.errors import ArtifactError, ConfigError
+from pgolf.model import GPT
+from pgolf.ops.attention import choose
+from pgolf.quant.dequantize import dequantize
+
+
+def load_model(
+    path: Path | str, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, dict[str, Any]]:
+    """The decoded model and the artifact's metadata.
+
+    Raises:
+        ArtifactError: the file is damaged, or its tensors are not those of its model section.
+    """
+    artifact = read_artifact(path)
+    try:
+        config = section_from_dict(ModelConfig, artifact.meta.get("model"))
+        length = artifact.meta["seq_len"]
+        if not isinstance(length, int) or not 0 < length <= 65536:
+            raise ConfigError(f"seq_len={length!r}: expected 1 to 65536")
+        with torch.device("meta"):
+            shapes = {n: tuple(p.shape) for n, p in GPT(config).named_parameters()}
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ArtifactError(f"{path}: metadata does not describe a model: {e}") from e
+    found = {n: t.shape for n, t in artifact.tensors.items()}
+    if found != shapes:
+        wrong = sorted(
+            n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n)
+        )[0]
+        raise ArtifactError(
+            f"{path}: tensor {wrong} is {found.get(wrong, 'missing')}, "
+            f"the model needs {shapes.get(wrong, 'no such tensor')}"
+        )
+    model = GPT(config, dtype, choose(device, dtype)[0], length)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(dequantize(artifact.tensors[name]))
+    return model.to(device).requires_grad_(False), artifact.meta

@@ -1,0 +1,151 @@
+"""The command line: `pgolf COMMAND ...`, also `python -m pgolf` and under torchrun.
+
+Heavy modules are imported by the command that needs them, so --help is quick.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pgolf import __version__
+from pgolf.errors import PgolfError
+
+EPILOG = """examples:
+  pgolf train demo                        train, pack, decode and score a small model on this machine
+  pgolf train demo data=FOLDER seed=7     the same on your own shards
+  pgolf data prepare --text FILES --out FOLDER
+                                          make those shards
+  pgolf data fetch --variant sp1024       the contest's data
+  torchrun --standalone --nproc_per_node=8 -m pgolf train pr1473
+                                          a contest recipe on eight GPUs
+  pgolf recipes pr1473                    every value of a recipe, with its source
+`pgolf COMMAND --help` says more."""
+
+
+def _train(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pgolf train",
+        description="Train a recipe, quantise and pack it, decode the artifact and score it. The "
+        "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
+        epilog="`pgolf recipes` lists recipes, `pgolf recipes --keys` every key. The contest's "
+        "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
+        "line wins. example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
+    )
+    parser.add_argument("recipe", help="name of a recipe, such as demo")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    args = parser.parse_args(argv)
+    from pgolf.config import environment_overrides, parse_overrides, parse_value, known_keys
+    from pgolf.recipes import get
+
+    recipe = get(args.recipe)
+    words = parse_overrides(args.overrides)
+    seed_exact = words.pop("seed_exact", "false")
+    if seed_exact not in ("true", "false"):
+        from pgolf.errors import ConfigError
+
+        raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
+    environment = environment_overrides()
+    config = recipe.config({**environment, **words}, seed_exact == "true")
+    from pgolf.train.run import run
+
+    return run(recipe, config, environment)
+
+
+def _recipes(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pgolf recipes", description="List recipes, show one with the source of every value."
+    )
+    parser.add_argument("recipe", nargs="?", help="show this one")
+    parser.add_argument("--keys", action="store_true", help="list every key with its default")
+    args = parser.parse_args(argv)
+    from pgolf.recipes import show
+
+    print(show.keys() if args.keys else show.recipe(args.recipe) if args.recipe else show.all())
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    from pgolf.train.scoring import main
+
+    return main(argv)
+
+
+def _pack(argv: list[str]) -> int:
+    from pgolf.train.repack import main
+
+    return main(argv)
+
+
+def _verify(argv: list[str]) -> int:
+    from pgolf.artifact.verify import main
+
+    return main(argv)
+
+
+def _sample(argv: list[str]) -> int:
+    from pgolf.sample import main
+
+    return main(argv)
+
+
+def _data(argv: list[str]) -> int:
+    from pgolf.data.cli import main
+
+    return main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from pgolf.doctor import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a recipe and score its artifact"),
+    "eval": (_eval, "score an artifact in a fresh process"),
+    "pack": (_pack, "quantise and pack a run's checkpoint again, with other settings"),
+    "verify": (_verify, "check an artifact and list what is in it"),
+    "sample": (_sample, "print text from an artifact"),
+    "data": (_data, "prepare, fetch, check training data"),
+    "recipes": (_recipes, "list recipes and the source of every value"),
+    "doctor": (_doctor, "what this machine has and what pgolf will use"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pgolf",
+        description="Train the best small language model per byte.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pgolf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Threads that spin while they wait take the core that another thread needs; read by libgomp
+    # when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args, rest = _parser().parse_known_args(argv[:1])
+    rest = argv[1:]
+    try:
+        return COMMANDS[args.command][0](rest)
+    except PgolfError as e:
+        rank = os.environ.get("RANK")
+        where = f" (rank {rank})" if rank else ""
+        print(f"pgolf{where}: error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("pgolf: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

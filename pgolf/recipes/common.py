@@ -1,0 +1,102 @@
+"""What all four seed systems share; each seed's module adds what is its own."""
+
+from pgolf.recipes.recipe import Value as V
+
+NTK_BASE = 10000.0 * 2 ** (16 / 14)
+NTK_NOTE = (
+    "10000 rescaled by (2048/1024)^(d/(d-2)), d = 16, as the scripts do at their training length; "
+    "here it is a constant at every length"
+)
+FLOOR_NOTE = (
+    "steps are at least 1/31 (6 bits) or 1/127 (8 bits): it binds for rows below 1.0 and keeps "
+    "the file small, so it stays on; min_scale=0 is the finer grid"
+)
+
+SEED_VALUES = (
+    V("vocab_size", 1024, "C"),
+    V("layers", 11, "C"),
+    V("dim", 512, "C"),
+    V("heads", 8, "C"),
+    V("kv_heads", 4, "C"),
+    V("qk_norm", True, "C"),
+    V("qk_gain", 1.5, "C"),
+    V("tied_embedding", True, "C"),
+    V("smear", "seed", "C", "static gate, not masked at document starts"),
+    V("bos_id", 1, "C"),
+    V("leaky_slope", 0.5, "C", "used by PR 1473 alone"),
+    V("unet_skips", True, "C", "4->5, 3->6, 2->7, 1->8, 0->9; layer 10 has none"),
+    V("softcap", 30.0, "C"),
+    V("norm_eps", 1e-6, "I", "scripts leave it to torch, whose default depends on the version"),
+    V("embed_std", 0.005, "C"),
+    V("table_dtype", "bf16", "C", "moments too"),
+    V("nesterov", True, "C"),
+    V("ns_steps", 5, "C"),
+    V("ns_dtype", "bf16", "C"),
+    V("momentum", 0.99, "C"),
+    V("momentum_start", 0.92, "C"),
+    V("momentum_warmup", 0.22, "I", "1500 steps of about 6,800"),
+    V("beta1", 0.9, "C"),
+    V("beta2", 0.95, "C"),
+    V("adam_eps", 1e-8, "C"),
+    V("grad_clip", 0.3, "C", "after the reduction over ranks"),
+    V("max_seconds", 600.0, "C"),
+    V("max_tokens", 0, "C"),
+    V("max_steps", 0, "P", "the time limit decides"),
+    V("schedule", "share", "P", "iteration counts mislead on other hardware"),
+    V("lr_floor", 0.0, "C"),
+    V("momentum_warmup_iters", 1500, "C"),
+    V("ema_start", 0.5, "P", "at this horizon nothing earlier would still count"),
+    V("ema_horizon", 0.049, "I", "decay 0.997 is 333 steps of about 6,800"),
+    V("ema_decay", 0.997, "C"),
+    V("swa_every_iters", 50, "C"),
+    V("small_numel", 65536, "C"),
+    V("clip_search", "row", "P", "PR texts say per row; the scripts choose one for a matrix"),
+    V("max_clip_bits", "5", "C", "5-bit rows take their maximum and no floor"),
+    V("int8_percentile", 0.9999984, "C"),
+    V("min_scale", 1.0, "C", FLOOR_NOTE),
+    V("data", "data/datasets/fineweb10B_sp1024", "C", "where `pgolf data fetch` puts it"),
+    V("tokenizer", "", "C", "data/tokenizers/fineweb_1024_bpe.model is found by its name"),
+    V("seq_len", 2048, "C"),
+    V("batch_tokens", 786_432, "C"),
+    V("micro_tokens", 98_304, "C", "8 passes on one GPU, 1 on eight"),
+    V("stride", 64, "C"),
+    V("val_every", 1000, "L"),
+    V("checkpoint_every", 2000, "P"),
+    V("budget_bytes", 16_000_000, "C", "decimal; one script's 15.9 'MB' were 16,672,358 bytes"),
+    V("codec", "auto", "P", "zstd-22 or lzma-9, whichever is smaller"),
+)
+
+SEED_EXACT = (
+    V("schedule", "iterations", "C"),
+    V("clip_search", "matrix", "C"),
+    V("qat_start", 1.0, "C", "the switch was compiled in as off: late QAT never ran"),
+)
+
+QAT_CORRECTION = (
+    "Late QAT acts: the script's switch was a class attribute that torch.compile had baked in as "
+    "off. Here bits and switch are tensors of the one compiled graph."
+)
+RANGE_CORRECTION = (
+    "Training and export share one quantiser, codes -qmax to qmax: scripts trained on -32..31 and "
+    "exported -31..31."
+)
+ROW_CORRECTION = "The clip percentile is chosen per row: never worse in squared error."
+SHARE_CORRECTION = (
+    "Warm-down, momentum and averaging follow the share of the time spent, not iterations: on one "
+    "GPU the published counts would start at a quarter of the learning rate."
+)
+ROPE_CORRECTION = (
+    "The RoPE base is one constant: the scripts' rule gave 10000 below 1,025 tokens and 22,082 at "
+    "the training length."
+)
+SIZE_CORRECTION = (
+    "Code + model over 16,000,000 bytes is an error before anything is reported; +-1 pruning is "
+    "tried first, with a target in bytes."
+)
+EVAL_CORRECTION = "The sliding window scores every target once; scripts scored the last 64 32 times."
+SWA_UNUSED = "The SWA snapshots that the script collected and never used are not taken."
+
+
+def with_values(*groups: tuple[V, ...]) -> tuple[V, ...]:
+    """Later groups replace earlier values of the same key."""
+    return tuple({v.key: v for group in groups for v in group}.values())

@@ -1,0 +1,62 @@
+"""PR 478: XSA on all 11 layers, bigram, value embedding, EMA, int6."""
+
+from pgolf.recipes import common
+from pgolf.recipes.recipe import Recipe
+from pgolf.recipes.recipe import Value as V
+
+RECIPE = Recipe(
+    name="pr478",
+    title="11 layers, XSA on all, relu^2, bigram 2048x128, value embedding, EMA, int6",
+    source="PR 478 of openai/parameter-golf: 1.12648 BPB, 15.6 MB, 6766 steps of 88.7 ms",
+    values=common.with_values(
+        common.SEED_VALUES,
+        (
+            V("mlp_hidden", 1536, "C"),
+            V("activation", "relu2", "C"),
+            V("xsa_layers", "all", "C"),
+            V("rope_dims", 16, "C"),
+            V("rope_base", common.NTK_BASE, "C", common.NTK_NOTE),
+            V("layer_scale", True, "C"),
+            V("ve_layers", "last:2", "C"),
+            V("ve_dim", 128, "C"),
+            V("bigram_buckets", 2048, "C"),
+            V("bigram_dim", 128, "C"),
+            V("resid_mix", "phase", "C", "the suspect for scoring behind its parent, not ablated"),
+            V("backout", False, "I", "in the code, but the logged 26,993,756 parameters exclude it"),
+            V("proj_init", "scaled", "C", "reaches bigram.proj and ve_shared.proj alone"),
+            V("matrix_lr", 0.025, "C"),
+            V("embed_lr", 0.035, "C"),
+            V("scalar_lr", 0.025, "C"),
+            V("matrix_wd", 0.04, "C"),
+            V("embed_wd", 0.04, "C"),
+            V("scalar_wd", 0.04, "C"),
+            V("side_proj_optimizer", "muon", "C"),
+            V("warmdown", 0.52, "I", "3500 steps of 88.7 ms in 600 s"),
+            V("warmdown_iters", 3500, "C"),
+            V("averaging", "ema", "C", "exported weights are the EMA alone"),
+            V("swa_start", 0.9, "C", "not used: averaging=ema"),
+            V("swa_every", 0.0074, "C", "not used: averaging=ema"),
+            V("swa_start_lr", 0.2, "C", "not used: averaging=ema"),
+            V("attn_bits", "6", "C"),
+            V("mlp_bits", "6", "C"),
+            V("bigram_bits", "6", "C"),
+            V("ve_bits", "6", "C"),
+            V("tok_bits", "8", "C"),
+            V("bits_overrides", "", "C"),
+            V("clip_percentiles", "0.999,0.9995,0.9999,0.99999,1", "C"),
+            V("full_range", False, "C"),
+            V("qat_start", 0.92, "I", "learning-rate multiplier below 0.15"),
+            V("qat_lr_scale", 1.0, "C"),
+        ),
+    ),
+    corrections=(
+        common.QAT_CORRECTION,
+        common.SWA_UNUSED,
+        common.SHARE_CORRECTION,
+        common.ROW_CORRECTION,
+        common.RANGE_CORRECTION,
+        common.ROPE_CORRECTION,
+        common.SIZE_CORRECTION,
+    ),
+    seed_exact=(*common.SEED_EXACT, V("codec", "zstd", "C", "zstd-22, in our container")),
+)

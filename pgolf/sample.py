@@ -1,0 +1,75 @@
+"""Text from an artifact: `pgolf sample ARTIFACT --prompt ...`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from pgolf.artifact.model import load_model
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import pick_device, pick_dtype
+from pgolf.errors import ConfigError, DataError
+from pgolf.files import sha256_of
+from pgolf.model import GPT
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, ids: list[int], count: int, temperature: float, length: int, seed: int
+) -> list[int]:
+    """Continue ids by `count` tokens; the context is the last `length` tokens.
+
+    Args:
+        temperature: 0 takes the most likely token.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(ids)
+    for _ in range(count):
+        x = model.features(torch.tensor([ids[-length:]], device=device))
+        logits = model.logits(x[0, -1]).cpu()
+        if temperature:
+            p = torch.softmax(logits / temperature, -1)
+            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        else:
+            ids.append(int(logits.argmax()))
+    return ids
+
+
+def main(argv: list[str]) -> int:
+    """`pgolf sample`."""
+    parser = argparse.ArgumentParser(
+        prog="pgolf sample",
+        description="Print text from the decoded artifact.",
+        epilog='example: pgolf sample runs/demo-seed1337/artifact --prompt "The river"',
+    )
+    parser.add_argument("artifact", type=Path, help="artifact file of a run")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens to add (100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = most likely (0.8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="default: tokenizer.model beside the artifact"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or not 0 <= args.temperature <= 100:
+        raise ConfigError("--tokens must be at least 1 and --temperature between 0 and 100")
+    device = pick_device(args.device)
+    model, meta = load_model(args.artifact, device, pick_dtype("auto", device)[0])
+    path = args.tokenizer or args.artifact.parent / "tokenizer.model"
+    sp = load_tokenizer(path)
+    if sha256_of(path) != meta["tokenizer_sha256"]:
+        raise DataError(f"{path} is not the tokenizer that {args.artifact} was trained with")
+    ids = [sp.bos_id(), *sp.encode(args.prompt)]
+    ids = generate(model, ids, args.tokens, args.temperature, meta["seq_len"], args.seed)
+    # A document that ends starts the next: show it as an empty line.
+    documents: list[list[int]] = [[]]
+    for token in ids[1:]:
+        if token == sp.bos_id():
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    sys.stdout.write("\n\n".join(sp.decode(d) for d in documents) + "\n")
+    return 0

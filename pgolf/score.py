@@ -1,0 +1,69 @@
+"""Score an artifact in a process that has seen nothing else: `python -m pgolf.score JSON`.
+
+It loads the artifact, the validation shards and the tokenizer (for byte counts alone), and prints
+one JSON object. The modules of pgolf that are loaded when it ends are exactly the code that
+decoding and scoring need: their compressed size is the code's share of the budget.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf.artifact.model import load_model
+from pgolf.bpb import ByteTable
+from pgolf.data.shards import load_validation
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.errors import PgolfError
+from pgolf.evaluate import evaluate
+from pgolf.model.gpt import DTYPES
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """Score one rank's part of the windows.
+
+    Args:
+        job: artifact, device, dtype; and unless only the code is asked for: data (folder),
+            tokenizer, stride, val_tokens (0 = all), eval_tokens, part [rank, world], compile,
+            progress.
+    """
+    model, meta = load_model(job["artifact"], torch.device(job["device"]), DTYPES[job["dtype"]])
+    result: dict[str, Any] = {"meta": meta}
+    if "data" in job:
+        length = meta["seq_len"]
+        tokens = load_validation(
+            Path(job["data"]), model.config.vocab_size, length, job["val_tokens"]
+        )
+        table = ByteTable(load_tokenizer(job["tokenizer"]), model.config.vocab_size)
+        forward = torch.compile(model, dynamic=False) if job["compile"] else model
+        started = time.perf_counter()
+        sums = evaluate(
+            forward, tokens, table, length, job["stride"], job["eval_tokens"],
+            tuple(job["part"]), job["progress"],
+        )
+        result |= {"nll": sums.nll, "targets": sums.targets, "bytes": sums.bytes}
+        result["seconds"] = time.perf_counter() - started
+    return result
+
+
+def loaded_code() -> list[str]:
+    """Source files of pgolf that this process has loaded."""
+    ours = [m for name, m in sys.modules.items() if name == "__main__" or name.startswith("pgolf")]
+    return sorted({str(Path(m.__file__).resolve()) for m in ours if getattr(m, "__file__", None)})
+
+
+def main() -> int:
+    """Read the job from the command line, print the result as the last line."""
+    try:
+        result = score(json.loads(sys.argv[1]))
+    except PgolfError as e:
+        result = {"error": str(e), "kind": type(e).__name__}
+    print(json.dumps(result | {"code": loaded_code()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""`pgolf train`: from a configuration to a scored artifact."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pgolf.bpb import ByteTable
+from pgolf.config import Config
+from pgolf.data.corpus import ensure_default_dataset
+from pgolf.data.loader import SequentialLoader
+from pgolf.data.manifest import Dataset
+from pgolf.data.shards import load_validation
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import pick_dtype
+from pgolf.errors import ConfigError
+from pgolf.model import GPT
+from pgolf.model.gpt import DTYPES
+from pgolf.model.init import init_weights
+from pgolf.ops.attention import choose
+from pgolf.recipes.recipe import Recipe
+from pgolf.report.html import write_report
+from pgolf.report.table import result_table
+from pgolf.train.finish import pack_to_budget, score_artifact, write_result
+from pgolf.train.interrupt import Interrupt
+from pgolf.train.ranks import Ranks
+from pgolf.train.run_folder import RunFolder
+from pgolf.train.trainer import Trainer
+
+DEFAULT_DATA = Path("data")
+
+
+def open_data(config: Config, ranks: Ranks) -> Dataset:
+    """The run's shards; the embedded corpus is prepared by rank 0 if it is the one wanted.
+
+    Raises:
+        DataError: shards or tokenizer are missing, damaged or mixed up.
+        ConfigError: the tokenizer is larger than the model's vocabulary.
+    """
+    if config.data.data:
+        dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+    else:
+        if ranks.first:
+            ensure_default_dataset(DEFAULT_DATA)
+        ranks.barrier()
+        dataset = ensure_default_dataset(DEFAULT_DATA)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {dataset.folder} has {dataset.vocab_size} pieces, the model "
+            f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
+        )
+    return dataset
+
+
+def opening_lines(
+    recipe: Recipe, config: Config, dataset: Dataset, folder: Path, reasons: Mapping[str, str]
+) -> str:
+    """What a run says before it starts: what it is, what limits it, what counts."""
+    s, lines = config.schedule, []
+    limits = [f"{s.max_seconds:g} s"] if s.max_seconds else []
+    limits += [f"{s.max_tokens:,} tokens"] if s.max_tokens else []
+    limits += [f"{s.max_steps:,} steps"] if s.max_steps else []
+    lines.append(f"{recipe.name}: {recipe.title}")
+    lines.append(f"  run folder   {folder}")
+    lines.append(f"  data         {dataset.folder} (corpus {dataset.corpus})")
+    lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
+    lines.append(
+        f"  budget       {' or '.join(limits)} of training; compilation, validation and "
+        "checkpoints are off the clock"
+    )
+    if config.artifact.budget_bytes:
+        lines.append(f"  size limit   {config.artifact.budget_bytes:,} bytes of code + model")
+    if config.seed_exact:
+        lines.append("  seed_exact   as published, where that is known")
+    return "\n".join(lines)
+
+
+def build(
+    recipe: Recipe, config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, note: str
+) -> Trainer:
+    """The model with its initial weights and the trainer around it; says what was chosen."""
+    dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
+    backend, attention = choose(ranks.device, dtype, config.run.attention)
+    # Matmuls that stay in fp32 may use TF32, as in the published scripts.
+    torch.set_float32_matmul_precision("high")
+    model = GPT(config.model, dtype, backend, config.data.seq_len)
+    init_weights(model, config.run.seed)
+    val = load_validation(
+        dataset.folder, config.model.vocab_size, config.data.seq_len, config.eval.val_tokens
+    )
+    table = ByteTable(load_tokenizer(dataset.tokenizer_path), config.model.vocab_size)
+    loader = SequentialLoader(
+        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size
+    )
+    trainer = Trainer(config, ranks, folder, model.to(ranks.device), loader, val, table)
+    reasons = {
+        "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
+        "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
+        "attention": attention,
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
+        f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
+    }
+    if note:
+        reasons["environment"] = note
+    trainer.say(opening_lines(recipe, config, dataset, folder.path, reasons))
+    return trainer
+
+
+def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
+    """Train, pack, decode, score, report. Returns the exit code."""
+    ranks = Ranks.start(config.run.device)
+    try:
+        folder = RunFolder(_folder(config, ranks), writes=ranks.first)
+        dataset = open_data(config, ranks)
+        folder.open(config)
+        if ranks.first:
+            shutil.copyfile(dataset.tokenizer_path, folder.path / "tokenizer.model")
+        note = ", ".join(f"{k}={v}" for k, v in environment.items())
+        trainer = build(recipe, config, ranks, dataset, folder, note)
+        trainer.warm_up()
+        if config.run.resume:
+            state, path = folder.load(ranks.device)
+            trainer.load_state_dict(state)
+            folder.forget_after(trainer.clock.step)
+            trainer.say(f"going on from {path}")
+        with Interrupt(folder.path, recipe.name) as interrupt:
+            trainer.train(interrupt)
+        finish(config, ranks, dataset, folder, trainer)
+    finally:
+        ranks.stop()
+    return 0
+
+
+def _folder(config: Config, ranks: Ranks) -> Path:
+    """The run folder that rank 0 chose, on every rank."""
+    if ranks.world == 1:
+        return RunFolder.choose(config)
+    choice: list[object] = [None]
+    if ranks.first:
+        try:
+            choice = [RunFolder.choose(config)]
+        except ConfigError as e:
+            choice = [e]
+    torch.distributed.broadcast_object_list(choice, 0, device=ranks.device)
+    if isinstance(choice[0], ConfigError):
+        raise choice[0]
+    return choice[0]
+
+
+def finish(
+    config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
+) -> None:
+    """Export, score the live weights, pack, score the decoded bytes, write and show the result."""
+    state, exported = trainer.averager.export()
+    trainer.say(f"exporting {exported}")
+    live = None
+    if config.eval.score_live:
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                p.copy_(state[name])
+        trainer.qat_switch.zero_()
+        live = trainer.score(config.eval.stride, "scoring live")
+    model = trainer.model
+    dtype, attention = model.compute_dtype, model.backend
+    packed = None
+    if ranks.first:
+        packed = pack_to_budget(state, config, dataset, folder.artifact)
+    ranks.barrier()
+    name = next(n for n, d in DTYPES.items() if d == dtype)
+    decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
+    if packed is not None:
+        result = write_result(
+            folder.result, config, dataset, packed, trainer.clock, decoded, live, exported,
+            trainer.val, ranks.device, dtype, attention,
+        )
+        print(result_table(result))
+        print(f"\n{write_report(folder.path)}")
+    ranks.barrier()
