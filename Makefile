@@ -1,0 +1,37 @@
+# make demo    train, pack, decode and score the demo recipe
+# make test    linter and quick tests
+# make prove   the long proofs
+# make clean   delete what was built, but not .venv
+#
+# All share one .venv, made by .ci/setup when pyproject.toml or setup.py is newer; a change in csrc/
+# recompiles what it touches.
+
+python := .venv/bin/python
+
+.PHONY: help setup demo test prove clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: .venv/ready
+	@$(python) setup.py -q build_ext --inplace
+
+.venv/ready: pyproject.toml setup.py .ci/setup
+	@sh .ci/setup
+	@touch $@
+
+# Threads that wait must not spin: on few cores they take the time of those that work.
+demo: setup
+	@OMP_WAIT_POLICY=PASSIVE $(python) -m pgolf train demo
+
+test: setup
+	@$(python) -m ruff check .
+	@$(python) -m pytest -m "not slow and not gpu"
+
+# pytest exits with 5 where it selected no test.
+prove: setup
+	@$(python) -m pytest -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
+
+clean:
+	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
