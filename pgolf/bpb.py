@@ -1,0 +1,133 @@
+"""Bits per byte: how many bytes of text a scored token stands for, by the contest's rule.
+
+n = number of (previous, target) pairs, V = table size = max(tokenizer's, model's vocabulary).
+
+    bytes(target) = base[target] + (leading[target] and not boundary[previous])
+
+- control, unknown and unused ids: base 0, and a boundary (so BOS costs loss but has no bytes);
+- a byte-fallback id: base 1;
+- every other piece: `leading` if it starts with U+2581 (SentencePiece's space), base = the UTF-8
+  length of what follows.
+
+For a tokenizer that keeps its text as it is, the bytes of a document equal the bytes of the
+original text, with two exceptions that lie in the rule: a leading space of a document (after BOS)
+counts 0, and a literal U+2581, which SentencePiece cannot tell from a space, counts 1, not 3.
+A tokenizer that normalises (the contest's own: nmt_nfkc, line breaks and runs of spaces become one
+space) is scored on the bytes of the NORMALISED text; that is the contest's rule, so it is allowed,
+and `changed_by` says what it changes. BPB is only comparable for one text and one normalisation.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pgolf.errors import DataError
+
+SPACE = "\u2581"
+
+_PROBES = {
+    "line breaks": "a\nb\r\nc",
+    "tabs": "a\tb",
+    "runs of spaces": "a  b",
+    "spaces at the ends": " a ",
+    "compatibility characters": "\ufb01 \uff21",
+    "combining accents": "e\u0301",
+    "control and zero-width characters": "a\x01b\u200bc\u2060d",
+    "capital letters": "Aa",
+}
+
+
+def refuse_if_lossy(sp: Any) -> None:
+    """Refuse a SentencePiece model whose bytes per token cannot be counted.
+
+    Raises:
+        DataError: it has no full byte fallback (characters outside of its vocabulary become
+            <unk>, which stands for 0 bytes), no piece for a lone space, or pieces with a space
+            inside (which the rule counts as 3 bytes).
+    """
+    ids = range(sp.get_piece_size())
+    fallback = {sp.id_to_piece(i) for i in ids if sp.is_byte(i)}
+    missing = 256 - len(fallback & {f"<0x{b:02X}>" for b in range(256)})
+    if missing:
+        raise DataError(
+            f"the tokenizer lacks {missing} of the 256 byte-fallback pieces: a character outside "
+            "of its vocabulary becomes <unk> and its bytes are lost, so BPB would be wrong; "
+            "use a model trained with byte_fallback (`pgolf data prepare` trains one)"
+        )
+    if sp.is_unknown(sp.piece_to_id(SPACE)):
+        raise DataError(
+            "the tokenizer has no piece for a lone space (U+2581): a space would be counted as the "
+            "3 bytes of that character, so BPB would be wrong; train it with U+2581 among its "
+            "required characters (`pgolf data prepare` does)"
+        )
+    inside = [sp.id_to_piece(i) for i in ids if SPACE in sp.id_to_piece(i)[1:]]
+    if inside:
+        raise DataError(
+            f"the tokenizer has {len(inside)} pieces with a space inside, such as {inside[0]!r}: "
+            "the contest's rule would count 3 bytes for that space, so BPB would be wrong; "
+            "use a model trained with split_by_whitespace"
+        )
+
+
+def changed_by(sp: Any) -> list[str]:
+    """What the tokenizer does not give back as it was, in words; empty if it keeps the text."""
+    return [name for name, text in _PROBES.items() if sp.decode(sp.encode(text)) != text]
+
+
+class ByteTable:
+    """The bytes of each token for one tokenizer, in numpy and on any torch device.
+
+    Args:
+        sp: a SentencePieceProcessor.
+        vocab_size: the model's vocabulary; ids beyond the tokenizer's count as control ids.
+
+    Raises:
+        DataError: the tokenizer loses bytes, see `refuse_if_lossy`.
+    """
+
+    def __init__(self, sp: Any, vocab_size: int):
+        refuse_if_lossy(sp)
+        size = max(sp.get_piece_size(), vocab_size)
+        self.base = np.zeros(size, np.int64)  # (V,)
+        self.leading = np.zeros(size, bool)  # (V,)
+        self.boundary = np.ones(size, bool)  # (V,)
+        for i in range(sp.get_piece_size()):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                continue
+            self.boundary[i] = False
+            piece = sp.id_to_piece(i)
+            self.leading[i] = not sp.is_byte(i) and piece.startswith(SPACE)
+            self.base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(SPACE).encode())
+        self._on_device: dict = {}
+
+    def count(self, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+        """Bytes of each target, int64 of the ids' shape (n,)."""
+        return self.base[target_ids] + (self.leading[target_ids] & ~self.boundary[prev_ids])
+
+    def tensors(self, device: Any) -> tuple:
+        """`base` (int64), `leading` and `boundary` (bool) tensors (V,), made once a device."""
+        import torch
+
+        key = str(torch.device(device))
+        if key not in self._on_device:
+            tables = (self.base, self.leading, self.boundary)
+            self._on_device[key] = tuple(torch.from_numpy(t).to(device) for t in tables)
+        return self._on_device[key]
+
+    def bytes_of(self, prev: Any, target: Any) -> Any:
+        """`count` for integer torch tensors of any shape: int64 on their device."""
+        base, leading, boundary = self.tensors(target.device)
+        prev, target = prev.long(), target.long()
+        return base[target] + (leading[target] & ~boundary[prev])
+
+
+def bits_per_byte(nll_sum: float, byte_count: int) -> float:
+    """Sum of the targets' negative log-likelihoods (nats, float64) over the bytes they stand for.
+
+    Raises:
+        DataError: there are no bytes to divide by.
+    """
+    if byte_count <= 0:
+        raise DataError(f"{byte_count} bytes scored: bits per byte needs at least one byte of text")
+    return float(nll_sum) / math.log(2.0) / int(byte_count)

@@ -1,0 +1,94 @@
+"""Training batches in the contest's order: one cursor that all ranks share and that wraps around.
+
+W = ranks, L = tokens of a rank's micro-step, T = sequence length.
+A micro-step takes W (L + 1) tokens in a row; rank r's are slice r of length L + 1, x its first L
+tokens and y the same shifted by one. Sequences run across documents and shards, nothing is masked.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pgolf.data.shards import open_shard, read_header
+from pgolf.errors import ConfigError, DataError
+
+
+class SequentialLoader:
+    """Reads the shards in the order given, forever; the same data order for every world size.
+
+    Args:
+        paths: the shards, usually `find_shards(folder, "train")`.
+        rank: this process, 0 <= rank < world.
+        world: number of processes that share the cursor.
+        vocab_size: every token must be smaller; a shard is checked when it is first read.
+
+    Raises:
+        DataError: no shards, or a shard whose header is wrong.
+        ConfigError: a rank outside of the world.
+    """
+
+    def __init__(self, paths: list[Path], rank: int, world: int, vocab_size: int):
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} is not in 0..{world - 1} (world size {world})")
+        if not paths:
+            raise DataError("no training shards: make some with `pgolf data prepare`")
+        self.paths, self.rank, self.world, self.vocab_size = list(paths), rank, world, vocab_size
+        # ends[i] = number of tokens in shards 0..i
+        self.ends = np.cumsum([read_header(path) for path in self.paths])
+        self.total = int(self.ends[-1])
+        self.position = 0
+        self._open: dict[int, np.ndarray] = {}
+
+    def _shard(self, index: int) -> np.ndarray:
+        if index not in self._open:
+            self._open[index] = open_shard(self.paths[index], self.vocab_size)
+        return self._open[index]
+
+    def _take(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from `start` (modulo the total) as int64 of shape (count,)."""
+        out = np.empty(count, np.int64)
+        filled = 0
+        while filled < count:
+            at = (start + filled) % self.total
+            index = int(np.searchsorted(self.ends, at, side="right"))
+            shard = self._shard(index)
+            offset = at - (int(self.ends[index]) - shard.size)
+            piece = shard[offset : offset + count - filled]
+            out[filled : filled + piece.size] = piece
+            filled += piece.size
+        return out
+
+    def next_batch(self, local_tokens: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's next micro-step: inputs and targets, int64 CPU of shape (L / T, T).
+
+        Raises:
+            ConfigError: `local_tokens` is not a positive multiple of `seq_len`.
+            DataError: a shard's tokens do not fit the vocabulary.
+        """
+        if seq_len < 1 or local_tokens < seq_len or local_tokens % seq_len:
+            raise ConfigError(
+                f"{local_tokens} tokens of a rank's micro-step are not a positive multiple of the "
+                f"sequence length {seq_len}"
+            )
+        span = local_tokens + 1
+        tokens = torch.from_numpy(self._take(self.position + self.rank * span, span))
+        self.position = (self.position + self.world * span) % self.total
+        return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
+
+    def state_dict(self) -> dict[str, int]:
+        """The shared cursor: the same on every rank, good for any world size."""
+        return {"position": self.position, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            DataError: the shards hold another number of tokens than they did then.
+        """
+        if state["total"] != self.total:
+            raise DataError(
+                f"the checkpoint was trained on shards with {state['total']} tokens, "
+                f"the shards here hold {self.total}: resume with the same ones or start a new run"
+            )
+        self.position = int(state["position"])
