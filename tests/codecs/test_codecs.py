@@ -1,0 +1,113 @@
+"""Every codec: exact round trip, and a bounded decoder that takes exactly one stream."""
+
+import lzma as stdlib_lzma
+
+import numpy as np
+import pytest
+import zstandard
+
+from pgolf.codecs import CODECS, codec
+from pgolf.errors import ArtifactError
+
+LEVELS = {"zstd": (1, 19, 22), "lzma": (0, 6, 9)}
+NAMES = sorted(CODECS)
+
+
+def sample(size: int) -> bytes:
+    """Like codes of weights: no repeats, but some values are frequent."""
+    return np.random.default_rng(size).normal(32, 8, size).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [0, 1, 2, 4095, 4097, 70_000])
+def test_round_trip_and_determinism(name: str, size: int):
+    data = sample(size)
+    for level in LEVELS[name]:
+        packed = codec(name).compress(data, level)
+        assert codec(name).decompress(packed, size) == data
+        assert codec(name).compress(data, level) == packed
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", [-1, 1, 1000])
+def test_another_size_is_refused(name: str, wrong: int):
+    packed = codec(name).compress(sample(5000), 9)
+    with pytest.raises(ArtifactError, match=str(5000 + wrong)):
+        codec(name).decompress(packed, 5000 + wrong)
+
+
+def test_zstd_is_never_larger_than_at_its_literal_level():
+    """Codes of weights hardly repeat, and the search of high levels then loses to plain Huffman."""
+    data = sample(200_000)
+    literal = len(zstandard.ZstdCompressor(level=1).compress(data))
+    assert len(zstandard.ZstdCompressor(level=22).compress(data)) > literal
+    assert len(codec("zstd").compress(data, 22)) == literal
+    text = b"the same words again and again, " * 50 + data[:2000] + data[:2000]
+    searched = len(zstandard.ZstdCompressor(level=22).compress(text))
+    assert len(codec("zstd").compress(text, 22)) == searched
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_truncation_is_refused(name: str):
+    packed = codec(name).compress(sample(300), 9)
+    for end in range(len(packed)):
+        with pytest.raises(ArtifactError):
+            codec(name).decompress(packed[:end], 300)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tail", [b"\0", b"junk", "again"])
+def test_trailing_bytes_and_second_streams_are_refused(name: str, tail):
+    packed = codec(name).compress(sample(300), 9)
+    with pytest.raises(ArtifactError):
+        codec(name).decompress(packed + (packed if tail == "again" else tail), 300)
+
+
+def test_zstd_without_content_size_is_refused():
+    packed = zstandard.ZstdCompressor(write_content_size=False).compress(sample(300))
+    with pytest.raises(ArtifactError, match="does not declare"):
+        codec("zstd").decompress(packed, 300)
+
+
+def test_zstd_window_larger_than_the_content_is_refused():
+    # Frame header: not one segment, 4-byte content size, window of 2^31 bytes; then a raw block.
+    header = b"\x28\xb5\x2f\xfd" + bytes([0b1000_0000, 21 << 3]) + (3).to_bytes(4, "little")
+    block = ((3 << 3) | 1).to_bytes(3, "little") + b"abc"
+    assert zstandard.get_frame_parameters(header + block).window_size == 1 << 31
+    with pytest.raises(ArtifactError, match="does not declare"):
+        codec("zstd").decompress(header + block, 3)
+    small = header[:5] + bytes([0]) + header[6:]  # a window of 1 kB is zstd's least: fine
+    assert codec("zstd").decompress(small + block, 3) == b"abc"
+
+
+def test_zstd_skippable_frame_is_refused():
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    with pytest.raises(ArtifactError, match="not a zstd frame"):
+        codec("zstd").decompress(skippable, 3)
+    packed = codec("zstd").compress(b"abc", 1)
+    with pytest.raises(ArtifactError):
+        codec("zstd").decompress(packed + skippable, 3)
+
+
+def test_zstd_dictionary_frame_is_refused():
+    raw = zstandard.DICT_TYPE_RAWCONTENT
+    dictionary = zstandard.ZstdCompressionDict(sample(4000), dict_type=raw)
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(sample(4000)[:900])
+    with pytest.raises(ArtifactError):
+        codec("zstd").decompress(packed, 900)
+
+
+def test_lzma_bomb_stops_at_the_declared_size():
+    packed = codec("lzma").compress(bytes(20_000_000), 0)
+    assert len(packed) < 10_000
+    with pytest.raises(ArtifactError, match="more than the declared 1000"):
+        codec("lzma").decompress(packed, 1000)
+
+
+def test_lzma_needs_no_larger_dictionary_than_the_data():
+    """A match that reaches back further than the declared size is an error, not an allocation."""
+    data = sample(10_000)
+    filters = [{"id": stdlib_lzma.FILTER_LZMA2, "preset": 9}]
+    packed = stdlib_lzma.compress(data + data, format=stdlib_lzma.FORMAT_RAW, filters=filters)
+    with pytest.raises(ArtifactError):
+        codec("lzma").decompress(packed, 5000)
