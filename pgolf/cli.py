@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from pgolf import __version__
 from pgolf.errors import PgolfError
@@ -36,15 +35,14 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import environment_overrides, parse_overrides, parse_value, known_keys
+    from pgolf.config import environment_overrides, parse_overrides
+    from pgolf.errors import ConfigError
     from pgolf.recipes import get
 
     recipe = get(args.recipe)
     words = parse_overrides(args.overrides)
     seed_exact = words.pop("seed_exact", "false")
     if seed_exact not in ("true", "false"):
-        from pgolf.errors import ConfigError
-
         raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
     environment = environment_overrides()
     config = recipe.config({**environment, **words}, seed_exact == "true")
@@ -62,7 +60,10 @@ def _recipes(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from pgolf.recipes import show
 
-    print(show.keys() if args.keys else show.recipe(args.recipe) if args.recipe else show.all())
+    if args.keys:
+        print(show.list_keys())
+    else:
+        print(show.show_recipe(args.recipe) if args.recipe else show.list_recipes())
     return 0
 
 

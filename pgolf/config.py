@@ -42,12 +42,14 @@ class ModelConfig:
     ve_layers: str = opt("none", "layers that add the shared value embedding to v")
     ve_dim: int = opt(128, "width of the shared value-embedding table", ge=1)
     smear: str = opt(
-        "seed", "SmearGate: off, seed form, or no smear across BOS",
+        "seed",
+        "SmearGate: off, seed form, or no smear across BOS",
         choices=("off", "seed", "bos_masked"),
     )
     bos_id: int = opt(1, "id of the document start, for smear=bos_masked", ge=0)
     resid_mix: str = opt(
-        "identity", "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",
+        "identity",
+        "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",
         choices=("off", "identity", "phase"),
     )
     layer_scale: bool = opt(True, "scale normed block inputs by 1/sqrt(layer + 1)")
@@ -57,11 +59,13 @@ class ModelConfig:
     norm_eps: float = opt(1e-6, "eps of every RMS norm", gt=0)
     embed_std: float = opt(0.005, "std of the token table at init", gt=0)
     proj_init: str = opt(
-        "unit", "orthogonal init of the bigram and value projections: gain 1 or 1/sqrt(2 layers)",
+        "unit",
+        "orthogonal init of the bigram and value projections: gain 1 or 1/sqrt(2 layers)",
         choices=("unit", "scaled"),
     )
     table_dtype: str = opt(
-        "bf16", "dtype of the embedding tables in training, their AdamW moments included",
+        "bf16",
+        "dtype of the embedding tables in training, their AdamW moments included",
         choices=("bf16", "fp32"),
     )
 
@@ -77,7 +81,8 @@ class OptimConfig:
     embed_wd: float = opt(0.04, "decoupled weight decay of tables", ge=0)
     scalar_wd: float = opt(0.04, "decoupled weight decay of scalars and vectors", ge=0)
     side_proj_optimizer: str = opt(
-        "muon", "optimiser of bigram.proj and ve_shared.proj (banked scripts use AdamW)",
+        "muon",
+        "optimiser of bigram.proj and ve_shared.proj (banked scripts use AdamW)",
         choices=("muon", "adamw"),
     )
     momentum: float = opt(0.99, "Muon momentum after its warm-up", ge=0, le=0.9999)
@@ -100,8 +105,10 @@ class ScheduleConfig:
     max_tokens: int = opt(0, "token budget; 0 = no limit", ge=0)
     max_steps: int = opt(0, "step budget; 0 = no limit", ge=0)
     schedule: str = opt(
-        "share", "warm-down, momentum, averaging and QAT by share of the run, or by iterations "
-        "as the published scripts have it", choices=("share", "iterations"),
+        "share",
+        "warm-down, momentum, averaging and QAT by share of the run, or by iterations "
+        "as the published scripts have it",
+        choices=("share", "iterations"),
     )
     warmdown: float = opt(0.5, "share of the run in which the learning rate falls", ge=0, le=1)
     lr_floor: float = opt(0.0, "learning-rate multiplier at the end", ge=0, le=1)
@@ -114,7 +121,8 @@ class AverageConfig:
     """Weight averaging: which weights are exported."""
 
     averaging: str = opt(
-        "ema", "exported weights; ema_then_swa = EMA unless 2 SWA snapshots exist",
+        "ema",
+        "exported weights; ema_then_swa = EMA unless 2 SWA snapshots exist",
         choices=("none", "ema", "swa", "ema_then_swa"),
     )
     ema_start: float = opt(0.3, "share of the run before which nothing is averaged", ge=0, le=1)
@@ -146,18 +154,23 @@ class QuantConfig:
     bits_overrides: str = opt("", "name patterns first, as blocks.0.*=8,blocks.8.attn.c_k*=16")
     small_numel: int = opt(65536, "tensors of at most so many elements are stored as fp16", ge=0)
     clip_search: str = opt(
-        "row", "clip of searched grids: best percentile per row, per matrix, or the row's maximum",
+        "row",
+        "clip of searched grids: best percentile per row, per matrix, or the row's maximum",
         choices=("row", "matrix", "max"),
     )
     clip_percentiles: str = opt("0.999,0.9995,0.9999,0.99999,1", "candidates, 1 = row maximum")
     max_clip_bits: str = opt("5", "bits that always take the row's maximum, as 5,7; none = ''")
     int8_percentile: float = opt(0.9999984, "clip of 8-bit rows", gt=0.5, le=1)
     min_scale: float = opt(
-        0.0, "floor of a row's step as a multiple of 1/qmax (the seeds use 1; not for 5 bits)",
-        ge=0, le=100,
+        0.0,
+        "floor of a row's step as a multiple of 1/qmax (the seeds use 1; not for 5 bits)",
+        ge=0,
+        le=100,
     )
     full_range: bool = opt(False, "codes from -qmax-1 (PR 531) instead of -qmax")
-    qat_start: float = opt(0.9, "share of the run at which fake-quant goes on; 1 = never", ge=0, le=1)
+    qat_start: float = opt(
+        0.9, "share of the run at which fake-quant goes on; 1 = never", ge=0, le=1
+    )
     qat_lr_scale: float = opt(1.0, "learning-rate factor from then on (PR 543: 0.5)", gt=0, le=1)
 
 
@@ -165,9 +178,12 @@ class QuantConfig:
 class ArtifactConfig:
     """Packing and the size limit."""
 
-    codec: str = opt("auto", "compressor; auto keeps the smallest", choices=("auto", "zstd", "lzma"))
+    codec: str = opt(
+        "auto", "compressor; auto keeps the smallest", choices=("auto", "zstd", "lzma")
+    )
     packing: str = opt(
-        "auto", "integer codes one a byte, packed to bits, or the smaller of both",
+        "auto",
+        "integer codes one a byte, packed to bits, or the smaller of both",
         choices=("auto", "bytes", "bits"),
     )
     zstd_level: int = opt(22, "zstd level", ge=1, le=22)
@@ -207,11 +223,13 @@ class RunConfig:
     resume: bool = opt(False, "go on from the newest checkpoint in out=FOLDER")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     compute_dtype: str = opt(
-        "auto", "dtype of activations and matmuls; auto = bf16 where the hardware has it",
+        "auto",
+        "dtype of activations and matmuls; auto = bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
     )
     attention: str = opt(
-        "auto", "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
+        "auto",
+        "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
         choices=("auto", "fa3", "fa2", "sdpa"),
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
@@ -237,7 +255,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "seed_exact")}
+SECTIONS = {
+    f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "seed_exact")
+}
 
 # The contest's scripts are configured by environment variables; fingers know these names.
 ENVIRONMENT = {
@@ -274,10 +294,16 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
 
 def parse_value(key: str, spec: dataclasses.Field, text: Any) -> Any:
     """Turn text into the field's type and check its limits."""
-    kind = spec.type if isinstance(spec.type, type) else {t.__name__: t for t in (int, float, bool, str)}[spec.type]
+    kind = (
+        spec.type
+        if isinstance(spec.type, type)
+        else {t.__name__: t for t in (int, float, bool, str)}[spec.type]
+    )
     try:
         if isinstance(text, str) and kind is bool:
-            value = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}[text.lower()]
+            value = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}[
+                text.lower()
+            ]
         elif isinstance(text, str) and kind is int and "e" in text.lower():
             value = int(float(text))  # 1e6
             if value != float(text):
@@ -295,7 +321,9 @@ def check_limits(key: str, limits: Mapping[str, Any], value: Any) -> None:
     if isinstance(value, float) and not abs(value) < float("inf"):
         raise ConfigError(f"{key}={value}: must be finite")
     if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(f"{key}={value}: must be one of {', '.join(map(repr, limits['choices']))}")
+        raise ConfigError(
+            f"{key}={value}: must be one of {', '.join(map(repr, limits['choices']))}"
+        )
     if "ge" in limits and value < limits["ge"]:
         raise ConfigError(f"{key}={value}: must be at least {limits['ge']}")
     if "gt" in limits and value <= limits["gt"]:
@@ -348,7 +376,9 @@ def check(config: Config) -> None:
             f"rope_dims={m.rope_dims} must be even and at most the head size {m.dim // m.heads}"
         )
     if m.bigram_buckets == 1:
-        raise ConfigError("bigram_buckets=1 has no room for the sentinel: use 0 (off) or 2 and more")
+        raise ConfigError(
+            "bigram_buckets=1 has no room for the sentinel: use 0 (off) or 2 and more"
+        )
     resolve_layers("xsa_layers", m.xsa_layers, m.layers)
     resolve_layers("ve_layers", m.ve_layers, m.layers)
     if d.batch_tokens % d.seq_len:

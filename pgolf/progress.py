@@ -55,8 +55,12 @@ class Progress:
         line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}".rstrip()
         line += f", {format_seconds(elapsed)} gone, {format_seconds(eta)} left"
         line += f"  {self.note}" if self.note else ""
-        print(f"\r\x1b[2K{line}" if self.tty else line, end=end if self.tty else "\n",
-              file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[2K{line}" if self.tty else line,
+            end=end if self.tty else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         """End the moving line; on other outputs, say so if anything was shown or it took a while."""

@@ -41,8 +41,14 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         forward = torch.compile(model, dynamic=False) if job["compile"] else model
         started = time.perf_counter()
         sums = evaluate(
-            forward, tokens, table, length, job["stride"], job["eval_tokens"],
-            tuple(job["part"]), job["progress"],
+            forward,
+            tokens,
+            table,
+            length,
+            job["stride"],
+            job["eval_tokens"],
+            tuple(job["part"]),
+            job["progress"],
         )
         result |= {"nll": sums.nll, "targets": sums.targets, "bytes": sums.bytes}
         result["seconds"] = time.perf_counter() - started

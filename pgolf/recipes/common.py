@@ -93,7 +93,9 @@ SIZE_CORRECTION = (
     "Code + model over 16,000,000 bytes is an error before anything is reported; +-1 pruning is "
     "tried first, with a target in bytes."
 )
-EVAL_CORRECTION = "The sliding window scores every target once; scripts scored the last 64 32 times."
+EVAL_CORRECTION = (
+    "The sliding window scores every target once; scripts scored the last 64 32 times."
+)
 SWA_UNUSED = "The SWA snapshots that the script collected and never used are not taken."
 
 

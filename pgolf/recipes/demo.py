@@ -45,6 +45,12 @@ RECIPE = Recipe(
         V("bigram_bits", "6", "P"),
         V("ve_bits", "6", "P"),
         V("tok_bits", "8", "P"),
+        V(
+            "small_numel",
+            4096,
+            "P",
+            "attention matrices are 65,536 here and must not pass as small",
+        ),
         V("min_scale", 0.0, "P", "the seeds' floor of 1 costs more than half a percent here"),
         V("seq_len", 256, "P"),
         V("batch_tokens", 2048, "P"),

@@ -22,7 +22,12 @@ RECIPE = Recipe(
             V("bigram_buckets", 2048, "C"),
             V("bigram_dim", 128, "C"),
             V("resid_mix", "phase", "C", "the suspect for scoring behind its parent, not ablated"),
-            V("backout", False, "I", "in the code, but the logged 26,993,756 parameters exclude it"),
+            V(
+                "backout",
+                False,
+                "I",
+                "in the code, but the logged 26,993,756 parameters exclude it",
+            ),
             V("proj_init", "scaled", "C", "reaches bigram.proj and ve_shared.proj alone"),
             V("matrix_lr", 0.025, "C"),
             V("embed_lr", 0.035, "C"),

@@ -45,7 +45,12 @@ RECIPE = Recipe(
             V("bits_overrides", "blocks.8.attn.c_k.weight=16", "C"),
             V("clip_percentiles", "0.999,0.9995,0.9999,0.99999,1", "C"),
             V("full_range", False, "P", "symmetric, as in training"),
-            V("qat_start", 0.92, "I", "learning-rate multiplier below 0.15; not in the logged runs"),
+            V(
+                "qat_start",
+                0.92,
+                "I",
+                "learning-rate multiplier below 0.15; not in the logged runs",
+            ),
             V("qat_lr_scale", 1.0, "C"),
         ),
     ),

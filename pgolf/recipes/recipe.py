@@ -43,7 +43,9 @@ class Recipe:
     seed_exact: tuple[Value, ...] = ()
     contest: bool = True
 
-    def config(self, overrides: Mapping[str, Any] | None = None, seed_exact: bool = False) -> Config:
+    def config(
+        self, overrides: Mapping[str, Any] | None = None, seed_exact: bool = False
+    ) -> Config:
         """The configuration, with `overrides` on top.
 
         Raises:

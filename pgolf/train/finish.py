@@ -94,11 +94,17 @@ def pack_to_budget(
 def score_artifact(path: Path, config: Config, dataset: Dataset, ranks: Ranks, dtype: str) -> Sums:
     """Score the file in fresh processes, one a rank, each with its part of the windows."""
     answer = ask(
-        artifact=str(path), device=str(ranks.device), dtype=dtype,
-        data=str(dataset.folder), tokenizer=str(dataset.tokenizer_path),
-        stride=config.eval.stride, val_tokens=config.eval.val_tokens,
-        eval_tokens=config.eval.eval_tokens, part=[ranks.rank, ranks.world],
-        compile=ranks.device.type == "cuda", progress="scoring decoded" if ranks.first else "",
+        artifact=str(path),
+        device=str(ranks.device),
+        dtype=dtype,
+        data=str(dataset.folder),
+        tokenizer=str(dataset.tokenizer_path),
+        stride=config.eval.stride,
+        val_tokens=config.eval.val_tokens,
+        eval_tokens=config.eval.eval_tokens,
+        part=[ranks.rank, ranks.world],
+        compile=ranks.device.type == "cuda",
+        progress="scoring decoded" if ranks.first else "",
     )
     part = sums_of(answer)
     nll, targets, size = ranks.sum([part.nll, part.targets, part.bytes])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pgolf.bpb import ByteTable
-from pgolf.config import Config
+from pgolf.config import Config, with_overrides
 from pgolf.data.corpus import ensure_default_dataset
 from pgolf.data.loader import SequentialLoader
 from pgolf.data.manifest import Dataset
@@ -114,6 +114,14 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
     try:
         folder = RunFolder(_folder(config, ranks), writes=ranks.first)
         dataset = open_data(config, ranks)
+        # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
+        config = with_overrides(
+            config,
+            {
+                "data": str(dataset.folder.resolve()),
+                "tokenizer": str(dataset.tokenizer_path.resolve()),
+            },
+        )
         folder.open(config)
         if ranks.first:
             shutil.copyfile(dataset.tokenizer_path, folder.path / "tokenizer.model")
@@ -172,8 +180,18 @@ def finish(
     decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
     if packed is not None:
         result = write_result(
-            folder.result, config, dataset, packed, trainer.clock, decoded, live, exported,
-            trainer.val, ranks.device, dtype, attention,
+            folder.result,
+            config,
+            dataset,
+            packed,
+            trainer.clock,
+            decoded,
+            live,
+            exported,
+            trainer.val,
+            ranks.device,
+            dtype,
+            attention,
         )
         print(result_table(result))
         print(f"\n{write_report(folder.path)}")

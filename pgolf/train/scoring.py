@@ -85,11 +85,17 @@ def main(argv: list[str]) -> int:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)[0]
     result = ask(
-        artifact=str(args.artifact), device=str(device),
+        artifact=str(args.artifact),
+        device=str(device),
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
-        data=str(folder), tokenizer=str(dataset.tokenizer_path), stride=args.stride,
-        val_tokens=args.val_tokens, eval_tokens=16_384 if device.type == "cpu" else 262_144,
-        part=[0, 1], compile=device.type == "cuda", progress="scoring",
+        data=str(folder),
+        tokenizer=str(dataset.tokenizer_path),
+        stride=args.stride,
+        val_tokens=args.val_tokens,
+        eval_tokens=16_384 if device.type == "cpu" else 262_144,
+        part=[0, 1],
+        compile=device.type == "cuda",
+        progress="scoring",
     )
     meta, sums = result["meta"], sums_of(result)
     if meta["tokenizer_sha256"] != sha256_of(dataset.tokenizer_path):

@@ -177,7 +177,9 @@ class Trainer:
         """Log, validate, write a checkpoint: whatever is due after this step."""
         run, step = self.config.run, self.clock.step
         finished = self.schedule.finished(self.clock)
-        validate = finished or (self.config.eval.val_every and step % self.config.eval.val_every == 0)
+        validate = finished or (
+            self.config.eval.val_every and step % self.config.eval.val_every == 0
+        )
         save = run.checkpoint_every and step % run.checkpoint_every == 0
         log = finished or step == 1 or step % run.log_every == 0
         if log or save or validate:
@@ -204,7 +206,11 @@ class Trainer:
             raise TrainingError(
                 f"the loss or its gradient was not finite at step {int(min(step, self.clock.step))}: "
                 "lower the learning rates, or look at the data. "
-                + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was due yet")
+                + (
+                    f"The last good checkpoint is {kept[-1]}"
+                    if kept
+                    else "No checkpoint was due yet"
+                )
             )
 
     # --- looking and keeping ------------------------------------------------------------------
@@ -228,15 +234,25 @@ class Trainer:
             f"step_avg:{ms:.2f}ms eta:{format_seconds(left * ms / 1000)}"
         )
         self.folder.log(
-            kind="train", **vars(c), loss=loss, grad_norm=norm, lr_scale=lr_scale,
-            momentum=momentum, ms_per_step=ms,
+            kind="train",
+            **vars(c),
+            loss=loss,
+            grad_norm=norm,
+            lr_scale=lr_scale,
+            momentum=momentum,
+            ms_per_step=ms,
         )
 
     def score(self, stride: int, label: str = "") -> Sums:
         """Sums over the validation tokens with the model's present weights, all ranks together."""
         part = evaluate(
-            self.forward, self.val, self.table, self.config.data.seq_len, stride,
-            self.config.eval.eval_tokens, (self.ranks.rank, self.ranks.world),
+            self.forward,
+            self.val,
+            self.table,
+            self.config.data.seq_len,
+            stride,
+            self.config.eval.eval_tokens,
+            (self.ranks.rank, self.ranks.world),
             label if self.ranks.first else "",
         )
         nll, targets, size = self.ranks.sum([part.nll, part.targets, part.bytes])

@@ -1,0 +1,47 @@
+"""Runs of a tiny model, shared by the tests of this folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf.data.prepare import prepare
+
+from .tiny import ONE_THREAD, ROOT, TINY, Words, replaced
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A prepared folder of made-up words."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    prepare(Words(), folder, "words", vocab_size=400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(shards):
+    """Run `pgolf train demo` in a process of its own; returns (exit code, output)."""
+
+    def call(*words: str, launcher: tuple[str, ...] = ("-m", "pgolf")):
+        command = [sys.executable, *launcher, "train", "demo", f"data={shards}"]
+        done = subprocess.run(
+            [*command, *replaced(TINY, words)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=300,
+            env=ONE_THREAD,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(train, tmp_path_factory) -> Path:
+    """The folder of one finished tiny run."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    code, output = train(f"out={out}")
+    assert code == 0, output
+    return out

@@ -1,0 +1,49 @@
+"""A made-up corpus and a model with every technique, for runs that take seconds."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+from pgolf.data.readers import Document
+
+# Sums are split over threads: one thread, so that two runs round alike.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[2]
+
+# A model that trains in milliseconds and has every technique.
+TINY = [
+    "vocab_size=400", "layers=3", "dim=64", "heads=4", "kv_heads=2", "mlp_hidden=96",
+    "rope_dims=8", "bigram_buckets=64", "bigram_dim=32", "ve_dim=32", "seq_len=32",
+    "batch_tokens=256", "micro_tokens=128", "max_tokens=5120", "max_steps=20", "val_every=10",
+    "val_tokens=640", "stride=8", "log_every=1", "checkpoint_every=5", "compute_dtype=fp32",
+    "qat_start=0.7", "ema_start=0.5", "small_numel=0", "zstd_level=3", "lzma_preset=1",
+]  # fmt: skip
+
+
+class Words:
+    """Documents of made-up words with some structure to learn."""
+
+    def __init__(self, seed: int = 0):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(200)]
+        self.documents = [
+            " ".join(rng.choices(words, weights=range(200, 0, -1), k=80)) + ".\n"
+            for _ in range(300)
+        ]
+        self.size = sum(map(len, self.documents))
+
+    def __iter__(self):
+        return (Document(text, f"document {i}") for i, text in enumerate(self.documents))
+
+
+def replaced(defaults: list[str], words: tuple[str, ...]) -> list[str]:
+    """Words without the defaults that they replace."""
+    given = {w.split("=")[0] for w in words}
+    return [d for d in defaults if d.split("=")[0] not in given] + list(words)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k not in ("seconds", "ms_per_step")} for m in lines]
