@@ -175,8 +175,8 @@ def ninja_text(plan: Plan) -> str:
     cxx_includes = ["-isystem", f"{OBJECTS}/pybind11", "-isystem", sysconfig.get_path("include")]
     cxx_command = command(*plan.cxx, *CXX_FLAGS, *includes, *cxx_includes)
     nvcc_command = command(plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), *includes)
-    # nvcc knows where its runtime lies.
-    linker = [plan.nvcc, f"-cudart={plan.cudart}"] if plan.nvcc else plan.cxx
+    # nvcc knows where its runtime lies; nothing here calls device code of another file.
+    linker = [plan.nvcc, f"-cudart={plan.cudart}", "-nodlink"] if plan.nvcc else plan.cxx
     rules = {
         "cxx": f"{cxx_command} -MMD -MF $out.d -c $in -o $out",
         "nvcc": f"{nvcc_command} -MMD -MF $out.d -c $in -o $out",
