@@ -1,0 +1,1 @@
+"""The artifact: one bounded file with the quantised model. `container` reads, `pack` writes."""

@@ -1,0 +1,315 @@
+"""Hostile files: every attack is an ArtifactError that says what is wrong, in bounded memory.
+
+Most attacks are sealed with a right checksum: an attacker can compute it too.
+"""
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pgolf.artifact.container import (
+    HEAD,
+    MAX_DECODED,
+    MAX_HEADER,
+    MAX_TENSORS,
+    Artifact,
+    read_artifact,
+)
+from pgolf.artifact.pack import encode
+from pgolf.codecs import codec
+from pgolf.config import ArtifactConfig
+from pgolf.errors import ArtifactError
+
+ONE = ["a.weight", 6, [2, 3]]  # needs 6 bytes of codes and 2 steps
+HALVES = np.array([1, 1], "<f2").view(np.uint8).reshape(2, 2).T.tobytes()  # two steps of 1
+ONE_DATA = bytes(6) + HALVES
+
+
+def halves(*values: float) -> bytes:
+    """fp16 numbers as the body holds them: low bytes, then high bytes."""
+    return np.array(values, "<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+@pytest.fixture(scope="module")
+def good(model, meta) -> bytes:
+    return encode(model, meta, ArtifactConfig(codec="zstd", packing="bytes"), False).data
+
+
+def refuse(data: bytes) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        read_artifact(data)
+    return str(caught.value)
+
+
+# name -> (file, part of the message)
+ATTACKS = {
+    "empty file": lambda f: (b"", "too few"),
+    "one byte": lambda f: (b"P", "too few"),
+    "head only": lambda f: (f.seal(b"", 0), "not a zstd frame"),
+    "other file type": lambda f: (b"PK\3\4" + bytes(100), "PGOLF"),
+    "pickle": lambda f: (b"\x80\x04cos\nsystem\n" + bytes(40), "PGOLF"),
+    "next version": lambda f: (f.seal(b"", 0, version=2), "version 2"),
+    "version 0": lambda f: (f.seal(b"", 0, version=0), "version 0"),
+    "unknown codec": lambda f: (f.seal(b"", 0, codec_id=77), "codec 77"),
+    "declares 4 GiB": lambda f: (f.seal(b"x", 2**32 - 1), "declares 4294967295"),
+    "declares the limit and more": lambda f: (f.seal(bytes(99), MAX_DECODED + 1), "too many"),
+    "declares more than its size allows": lambda f: (f.seal(bytes(99), 100 << 20), "too many"),
+    "empty body": lambda f: (f.body(b""), "header of"),
+    "body of three bytes": lambda f: (f.body(b"\0\0\0"), "header of"),
+    "header longer than the body": lambda f: (f.body(b"\xff\0\0\0{}"), "header of 255"),
+    "header of 4 GiB": lambda f: (f.body(b"\xff\xff\xff\xff{}"), "header of 4294967295"),
+    "header over its limit": lambda f: (f.header(b" " * (MAX_HEADER + 1)), "header of"),
+    "no header": lambda f: (f.header(b""), "not UTF-8 JSON"),
+    "header is not JSON": lambda f: (f.header(b"{'meta': 1}"), "not UTF-8 JSON"),
+    "header is not UTF-8": lambda f: (f.header(b'{"\xff": 1}'), "not UTF-8 JSON"),
+    "header is UTF-16": lambda f: (f.header("{}".encode("utf-16")), "not UTF-8 JSON"),
+    "header has a lone surrogate": lambda f: (
+        f.table(["\ud800.weight", 6, [2, 3]], data=ONE_DATA), "not a tensor name"),
+    "header nests deeply": lambda f: (f.header(b"[" * 500_000), "not UTF-8 JSON"),
+    "header with an endless number": lambda f: (f.header(b"9" * 100_000), "header"),
+    "header with NaN": lambda f: (
+        f.header(b'{"meta":{"x":NaN},"packing":"bytes","tensors":[]}'), "NaN"),
+    "header is a list": lambda f: (f.header([]), "not an object"),
+    "header without tensors": lambda f: (f.header({"meta": {}, "packing": "bytes"}), "object of"),
+    "header with one key more": lambda f: (
+        f.header({"meta": {}, "packing": "bytes", "tensors": [], "x": 1}), "object of"),
+    "meta is not an object": lambda f: (
+        f.header({"meta": 3, "packing": "bytes", "tensors": []}), "meta is not"),
+    "unknown packing": lambda f: (f.table(packing="base64"), "packing 'base64'"),
+    "packing is a list": lambda f: (f.table(packing=[]), "packing"),
+    "table is an object": lambda f: (
+        f.header({"meta": {}, "packing": "bytes", "tensors": {}}), "tensor table"),
+    "too many tensors": lambda f: (
+        f.table(*([f"t{i}", 16, [0]] for i in range(MAX_TENSORS + 1))), "at most 4096"),
+    "line is no list": lambda f: (f.table("a.weight"), "is not [name, bits, dims]"),
+    "line is too short": lambda f: (f.table(["a.weight", 6]), "is not [name, bits, dims]"),
+    "duplicate name": lambda f: (f.table(ONE, ONE, data=ONE_DATA * 2), "a.weight comes twice"),
+    "name of another type": lambda f: (f.table([7, 16, [1]], data=b"\0\0"), "not a tensor name"),
+    "empty name": lambda f: (f.table(["", 16, [1]], data=b"\0\0"), "not a tensor name"),
+    "name that is a path": lambda f: (f.table(["../../etc/x", 16, [1]], data=b"\0\0"), "../etc"),
+    "absolute path": lambda f: (f.table(["/etc/passwd", 16, [1]], data=b"\0\0"), "/etc/passwd"),
+    "name with two dots": lambda f: (f.table(["a..b", 16, [1]], data=b"\0\0"), "a..b"),
+    "name with a newline": lambda f: (f.table(["a\n", 16, [1]], data=b"\0\0"), "not a tensor"),
+    "name in another alphabet": lambda f: (f.table(["а.weight", 16, [1]]), "not a tensor name"),
+    "name with other digits": lambda f: (f.table(["a.٣", 16, [1]]), "not a tensor name"),
+    "long name": lambda f: (f.table(["a" * 129, 16, [1]], data=b"\0\0"), "not a tensor name"),
+    "bits 3": lambda f: (f.table(["a", 3, [2, 3]], data=ONE_DATA), "3 bits"),
+    "bits 32": lambda f: (f.table(["a", 32, [2, 3]], data=bytes(24)), "32 bits"),
+    "bits true": lambda f: (f.table(["a", True, [2, 3]], data=ONE_DATA), "True bits"),
+    "bits 6.0": lambda f: (f.table(["a", 6.0, [2, 3]], data=ONE_DATA), "6.0 bits"),
+    "bits a list": lambda f: (f.table(["a", [6], [2, 3]], data=ONE_DATA), "[6] bits"),
+    "negative dim": lambda f: (f.table(["a", 16, [-1]]), "bad shape [-1]"),
+    "two negative dims": lambda f: (f.table(["a", 6, [-2, -3]], data=ONE_DATA), "bad shape"),
+    "dim that is a float": lambda f: (f.table(["a", 6, [2.0, 3]], data=ONE_DATA), "bad shape"),
+    "dim that is a truth value": lambda f: (f.table(["a", 16, [True]], data=b"\0\0"), "bad shape"),
+    "dims are text": lambda f: (f.table(["a", 16, "1"], data=b"\0\0"), "bad shape"),
+    "product wraps to 6 in 64 bits": lambda f: (
+        f.table(["a", 16, [2**32 + 3, 2**32 + 2]], data=bytes(12)), "bad shape"),
+    "product over the limit": lambda f: (f.table(["a", 16, [2**20, 2**20]]), "bad shape"),
+    "five dims": lambda f: (f.table(["a", 16, [1] * 5], data=b"\0\0"), "bad shape"),
+    "codes in one dim": lambda f: (f.table(["a", 6, [6]], data=ONE_DATA), "bad shape"),
+    "many large empty tensors": lambda f: (
+        f.table(*([f"t{i}", 6, [2**29, 0]] for i in range(64))), "the table needs"),
+    "data missing": lambda f: (f.table(ONE, data=ONE_DATA[:-1]), "needs 10 bytes of data, there"),
+    "data left over": lambda f: (f.table(ONE, data=ONE_DATA + b"\0"), "there are 11"),
+    "data without tensors": lambda f: (f.table(data=b"\0"), "needs 0 bytes of data"),
+    "NaN step": lambda f: (f.table(ONE, data=bytes(6) + halves(1, np.nan)), "a.weight: a value"),
+    "infinite step": lambda f: (f.table(ONE, data=bytes(6) + halves(np.inf, 1)), "not finite"),
+    "infinite value": lambda f: (f.table(["b", 16, []], data=halves(-np.inf)), "b: a value"),
+    "code above its bits": lambda f: (f.table(ONE, data=b"\x20" + bytes(5) + HALVES), "6 bits"),
+    "code below its bits": lambda f: (f.table(ONE, data=b"\xdf" + bytes(5) + HALVES), "6 bits"),
+    "zstd bomb": lambda f: (f.seal(codec("zstd").compress(bytes(2**28), 1), 1000), "1000 bytes"),
+    "lzma bomb": lambda f: (f.seal(codec("lzma").compress(bytes(2**24), 0), 1000, 2), "more than"),
+    "zstd body as lzma": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1), 9, 2), "lzma"),
+    "lzma body as zstd": lambda f: (f.seal(codec("lzma").compress(bytes(9), 1), 9, 1), "zstd"),
+    "second zstd frame": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1) * 2, 9), "unused"),
+    "second lzma stream": lambda f: (
+        f.seal(codec("lzma").compress(bytes(9), 1) * 2, 9, 2), "trailing"),
+    "sealed trailing byte": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1) + b"!", 9),
+                                       "unused"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack(forge, attack: str):
+    data, message = ATTACKS[attack](forge)
+    assert message in refuse(data)
+
+
+def test_the_forger_can_make_valid_files(forge):
+    """So the attacks fail for what is wrong with them and not for how they are made."""
+    artifact = read_artifact(forge.table(ONE, ["b", 16, []], data=bytes(6) + halves(1, 1, 0.5)))
+    assert artifact.tensors["a.weight"].shape == (2, 3)
+    assert artifact.state_dict()["b"].item() == 0.5
+    assert read_artifact(forge.table()).tensors == {}
+
+
+def test_cut_short_anywhere(good):
+    for end in [*range(HEAD.size + 8), *range(HEAD.size + 8, len(good), 97)]:
+        assert "too few" in (message := refuse(good[:end])) or "checksum" in message
+
+
+def test_trailing_byte(good):
+    assert "checksum" in refuse(good + b"\0")
+
+
+def test_every_flipped_bit_of_the_head(good):
+    for bit in range(HEAD.size * 8):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        refuse(bytes(data))
+
+
+def test_flipped_bits_of_the_body(good):
+    rng = random.Random(0)
+    for _ in range(300):
+        data = bytearray(good)
+        data[rng.randrange(HEAD.size, len(good))] ^= 1 << rng.randrange(8)
+        assert "checksum" in refuse(bytes(data))
+
+
+def test_cut_short_at_every_section_inside_a_right_checksum(forge, good):
+    body = codec("zstd").decompress(good[HEAD.size :], HEAD.unpack_from(good)[3])
+    header = 4 + struct.unpack_from("<I", body)[0]
+    codes = sum(
+        rows[0] * rows[1] for _, bits, rows in json.loads(body[4:header])["tensors"] if bits != 16
+    )
+    for end in (0, 2, 4, header // 2, header - 1, header, header + 1, header + codes - 1,
+                header + codes, header + codes + 1, len(body) - 1):
+        refuse(forge.body(body[:end]))
+    assert read_artifact(forge.body(body)).tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("folder", "Is a directory"), ("missing", "No such file"), ("pipe", "not a regular file"),
+     ("nul\0", "cannot read"), ("loop", "cannot read"), ("huge", "the limit is")],
+)
+def test_paths_that_hold_no_file(tmp_path, name: str, message: str):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with open(tmp_path / "huge", "wb") as f:
+        f.truncate(MAX_DECODED + 1)  # sparse: takes no space
+    with pytest.raises(ArtifactError, match=message) as caught:
+        read_artifact(tmp_path / name)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_errors_name_the_file(tmp_path, forge):
+    (tmp_path / "x.pgolf").write_bytes(forge.table(["a", 3, [1, 1]]))
+    with pytest.raises(ArtifactError, match=r"x\.pgolf: tensor a: 3 bits"):
+        read_artifact(tmp_path / "x.pgolf")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from pgolf.artifact.container import read_artifact
+from pgolf.errors import ArtifactError
+
+def peak():  # of this program alone: ru_maxrss would count the parent's from before exec
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) << 10
+
+files = sorted(Path(sys.argv[1]).iterdir())
+read_artifact(files[0])
+before = peak()
+for file in files[1:]:
+    try:
+        read_artifact(file)
+    except ArtifactError:
+        pass
+print(peak() - before)
+"""
+
+
+def peak_growth(folder: Path) -> int:
+    """Bytes by which reading all files but the first raises the peak of a fresh process."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder)], cwd=root, text=True,
+                          capture_output=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_no_attack_takes_much_memory(tmp_path, forge, good):
+    (tmp_path / "00-good").write_bytes(good)
+    for i, attack in enumerate(ATTACKS, 1):
+        (tmp_path / f"{i:02}").write_bytes(ATTACKS[attack](forge)[0])
+    # 500,000 brackets of JSON are the largest; the bombs hold 256 and 16 MiB.
+    assert peak_growth(tmp_path) < 12 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", ["zstd", "lzma"])
+def test_reading_takes_a_small_multiple_of_what_is_declared(tmp_path, forge, good, name: str):
+    side = 6000
+    header = {"meta": {}, "packing": "bytes", "tensors": [["a", 6, [side, side]]]}
+    text = json.dumps(header).encode()
+    body = len(text).to_bytes(4, "little") + text + bytes(side * side) + halves(*[1] * side)
+    (tmp_path / "0").write_bytes(good)
+    (tmp_path / "1").write_bytes(forge.body(body, name))
+    assert len(body) < peak_growth(tmp_path) < 4 * len(body)
+
+
+def mutate(rng: random.Random, good: bytes, forge) -> bytes:
+    """Damage the file, the compressed body or the decoded body; the latter two sealed again."""
+    size = HEAD.unpack_from(good)[3]
+    packed = good[HEAD.size :]
+    level = rng.randrange(3)
+    data = bytearray([good, packed, codec("zstd").decompress(packed, size)][level])
+    for _ in range(rng.choice((1, 1, 2, 5, 20))):
+        # The head of the data has the most structure: hit it as often as all the rest.
+        at = rng.randrange(min(len(data), rng.choice((32, 400, len(data), len(data)))))
+        kind = rng.randrange(5)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at] = rng.choice(b'\0\xff\x7f[]{}",:-0123456789.eE')
+        elif kind == 2:
+            del data[at : at + rng.choice((1, 2, 8, 300))]
+        elif kind == 3:
+            data[at:at] = rng.choice((b"9", b"-", b"]", b'"', bytes(9), bytes(data[:60])))
+        else:
+            other = rng.randrange(len(data))
+            data[at : at + 8] = data[other : other + 8]
+        data = data or bytearray(1)
+    if level == 0:
+        return bytes(data)
+    return forge.seal(bytes(data), size) if level == 1 else forge.body(bytes(data))
+
+
+def fuzz(good: bytes, forge, seeds: range) -> dict[str, int]:
+    """Read damaged files: an ArtifactError or a well-formed artifact, and nothing else."""
+    seen = {"refused": 0, "read": 0}
+    for seed in seeds:
+        try:
+            artifact = read_artifact(mutate(random.Random(seed), good, forge))
+        except ArtifactError as e:
+            assert len(str(e)) < 400
+            seen["refused"] += 1
+        else:
+            assert isinstance(artifact, Artifact) and isinstance(artifact.meta, dict)
+            for name, tensor in artifact.state_dict().items():
+                assert tensor.shape == artifact.tensors[name].shape
+            seen["read"] += 1
+    return seen
+
+
+def test_fuzz_sample(good, forge):
+    seen = fuzz(good, forge, range(200))
+    assert seen["refused"] > 100 and seen["read"] > 5, "both ends must be reached"
+
+
+@pytest.mark.slow
+def test_fuzz(good, forge, model, meta):
+    fuzz(good, forge, range(80_000))
+    bits = encode(model, meta, ArtifactConfig(codec="zstd", packing="bits"), False).data
+    fuzz(bits, forge, range(80_000, 100_000))
