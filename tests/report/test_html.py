@@ -160,6 +160,9 @@ def test_size_chart(write_run, result, metrics):
                       "100  ·  10.0 %"]
     room, *bars = [float(e.get("width")) for e in sizes.iter("rect")]
     strip, rows = bars[:5], bars[5:]
+    starts = [float(e.get("x")) for e in sizes.iter("rect")][1:6]
+    for start, width, end in zip(starts, strip, starts[1:], strict=False):
+        assert start + width == pytest.approx(end, abs=0.02)  # end to end
     assert sum(strip) == pytest.approx(room / 4, abs=0.1)  # 1,000 of 4,000 bytes
     assert rows[1] / rows[0] == pytest.approx(300 / 500, abs=1e-3)
     assert len(by_class(sizes, "line", "limit")) == 1
@@ -183,6 +186,10 @@ def test_error_chart_groups_by_layer(write_run, result, metrics):
     assert [len(b) for b in bars] == [4, 2, 1]  # attention, MLP, other
     heights = [float(b.get("height")) for b in bars[0]]
     assert heights[2] / heights[0] == pytest.approx(1.5, abs=0.01)
+    ticks = {e.text: float(e.get("y")) for e in errors.iter("text")
+             if e.get("text-anchor") == "end" and e.text != "layer"}
+    assert list(ticks) == ["0", "1", "2", "3"]
+    assert heights[0] == pytest.approx(ticks["0"] - ticks["2"], abs=0.02)  # 2 %
     names = [e.text for e in errors.iter("text") if e.get("text-anchor") == "middle"]
     assert names == ["0", "1", "other"]
 
@@ -223,7 +230,9 @@ def test_values_that_are_not_finite_leave_a_gap(write_run, result, metrics):
     for line in metrics:
         if line["kind"] == "train" and line["step"] in (5, 6, 12, 13, 14, 20):
             line["loss"] = next(bad)
-    _, _, charts = render(write_run(result | {"val_bpb": math.nan, "val_loss": math.inf}, metrics))
+    result |= {"val_bpb": math.nan, "val_loss": math.inf, "seed": math.nan}
+    _, page, charts = render(write_run(result, metrics))
+    assert "seed n/a" in page.text and "n/a nats per token" in page.text
     path = by_class(charts[1], "path", "line")[0].get("d")
     assert [len(run.split("L")) for run in path[1:].split("M")] == [4, 5, 5]
     assert "decoded" not in "".join(charts[0].itertext())
