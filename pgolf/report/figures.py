@@ -80,7 +80,7 @@ def schedule_figure(run: RunFiles) -> Markup:
     charts = (
         line_chart(f"{_course('Learning rate, share of its peak', rate, 3)}. Events: {words}.",
                    [Series("learning rate", rate, "a")], "learning rate, share of peak", end,
-                   events=events, height=210, x_label=""),
+                   events=events, height=210, x_label="", y_zero=True),
         line_chart(f"{_course('Muon momentum', momentum, 3)}.",
                    [Series("momentum", momentum, "d", 4)], "Muon momentum", end,
                    events=events, height=150, name_events=False),

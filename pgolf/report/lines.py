@@ -206,6 +206,7 @@ def line_chart(
     height: float = 300.0,
     name_events: bool = True,
     x_label: str = "tokens",
+    y_zero: bool = False,
 ) -> Markup:
     """Series over tokens.
 
@@ -219,11 +220,12 @@ def line_chart(
         height: of the drawing, in viewBox units of 560 in width.
         name_events: False draws the lines of the events without their labels.
         x_label: quantity of the x axis; '' leaves it out where another chart stands below.
+        y_zero: whether the y axis begins at 0, too.
     """
     xs = [x for s in series for x, _ in s.points] + [e.x for e in events]
     ys = [y for s in series for _, y in s.points if y is not None] + [r.value for r in references]
     x = make_axis([*xs, x_end or 0.0], zero=True, cover=False, short=True)
-    y = make_axis(ys, count=5 if height > 200 else 3)
+    y = make_axis(ys, count=5 if height > 200 else 3, zero=y_zero)
     left = max(48.0, max(map(text_width, y.labels)) + 14)
     right = WIDTH - max([16.0, *(text_width(_reference_label(r)) + 16 for r in references)])
     rows = _event_rows(events, x, left, right) if name_events else [None] * len(events)

@@ -34,8 +34,8 @@ h2 { font-size: 17px; line-height: 1.3; }
   background: var(--card); border: 1px solid var(--hair); border-radius: 12px; padding: 20px 22px;
 }
 .notice { border-left: 4px solid var(--bad); margin-top: 20px; }
-.good { color: var(--good); }
-.bad { color: var(--bad); }
+.good, .tiles .good { color: var(--good); }
+.bad, .tiles .bad { color: var(--bad); }
 
 .lead { display: grid; grid-template-columns: 270px 1fr; gap: 16px 32px; margin: 24px 0 20px; }
 .score { border-right: 1px solid var(--hair); padding-right: 24px; }
