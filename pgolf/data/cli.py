@@ -1,0 +1,160 @@
+"""`pgolf data ...`: make, fetch and look at folders of shards."""
+
+import argparse
+import re
+from pathlib import Path
+
+from pgolf.data.contest import MANIFEST
+from pgolf.data.fetch import TRAIN_SHARDS, fetch
+from pgolf.data.manifest import SPLITS, Dataset
+from pgolf.data.prepare import SHARD_TOKENS, VAL_FRACTION, VOCAB_SIZE, prepare
+from pgolf.data.readers import TextSource
+from pgolf.data.shards import read_header
+
+_PREPARE = """\
+Turn your own text into a folder of shards with a tokenizer and a manifest.
+
+  pgolf data prepare --text book.txt --out data/book
+  pgolf data prepare --text notes/ articles.jsonl --out data/mine --vocab-size 2048
+
+A .jsonl file holds one document a line in its "text" field; any other file is plain UTF-8 text,
+one document up to 16 KiB, else cut at blank lines about every 4 KiB; of a folder, the .txt, .md and
+.jsonl files below it are read. Nothing of the text is changed. A hash of
+its text decides whether a document is held out. Train on the folder with
+
+  pgolf train demo data=data/book
+"""
+_FETCH = """\
+Download the contest's shards and tokenizer (needs pip install 'pgolf[data]').
+
+  pgolf data fetch --variant sp1024 --train-shards 1     (0.3 GB, for a first try)
+  pgolf data fetch --variant sp1024                      (80 shards, 16 GB)
+
+What is there already is checked and kept, so the command can simply be run again.
+MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and folder.
+"""
+_INFO = """\
+Say what a folder of shards holds: corpus, tokenizer, tokens, bytes.
+
+  pgolf data info data/book
+  pgolf data info data/datasets/fineweb10B_sp1024
+  pgolf data info shards --tokenizer tokenizer.model
+"""
+_VERIFY = """\
+Read every shard: header, size, tokens within the vocabulary, sha256 as the manifest states it.
+
+  pgolf data verify data/book
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="pgolf data",
+        formatter_class=raw,
+        description="Make, fetch and check folders of shards.",
+        epilog="`pgolf data COMMAND --help` says more, with examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser(
+        "prepare", help="your own text to shards", description=_PREPARE, formatter_class=raw
+    )
+    p.add_argument("--text", nargs="+", required=True, metavar="PATH",
+                   help="text files, .jsonl files or folders")  # fmt: skip
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--name", help="id of the corpus (default: from the first PATH)")
+    p.add_argument("--license", default="unknown", help="of the text, noted in the manifest")
+    p.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N",
+                   help="pieces of the tokenizer to train (default: %(default)s)")  # fmt: skip
+    p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead")
+    p.add_argument("--val-fraction", type=float, default=VAL_FRACTION, metavar="X",
+                   help="share of documents held out (default: %(default)s)")  # fmt: skip
+    p.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
+                   help="tokens of a shard (default: %(default)s)")  # fmt: skip
+
+    f = commands.add_parser(
+        "fetch", help="the contest's data", description=_FETCH, formatter_class=raw
+    )
+    f.add_argument("--variant", default="sp1024", help="such as sp1024 (default)")
+    f.add_argument("--train-shards", type=int, metavar="N",
+                   help=f"100 million tokens each (default: {TRAIN_SHARDS}, or all)")  # fmt: skip
+    f.add_argument("--out", default="data", metavar="DIR", help="default: %(default)s")
+
+    for name, what, text in (
+        ("info", "say what a folder holds", _INFO),
+        ("verify", "read and check every shard", _VERIFY),
+    ):
+        q = commands.add_parser(name, help=what, description=text, formatter_class=raw)
+        q.add_argument("folder", metavar="DIR", help="a folder of shards")
+        q.add_argument("--tokenizer", metavar="FILE", help="if it lies elsewhere")
+    return parser
+
+
+def describe(dataset: Dataset) -> str:
+    """What a data set holds, in a few lines."""
+    lines = [
+        f"{dataset.folder}: corpus {dataset.corpus}, sha256 {dataset.sha256[:16]}...",
+        f"  tokenizer {dataset.tokenizer_path}: {dataset.vocab_size} pieces, "
+        f"sha256 {dataset.tokenizer_sha256[:16]}...",
+    ]
+    for split, shards in zip(SPLITS, (dataset.train_shards, dataset.val_shards), strict=True):
+        line = f"  {split}: {sum(map(read_header, shards)):,} tokens, shards: {len(shards)}"
+        if dataset.manifest:
+            numbers = dataset.manifest["splits"][split]
+            line += (
+                ", {documents:,} documents, {bytes:,} bytes, {bytes_per_token:.4f} bytes/token"
+            ).format(**numbers)
+        lines.append(line)
+    if not dataset.manifest:
+        return "\n".join([*lines, f"  no {MANIFEST} of ours, so nothing is stated about the text"])
+    if dataset.manifest["license"] != "unknown":
+        lines.append(f"  license of the text: {dataset.manifest['license']}")
+    if dataset.manifest["note"]:
+        lines.append(f"  {dataset.manifest['note']}")
+    for split in SPLITS:
+        s = dataset.manifest["splits"][split]
+        if s["bytes"] != s["bytes_scored"] or s["documents_changed"]:
+            lines.append(
+                f"  note: BPB on {split} divides by {s['bytes_scored']:,} bytes, the original text "
+                f"has {s['bytes']:,}: {s['leading_spaces']} leading spaces are free, "
+                f"{s['literal_u2581']} U+2581 count 1 byte for 3, and the tokenizer changes "
+                f"{s['documents_changed']:,} of {s['documents']:,} documents"
+            )
+    if dataset.manifest["tokenizer_changes"]:
+        lines.append(
+            f"  the tokenizer changes {', '.join(dataset.manifest['tokenizer_changes'])}: "
+            "compare BPB only with runs on the same text through the same normalisation"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Run `pgolf data` with the arguments behind it; 0 if all went well.
+
+    Raises:
+        PgolfError: what the user can mend.
+    """
+    args = _parser().parse_args(argv)
+    if args.command == "prepare":
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(args.text[0]).resolve().stem).strip("-")
+        dataset = prepare(
+            TextSource(args.text),
+            args.out,
+            args.name or name or "text",
+            license=args.license,
+            vocab_size=args.vocab_size,
+            tokenizer=args.tokenizer,
+            val_fraction=args.val_fraction,
+            shard_tokens=args.shard_tokens,
+        )
+    elif args.command == "fetch":
+        dataset = fetch(args.variant, args.out, args.train_shards)
+    else:
+        dataset = Dataset.open(args.folder, args.tokenizer)
+    print(describe(dataset))
+    if args.command == "verify":
+        dataset.verify()
+        stated = "and sha256 " if dataset.manifest else "(no sha256 is stated) "
+        print(f"  every shard is whole: sizes, tokens {stated}are as they should be")
+    return 0

