@@ -16,7 +16,7 @@ from pgolf.errors import StorageError
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Say in words what stopped a write to `path`."""
     try:
         yield
@@ -46,7 +46,7 @@ def atomic_write(path: Path | str, content: bytes | str | Callable[[BinaryIO], o
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as f:
@@ -75,7 +75,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

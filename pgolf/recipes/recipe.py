@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgolf.config import Config, with_overrides
+from pgolf.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Recipe:
                 recipe without a published form.
         """
         chosen = {v.key: v.value for v in self.values}
+        if seed_exact and not self.seed_exact:
+            raise ConfigError(f"seed_exact=true: {self.name} has no published form")
         if seed_exact:
             chosen.update({v.key: v.value for v in self.seed_exact})
         base = Config(recipe=self.name, seed_exact=seed_exact)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     file = args.run / "config.json"
     if not file.is_file():

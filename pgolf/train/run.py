@@ -1,6 +1,5 @@
 """`pgolf train`: from a configuration to a scored artifact."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
 from pgolf.errors import ConfigError
+from pgolf.files import atomic_write
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
 from pgolf.model.init import init_weights
@@ -122,11 +122,11 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
                 "tokenizer": str(dataset.tokenizer_path.resolve()),
             },
         )
-        folder.open(config)
-        if ranks.first:
-            shutil.copyfile(dataset.tokenizer_path, folder.path / "tokenizer.model")
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
         trainer = build(recipe, config, ranks, dataset, folder, note)
+        folder.open(config)
+        if ranks.first:
+            atomic_write(folder.path / "tokenizer.model", dataset.tokenizer_path.read_bytes())
         trainer.warm_up()
         if config.run.resume:
             state, path = folder.load(ranks.device)

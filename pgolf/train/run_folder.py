@@ -4,6 +4,7 @@ checkpoints/step-N holds state.pt and manifest.json with its size and sha256; th
 under its name only when it is complete, and the two newest are kept.
 """
 
+import io
 import json
 import pickle
 import shutil
@@ -14,7 +15,7 @@ import torch
 
 from pgolf.config import Config, to_dict
 from pgolf.errors import ConfigError, DataError
-from pgolf.files import atomic_folder, atomic_write, sha256_of
+from pgolf.files import atomic_folder, atomic_write, sha256_of, storage_errors
 
 KEEP = 2
 # What may differ between the first part of a run and its continuation.
@@ -89,7 +90,7 @@ class RunFolder:
     def log(self, **line: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.writes:
-            with open(self.metrics, "a") as f:
+            with storage_errors(self.metrics), open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
@@ -113,7 +114,10 @@ class RunFolder:
         path = self.path / "checkpoints" / f"step-{step:07d}"
         with atomic_folder(path) as folder:
             file = folder / "state.pt"
-            torch.save(state, file)
+            # Through memory: torch's own file writer reports a full disk as an internal error.
+            content = io.BytesIO()
+            torch.save(state, content)
+            file.write_bytes(content.getbuffer())
             manifest = {"step": step, "bytes": file.stat().st_size, "sha256": sha256_of(file)}
             (folder / "manifest.json").write_text(json.dumps(manifest) + "\n")
         for old in self.checkpoints()[:-KEEP]:

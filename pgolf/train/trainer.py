@@ -87,11 +87,12 @@ class Trainer:
 
     def _prepare_qat(self) -> dict[Matrix, TensorPlan]:
         """Put the exported grid, switched off, on every integer block matrix."""
-        if self.config.quant.qat_start >= 1.0:
-            return {}
+        # Made even without QAT, so that settings which do not fit fail now, not after training.
         plans = plan(
             self.config.quant, {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         )
+        if self.config.quant.qat_start >= 1.0:
+            return {}
         chosen = {}
         for name, module in self.model.blocks.named_modules(prefix="blocks"):
             how = plans.get(f"{name}.weight")

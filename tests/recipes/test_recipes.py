@@ -1,0 +1,96 @@
+"""Recipes: every value has a source, parameter counts are the published ones, and they run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pgolf.config import SECTIONS, known_keys
+from pgolf.errors import ConfigError
+from pgolf.model import GPT
+from pgolf.recipes import RECIPES, get
+from pgolf.recipes.show import list_keys, list_recipes, show_recipe
+
+SEEDS = {"pr478": 26_993_756, "pr531": 27_878_489, "pr543": 25_224_283, "pr1473": 27_067_484}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = GPT(get(name).config().model)
+    assert sum(p.numel() for p in model.parameters()) == SEEDS[name]
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_value_of_a_seed_is_documented(name):
+    """No method setting of a seed is left to a default that may move."""
+    stated = {v.key for v in get(name).values}
+    decided = {k for k, (s, _) in known_keys().items()
+               if s in ("model", "optim", "schedule", "average", "quant", "data")}
+    assert decided <= stated
+    assert all(v.source in "CLRSIP" for v in get(name).values + get(name).seed_exact)
+    assert get(name).corrections and get(name).contest
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_values_reach_the_config(name):
+    recipe = get(name)
+    for exact in {False, bool(recipe.seed_exact)}:
+        config = recipe.config(seed_exact=exact)
+        expected = {v.key: v.value for v in recipe.values}
+        if exact:
+            expected |= {v.key: v.value for v in recipe.seed_exact}
+        for key, value in expected.items():
+            assert getattr(getattr(config, known_keys()[key][0]), key) == value
+        assert config.seed_exact == exact
+
+
+def test_no_value_is_given_twice():
+    for recipe in RECIPES.values():
+        for values in (recipe.values, recipe.seed_exact):
+            keys = [v.key for v in values]
+            assert len(keys) == len(set(keys))
+
+
+def test_seed_exact_of_a_recipe_of_our_own_is_refused():
+    with pytest.raises(ConfigError, match="no published form"):
+        get("demo").config(seed_exact=True)
+
+
+def test_unknown_recipe():
+    with pytest.raises(ConfigError, match="did you mean pr1473"):
+        get("pr1743")
+
+
+def test_shown_text():
+    assert all(name in list_recipes() for name in RECIPES)
+    for name in SEEDS:
+        text = show_recipe(name)
+        assert "Corrected, and why:" in text and "seed_exact=true puts back:" in text
+    assert all(key in list_keys() for cls in SECTIONS.values() for key in cls.__dataclass_fields__)
+
+
+def test_names_of_settings_are_unique():
+    names = [f for cls in SECTIONS.values() for f in cls.__dataclass_fields__]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
+    """The whole structure on a CPU: two short steps, the second with QAT on, then the artifact."""
+    out = tmp_path / name
+    done = subprocess.run(
+        [sys.executable, "-m", "pgolf", "train", name, f"data={seed_shards}", f"out={out}",
+         "max_seconds=0", "max_steps=2", "seq_len=64", "batch_tokens=128", "val_tokens=256",
+         "qat_start=0.5", "stride=32", "zstd_level=3", "codec=zstd", "packing=bytes",
+         "score_live=false", "checkpoint_every=0"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "late QAT on for" in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert result["parameters"] == SEEDS[name]
+    assert result["bytes_total"] <= 16_000_000
+    assert result["val_targets"] == 256
