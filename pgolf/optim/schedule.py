@@ -108,6 +108,7 @@ class Schedule:
             return False
 
         def count(clock: Clock) -> int:
-            return math.floor((self.share(clock) - a.swa_start) / a.swa_every)
+            # (0.85 - 0.8) / 0.05 is just below 1 in floating point
+            return math.floor((self.share(clock) - a.swa_start) / a.swa_every + 1e-9)
 
         return self.share(before) < a.swa_start or count(after) > count(before)
