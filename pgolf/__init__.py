@@ -1,4 +1,4 @@
-"""pgolf: fused kernels, recipes and an artifact format for training the best small language model per byte.
+"""pgolf: kernels, recipes and an artifact format for the best small language model per byte.
 
 Importing this package is cheap: torch is only imported by the submodules that need it.
 """

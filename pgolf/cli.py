@@ -12,7 +12,7 @@ from pgolf import __version__
 from pgolf.errors import PgolfError
 
 EPILOG = """examples:
-  pgolf train demo                        train, pack, decode and score a small model on this machine
+  pgolf train demo                        train, pack, decode and score a small model here
   pgolf train demo data=FOLDER seed=7     the same on your own shards
   pgolf data prepare --text FILES --out FOLDER
                                           make those shards

@@ -1,5 +1,8 @@
 """Which device and dtype a run uses, from what the machine has."""
 
+import re
+from pathlib import Path
+
 import torch
 
 from pgolf.errors import ConfigError
@@ -15,6 +18,16 @@ def cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
+
+
+def driver() -> str:
+    """The version of NVIDIA's kernel driver, or ''."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    match = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return match[0] if match else text.splitlines()[0]
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:

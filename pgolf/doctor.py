@@ -1,5 +1,6 @@
 """`pgolf doctor`: what this machine and this installation have, and what that means for a run."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -13,8 +14,7 @@ import torch
 
 import pgolf
 from pgolf import extension
-from pgolf.device import cpu_flags
-from pgolf.errors import ConfigError
+from pgolf.device import cpu_flags, driver
 from pgolf.ops import attention
 from pgolf.train.provenance import FLAGS
 
@@ -26,16 +26,6 @@ OPTIONAL = {
     "huggingface_hub": "pgolf data fetch: pip install 'pgolf[data]'",
     "flash-attn": "FlashAttention 2: pip install 'pgolf[flash-attn]'",
 }
-
-
-def driver() -> str:
-    """The version of NVIDIA's kernel driver, or ''."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    match = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return match[0] if match else text.splitlines()[0]
 
 
 def _version(package: str) -> str:
@@ -112,13 +102,11 @@ def report() -> str:
     return "\n".join(f"{subject:<{width}}  {finding}" for subject, finding in found)
 
 
-def main(args: list[str]) -> int:
-    """Print the report.
-
-    Raises:
-        ConfigError: there are arguments; the command takes none.
-    """
-    if args:
-        raise ConfigError(f"pgolf doctor takes no arguments, and {args[0]!r} is one")
+def main(argv: list[str]) -> int:
+    """`pgolf doctor`."""
+    argparse.ArgumentParser(
+        prog="pgolf doctor",
+        description="What this machine and this installation have, and what pgolf will use.",
+    ).parse_args(argv)
     print(report())
     return 0

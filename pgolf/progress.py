@@ -1,4 +1,4 @@
-"""Progress with an ETA on standard error: one moving line on a terminal, a line now and then elsewhere."""
+"""Progress with an ETA on standard error: one moving line on a terminal, else a line at times."""
 
 import sys
 import time
@@ -63,7 +63,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """End the moving line; on other outputs, say so if anything was shown or it took a while."""
+        """End the moving line; on other outputs, a last line if the work took a while."""
         now = time.monotonic()
         if self.enabled and (self.tty or now - self.start >= self.every):
             self._show(now, end="\n")

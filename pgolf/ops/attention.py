@@ -49,7 +49,7 @@ def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[boo
     found = torch.cuda.get_device_capability(device)
     # FlashAttention 3 is compiled for Hopper alone: newer architectures do not run sm_90a code.
     if (found[0] != 9) if backend == "fa3" else found < capability:
-        return False, f"{title}: needs sm_{capability[0]}{capability[1]}, this is sm_{found[0]}{found[1]}"
+        return False, f"{title}: needs sm_%d%d, this is sm_%d%d" % (*capability, *found)
     if dtype not in (torch.bfloat16, torch.float16):
         return False, f"{title}: needs bf16 or fp16, this run computes in {dtype}"
     module, reason = _module(backend)
@@ -85,7 +85,8 @@ def _call(function: Callable[..., Any], causal: bool, **known: Any) -> Any:
     """Call one of flash-attn's inner functions, whose parameters differ between versions.
 
     Plain functions of older releases name the flag `causal` and give no defaults; custom
-    operators of newer ones may name it `is_causal`. Required parameters that we do not use are None.
+    operators of newer ones may name it `is_causal`. Required parameters that we do not use are
+    None.
     """
     inner = getattr(function, "_init_fn", function)  # what a custom operator wraps
     parameters = inspect.signature(inner).parameters

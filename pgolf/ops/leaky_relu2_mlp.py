@@ -1,6 +1,6 @@
 """MLP with squared (leaky) ReLU.
 
-    out = leaky_relu(h W_up^T, slope)^2 W_down^T           slope 0: relu^2 (So et al., arXiv 2109.08668)
+    out = leaky_relu(h W_up^T, slope)^2 W_down^T        slope 0: relu^2 (arXiv 2109.08668)
 
 Shapes: h (..., D), w_up (F, D), w_down (D, F).
 """

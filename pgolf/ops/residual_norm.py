@@ -1,6 +1,6 @@
 """RMS norm and the residual stream around it.
 
-    rms_norm(x)   = x / sqrt(mean(x^2) + eps)                      (Zhang & Sennrich, arXiv 1910.07467)
+    rms_norm(x)   = x / sqrt(mean(x^2) + eps)                      (arXiv 1910.07467)
     residual_norm = x_in = mix[0] * x + mix[1] * x0,  h = scale * rms_norm(x_in)
 
 Statistics are taken in fp32 whatever the dtype of x. Shapes: x, x0 (..., D), mix (2, D).

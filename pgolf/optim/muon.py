@@ -1,4 +1,6 @@
-"""Muon: momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum whose update is orthogonalised.
+
+Jordan et al. 2024, kellerjordan.github.io/posts/muon:
 
     buf <- mu buf + G;   U = G + mu buf (Nesterov) or buf;   X = newton_schulz(U)
     W <- W (1 - lr wd) - lr sqrt(max(1, rows / cols)) X

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import pgolf
-from pgolf.device import cpu_flags
+from pgolf.device import cpu_flags, driver
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -42,7 +42,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver() or None,
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "cpu_flags": sorted(cpu_flags() & set(FLAGS)),
         "threads": torch.get_num_threads(),

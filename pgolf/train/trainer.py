@@ -204,8 +204,9 @@ class Trainer:
         bad = self.ranks.sum([float(step < math.inf)])[0]
         if bad:
             kept = self.folder.checkpoints()
+            first = int(min(step, self.clock.step))
             raise TrainingError(
-                f"the loss or its gradient was not finite at step {int(min(step, self.clock.step))}: "
+                f"the loss or its gradient was not finite at step {first}: "
                 "lower the learning rates, or look at the data. "
                 + (
                     f"The last good checkpoint is {kept[-1]}"
@@ -231,8 +232,9 @@ class Trainer:
         ms = 1000 * c.seconds / c.step
         left = self.schedule.steps_left(c)
         self.say(
-            f"step:{c.step}/{c.step + left} train_loss:{loss:.4f} train_time:{1000 * c.seconds:.0f}ms "
-            f"step_avg:{ms:.2f}ms eta:{format_seconds(left * ms / 1000)}"
+            f"step:{c.step}/{c.step + left} train_loss:{loss:.4f} "
+            f"train_time:{1000 * c.seconds:.0f}ms step_avg:{ms:.2f}ms "
+            f"eta:{format_seconds(left * ms / 1000)}"
         )
         self.folder.log(
             kind="train",
