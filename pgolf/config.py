@@ -12,11 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pgolf.errors import ConfigError
-
-
-def opt(default: Any, doc: str, **limits: Any) -> Any:
-    """A documented field; limits are `ge`, `gt`, `le`, `choices`."""
-    return field(default=default, metadata={"doc": doc, **limits})
+from pgolf.fields import opt, parse_value, section_from_dict
 
 
 @dataclass(frozen=True)
@@ -292,46 +288,6 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
     raise ConfigError(f"unknown key {key!r}: {hint}")
 
 
-def parse_value(key: str, spec: dataclasses.Field, text: Any) -> Any:
-    """Turn text into the field's type and check its limits."""
-    kind = (
-        spec.type
-        if isinstance(spec.type, type)
-        else {t.__name__: t for t in (int, float, bool, str)}[spec.type]
-    )
-    try:
-        if isinstance(text, str) and kind is bool:
-            value = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}[
-                text.lower()
-            ]
-        elif isinstance(text, str) and kind is int and "e" in text.lower():
-            value = int(float(text))  # 1e6
-            if value != float(text):
-                raise ValueError
-        else:
-            value = kind(text)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConfigError(f"{key}={text}: expected {kind.__name__}") from None
-    check_limits(key, spec.metadata, value)
-    return value
-
-
-def check_limits(key: str, limits: Mapping[str, Any], value: Any) -> None:
-    """Raise ConfigError unless `value` is within the field's limits."""
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise ConfigError(f"{key}={value}: must be finite")
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(
-            f"{key}={value}: must be one of {', '.join(map(repr, limits['choices']))}"
-        )
-    if "ge" in limits and value < limits["ge"]:
-        raise ConfigError(f"{key}={value}: must be at least {limits['ge']}")
-    if "gt" in limits and value <= limits["gt"]:
-        raise ConfigError(f"{key}={value}: must be greater than {limits['gt']}")
-    if "le" in limits and value > limits["le"]:
-        raise ConfigError(f"{key}={value}: must be at most {limits['le']}")
-
-
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A copy with some keys changed; values may be text. Checks every value and how they fit."""
     changed: dict[str, dict[str, Any]] = {}
@@ -364,9 +320,8 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
     return {key: environ[name] for name, key in ENVIRONMENT.items() if environ.get(name)}
 
 
-def check(config: Config) -> None:
-    """Raise ConfigError where values that are fine alone do not fit together."""
-    m, d, s = config.model, config.data, config.schedule
+def check_model(m: ModelConfig) -> None:
+    """Raise ConfigError where values of a model that are fine alone do not fit together."""
     if m.dim % m.heads:
         raise ConfigError(f"dim={m.dim} must be a multiple of heads={m.heads}")
     if m.heads % m.kv_heads:
@@ -381,6 +336,12 @@ def check(config: Config) -> None:
         )
     resolve_layers("xsa_layers", m.xsa_layers, m.layers)
     resolve_layers("ve_layers", m.ve_layers, m.layers)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where values that are fine alone do not fit together."""
+    check_model(config.model)
+    d, s = config.data, config.schedule
     if d.batch_tokens % d.seq_len:
         raise ConfigError(
             f"batch_tokens={d.batch_tokens} must be a multiple of seq_len={d.seq_len}"
@@ -417,17 +378,6 @@ def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as written to config.json."""
     return dataclasses.asdict(config)
-
-
-def section_from_dict(cls: type, values: Any) -> Any:
-    """Rebuild one section from plain values, refusing unknown names, types and limits."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{cls.__name__}: expected an object, found {type(values).__name__}")
-    known = {f.name: f for f in fields(cls)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{cls.__name__}: unknown key {name!r}")
-    return cls(**{name: parse_value(name, known[name], v) for name, v in values.items()})
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -67,6 +67,8 @@ def main() -> int:
         result = score(json.loads(sys.argv[1]))
     except PgolfError as e:
         result = {"error": str(e), "kind": type(e).__name__}
+    except KeyboardInterrupt:  # the process that asked says so
+        return 130
     print(json.dumps(result | {"code": loaded_code()}))
     return 0
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from pgolf.artifact.container import read_artifact
-from pgolf.config import ModelConfig, section_from_dict
+from pgolf.config import ModelConfig, check_model
 from pgolf.errors import ArtifactError, ConfigError
+from pgolf.fields import section_from_dict
 from pgolf.model import GPT
 from pgolf.ops.attention import choose
 from pgolf.quant.dequantize import dequantize
@@ -24,6 +25,7 @@ def load_model(
     artifact = read_artifact(path)
     try:
         config = section_from_dict(ModelConfig, artifact.meta.get("model"))
+        check_model(config)
         length = artifact.meta["seq_len"]
         if not isinstance(length, int) or not 0 < length <= 65536:
             raise ConfigError(f"seq_len={length!r}: expected 1 to 65536")
