@@ -1,5 +1,6 @@
 """`pgolf train`: from a configuration to a scored artifact."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
 from pgolf.model.init import init_weights
 from pgolf.ops.attention import choose
+from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import Recipe
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
@@ -82,8 +84,9 @@ def build(
     """The model with its initial weights and the trainer around it; says what was chosen."""
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
     backend, attention = choose(ranks.device, dtype, config.run.attention)
-    # Matmuls that stay in fp32 may use TF32, as in the published scripts.
-    torch.set_float32_matmul_precision("high")
+    if ranks.device.type == "cuda":
+        # Matmuls that stay in fp32 may use TF32, as in the published scripts.
+        torch.set_float32_matmul_precision("high")
     model = GPT(config.model, dtype, backend, config.data.seq_len)
     init_weights(model, config.run.seed)
     val = load_validation(
@@ -110,6 +113,7 @@ def build(
 
 def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
     """Train, pack, decode, score, report. Returns the exit code."""
+    started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
         folder = RunFolder(_folder(config, ranks), writes=ranks.first)
@@ -136,6 +140,7 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
         with Interrupt(folder.path, recipe.name) as interrupt:
             trainer.train(interrupt)
         finish(config, ranks, dataset, folder, trainer)
+        trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
         ranks.stop()
     return 0

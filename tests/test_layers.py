@@ -1,0 +1,74 @@
+"""An import only ever points down, and cheap imports stay cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Top first; what stands on one line may import each other and whatever stands below.
+LAYERS = [
+    ["pgolf.__main__", "pgolf.cli"],
+    ["pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes", "pgolf.report"],
+    ["pgolf.artifact", "pgolf.evaluate"],
+    ["pgolf.model", "pgolf.optim", "pgolf.quant"],
+    ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.config", "pgolf.device"],
+    ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
+    ["pgolf.errors"],
+    ["pgolf"],
+]
+
+
+def layer(module: str) -> int:
+    """Index of the most specific entry that `module` lies in."""
+    fits = [
+        (len(name), i)
+        for i, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
+    return max(fits)[1]
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of pgolf that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inside = {f"{node.module}.{a.name}" for a in node.names}
+            is_package = node.module == "pgolf"
+            found |= inside if is_package else {node.module}
+    return {m for m in found if m == "pgolf" or m.startswith("pgolf.")}
+
+
+def test_imports_point_down():
+    upward = []
+    for file in (ROOT / "pgolf").rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for target in imports(file):
+            if layer(target) < layer(module):
+                upward.append(f"{module} imports {target}")
+    assert not upward
+
+
+def test_every_module_has_a_layer():
+    """A new module is placed on purpose: nothing falls to the bottom entry 'pgolf' by accident."""
+    for file in (ROOT / "pgolf").rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(parts).removesuffix(".__init__")
+        assert module == "pgolf" or layer(module) < len(LAYERS) - 1, module
+
+
+def test_import_and_help_load_no_torch():
+    code = (
+        "import sys, pgolf, pgolf.cli\n"
+        "try: pgolf.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "torchrun" in done.stdout
