@@ -1,0 +1,114 @@
+"""Late QAT acts, in one compiled graph: bits, clip and switch are tensors; nothing recompiles."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pgolf.config import ModelConfig
+from pgolf.model import GPT
+from pgolf.model.layers import Matrix
+from pgolf.ops.fake_quant import row_codes, row_scale
+
+from .test_gpt_spec import randomised
+
+CONFIG = ModelConfig(
+    vocab_size=16,
+    layers=1,
+    dim=16,
+    heads=2,
+    kv_heads=1,
+    mlp_hidden=24,
+    rope_dims=4,
+    bigram_buckets=8,
+    bigram_dim=8,
+    ve_layers="0",
+    ve_dim=8,
+    table_dtype="fp32",
+)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(16, (2, 7), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def prepared(grid: dict) -> tuple[GPT, list[Matrix], torch.Tensor]:
+    """A model whose block matrices all carry the fake-quant of one switch."""
+    model = randomised(CONFIG, torch.float32)
+    switch = torch.zeros(())
+    matrices = [m for m in model.blocks.modules() if isinstance(m, Matrix)]
+    assert len(matrices) == 6
+    for matrix in matrices:
+        matrix.prepare_qat(6, switch, **grid)
+    return model, matrices, switch
+
+
+def decoded(weight: torch.Tensor, bits: int, factor: float, **grid: float) -> torch.Tensor:
+    """The weight as an artifact would give it back."""
+    clip = weight.abs().amax(1) * factor
+    scale = row_scale(clip, bits, grid.get("floor", 0.0))
+    return row_codes(weight, scale, bits, full_range=grid.get("full_range", False)) * scale[:, None]
+
+
+@pytest.mark.parametrize("grid", [{}, {"floor": 1.0, "full_range": True}])
+def test_the_loss_is_that_of_the_decoded_weights(grid: dict) -> None:
+    model, matrices, switch = prepared(grid)
+    plain = randomised(CONFIG, torch.float32)
+    off = model(*batch())
+    assert torch.equal(off, plain(*batch())), "off changes nothing"
+    switch.fill_(1)  # one tensor switches every matrix
+    for matrix in matrices:
+        matrix.qat_clip.fill_(0.8)
+        matrix.qat_bits.fill_(4.0)
+    with torch.no_grad():
+        for matrix in (m for m in plain.blocks.modules() if isinstance(m, Matrix)):
+            matrix.weight.copy_(decoded(matrix.weight, 4, 0.8, **grid))
+    assert model(*batch()).item() == plain(*batch()).item()
+    assert model(*batch()).item() != off.item()
+
+
+def test_gradients_pass_straight_through_to_every_matrix() -> None:
+    model, matrices, switch = prepared({})
+    switch.fill_(1)
+    model(*batch()).backward()
+    plain = randomised(CONFIG, torch.float32)
+    with torch.no_grad():
+        for matrix in (m for m in plain.blocks.modules() if isinstance(m, Matrix)):
+            matrix.weight.copy_(decoded(matrix.weight, 6, 1.0))
+    plain(*batch()).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+        assert p.grad.abs().max() > 0, name
+
+
+def test_one_graph_for_every_bits_clip_and_switch() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, matrices, switch = prepared({})
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    losses = {}
+
+    def check(label: str) -> None:
+        loss = compiled(*batch())
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        expected = model(*batch())
+        torch.testing.assert_close(loss, expected)
+        wanted = torch.autograd.grad(expected, list(model.parameters()))
+        torch.testing.assert_close(grads, wanted)
+        losses[label] = loss.item()
+
+    check("off")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        switch.fill_(1)
+        check("6 bits")
+        for matrix in matrices:
+            matrix.qat_bits.fill_(4)
+        check("4 bits")
+        for matrix in matrices:
+            matrix.qat_clip.fill_(0.5)
+        check("clipped")
+        switch.fill_(0)
+        check("off again")
+    assert counters["stats"]["unique_graphs"] == 1
+    assert losses["off again"] == losses["off"]
+    assert len({round(v, 6) for v in losses.values()}) == 4, losses
