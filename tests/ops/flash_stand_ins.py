@@ -1,0 +1,140 @@
+"""Stand-ins for the flash-attn packages: their signatures, with plain torch arithmetic inside.
+
+Three families exist. FlashAttention 3 of 2025: plain functions, most parameters required, `causal`
+in both. FlashAttention 3 of 2026: custom operators with defaults, `is_causal` in the backward
+pass. FlashAttention 2 since 2.7: custom operators whose parameters are all required.
+Shapes: q, out (N, T, H, d), k, v (N, T, G, d), lse (N, H, T).
+"""
+
+import inspect
+from types import ModuleType
+from typing import Any, Optional  # noqa: F401  (named by the signatures)
+
+import torch
+from torch import Tensor
+
+# What a call may leave out or must neutralise: other values change the result.
+NEUTRAL = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_softmax": False,
+    "deterministic": False,
+    "attention_chunk": 0,
+    "num_splits": 1,
+    "sm_margin": 0,
+}
+
+FA3_PLAIN = (
+    "q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, "
+    "seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, "
+    "rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale, softmax_scale, causal, "
+    "window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+    "scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0",
+    "dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, "
+    "max_seqlen_q, max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), "
+    "softcap=0.0, deterministic=False, sm_margin=0",
+)
+FA3_OPERATOR = (
+    "q: Tensor, k: Tensor, v: Tensor, k_new: Optional[Tensor] = None, "
+    "v_new: Optional[Tensor] = None, qv: Optional[Tensor] = None, out_: Optional[Tensor] = None, "
+    "cu_seqlens_q: Optional[Tensor] = None, max_seqlen_q: Optional[int] = None, "
+    "softmax_scale: Optional[float] = None, causal: bool = False, window_size_left: int = -1, "
+    "window_size_right: int = -1, attention_chunk: int = 0, softcap: float = 0.0, "
+    "num_splits: int = 1, pack_gqa: Optional[bool] = None, sm_margin: int = 0",
+    "dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, "
+    "cu_seqlens_q: Optional[Tensor] = None, cu_seqlens_k: Optional[Tensor] = None, "
+    "dq: Optional[Tensor] = None, dk: Optional[Tensor] = None, dv: Optional[Tensor] = None, "
+    "softmax_scale: Optional[float] = None, is_causal: bool = False, window_size_left: int = -1, "
+    "window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, "
+    "sm_margin: int = 0",
+)
+FA2_OPERATOR = (
+    "q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, "
+    "window_size_left: int, window_size_right: int, softcap: float, "
+    "alibi_slopes: Optional[Tensor], return_softmax: bool",
+    "dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, "
+    "dq: Optional[Tensor], dk: Optional[Tensor], dv: Optional[Tensor], dropout_p: float, "
+    "softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, "
+    "softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool, "
+    "rng_state: Optional[Tensor] = None",
+)
+# backend -> name of the family -> (signatures, registered as custom operators, extra outputs)
+FAMILIES = {
+    "fa3-plain": ("fa3", FA3_PLAIN, False),
+    "fa3-operator": ("fa3", FA3_OPERATOR, True),
+    "fa2-operator": ("fa2", FA2_OPERATOR, True),
+}
+
+
+def _scores(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked scores (N, H, T, T), and k and v with one head for each query head."""
+    for name, value in NEUTRAL.items():
+        assert a.get(name, value) == value, f"{name}={a[name]}"
+    assert a.get("causal", a.get("is_causal")) is True
+    q, k, v = a["q"], a["k"], a["v"]
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    share = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
+    scores = torch.einsum("nthd,nshd->nhts", q.float(), k.float()) * a["softmax_scale"]
+    above = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(above, float("-inf")), k.float(), v.float()
+
+
+def forward_math(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, and two outputs nobody needs)."""
+    scores, _, v = _scores(a)
+    out = torch.einsum("nhts,nshd->nthd", scores.softmax(-1), v).to(a["q"].dtype)
+    return out.contiguous(), scores.logsumexp(-1), torch.empty(0), torch.empty(2)
+
+
+def backward_math(a: dict[str, Any]) -> Tensor:
+    """Writes dq, dk, dv in place, as the packages do; returns what nobody needs."""
+    assert a["dout"].is_contiguous()
+    scores, k, v = _scores(a)
+    p = (scores - a["softmax_lse"][..., None]).exp()
+    dout = a["dout"].float()
+    dp = torch.einsum("nthd,nshd->nhts", dout, v)
+    rows = (dout * a["out"].float()).sum(-1).transpose(1, 2)[..., None]
+    ds = p * (dp - rows) * a["softmax_scale"]
+    gradients = (
+        torch.einsum("nhts,nshd->nthd", ds, k),
+        torch.einsum("nhts,nthd->nshd", ds, a["q"].float()),
+        torch.einsum("nhts,nthd->nshd", p, dout),
+    )
+    for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
+        into = a[name]
+        into.copy_(gradient.unflatten(2, (into.shape[2], -1)).sum(3))
+    return rows.squeeze(-1).clone()
+
+
+def _function(signature: str, result: str, math: Any) -> Any:
+    scope = {"Tensor": Tensor, "Optional": Optional, "math": math}
+    exec(f"def function({signature}) -> {result}:\n    return math(locals())", scope)
+    return scope["function"]
+
+
+def build(family: str) -> ModuleType:
+    """A module with `_flash_attn_forward` and `_flash_attn_backward` of one family."""
+    _, (forward, backward), operator = FAMILIES[family]
+    module = ModuleType(family)
+    functions = {
+        "forward": _function(forward, "tuple[Tensor, Tensor, Tensor, Tensor]", forward_math),
+        "backward": _function(backward, "Tensor", backward_math),
+    }
+    for direction, function in functions.items():
+        assert len(inspect.signature(function).parameters) > 8
+        if operator:
+            function = torch.library.custom_op(
+                f"stand_in::{family.replace('-', '_')}_{direction}",
+                function,
+                mutates_args=() if direction == "forward" else ("dq", "dk", "dv"),
+            )
+        setattr(module, f"_flash_attn_{direction}", function)
+    return module
+
+
+MODULES = {family: build(family) for family in FAMILIES}

@@ -1,0 +1,179 @@
+"""The integer grids against numpy float64, their edge cases, and the straight-through gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.ops.fake_quant import fake_quant, row_codes, row_scale
+
+BITS = (4, 5, 6, 7, 8)
+ONE, ZERO = torch.ones(()), torch.zeros(())
+
+
+def weights(rows: int = 9, columns: int = 33, std: float = 0.05) -> torch.Tensor:
+    g = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, columns, generator=g) * std
+
+
+def by_hand(
+    w: torch.Tensor, factor: torch.Tensor, bits: int, floor: float, multiple: int, full: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, values) by the formula; divisions are the fp32 ones that are specified."""
+    w, factor = w.numpy(), factor.numpy()
+    qmax = 2 ** (bits - 1) - 1
+    clip = np.maximum(np.abs(w).max(1) * factor, np.float32(floor))
+    step = np.clip(clip / np.float32(qmax), 2.0**-24, 65504).astype(np.float16).astype(np.float32)
+    codes = np.rint(w / step[:, None])  # rint rounds half to even
+    if multiple > 1:
+        codes = np.rint(codes / multiple) * multiple
+    codes = np.clip(codes, -qmax - full, qmax)
+    return codes, codes * step[:, None]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("floor", "multiple", "full", "cut"),
+    [(0, 1, False, 1.0), (1, 1, False, 1.0), (0, 4, False, 1.0), (0, 1, True, 0.6)],
+)
+def test_follows_the_formula(
+    bits: int, floor: float, multiple: int, full: bool, cut: float
+) -> None:
+    w = weights()
+    factor = torch.full((len(w),), cut)
+    codes, values = by_hand(w, factor, bits, floor, multiple, full)
+    scale = row_scale(w.abs().amax(1) * factor, bits, floor)
+    assert scale.dtype is torch.float32
+    assert torch.equal(scale, scale.half().float()), "the step is an fp16 number"
+    assert np.array_equal(row_codes(w, scale, bits, multiple, full).numpy(), codes)
+    quantised = fake_quant(w, factor, torch.tensor(float(bits)), ONE, floor, multiple, full)
+    assert np.array_equal(quantised.numpy(), values), "training must see what is decoded"
+    if cut < 1:
+        low = -(2 ** (bits - 1)) + (0 if full else 1)
+        assert codes.min() == low and codes.max() == 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_as_number_and_as_tensor_agree_bit_for_bit(bits: int) -> None:
+    w = weights(64, 65)
+    clip = w.abs().amax(1)
+    for held in (torch.tensor(bits), torch.tensor(float(bits))):
+        scale = row_scale(clip, bits)
+        assert torch.equal(row_scale(clip, held), scale)
+        for full in (False, True):
+            assert torch.equal(
+                row_codes(w, scale, held, full_range=full),
+                row_codes(w, scale, bits, full_range=full),
+            )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_unclipped_error_is_at_most_half_a_step(bits: int) -> None:
+    w = weights(16, 100)
+    factor = torch.ones(16)
+    value = fake_quant(w, factor, torch.tensor(float(bits)), ONE)
+    step = row_scale(w.abs().amax(1), bits)
+    # fp16 rounds the step by up to 2^-11, which the largest codes feel qmax times
+    slack = 0.5 + 2.0**-11 * 2 ** (bits - 1)
+    assert ((value - w).abs() <= slack * step[:, None]).all()
+
+
+def test_a_value_on_the_grid_stays() -> None:
+    step = 2.0**-6
+    codes = torch.arange(-31, 32).float()[None]
+    assert torch.equal(
+        fake_quant(codes * step, torch.ones(1), torch.tensor(6.0), ONE), codes * step
+    )
+
+
+def test_ties_round_to_even() -> None:
+    scale = torch.tensor([0.25])
+    w = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]) * 0.25
+    assert row_codes(w, scale, 6).tolist() == [[0, 2, 2, 0, -2, -2]]
+    assert row_codes(torch.tensor([[2.0, 6.0, -6.0]]), torch.ones(1), 8, 4).tolist() == [[0, 8, -8]]
+
+
+def test_multiples_stay_within_the_range() -> None:
+    """PR 543: int8 codes that are multiples of 4, clamped to 127."""
+    w = torch.linspace(-1, 1, 301)[None]
+    codes = row_codes(w, row_scale(torch.ones(1), 8), 8, 4)
+    inner = codes[codes.abs() != 127]
+    assert (inner % 4 == 0).all() and codes.abs().max() == 127
+
+
+def test_a_zero_row() -> None:
+    w = torch.zeros(2, 4)
+    w[1] = 0.5
+    assert row_scale(w.abs().amax(1), 6)[0] == 2.0**-24
+    out = fake_quant(w, torch.ones(2), torch.tensor(6.0), ONE)
+    assert not out[0].any() and out[1].allclose(w[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-6, 1e-4])
+def test_tiny_rows_use_subnormal_steps(size: float) -> None:
+    w = weights(4, 64, 1.0) * size
+    scale = row_scale(w.abs().amax(1), 6)
+    assert (scale >= 2.0**-24).all()
+    out = fake_quant(w, torch.ones(4), torch.tensor(6.0), ONE)
+    assert out.isfinite().all()
+    assert (out - w).abs().max() <= max(0.5 * scale.max().item(), 0) + 0.5 * 2.0**-24 * 31
+
+
+@pytest.mark.parametrize("clip", [65504.0 * 31, 1e30, math.inf])
+def test_huge_rows_clip_at_the_largest_fp16(clip: float) -> None:
+    assert row_scale(torch.tensor([clip]), 6).item() == 65504.0
+
+
+def test_the_floor_of_the_seeds() -> None:
+    clip = torch.tensor([0.3, 1.0, 4.0])
+    expected = torch.tensor([1 / 31, 1 / 31, 4 / 31]).half().float()
+    assert torch.equal(row_scale(clip, 6, 1.0), expected)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gradient_is_exactly_one_everywhere(full: bool) -> None:
+    w = weights().requires_grad_()
+    upstream = torch.randn(w.shape)
+    for on in (ONE, ZERO):
+        out = fake_quant(w, torch.full((9,), 0.5), torch.tensor(5.0), on, full_range=full)
+        (grad,) = torch.autograd.grad(out, w, upstream)
+        assert torch.equal(grad, upstream)
+
+
+def test_off_returns_the_weights_exactly() -> None:
+    w = torch.cat((weights(), weights() * 1e30, weights() * 1e-30))
+    assert torch.equal(fake_quant(w, torch.full((27,), 0.3), torch.tensor(4.0), ZERO), w)
+
+
+def test_each_row_has_its_own_step_and_clip() -> None:
+    w, factor, bits = weights(), torch.linspace(0.3, 1, 9), torch.tensor(6.0)
+    whole = fake_quant(w, factor, bits, ONE)
+    for i in range(9):
+        row = slice(i, i + 1)
+        assert torch.equal(fake_quant(w[row], factor[row], bits, ONE), whole[row])
+
+
+def test_nan_and_infinity_are_not_hidden() -> None:
+    """A diverged weight must reach the loss, where training stops."""
+    for bad in (math.nan, math.inf):
+        w = weights()
+        w[2, 3] = bad
+        out = fake_quant(w, torch.ones(9), torch.tensor(6.0), ONE)
+        assert not out[2].isfinite().all()
+        assert out[[0, 1, 3, 4, 5, 6, 7, 8]].isfinite().all()
+
+
+def test_strided_weights() -> None:
+    w = weights(8, 8)
+    bits = torch.tensor(6.0)
+    assert torch.equal(
+        fake_quant(w.T, torch.ones(8), bits, ONE),
+        fake_quant(w.T.contiguous(), torch.ones(8), bits, ONE),
+    )
+
+
+def test_float64_weights_keep_their_dtype() -> None:
+    w = weights().double()
+    out = fake_quant(w, torch.ones(9), torch.tensor(6.0), ONE)
+    assert out.dtype is torch.float64
