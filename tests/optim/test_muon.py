@@ -1,0 +1,154 @@
+"""Muon against a plain float64 loop over single matrices, and on two ranks against one."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pgolf.optim.muon import Muon
+
+# square, wide, tall as mlp.fc (rows = 3 columns), and a second one of a shape
+SHAPES = {"q": (8, 8), "k": (4, 8), "fc": (24, 8), "o": (8, 8), "down": (8, 24), "v": (4, 8)}
+LR, DECAY = 0.05, 0.3
+MOMENTA = (0.5, 0.8, 0.9, 0.9)
+
+
+def weights() -> dict[str, torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return {n: torch.nn.Parameter(torch.randn(*s, generator=g)) for n, s in SHAPES.items()}
+
+
+def gradient(name: str, step: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(100 * step + list(SHAPES).index(name))
+    return torch.randn(*SHAPES[name], generator=g)
+
+
+def muon(params: dict[str, torch.nn.Parameter], nesterov: bool = True) -> Muon:
+    return Muon(
+        params.values(),
+        lr=LR,
+        momentum=0.0,
+        weight_decay=DECAY,
+        nesterov=nesterov,
+        ns_steps=5,
+        ns_dtype=torch.float32,
+    )
+
+
+def run(optimiser: Muon, params: dict[str, torch.nn.Parameter]) -> None:
+    for step, momentum in enumerate(MOMENTA):
+        for name, p in params.items():
+            p.grad = gradient(name, step)
+        for group in optimiser.param_groups:
+            group["momentum"], group["lr"] = momentum, LR / (step + 1)
+        optimiser.step()
+
+
+def by_hand(name: str, nesterov: bool) -> np.ndarray:
+    """The specification in float64, one matrix at a time."""
+    w = weights()[name].detach().double().numpy()
+    buffer = np.zeros_like(w)
+    for step, momentum in enumerate(MOMENTA):
+        g = gradient(name, step).double().numpy()
+        lr = LR / (step + 1)
+        buffer = momentum * buffer + g
+        x = g + momentum * buffer if nesterov else buffer
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        rows, columns = w.shape
+        w = w * (1 - lr * DECAY) - lr * np.sqrt(max(1, rows / columns)) * x
+    return w
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_several_steps_follow_the_formula(nesterov: bool) -> None:
+    params = weights()
+    run(muon(params, nesterov), params)
+    for name, p in params.items():
+        expected = by_hand(name, nesterov)
+        np.testing.assert_allclose(
+            p.detach().double().numpy(), expected, rtol=0, atol=2e-5, err_msg=name
+        )
+
+
+def test_only_the_up_projection_gets_a_factor() -> None:
+    """One step from zero without decay moves every singular direction by lr times the factor."""
+    params = {n: torch.nn.Parameter(torch.zeros(*s)) for n, s in SHAPES.items()}
+    optimiser = Muon(params.values(), 1.0, 0.0, 0.0, True, 12, torch.float32)
+    for name, p in params.items():
+        p.grad = gradient(name, 0)
+    optimiser.step()
+    for name, p in params.items():
+        mean = torch.linalg.svdvals(p.detach()).mean().item()
+        assert mean == pytest.approx(3**0.5 if name == "fc" else 1.0, rel=0.2), name
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    for nesterov in (True, False):
+        params = weights()
+        run(muon(params, nesterov), params)
+        for name, p in params.items():
+            assert torch.equal(p.grad, gradient(name, len(MOMENTA) - 1)), name
+
+
+def test_momentum_is_kept_in_fp32_and_round_trips() -> None:
+    first, second = weights(), weights()
+    optimiser = muon(first)
+    run(optimiser, first)
+    assert all(s["momentum_buffer"].dtype is torch.float32 for s in optimiser.state.values())
+    resumed = muon(second)
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    with torch.no_grad():
+        for name in second:
+            second[name].copy_(first[name])
+    run(optimiser, first)
+    run(resumed, second)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_bf16_iteration_stays_near_the_fp32_one() -> None:
+    exact, rough = weights(), weights()
+    run(muon(exact), exact)
+    run(Muon(rough.values(), LR, 0.0, DECAY, True, 5, torch.bfloat16), rough)
+    for name in exact:
+        assert rough[name].dtype is torch.float32
+        change = (exact[name] - weights()[name]).norm()
+        assert (rough[name] - exact[name]).norm() < 0.1 * change, name
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    # with and without shapes that have fewer matrices than ranks
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        params = weights()
+        optimiser = Muon(params.values(), LR, 0.0, DECAY, True, 5, dtype)
+        run(optimiser, params)
+        results[str(dtype)] = {n: p.detach() for n, p in params.items()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_take_the_same_step_as_one(tmp_path: Path) -> None:
+    mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        alone = weights()
+        run(Muon(alone.values(), LR, 0.0, DECAY, True, 5, dtype), alone)
+        for name, p in alone.items():
+            mine = first[str(dtype)][name]
+            assert torch.equal(mine, second[str(dtype)][name]), "ranks must not drift apart"
+            # a batch of other size may add in another order
+            atol = 1e-6 if dtype is torch.float32 else 2e-2 * LR
+            torch.testing.assert_close(mine, p.detach(), rtol=0, atol=atol)
