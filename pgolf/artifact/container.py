@@ -140,7 +140,7 @@ def _decode(data: bytes) -> Artifact:
 def _parse_header(body: bytearray) -> tuple[dict[str, Any], str, list[Entry], int]:
     """Meta, packing, tensor table, and where the data begins."""
     end = 4 + int.from_bytes(body[:4], "little")
-    if len(body) < 4 or end > min(len(body), 4 + MAX_HEADER):
+    if end > min(len(body), 4 + MAX_HEADER):
         raise ArtifactError(f"a header of {end - 4} bytes in a body of {len(body)}")
     try:
         header = json.loads(body[4:end].decode("utf-8"), parse_constant=_no_constant)
