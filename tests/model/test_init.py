@@ -174,3 +174,36 @@ def test_the_artifact_stores_parameters_and_no_buffers() -> None:
             module.prepare_qat(6, torch.zeros(()))
     assert set(model.export_state()) == {n for n, _ in model.named_parameters()}
     assert not any(t.requires_grad for t in model.export_state().values())
+
+
+def test_checkpoints_of_the_public_scripts_load() -> None:
+    """Names and shapes of the scripts' parameters; their value scales are vectors of one."""
+    shapes = {
+        "tok_emb.weight": (1024, 512),
+        "bigram.embed.weight": (2048, 128),
+        "bigram.proj.weight": (512, 128),
+        "bigram.scale": (),
+        "smear.gate": (512,),
+        "skip_weights": (5, 512),
+        "ve_shared.embed.weight": (1024, 128),
+        "ve_shared.proj.weight": (256, 128),
+        "ve_shared.scale": (),
+        "ve_layer_scales.0": (1,),
+        "ve_layer_scales.1": (1,),
+    }
+    for i in range(11):
+        shapes |= {
+            f"blocks.{i}.attn.c_q.weight": (512, 512),
+            f"blocks.{i}.attn.c_k.weight": (256, 512),
+            f"blocks.{i}.attn.c_v.weight": (256, 512),
+            f"blocks.{i}.attn.proj.weight": (512, 512),
+            f"blocks.{i}.attn.q_gain": (8,),
+            f"blocks.{i}.mlp.fc.weight": (1536, 512),
+            f"blocks.{i}.mlp.proj.weight": (512, 1536),
+            f"blocks.{i}.attn_scale": (512,),
+            f"blocks.{i}.mlp_scale": (512,),
+            f"blocks.{i}.resid_mix": (2, 512),
+        }
+    model = GPT(SEEDS["pr478"], max_length=8)
+    model.load_state_dict({n: torch.full(s, 0.25) for n, s in shapes.items()}, strict=True)
+    assert all((p == 0.25).all() for p in model.parameters())
