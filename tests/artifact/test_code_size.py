@@ -3,6 +3,7 @@
 import random
 import shutil
 
+from pgolf.artifact import code_size
 from pgolf.artifact.code_size import code_bytes
 
 
@@ -25,6 +26,15 @@ def test_does_not_depend_on_where_the_files_are(tmp_path):
     shutil.copytree(tmp_path / "p", copy)
     names = ("a.py", "q/b.py")
     assert code_bytes(tmp_path / "p" / n for n in names) == code_bytes(copy / n for n in names)
+
+
+def test_files_are_joined_in_the_order_of_their_names(tmp_path, monkeypatch):
+    joined = []
+    monkeypatch.setattr(code_size.lzma, "compress", lambda data, **_: joined.append(data) or b"")
+    for i in range(9):
+        (tmp_path / f"{i}.py").write_text(str(i) * i)
+    code_bytes(tmp_path / f"{i}.py" for i in (3, 1, 4, 0, 5, 8, 2, 6, 7))
+    assert joined == [b"".join(b"%d.py\n%d\n%s" % (i, i, b"%d" % i * i) for i in range(9))]
 
 
 def test_content_and_names_both_count(tmp_path):

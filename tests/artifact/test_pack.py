@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pgolf.artifact import container, pack
-from pgolf.artifact.container import read_artifact
+from pgolf.artifact.container import Artifact, read_artifact
 from pgolf.artifact.pack import encode, write_artifact
 from pgolf.codecs import CODECS
 from pgolf.config import ArtifactConfig
@@ -47,6 +47,7 @@ def test_bytes_on_disk_are_deterministic(tmp_path, model, meta):
     backwards = dict(reversed(model.tensors.items()))
     for name, m in (("a", model), ("b", dataclasses.replace(model, tensors=backwards))):
         write_artifact(tmp_path / name, m, meta, ArtifactConfig(), progress=False)
+        meta = dict(reversed(meta.items()))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -86,6 +87,18 @@ def test_a_model_that_does_not_survive_is_not_written(tmp_path, model, meta):
             tmp_path / "a", dataclasses.replace(model, tensors=tensors), meta,
             ArtifactConfig(packing="bytes"), progress=False,
         )
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_decodes_to_other_values_is_not_written(tmp_path, monkeypatch, model, meta):
+    def other_step(data: bytes) -> Artifact:
+        artifact = read_artifact(data)
+        artifact.tensors["blocks.7.mlp.fc.weight"].scale[5] *= 1.001
+        return artifact
+
+    monkeypatch.setattr(pack, "read_artifact", other_step)
+    with pytest.raises(ArtifactError, match="blocks.7.mlp.fc.weight does not survive"):
+        write_artifact(tmp_path / "a", model, meta, ArtifactConfig(codec="zstd"), progress=False)
     assert not (tmp_path / "a").exists()
 
 

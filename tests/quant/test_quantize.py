@@ -88,6 +88,21 @@ def test_rows_at_the_floor_are_counted():
     assert quantize({name: w}, QuantConfig(small_numel=0), False).stats[name].floor_share == 0
 
 
+def test_the_floor_counts_clips_and_not_maxima():
+    w = torch.linspace(-1.05, 1.05, 401).repeat(2, 1)  # its 0.9 quantile is 0.945
+    config = QuantConfig(small_numel=0, min_scale=1.0, int8_percentile=0.9)
+    model = quantize({"tok_emb.weight": w}, config, progress=False)
+    assert model.stats["tok_emb.weight"].floor_share == 1.0
+
+
+def test_multiples_of_four():
+    name, w = "blocks.0.mlp.fc.weight", torch.randn(16, 300)
+    config = QuantConfig(small_numel=0, mlp_bits="8/4", clip_percentiles="0.97")
+    codes = quantize({name: w}, config, progress=False).tensors[name].data.int()
+    inner = codes[codes.abs() != 127]  # the largest code is the one that is no multiple
+    assert not (inner % 4).any() and len(inner.unique()) == 63 and len(inner) < codes.numel()
+
+
 def test_full_range_uses_one_code_more():
     name, w = "blocks.0.mlp.fc.weight", torch.linspace(-1, 1, 400).repeat(4, 1)
     for full_range, least in ((False, -31), (True, -32)):
