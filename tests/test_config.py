@@ -309,6 +309,12 @@ def test_a_section_survives_alone() -> None:
         ({"norm_eps": "nan"}, "norm_eps"),
         ({"layers": None}, "layers"),
         ({"layers": {}}, "layers"),
+        ({"layers": 4.7}, "layers"),  # nothing is rounded or made true silently
+        ({"layers": True}, "layers"),
+        ({"backout": 1}, "backout"),
+        ({"backout": None}, "backout"),
+        ({"xsa_layers": 3}, "xsa_layers"),
+        ({"xsa_layers": None}, "xsa_layers"),
     ],
 )
 def test_a_damaged_section_is_refused(values: object, told: str) -> None:

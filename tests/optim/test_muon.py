@@ -11,8 +11,16 @@ import torch.multiprocessing as mp
 
 from pgolf.optim.muon import Muon
 
-# square, wide, tall as mlp.fc (rows = 3 columns), and a second one of a shape
-SHAPES = {"q": (8, 8), "k": (4, 8), "fc": (24, 8), "o": (8, 8), "down": (8, 24), "v": (4, 8)}
+# square, wide and tall as mlp.fc (rows = 3 columns); three, two and one of a shape, on two ranks
+SHAPES = {
+    "q": (8, 8),
+    "k": (4, 8),
+    "fc": (24, 8),
+    "o": (8, 8),
+    "down": (8, 24),
+    "v": (4, 8),
+    "third": (8, 8),
+}
 LR, DECAY = 0.05, 0.3
 MOMENTA = (0.5, 0.8, 0.9, 0.9)
 
@@ -128,7 +136,6 @@ def _rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    # with and without shapes that have fewer matrices than ranks
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         params = weights()

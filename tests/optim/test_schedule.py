@@ -201,7 +201,7 @@ def test_published_swa_every_50_steps_below_its_multiplier() -> None:
         schedule="iterations",
         max_steps=1000,
         warmdown_iters=1000,
-        swa_start_lr=0.5,
+        swa_start_lr=0.5005,  # between the multipliers at steps 499 and 500
         swa_every_iters=100,
     )
     assert count_snapshots(on_time, 1000) == [600, 700, 800, 900, 1000]
