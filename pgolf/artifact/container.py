@@ -227,10 +227,11 @@ def _codes(packed: Tensor, packing: str, entry: Entry) -> Tensor:
         if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
             raise ArtifactError(f"tensor {entry.name}: a code does not fit {entry.bits} bits")
         return codes
-    from pgolf.ops.pack_bits import unpack_bits  # only files packed to bits need it
+    # Only files packed to bits need it; the reference, so that no compiled code is needed to decode.
+    from pgolf.ops.pack_bits import reference_unpack
 
     codes = torch.empty(math.prod(entry.shape), dtype=torch.int8)
     pieces = packed.split(UNPACK_CHUNK // 8 * entry.bits)
     for out, piece in zip(codes.split(UNPACK_CHUNK), pieces, strict=True):
-        out.copy_(unpack_bits(piece, entry.bits, out.numel()))
+        out.copy_(reference_unpack(piece, entry.bits, out.numel()))
     return codes

@@ -5,6 +5,7 @@ A micro-step takes W (L + 1) tokens in a row; rank r's are slice r of length L +
 tokens and y the same shifted by one. Sequences run across documents and shards, nothing is masked.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,17 @@ class SequentialLoader:
         self.ends = np.cumsum([read_header(path) for path in self.paths])
         self.total = int(self.ends[-1])
         self.position = 0
-        self._open: dict[int, np.ndarray] = {}
+        self._opened: dict[int, Future[np.ndarray]] = {}
+        self._opener = ThreadPoolExecutor(1, "next shard")
 
     def _shard(self, index: int) -> np.ndarray:
-        if index not in self._open:
-            self._open[index] = open_shard(self.paths[index], self.vocab_size)
-        return self._open[index]
+        """A shard's tokens; the next shard is checked meanwhile, off the training clock."""
+        for wanted in (index, (index + 1) % len(self.paths)):
+            if wanted not in self._opened:
+                self._opened[wanted] = self._opener.submit(
+                    open_shard, self.paths[wanted], self.vocab_size
+                )
+        return self._opened[index].result()
 
     def _take(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start` (modulo the total) as int64 of shape (count,)."""

@@ -22,7 +22,7 @@ from pgolf.model.gpt import DTYPES
 from pgolf.optim.schedule import Clock
 from pgolf.quant.policy import category
 from pgolf.quant.prune import prune_to_fit
-from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.quantize import QuantizedModel, quantize, relative_error
 from pgolf.train.provenance import provenance
 from pgolf.train.ranks import Ranks
 from pgolf.train.scoring import ask, code_files, relative, sums_of
@@ -82,12 +82,19 @@ def pack_to_budget(
         raise BudgetError(f"{over}: use prune_to_fit=true, fewer bits, or a smaller model")
     print(f"{over}: pruning", flush=True)
     fixed = dataclasses.replace(config.artifact, codec=report.codec, packing=report.packing)
+    # The codec never writes more at a higher level, so quick probes only err on the safe side.
+    quick = dataclasses.replace(fixed, zstd_level=1)
 
     def size(candidate: QuantizedModel) -> int:
-        return len(encode(candidate, meta, fixed, progress=False).data)
+        return len(encode(candidate, meta, quick, progress=False).data)
 
     model, pruned = prune_to_fit(model, size, limit - packed.bytes_code)
     report = write_artifact(path, model, meta, fixed)
+    stats = {
+        name: dataclasses.replace(s, relative_error=relative_error(state[name], model.tensors[name]))
+        for name, s in model.stats.items()
+    }
+    model = dataclasses.replace(model, stats=stats)
     return dataclasses.replace(packed, model=model, report=report, pruned=pruned)
 
 

@@ -74,10 +74,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     args = parser.parse_args(argv)
 
+    if not args.artifact.is_file():
+        raise errors.ArtifactError(f"{args.artifact}: no such file; it is called artifact in a run")
     folder = args.data or _run_of(args.artifact).get("data", {}).get("data")
     if not folder:
         raise errors.ConfigError(
-            f"{args.artifact}: no config.json beside it says which shards to score: use --data"
+            f"{args.artifact}: no config.json beside it that names shards to score: use --data"
         )
     if args.stride < 1 or args.val_tokens < 0:
         raise errors.ConfigError("--stride must be at least 1 and --val-tokens at least 0")

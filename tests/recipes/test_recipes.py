@@ -77,20 +77,34 @@ def test_names_of_settings_are_unique():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", SEEDS)
-def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
-    """The whole structure on a CPU: two short steps, the second with QAT on, then the artifact."""
-    out = tmp_path / name
+def run(name: str, shards, out, *words: str) -> tuple[dict, str]:
+    """Two short steps of a recipe at full size: result.json and what was printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "pgolf", "train", name, f"data={seed_shards}", f"out={out}",
+        [sys.executable, "-m", "pgolf", "train", name, f"data={shards}", f"out={out}",
          "max_seconds=0", "max_steps=2", "seq_len=64", "batch_tokens=128", "val_tokens=256",
-         "qat_start=0.5", "stride=32", "zstd_level=3", "codec=zstd", "packing=bytes",
-         "score_live=false", "checkpoint_every=0"],
+         "stride=32", "score_live=false", "checkpoint_every=0", *words],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "late QAT on for" in done.stdout
-    result = json.loads((out / "result.json").read_text())
+    return json.loads((out / "result.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
+    """The whole structure on a CPU: the second step with QAT on, then the artifact."""
+    quick = ("qat_start=0.5", "zstd_level=1", "codec=zstd", "packing=bytes")
+    result, printed = run(name, seed_shards, tmp_path / name, *quick)
+    assert "late QAT on for" in printed
     assert result["parameters"] == SEEDS[name]
     assert result["bytes_total"] <= 16_000_000
     assert result["val_targets"] == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEDS)
+def test_published_form_with_every_codec(name, seed_shards, tmp_path):
+    """seed_exact=true, packed by each codec and packing at its full level."""
+    result, printed = run(name, seed_shards, tmp_path / name, "seed_exact=true", "codec=auto")
+    assert result["seed_exact"] and len(result["codecs_tried"]) == 4
+    assert result["bytes_model"] == min(result["codecs_tried"].values())
+    assert ("late QAT on" in printed) == (name == "pr543")
