@@ -167,6 +167,9 @@ class QuantConfig:
     qat_start: float = opt(
         0.9, "share of the run at which fake-quant goes on; 1 = never", ge=0, le=1
     )
+    qat_start_lr: float = opt(
+        0.15, "learning-rate multiplier below which it goes on, for schedule=iterations", ge=0, le=1
+    )
     qat_lr_scale: float = opt(1.0, "learning-rate factor from then on (PR 543: 0.5)", gt=0, le=1)
 
 
@@ -293,7 +296,10 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     changed: dict[str, dict[str, Any]] = {}
     for key, text in overrides.items():
         section, spec = find_key(key)
-        changed.setdefault(section, {})[spec.name] = parse_value(key, spec, text)
+        values = changed.setdefault(section, {})
+        if spec.name in values:
+            raise ConfigError(f"{spec.name} is given twice, once as {section}.{spec.name}")
+        values[spec.name] = parse_value(key, spec, text)
     config = dataclasses.replace(
         config,
         **{s: dataclasses.replace(getattr(config, s), **values) for s, values in changed.items()},
@@ -334,6 +340,8 @@ def check_model(m: ModelConfig) -> None:
         raise ConfigError(
             "bigram_buckets=1 has no room for the sentinel: use 0 (off) or 2 and more"
         )
+    if m.bos_id >= m.vocab_size:
+        raise ConfigError(f"bos_id={m.bos_id} must be below vocab_size={m.vocab_size}")
     resolve_layers("xsa_layers", m.xsa_layers, m.layers)
     resolve_layers("ve_layers", m.ve_layers, m.layers)
 
@@ -367,11 +375,12 @@ def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
         chosen: set[int] = set()
         for part in text.split(","):
             first, _, last = part.partition("-")
-            chosen.update(range(int(first), int(last or first) + 1))
+            low, high = int(first), int(last or first)
+            if not 0 <= low <= high < layers:  # before a range of any size is built
+                raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
+            chosen.update(range(low, high + 1))
     except ValueError:
         raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
-    if not chosen or max(chosen) >= layers:
-        raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
     return tuple(sorted(chosen))
 
 
@@ -381,7 +390,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`."""
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: something is missing, unknown, or not a setting's value.
+    """
+    names = {"recipe": str, "seed_exact": bool} | dict.fromkeys(SECTIONS, dict)
+    for name in names.keys() | values.keys():
+        if name not in names or type(values.get(name)) is not names[name]:
+            raise ConfigError(f"a configuration cannot have {name}={values.get(name)!r}")
     sections = {s: section_from_dict(cls, values.get(s, {})) for s, cls in SECTIONS.items()}
     config = Config(recipe=values["recipe"], seed_exact=values["seed_exact"], **sections)
     check(config)

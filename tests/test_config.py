@@ -260,6 +260,10 @@ def test_layers(text: str, layers: int, expected: tuple[int, ...]) -> None:
         "1,,2",
         ",",
         "1-2-3",
+        "0,99",
+        "3-1,5",
+        "0-99999999999",
+        "0,99999999999",
         "all,1",
         "1.5",
     ],
@@ -380,3 +384,16 @@ def test_layers_are_within_the_model_or_refused(text: str, layers: int) -> None:
     except ConfigError:
         return
     assert list(chosen) == sorted(set(chosen)) and set(chosen) <= set(range(layers))
+
+
+def test_one_key_by_two_names_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layers is given twice"):
+        changed(**{"layers": 4, "model.layers": 5})
+
+
+@pytest.mark.parametrize(
+    "change", [{"recipe": 3}, {"seed_exact": "yes"}, {"model": []}, {"extra": {}}, {"run": None}]
+)
+def test_a_damaged_configuration_is_refused(change: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        from_dict(to_dict(Config()) | change)

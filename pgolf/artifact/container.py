@@ -227,7 +227,7 @@ def _codes(packed: Tensor, packing: str, entry: Entry) -> Tensor:
         if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
             raise ArtifactError(f"tensor {entry.name}: a code does not fit {entry.bits} bits")
         return codes
-    # Only files packed to bits need it; the reference, so that no compiled code is needed to decode.
+    # Only files packed to bits need it. The reference: decoding takes no compiled code of ours.
     from pgolf.ops.pack_bits import reference_unpack
 
     codes = torch.empty(math.prod(entry.shape), dtype=torch.int8)

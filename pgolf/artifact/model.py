@@ -42,7 +42,8 @@ def load_model(
             f"{path}: tensor {wrong} is {found.get(wrong, 'missing')}, "
             f"the model needs {shapes.get(wrong, 'no such tensor')}"
         )
-    model = GPT(config, dtype, choose(device, dtype)[0], length)
+    backend = choose(device, dtype, head_dim=config.dim // config.heads)[0]
+    model = GPT(config, dtype, backend, length)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(dequantize(artifact.tensors[name]))

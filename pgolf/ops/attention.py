@@ -12,7 +12,7 @@ Shapes: q (N, T, H, d), k and v (N, T, G, d), result (N, T, H, d).
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -22,28 +22,34 @@ from torch import Tensor
 
 from pgolf.errors import ConfigError
 
-# name -> (module that provides it, least compute capability, what to call it)
+# name -> (module that provides it, least compute capability, what to call it, a parameter of the
+# inner forward function that older versions lack: those return their outputs in another order)
 FLASH = {
-    "fa3": ("flash_attn_interface", (9, 0), "FlashAttention 3"),
-    "fa2": ("flash_attn.flash_attn_interface", (8, 0), "FlashAttention 2"),
+    "fa3": ("flash_attn_interface", (9, 0), "FlashAttention 3", "num_splits"),
+    "fa2": ("flash_attn.flash_attn_interface", (8, 0), "FlashAttention 2", "window_size_left"),
 }
 
 
 @functools.cache
 def _module(backend: str) -> tuple[ModuleType | None, str]:
     """The backend's module, or None and why it can't be used."""
-    name, _, title = FLASH[backend]
+    name, _, title, marker = FLASH[backend]
     try:
-        return importlib.import_module(name), f"{title} ({name})"
+        module = importlib.import_module(name)
+        if marker not in _parameters(module._flash_attn_forward):
+            return None, f"{title}: this version of {name} is too old, its inner function differs"
+        return module, f"{title} ({name})"
     except ModuleNotFoundError as e:
         return None, f"{title}: {e.name} is not installed"
     except Exception as e:  # a broken build raises ImportError, OSError, RuntimeError ...
         return None, f"{title}: {name} is installed but fails to import: {e}"
 
 
-def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def _usable(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[bool, str]:
     """Whether a flash-attn backend can run here, and why."""
-    _, capability, title = FLASH[backend]
+    _, capability, title, _ = FLASH[backend]
     if device.type != "cuda":
         return False, f"{title}: needs a GPU, this run is on {device.type}"
     found = torch.cuda.get_device_capability(device)
@@ -52,12 +58,19 @@ def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[boo
         return False, f"{title}: needs sm_%d%d, this is sm_%d%d" % (*capability, *found)
     if dtype not in (torch.bfloat16, torch.float16):
         return False, f"{title}: needs bf16 or fp16, this run computes in {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return False, f"{title}: needs heads of a multiple of 8 up to 256, these are {head_dim}"
     module, reason = _module(backend)
     return module is not None, reason
 
 
-def choose(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> tuple[str, str]:
+def choose(
+    device: torch.device, dtype: torch.dtype, wanted: str = "auto", head_dim: int = 64
+) -> tuple[str, str]:
     """The backend to use and the reason in words.
+
+    Args:
+        wanted: 'auto', or a backend by name.
 
     Raises:
         ConfigError: a backend was asked for by name and cannot run here.
@@ -66,7 +79,7 @@ def choose(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> tu
     for backend in FLASH:
         if wanted not in ("auto", backend):
             continue
-        usable, reason = _usable(backend, device, dtype)
+        usable, reason = _usable(backend, device, dtype, head_dim)
         if usable:
             return backend, reason
         if wanted == backend:
@@ -81,6 +94,11 @@ def describe() -> str:
     return choose(device, torch.bfloat16)[1]
 
 
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    inner = getattr(function, "_init_fn", function)  # what a custom operator wraps
+    return inspect.signature(inner).parameters
+
+
 def _call(function: Callable[..., Any], causal: bool, **known: Any) -> Any:
     """Call one of flash-attn's inner functions, whose parameters differ between versions.
 
@@ -88,8 +106,7 @@ def _call(function: Callable[..., Any], causal: bool, **known: Any) -> Any:
     operators of newer ones may name it `is_causal`. Required parameters that we do not use are
     None.
     """
-    inner = getattr(function, "_init_fn", function)  # what a custom operator wraps
-    parameters = inspect.signature(inner).parameters
+    parameters = _parameters(function)
     known["is_causal" if "is_causal" in parameters else "causal"] = causal
     arguments = {
         name: known.get(name)
@@ -111,7 +128,7 @@ def _register(backend: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
             _module(backend)[0]._flash_attn_forward, True,
             q=q, k=k, v=v, softmax_scale=q.size(-1) ** -0.5, **neutral,
         )
-        return out, lse
+        return out.contiguous(), lse
 
     @forward.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

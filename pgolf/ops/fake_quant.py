@@ -19,6 +19,23 @@ SMALLEST_STEP = 2.0**-24  # least positive fp16: an all-zero row must not divide
 LARGEST_STEP = 65504.0
 
 
+def _round_fp16(x: Tensor) -> Tensor:
+    """x (fp32, SMALLEST_STEP to LARGEST_STEP) to the nearest fp16 number, ties to even.
+
+    Not .half().float(): torch.compile drops such a pair of casts, and training would then divide by
+    steps that are not the stored ones.
+    """
+    bits = x.view(torch.int32)
+    normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+    subnormal = (x + 0.75) - 0.75  # fp32 between 0.5 and 1 is spaced as fp16 below 2^-14
+    return torch.where(x < 2.0**-14, subnormal, normal)
+
+
+def _qmax(bits: int | Tensor, like: Tensor) -> Tensor:
+    """Largest code, as a tensor: CUDA divides by a Python number through its rounded reciprocal."""
+    return torch.as_tensor(2 ** (bits - 1) - 1, dtype=like.dtype, device=like.device)
+
+
 def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     """Step of each row, rounded to fp16 but held in clip's dtype.
 
@@ -27,9 +44,8 @@ def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
         bits: bits a code, 4 to 8; a 0-d tensor keeps a compiled graph free of recompiles.
         floor: least clip; the seed scripts use 1.0.
     """
-    qmax = 2 ** (bits - 1) - 1
-    step = clip.clamp_min(floor) / qmax
-    return step.clamp(SMALLEST_STEP, LARGEST_STEP).to(torch.float16).to(clip.dtype)
+    step = clip.clamp_min(floor) / _qmax(bits, clip)
+    return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)
 
 
 def row_codes(
@@ -41,14 +57,11 @@ def row_codes(
         multiple: codes are rounded to a multiple of it (PR 543 stores int8 multiples of 4).
         full_range: use -qmax - 1 too (PR 531).
     """
-    qmax = 2 ** (bits - 1) - 1
-    low = -qmax - 1 if full_range else -qmax
+    qmax = _qmax(bits, w)
     codes = torch.round(w / scale[:, None])
     if multiple != 1:
         codes = torch.round(codes / multiple) * multiple
-    if isinstance(bits, Tensor):
-        return torch.minimum(torch.maximum(codes, torch.as_tensor(low)), qmax)
-    return codes.clamp(low, qmax)
+    return codes.clamp(-qmax - 1 if full_range else -qmax, qmax)
 
 
 def fake_quant(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
     """Capped logits (N, V) in fp32."""
-    z = F.linear(x, w).float()
+    z = F.linear(x, w)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     return cap * torch.tanh(z / cap) if cap else z
 
 

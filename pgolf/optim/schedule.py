@@ -85,8 +85,12 @@ class Schedule:
 
     def qat(self, clock: Clock) -> bool:
         """Whether fake-quant is on."""
-        start = self.config.quant.qat_start
-        return start < 1.0 and self.share(clock) >= start
+        q = self.config.quant
+        if q.qat_start >= 1.0:
+            return False
+        if self.by_share:
+            return self.share(clock) >= q.qat_start
+        return self.warmdown(clock) < q.qat_start_lr
 
     def ema_decay(self, before: Clock, after: Clock) -> float | None:
         """Decay of the EMA over one step; None: not averaging yet; 0: start from these weights."""

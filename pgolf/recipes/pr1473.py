@@ -46,6 +46,7 @@ RECIPE = Recipe(
             V("clip_percentiles", "0.999,0.9995,0.9999,0.99999,1", "C"),
             V("full_range", False, "C"),
             V("qat_start", 0.913, "I", "learning-rate multiplier below 0.15"),
+            V("qat_start_lr", 0.15, "C"),
             V("qat_lr_scale", 1.0, "C"),
         ),
     ),

@@ -51,6 +51,7 @@ RECIPE = Recipe(
                 "I",
                 "learning-rate multiplier below 0.15; not in the logged runs",
             ),
+            V("qat_start_lr", 0.15, "C"),
             V("qat_lr_scale", 1.0, "C"),
         ),
     ),

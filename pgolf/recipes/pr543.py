@@ -51,6 +51,7 @@ RECIPE = Recipe(
             V("clip_percentiles", "0.9999,0.99999,0.999999,0.9999984,1", "R"),
             V("full_range", False, "I"),
             V("qat_start", 0.932, "I", "learning-rate multiplier below 0.1"),
+            V("qat_start_lr", 0.1, "R"),
             V("qat_lr_scale", 0.5, "R", "halved when fake-quant goes on"),
         ),
     ),

@@ -91,7 +91,9 @@ def pack_to_budget(
     model, pruned = prune_to_fit(model, size, limit - packed.bytes_code)
     report = write_artifact(path, model, meta, fixed)
     stats = {
-        name: dataclasses.replace(s, relative_error=relative_error(state[name], model.tensors[name]))
+        name: dataclasses.replace(
+            s, relative_error=relative_error(state[name], model.tensors[name])
+        )
         for name, s in model.stats.items()
     }
     model = dataclasses.replace(model, stats=stats)

@@ -83,7 +83,9 @@ def build(
 ) -> Trainer:
     """The model with its initial weights and the trainer around it; says what was chosen."""
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
-    backend, attention = choose(ranks.device, dtype, config.run.attention)
+    backend, attention = choose(
+        ranks.device, dtype, config.run.attention, config.model.dim // config.model.heads
+    )
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")

@@ -242,3 +242,23 @@ def test_a_whole_model_gives_the_same_loss(backend: str) -> None:
         loss.backward()
         losses.append((loss, model.blocks[0].attn.c_v.weight.grad))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa2"])
+def test_a_version_that_is_too_old_is_not_used(machine, name: str) -> None:
+    """Before 2025 (FA3) and 2.7 (FA2) the second output is q, and window_size is required."""
+    old = ModuleType(name)
+    old._flash_attn_forward = lambda q, k, v, softmax_scale, causal, window_size: None
+    machine(HOPPER, **{name: old})
+    backend, reason = choose(CUDA, BF16)
+    assert backend == "sdpa" and "too old" in reason
+    with pytest.raises(ConfigError, match="too old"):
+        choose(CUDA, BF16, name)
+
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_head_sizes_that_flash_attn_cannot_take(machine, head_dim: int) -> None:
+    machine(HOPPER, **BOTH)
+    backend, reason = choose(CUDA, BF16, head_dim=head_dim)
+    assert backend == "sdpa" and f"these are {head_dim}" in reason

@@ -177,3 +177,33 @@ def test_float64_weights_keep_their_dtype() -> None:
     w = weights().double()
     out = fake_quant(w, torch.ones(9), torch.tensor(6.0), ONE)
     assert out.dtype is torch.float64
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_compiled_step_is_the_stored_one(bits: int) -> None:
+    """Inductor drops pairs of casts to fp16 and back; training has to see what is decoded."""
+    clip = torch.logspace(-8, 6, 400)
+    held = torch.tensor(float(bits))
+    compiled = torch.compile(row_scale, fullgraph=True)
+    assert torch.equal(compiled(clip, held), row_scale(clip, bits))
+    assert torch.equal(row_scale(clip, bits), row_scale(clip, bits).half().float())
+    w, factor = weights(64, 65), torch.ones(64)
+    expected = fake_quant(w, factor, held, ONE)
+    assert torch.equal(torch.compile(fake_quant, fullgraph=True)(w, factor, held, ONE), expected)
+
+
+def test_steps_round_as_fp16_does() -> None:
+    """Every fp16 number, its neighbours in fp32, and every tie between two of them."""
+    exact = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).float()
+    middle = (exact[1:] + exact[:-1]) / 2
+    around = [
+        f(x)
+        for x in (exact, middle)
+        for f in (
+            lambda x: x,
+            lambda x: x.nextafter(torch.tensor(0.0)),
+            lambda x: x.nextafter(torch.tensor(1e9)),
+        )
+    ]
+    x = torch.cat(around).clamp(2.0**-24, 65504)
+    assert torch.equal(row_scale(x * 7, 4), x.half().float())

@@ -77,3 +77,12 @@ def test_strided_inputs() -> None:
         softcap_cross_entropy(wide, w.T.contiguous().T, targets, 30.0),
         softcap_cross_entropy(x, w, targets, 30.0),
     )
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_float64_stays_float64(cap: float) -> None:
+    x, w, targets = inputs()
+    leaves = [t.double().requires_grad_() for t in (x, w)]
+    losses = softcap_cross_entropy(*leaves, targets, cap, reduction="none")
+    torch.testing.assert_close(losses, by_hand(*leaves, targets, cap), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: softcap_cross_entropy(x, w, targets, cap), leaves)

@@ -221,3 +221,13 @@ def test_a_schedule_holds_no_state() -> None:
     assert s.lr_scale(Clock(step=0)) == 1.0
     assert s.lr_scale(Clock(step=90)) == late
     assert dataclasses.astuple(Clock()) == (0, 0, 0.0)
+
+
+def test_published_qat_begins_at_a_learning_rate_multiplier() -> None:
+    """PR 543: below 0.1 of the warm-down; the halved rate does not move the switch."""
+    s = published(qat_start=0.9, qat_start_lr=0.1, qat_lr_scale=0.5)
+    # 0.1 s a step: the tail of 3500 steps is 350 s, a tenth of it is the last 35 s
+    before, after = Clock(step=5640, seconds=564.0), Clock(step=5660, seconds=566.0)
+    assert not s.qat(before) and s.qat(after)
+    assert s.lr_scale(after) == pytest.approx(0.5 * 34 / 350)
+    assert not published(qat_start=1.0).qat(after), "1 is never"
