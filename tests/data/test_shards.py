@@ -1,5 +1,7 @@
 """Shards: the file format to the byte, and one clear error for each way to be wrong."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,16 @@ def test_too_little_validation_text(tmp_path):
         load_validation(tmp_path, 8, 8)
     with pytest.raises(DataError, match=r"max_tokens=3\), expected at least 5"):
         load_validation(tmp_path, 8, 4, max_tokens=3)
+
+
+def test_scoring_modules_stay_light():
+    """Their size counts against the contest's limit, so nothing heavy may come along."""
+    modules = "pgolf.bpb, pgolf.data.shards, pgolf.data.tokenizer, pgolf.data.manifest"
+    code = (
+        f"import sys, {modules}; print(sorted({{'torch', 'huggingface_hub'}} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_the_sample_shards_open(shared_data):
