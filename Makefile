@@ -8,6 +8,9 @@
 
 python := .venv/bin/python
 
+# Threads that wait must not spin: on few cores they take the time of those that work.
+export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: help setup demo test prove clean
 
 help:
@@ -20,9 +23,8 @@ setup: .venv/ready
 	@sh .ci/setup
 	@touch $@
 
-# Threads that wait must not spin: on few cores they take the time of those that work.
 demo: setup
-	@OMP_WAIT_POLICY=PASSIVE $(python) -m pgolf train demo
+	@$(python) -m pgolf train demo
 
 test: setup
 	@$(python) -m ruff check .
