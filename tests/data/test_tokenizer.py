@@ -28,8 +28,21 @@ def test_round_trip_and_special_ids(documents, tmp_path):
     assert "\n" in pieces(sp), "line breaks reach the trainer"
     refuse_if_lossy(sp)
     assert changed_by(sp) == []
-    digits = [p for p in pieces(sp) if any(c.isdigit() for c in p)]
-    assert all(len(p) == 1 for p in digits)
+
+
+def test_digits_stay_apart(documents, tmp_path):
+    texts = [text.replace("self", "2026") for text in documents]
+    sp = train_tokenizer(texts, tmp_path / "t.model", 512)
+    assert "2" in pieces(sp)
+    assert [p for p in pieces(sp) if len(p) > 1 and any(c.isdigit() for c in p)] == []
+
+
+def test_the_trainer_s_reserved_character_spoils_nothing(tmp_path):
+    """SentencePiece alone would leave out every line that holds U+2585."""
+    text = ("hello there\u2585\u2585\u2585 " + "".join(chr(c) for c in range(0x21, 0x100))) * 100
+    sp = train_tokenizer([text], tmp_path / "t.model", 320)
+    assert "hello" in pieces(sp)
+    assert sp.decode(sp.encode(text)) == text
 
 
 def test_same_text_same_file(documents, tmp_path):
