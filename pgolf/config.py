@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pgolf.errors import ConfigError
-from pgolf.fields import opt, parse_value, section_from_dict
+from pgolf.fields import opt, parse_value, resolve_layers, section_from_dict
 
 
 @dataclass(frozen=True)
@@ -358,30 +358,6 @@ def check(config: Config) -> None:
         raise ConfigError(f"stride={config.eval.stride} must be at most seq_len={d.seq_len}")
     if config.recipe and not (s.max_seconds or s.max_tokens or s.max_steps):
         raise ConfigError("no budget: set max_seconds, max_tokens or max_steps")
-
-
-def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
-    """Layer indices of 'all', 'none', 'last:N' or '0,3,7-10' in a model of `layers` blocks."""
-    try:
-        if text in ("none", ""):
-            return ()
-        if text == "all":
-            return tuple(range(layers))
-        if text.startswith("last:"):
-            count = int(text[5:])
-            if not 0 < count <= layers:
-                raise ConfigError(f"{key}={text}: there are {layers} layers")
-            return tuple(range(layers - count, layers))
-        chosen: set[int] = set()
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            low, high = int(first), int(last or first)
-            if not 0 <= low <= high < layers:  # before a range of any size is built
-                raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
-            chosen.update(range(low, high + 1))
-    except ValueError:
-        raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
-    return tuple(sorted(chosen))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -70,3 +70,27 @@ def section_from_dict(cls: type, values: Any) -> Any:
         if name not in known:
             raise ConfigError(f"{cls.__name__}: unknown key {name!r}")
     return cls(**{name: parse_value(name, known[name], v) for name, v in values.items()})
+
+
+def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
+    """Layer indices of 'all', 'none', 'last:N' or '0,3,7-10' in a model of `layers` blocks."""
+    try:
+        if text in ("none", ""):
+            return ()
+        if text == "all":
+            return tuple(range(layers))
+        if text.startswith("last:"):
+            count = int(text[5:])
+            if not 0 < count <= layers:
+                raise ConfigError(f"{key}={text}: there are {layers} layers")
+            return tuple(range(layers - count, layers))
+        chosen: set[int] = set()
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            low, high = int(first), int(last or first)
+            if not 0 <= low <= high < layers:  # before a range of any size is built
+                raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
+            chosen.update(range(low, high + 1))
+    except ValueError:
+        raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
+    return tuple(sorted(chosen))

@@ -7,7 +7,8 @@ Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
 import torch
 from torch import Tensor, nn
 
-from pgolf.config import ModelConfig, resolve_layers
+from pgolf.config import ModelConfig
+from pgolf.fields import resolve_layers
 from pgolf.model.layers import BigramHash, Block, SmearGate, Table, ValueEmbedding
 from pgolf.ops.embed_smear import smear
 from pgolf.ops.qk_rope import rope_table

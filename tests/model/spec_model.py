@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pgolf.config import ModelConfig, resolve_layers
+from pgolf.config import ModelConfig
+from pgolf.fields import resolve_layers
 
 Params = Mapping[str, Tensor]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pgolf import recipes
-from pgolf.config import ModelConfig, resolve_layers
+from pgolf.config import ModelConfig
+from pgolf.fields import resolve_layers
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 
