@@ -84,10 +84,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as f:
                         os.fsync(f.fileno())
+            replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
             if path.exists():
-                shutil.rmtree(path)
+                os.replace(path, replaced)
             os.replace(temporary, path)
             _fsync_folder(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
