@@ -76,7 +76,7 @@ def changed_by(sp: Any) -> list[str]:
 
 
 class ByteTable:
-    """The bytes of each token for one tokenizer, in numpy and on any torch device.
+    """The bytes of each token for one tokenizer.
 
     Args:
         sp: a SentencePieceProcessor.
@@ -99,27 +99,10 @@ class ByteTable:
             piece = sp.id_to_piece(i)
             self.leading[i] = not sp.is_byte(i) and piece.startswith(SPACE)
             self.base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(SPACE).encode())
-        self._on_device: dict = {}
 
     def count(self, prev_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """Bytes of each target, int64 of the ids' shape (n,)."""
         return self.base[target_ids] + (self.leading[target_ids] & ~self.boundary[prev_ids])
-
-    def tensors(self, device: Any) -> tuple:
-        """`base` (int64), `leading` and `boundary` (bool) tensors (V,), made once a device."""
-        import torch
-
-        key = str(torch.device(device))
-        if key not in self._on_device:
-            tables = (self.base, self.leading, self.boundary)
-            self._on_device[key] = tuple(torch.from_numpy(t).to(device) for t in tables)
-        return self._on_device[key]
-
-    def bytes_of(self, prev: Any, target: Any) -> Any:
-        """`count` for integer torch tensors of any shape: int64 on their device."""
-        base, leading, boundary = self.tensors(target.device)
-        prev, target = prev.long(), target.long()
-        return base[target] + (leading[target] & ~boundary[prev])
 
 
 def bits_per_byte(nll_sum: float, byte_count: int) -> float:

@@ -35,7 +35,7 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import environment_overrides, parse_overrides
+    from pgolf.config import environment_overrides, find_key, parse_overrides
     from pgolf.errors import ConfigError
     from pgolf.recipes import get
 
@@ -44,7 +44,8 @@ def _train(argv: list[str]) -> int:
     seed_exact = words.pop("seed_exact", "false")
     if seed_exact not in ("true", "false"):
         raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
-    environment = environment_overrides()
+    given = {find_key(word)[1].name for word in words}
+    environment = {k: v for k, v in environment_overrides().items() if k not in given}
     config = recipe.config({**environment, **words}, seed_exact == "true")
     from pgolf.train.run import run
 

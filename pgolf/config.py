@@ -217,7 +217,7 @@ class EvalConfig:
 class RunConfig:
     """Where and how to run."""
 
-    seed: int = opt(1337, "seed of initial weights and data order", ge=0, le=2**31 - 1)
+    seed: int = opt(1337, "seed of the initial weights", ge=0, le=2**31 - 1)
     out: str = opt("", "run folder; '' = runs/RECIPE-seedSEED, with -2, -3 ... if that exists")
     resume: bool = opt(False, "go on from the newest checkpoint in out=FOLDER")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -234,7 +234,9 @@ class RunConfig:
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
     log_every: int = opt(10, "steps between log lines", ge=1)
-    checkpoint_every: int = opt(200, "steps between checkpoints; 0 = none", ge=0)
+    checkpoint_every: int = opt(
+        200, "steps between checkpoints, and one at the end; 0 = none", ge=0
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Writing files so that a reader sees the old content or the new, never a half.
 
-Everything that pgolf leaves on disk goes through `atomic_write` or `atomic_folder`.
+All that pgolf leaves on disk goes through `atomic_write` or `atomic_folder`; only metrics.jsonl
+grows by lines, and resuming drops one that is not whole.
 """
 
 import errno
@@ -72,6 +73,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
     Raises:
         StorageError: something in the block could not be written; `path` is as it was before.
+
+    An old folder is moved aside and then removed: a kill between the two renames leaves it under a
+    hidden name beside `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -66,6 +66,7 @@ class Progress:
     def close(self) -> None:
         """End the moving line; on other outputs, a last line if the work took a while."""
         now = time.monotonic()
-        if self.enabled and (self.tty or (now - self.start >= self.every and self.said < self.done)):
+        unsaid = now - self.start >= self.every and self.said < self.done
+        if self.enabled and (self.tty or unsaid):
             self._show(now, end="\n")
         self.enabled = False

@@ -16,19 +16,26 @@ from pgolf.model import GPT
 
 @torch.no_grad()
 def generate(
-    model: GPT, ids: list[int], count: int, temperature: float, length: int, seed: int
+    model: GPT,
+    ids: list[int],
+    count: int,
+    temperature: float,
+    length: int,
+    seed: int,
+    pieces: int,
 ) -> list[int]:
     """Continue ids by `count` tokens; the context is the last `length` tokens.
 
     Args:
         temperature: 0 takes the most likely token.
+        pieces: size of the tokenizer; the model may have more ids than it.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
     for _ in range(count):
         x = model.features(torch.tensor([ids[-length:]], device=device))
-        logits = model.logits(x[0, -1]).cpu()
+        logits = model.logits(x[0, -1])[:pieces].cpu()
         if temperature:
             p = torch.softmax(logits / temperature, -1)
             ids.append(int(torch.multinomial(p, 1, generator=generator)))
@@ -63,7 +70,15 @@ def main(argv: list[str]) -> int:
     if sha256_of(path) != meta["tokenizer_sha256"]:
         raise DataError(f"{path} is not the tokenizer that {args.artifact} was trained with")
     ids = [sp.bos_id(), *sp.encode(args.prompt)]
-    ids = generate(model, ids, args.tokens, args.temperature, meta["seq_len"], args.seed)
+    ids = generate(
+        model,
+        ids,
+        args.tokens,
+        args.temperature,
+        meta["seq_len"],
+        args.seed,
+        sp.get_piece_size(),
+    )
     # A document that ends starts the next: show it as an empty line.
     documents: list[list[int]] = [[]]
     for token in ids[1:]:

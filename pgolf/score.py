@@ -17,7 +17,7 @@ from pgolf.artifact.model import load_model
 from pgolf.bpb import ByteTable
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
-from pgolf.errors import PgolfError
+from pgolf.errors import DataError, PgolfError
 from pgolf.evaluate import evaluate
 from pgolf.model.gpt import DTYPES
 
@@ -27,12 +27,17 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: artifact, device, dtype; and unless only the code is asked for: data (folder),
-            tokenizer, stride, val_tokens (0 = all), eval_tokens, part [rank, world], compile,
-            progress.
+            tokenizer and its tokenizer_sha256, stride, val_tokens (0 = all), eval_tokens,
+            part [rank, world], compile, progress.
     """
     model, meta = load_model(job["artifact"], torch.device(job["device"]), DTYPES[job["dtype"]])
     result: dict[str, Any] = {"meta": meta}
     if "data" in job:
+        if job["tokenizer_sha256"] != meta["tokenizer_sha256"]:
+            raise DataError(
+                f"{job['tokenizer']} is not the tokenizer of {job['artifact']}: its sha256 differs "
+                "from the one that the artifact names"
+            )
         length = meta["seq_len"]
         tokens = load_validation(
             Path(job["data"]), model.config.vocab_size, length, job["val_tokens"]

@@ -15,7 +15,6 @@ import textwrap
 import numpy as np
 import pytest
 import sentencepiece
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,18 +108,6 @@ def test_a_stream_counts_like_its_documents(sp, table):
     stream = np.concatenate([sp.encode(text, add_bos=True) for text in DOCUMENTS + AWKWARD])
     total = int(table.count(stream[:-1], stream[1:]).sum())
     assert total == sum(len(text.encode()) for text in DOCUMENTS + AWKWARD)
-
-
-def test_torch_counts_like_numpy(sp, table):
-    # many short documents, so that words with a leading space follow BOS too
-    ids = np.concatenate([sp.encode(f" the {i}", add_bos=True) for i in range(2049)])[:2049]
-    x, y = (torch.from_numpy(a.reshape(32, 64)) for a in (ids[:-1], ids[1:]))
-    expected = table.count(ids[:-1], ids[1:]).reshape(32, 64)
-    for kind in (torch.int64, torch.int32):
-        found = table.bytes_of(x.to(kind), y.to(kind))
-        assert found.dtype == torch.int64
-        assert np.array_equal(found.numpy(), expected)
-    assert table.tensors("cpu")[0] is table.tensors(torch.device("cpu"))[0]
 
 
 def test_bits_per_byte():

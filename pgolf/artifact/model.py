@@ -11,7 +11,6 @@ from pgolf.errors import ArtifactError, ConfigError
 from pgolf.fields import section_from_dict
 from pgolf.model import GPT
 from pgolf.ops.attention import choose
-from pgolf.quant.dequantize import dequantize
 
 
 def load_model(
@@ -29,6 +28,9 @@ def load_model(
         length = artifact.meta["seq_len"]
         if not isinstance(length, int) or not 0 < length <= 65536:
             raise ConfigError(f"seq_len={length!r}: expected 1 to 65536")
+        for key in ("corpus", "tokenizer_sha256"):
+            if not isinstance(artifact.meta.get(key), str):
+                raise ConfigError(f"{key} is missing")
         with torch.device("meta"):
             shapes = {n: tuple(p.shape) for n, p in GPT(config).named_parameters()}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -45,6 +47,7 @@ def load_model(
     backend = choose(device, dtype, head_dim=config.dim // config.heads)[0]
     model = GPT(config, dtype, backend, length)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(dequantize(artifact.tensors[name]))
+        parameters = dict(model.named_parameters())
+        for name, value in artifact.state_dict().items():
+            parameters[name].copy_(value)
     return model.to(device).requires_grad_(False), artifact.meta

@@ -16,7 +16,9 @@ from pgolf.errors import ConfigError, DataError
 
 
 class SequentialLoader:
-    """Reads the shards in the order given, forever; the same data order for every world size.
+    """Reads the shards in the order given, forever.
+
+    Every world size sees the same tokens in the same order if its micro-steps are of one length.
 
     Args:
         paths: the shards, usually `find_shards(folder, "train")`.

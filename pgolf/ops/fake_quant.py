@@ -9,7 +9,9 @@ A row of weights is stored as signed codes of k bits and one fp16 step s:
 
 Fake quantisation replaces w by `value` in the forward pass and passes the gradient straight
 through (Bengio et al. 2013, arXiv 1308.3432). Codes divide by the step that is stored, so training
-sees exactly what is decoded. Shapes: w (R, C), clip and scale (R,).
+sees what is decoded: to the bit in eager mode and compiled for a CPU. Code compiled for a GPU may
+divide approximately and move a value that lies on a tie to the other code.
+Shapes: w (R, C), clip and scale (R,).
 """
 
 import torch
@@ -33,7 +35,8 @@ def _round_fp16(x: Tensor) -> Tensor:
 
 def _qmax(bits: int | Tensor, like: Tensor) -> Tensor:
     """Largest code, as a tensor: CUDA divides by a Python number through its rounded reciprocal."""
-    return torch.as_tensor(2 ** (bits - 1) - 1, dtype=like.dtype, device=like.device)
+    levels = torch.as_tensor(2 ** (bits - 1), dtype=like.dtype, device=like.device)
+    return levels.round() - 1  # a GPU's power function need not be exact
 
 
 def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:

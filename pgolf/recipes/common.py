@@ -60,7 +60,7 @@ SEED_VALUES = (
     V("batch_tokens", 786_432, "C"),
     V("micro_tokens", 98_304, "C", "8 passes on one GPU, 1 on eight"),
     V("stride", 64, "C"),
-    V("val_every", 1000, "L"),
+    V("val_every", 500, "L"),
     V("checkpoint_every", 2000, "P"),
     V("budget_bytes", 16_000_000, "C", "decimal; one script's 15.9 'MB' were 16,672,358 bytes"),
     V("codec", "auto", "P", "zstd-22 or lzma-9, whichever is smaller"),

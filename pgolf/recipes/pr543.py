@@ -8,13 +8,25 @@ from pgolf.recipes.recipe import Recipe
 from pgolf.recipes.recipe import Value as V
 
 PARENT = "as its parent, PR 414"
+# What the README states; every other shared value is taken from the parent.
+README = {
+    "vocab_size", "layers", "dim", "heads", "kv_heads", "tied_embedding", "smear", "softcap",
+    "momentum", "momentum_start", "momentum_warmup_iters", "grad_clip", "max_seconds", "seq_len",
+    "batch_tokens", "swa_every_iters", "budget_bytes",
+}  # fmt: skip
+SHARED = tuple(
+    V(v.key, v.value, "R", v.note) if v.key in README
+    else V(v.key, v.value, "I", f"{PARENT}: {v.note}" if v.note else PARENT) if v.source in "CL"
+    else v
+    for v in common.SEED_VALUES
+)  # fmt: skip
 
 RECIPE = Recipe(
     name="pr543",
     title="11 layers, XSA on 4, relu^2 1408, value embedding, no bigram, SWA, int6 + int8 ends",
     source="PR 543 of openai/parameter-golf: 1.1804 BPB without sliding window, 15,949,473 bytes",
     values=common.with_values(
-        common.SEED_VALUES,
+        SHARED,
         (
             V("mlp_hidden", 1408, "R"),
             V("activation", "relu2", "R"),
@@ -36,6 +48,7 @@ RECIPE = Recipe(
             V("embed_wd", 0.04, "R"),
             V("scalar_wd", 0.04, "R"),
             V("side_proj_optimizer", "muon", "I", PARENT),
+            V("momentum_warmup", 0.37, "I", "1500 steps of 4,071"),
             V("warmdown", 0.68, "I", "3000 steps of 137 ms in 600 s"),
             V("warmdown_iters", 3000, "R"),
             V("averaging", "swa", "R"),

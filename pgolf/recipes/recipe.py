@@ -11,6 +11,8 @@ from typing import Any
 from pgolf.config import Config, with_overrides
 from pgolf.errors import ConfigError
 
+CONTEST_BYTES = 16_000_000
+
 
 @dataclass(frozen=True)
 class Value:
@@ -50,13 +52,20 @@ class Recipe:
         """The configuration, with `overrides` on top.
 
         Raises:
-            ConfigError: an override is unknown, out of range or does not fit; or seed_exact for a
-                recipe without a published form.
+            ConfigError: an override is unknown, out of range, does not fit, or lifts the contest's
+                limit; or seed_exact for a recipe without a published form.
         """
         chosen = {v.key: v.value for v in self.values}
         if seed_exact and not self.seed_exact:
             raise ConfigError(f"seed_exact=true: {self.name} has no published form")
         if seed_exact:
             chosen.update({v.key: v.value for v in self.seed_exact})
-        base = Config(recipe=self.name, seed_exact=seed_exact)
-        return with_overrides(base, {**chosen, **(overrides or {})})
+        base = with_overrides(Config(recipe=self.name, seed_exact=seed_exact), chosen)
+        # In a second step: `model.layers` may replace what the recipe calls `layers`.
+        config = with_overrides(base, overrides or {})
+        if self.contest and not 0 < config.artifact.budget_bytes <= CONTEST_BYTES:
+            raise ConfigError(
+                f"budget_bytes={config.artifact.budget_bytes}: {self.name} is a contest recipe, "
+                f"its limit is at most {CONTEST_BYTES:,} bytes"
+            )
+        return config

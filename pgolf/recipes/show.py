@@ -39,6 +39,7 @@ def show_recipe(name: str) -> str:
     if r.seed_exact:
         lines += ["", "seed_exact=true puts back:"]
         lines += [f"  {v.key}={v.value}  {v.source}  {v.note}".rstrip() for v in r.seed_exact]
+        lines += ["and nothing else: corrections that this does not undo stay."]
     return "\n".join([*lines, "", SOURCES])
 
 

@@ -27,7 +27,7 @@ from pgolf.train.provenance import provenance
 from pgolf.train.ranks import Ranks
 from pgolf.train.scoring import ask, code_files, relative, sums_of
 
-BASELINE_LIMIT = 64_000_000  # larger texts would take xz minutes
+BASELINE_TOKENS = 20_000_000  # a larger text would take xz minutes
 
 
 @dataclasses.dataclass
@@ -63,8 +63,18 @@ def pack_to_budget(
     """Quantise and write; prune if code + model exceed the budget.
 
     Raises:
-        BudgetError: they exceed it still, or pruning is off.
+        BudgetError: they exceed it still, or pruning is off; no file is left.
     """
+    try:
+        return _packed(state, config, dataset, path)
+    except BudgetError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _packed(
+    state: dict[str, torch.Tensor], config: Config, dataset: Dataset, path: Path
+) -> Packed:
     meta = metadata(config, dataset)
     model = quantize(state, config.quant)
     report = write_artifact(path, model, meta, config.artifact)
@@ -108,6 +118,7 @@ def score_artifact(path: Path, config: Config, dataset: Dataset, ranks: Ranks, d
         dtype=dtype,
         data=str(dataset.folder),
         tokenizer=str(dataset.tokenizer_path),
+        tokenizer_sha256=dataset.tokenizer_sha256,
         stride=config.eval.stride,
         val_tokens=config.eval.val_tokens,
         eval_tokens=config.eval.eval_tokens,
@@ -122,11 +133,13 @@ def score_artifact(path: Path, config: Config, dataset: Dataset, ranks: Ranks, d
 
 def baselines(tokens: np.ndarray, dataset: Dataset) -> dict[str, dict[str, float]]:
     """What general compressors make of the held-out text, in bytes and bits per byte."""
+    if len(tokens) > BASELINE_TOKENS:
+        return {}
     sp = load_tokenizer(dataset.tokenizer_path)
     starts = np.flatnonzero(tokens == sp.bos_id())
     documents = np.split(np.asarray(tokens), starts)
     text = "".join(sp.decode([int(t) for t in d if t != sp.bos_id()]) for d in documents).encode()
-    if not 0 < len(text) <= BASELINE_LIMIT:
+    if not text:
         return {}
     sizes = {
         "xz -9": len(lzma.compress(text, preset=9)),

@@ -31,7 +31,9 @@ def _version(module: str) -> str | None:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and the commit of the source tree (None where unknown)."""
     source = Path(pgolf.__file__).resolve().parent.parent
-    commit = _output("git", "rev-parse", "HEAD", cwd=source)
+    # An installed copy may lie in another project's repository, whose commit says nothing.
+    ours = _output("git", "ls-files", "--error-unmatch", "pgolf/__init__.py", cwd=source)
+    commit = _output("git", "rev-parse", "HEAD", cwd=source) if ours else None
     if commit and _output("git", "status", "--porcelain", "--untracked-files=no", cwd=source):
         commit += "+changes"
     on_gpu = device.type == "cuda"

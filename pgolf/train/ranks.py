@@ -1,15 +1,21 @@
 """The processes of a run: torchrun's environment, and the few collectives that training needs."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pgolf.device import pick_device
+from pgolf.errors import PgolfError
+
+T = TypeVar("T")
+# Rank 0 packs while the others wait: minutes for a large model, a slow codec and pruning.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Ranks:
             torch.cuda.set_device(picked)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group(
-                "nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+                "nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT
             )
         return cls(rank, world, picked)
 
@@ -44,10 +50,23 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 while the others wait; its result there, None elsewhere.
+
+        Raises:
+            PgolfError: what `work` raised, on every rank, so that none waits for one that is gone.
+        """
+        result, failure = None, [None]
+        if self.first:
+            try:
+                result = work()
+            except PgolfError as e:
+                failure = [e]
         if self.world > 1:
-            dist.barrier()
+            dist.broadcast_object_list(failure, 0, device=self.device)
+        if failure[0] is not None:
+            raise failure[0]
+        return result
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sum numbers over ranks in float64."""
@@ -63,6 +82,12 @@ class Ranks:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.broadcast(t, 0)
         return t.tolist()
+
+    def share(self, params: Iterable[nn.Parameter]) -> None:
+        """Rank 0's weights, on every rank: another CPU may draw others from the same seed."""
+        if self.world > 1:
+            for p in params:
+                dist.broadcast(p.detach(), 0)
 
     def average_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over ranks: one all-reduce of one fp32 buffer."""

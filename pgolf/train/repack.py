@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
 from pgolf.train.finish import pack_to_budget
-from pgolf.train.run_folder import RunFolder
+from pgolf.train.run_folder import RunFolder, read_config
 
 SECTIONS = {"quant": QuantConfig, "artifact": ArtifactConfig}
 
@@ -40,15 +39,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
 
-    file = args.run / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{args.run} is no run folder: it has no config.json")
+    trained = from_dict(read_config(args.run))
     overrides = parse_overrides(args.overrides)
     for key in overrides:
         section = find_key(key)[0]
         if section not in SECTIONS:
             raise ConfigError(f"{key}: packing takes keys of {' and '.join(SECTIONS)} only")
-    trained = from_dict(json.loads(file.read_text()))
     config = with_overrides(trained, overrides)
     dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
 

@@ -15,7 +15,6 @@ from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
 from pgolf.errors import ConfigError
-from pgolf.files import atomic_write
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
 from pgolf.model.init import init_weights
@@ -43,9 +42,12 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
     if config.data.data:
         dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
     else:
-        if ranks.first:
-            ensure_default_dataset(DEFAULT_DATA)
-        ranks.barrier()
+        if config.data.tokenizer:
+            raise ConfigError(
+                f"tokenizer={config.data.tokenizer} needs data=FOLDER, shards that it made: the "
+                "embedded corpus has a tokenizer of its own"
+            )
+        ranks.on_first(lambda: ensure_default_dataset(DEFAULT_DATA))
         dataset = ensure_default_dataset(DEFAULT_DATA)
     if dataset.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -74,7 +76,7 @@ def opening_lines(
     if config.artifact.budget_bytes:
         lines.append(f"  size limit   {config.artifact.budget_bytes:,} bytes of code + model")
     if config.seed_exact:
-        lines.append("  seed_exact   as published, where that is known")
+        lines.append(f"  seed_exact   what `pgolf recipes {recipe.name}` lists is as published")
     return "\n".join(lines)
 
 
@@ -98,7 +100,9 @@ def build(
     loader = SequentialLoader(
         dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size
     )
-    trainer = Trainer(config, ranks, folder, model.to(ranks.device), loader, val, table)
+    model.to(ranks.device)
+    ranks.share(model.parameters())
+    trainer = Trainer(config, ranks, folder, model, loader, val, table)
     reasons = {
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
@@ -130,9 +134,7 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
         )
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
         trainer = build(recipe, config, ranks, dataset, folder, note)
-        folder.open(config)
-        if ranks.first:
-            atomic_write(folder.path / "tokenizer.model", dataset.tokenizer_path.read_bytes())
+        ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
         trainer.warm_up()
         if config.run.resume:
             state, path = folder.load(ranks.device)
@@ -150,18 +152,10 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
 
 def _folder(config: Config, ranks: Ranks) -> Path:
     """The run folder that rank 0 chose, on every rank."""
-    if ranks.world == 1:
-        return RunFolder.choose(config)
-    choice: list[object] = [None]
-    if ranks.first:
-        try:
-            choice = [RunFolder.choose(config)]
-        except ConfigError as e:
-            choice = [e]
-    torch.distributed.broadcast_object_list(choice, 0, device=ranks.device)
-    if isinstance(choice[0], ConfigError):
-        raise choice[0]
-    return choice[0]
+    chosen = [ranks.on_first(lambda: RunFolder.choose(config))]
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(chosen, 0, device=ranks.device)
+    return chosen[0]
 
 
 def finish(
@@ -179,10 +173,9 @@ def finish(
         live = trainer.score(config.eval.stride, "scoring live")
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
-    packed = None
-    if ranks.first:
-        packed = pack_to_budget(state, config, dataset, folder.artifact)
-    ranks.barrier()
+    packed = ranks.on_first(lambda: pack_to_budget(state, config, dataset, folder.artifact))
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
     name = next(n for n, d in DTYPES.items() if d == dtype)
     decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
     if packed is not None:
@@ -202,4 +195,3 @@ def finish(
         )
         print(result_table(result))
         print(f"\n{write_report(folder.path)}")
-    ranks.barrier()

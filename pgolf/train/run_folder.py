@@ -33,6 +33,24 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """What config.json of a run folder holds.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    file = run / "config.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{run} is no run folder: it has no config.json") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file} cannot be read ({e}): restore it, or train again") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds no JSON object: restore it, or train again")
+    return values
+
+
 class RunFolder:
     """Paths and files of one run. Only rank 0 creates or writes; the others get `writes=False`."""
 
@@ -57,6 +75,8 @@ class RunFolder:
                 raise ConfigError(f"nothing to resume in {out}: there is no config.json")
             return Path(out)
         if out:
+            if Path(out).exists() and not Path(out).is_dir():
+                raise ConfigError(f"out={out} is a file: choose a folder")
             if (Path(out) / "config.json").exists():
                 raise ConfigError(
                     f"out={out} holds a run already: choose another folder, or go on with "
@@ -70,11 +90,11 @@ class RunFolder:
                 return path
         raise ConfigError(f"{base}-2 to -9999 all exist: choose a folder with out=FOLDER")
 
-    def open(self, config: Config) -> None:
-        """Write config.json of a new run, or check that a resumed one has the same settings."""
+    def open(self, config: Config, tokenizer: Path) -> None:
+        """Start a folder (config.json, tokenizer.model), or check that a resumed one fits."""
         file = self.path / "config.json"
         if config.run.resume:
-            old, new = flat(json.loads(file.read_text())), flat(to_dict(config))
+            old, new = flat(read_config(self.path)), flat(to_dict(config))
             changed = [
                 f"{k}={old.get(k)} then, {new.get(k)} now"
                 for k in sorted(old.keys() | new.keys())
@@ -84,8 +104,11 @@ class RunFolder:
                 raise ConfigError(
                     f"cannot resume {self.path}: its settings differ ({'; '.join(changed)})"
                 )
-        elif self.writes:
+            for left in self.path.rglob(".*.tmp"):  # of a run that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        else:
             atomic_write(file, json.dumps(to_dict(config), indent=2) + "\n")
+            atomic_write(self.path / "tokenizer.model", tokenizer.read_bytes())
 
     def log(self, **line: Any) -> None:
         """Append one line to metrics.jsonl."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import pgolf
 from pgolf import errors
+from pgolf.config import from_dict
 from pgolf.data.manifest import Dataset
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Sums
-from pgolf.files import sha256_of
 from pgolf.model.gpt import DTYPES
+from pgolf.train.run_folder import read_config
 
 SOURCE = Path(pgolf.__file__).resolve().parent.parent
 
@@ -51,12 +52,6 @@ def sums_of(result: dict[str, Any]) -> Sums:
     return Sums(result["nll"], result["targets"], result["bytes"])
 
 
-def _run_of(artifact: Path) -> dict[str, Any]:
-    """config.json beside an artifact, or nothing."""
-    file = artifact.parent / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
 def main(argv: list[str]) -> int:
     """`pgolf eval`."""
     parser = argparse.ArgumentParser(
@@ -76,11 +71,12 @@ def main(argv: list[str]) -> int:
 
     if not args.artifact.is_file():
         raise errors.ArtifactError(f"{args.artifact}: no such file; it is called artifact in a run")
-    folder = args.data or _run_of(args.artifact).get("data", {}).get("data")
-    if not folder:
+    run = args.artifact.parent
+    if not args.data and not (run / "config.json").is_file():
         raise errors.ConfigError(
             f"{args.artifact}: no config.json beside it that names shards to score: use --data"
         )
+    folder = args.data or from_dict(read_config(run)).data.data
     if args.stride < 1 or args.val_tokens < 0:
         raise errors.ConfigError("--stride must be at least 1 and --val-tokens at least 0")
     dataset = Dataset.open(folder, args.tokenizer)
@@ -92,6 +88,7 @@ def main(argv: list[str]) -> int:
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
         data=str(folder),
         tokenizer=str(dataset.tokenizer_path),
+        tokenizer_sha256=dataset.tokenizer_sha256,
         stride=args.stride,
         val_tokens=args.val_tokens,
         eval_tokens=16_384 if device.type == "cpu" else 262_144,
@@ -100,11 +97,6 @@ def main(argv: list[str]) -> int:
         progress="scoring",
     )
     meta, sums = result["meta"], sums_of(result)
-    if meta["tokenizer_sha256"] != sha256_of(dataset.tokenizer_path):
-        raise errors.DataError(
-            f"{dataset.tokenizer_path} is not the tokenizer of {args.artifact}: its sha256 differs "
-            "from the one that the artifact names"
-        )
     print(
         f"val_bpb {sums.bpb:.6f}  val_loss {sums.loss:.6f} nats/token  stride {args.stride}  "
         f"{sums.targets:,} targets  {sums.bytes:,} bytes  corpus {dataset.corpus}  "

@@ -156,8 +156,9 @@ class Trainer:
             lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
             loss, norm = self.step(lr_scale, momentum)
             bad = ~(loss.isfinite() & norm.isfinite())
-            self.bad_step = torch.where(bad, self.bad_step.clamp(max=before.step), self.bad_step)
             self.clock.step += 1
+            first = self.bad_step.clamp(max=self.clock.step)
+            self.bad_step = torch.where(bad, first, self.bad_step)
             self.clock.tokens += self.config.data.batch_tokens
             self.synchronize()
             self.clock.seconds, stop = self.ranks.decide(
@@ -166,14 +167,18 @@ class Trainer:
             self.averager.update(before, self.clock)
 
             paused = time.perf_counter()
-            self._between_steps(loss, norm, lr_scale, momentum)
+            self._between_steps(loss, norm, lr_scale, momentum, bool(stop))
             if stop:
-                self.checkpoint()
                 raise interrupt.error(self.clock.step)
             offset -= time.perf_counter() - paused
 
     def _between_steps(
-        self, loss: torch.Tensor, norm: torch.Tensor, lr_scale: float, momentum: float
+        self,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        lr_scale: float,
+        momentum: float,
+        stop: bool,
     ) -> None:
         """Log, validate, write a checkpoint: whatever is due after this step."""
         run, step = self.config.run, self.clock.step
@@ -181,7 +186,10 @@ class Trainer:
         validate = finished or (
             self.config.eval.val_every and step % self.config.eval.val_every == 0
         )
-        save = run.checkpoint_every and step % run.checkpoint_every == 0
+        # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
+        save = stop or (
+            run.checkpoint_every and (finished or step % run.checkpoint_every == 0)
+        )
         log = finished or step == 1 or step % run.log_every == 0
         if log or save or validate:
             self.check_finite()
@@ -222,9 +230,13 @@ class Trainer:
             print(text, flush=True)
 
     def event(self, text: str) -> None:
-        """A line in the log and in the metrics."""
-        self.say(f"step:{self.clock.step} {text}")
-        self.folder.log(kind="event", text=text, **vars(self.clock))
+        """A line in the log and in the metrics about the step that begins.
+
+        Under the number of that step: a run that is resumed before it writes the line again.
+        """
+        step = self.clock.step + 1
+        self.say(f"step:{step} {text}")
+        self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
 
     def log_step(self, loss: float, norm: float, lr_scale: float, momentum: float) -> None:
         """The contest's console line, and a line of metrics."""
@@ -262,7 +274,7 @@ class Trainer:
         return Sums(nll, int(targets), int(size))
 
     def validate(self) -> None:
-        """Non-overlapping score of the raw weights."""
+        """Non-overlapping score of the weights as they train: not averaged, late QAT included."""
         sums = self.score(self.config.data.seq_len)
         c = self.clock
         self.say(
@@ -289,7 +301,5 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write a checkpoint (rank 0; every rank holds the same state)."""
-        if self.ranks.first:
-            path = self.folder.save(self.clock.step, self.state_dict())
-            self.say(f"step:{self.clock.step} checkpoint {path}")
-        self.ranks.barrier()
+        path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
+        self.say(f"step:{self.clock.step} checkpoint {path}")

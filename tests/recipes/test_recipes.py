@@ -59,6 +59,17 @@ def test_seed_exact_of_a_recipe_of_our_own_is_refused():
         get("demo").config(seed_exact=True)
 
 
+def test_a_key_may_be_given_with_its_section():
+    assert get("demo").config({"model.layers": "6"}).model.layers == 6
+
+
+@pytest.mark.parametrize("limit", [0, 16_000_001])
+def test_the_limit_of_a_contest_recipe_cannot_be_lifted(limit):
+    with pytest.raises(ConfigError, match="contest recipe"):
+        get("pr531").config({"budget_bytes": limit})
+    assert get("demo").config({"budget_bytes": limit})
+
+
 def test_unknown_recipe():
     with pytest.raises(ConfigError, match="did you mean pr1473"):
         get("pr1743")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,24 @@ def test_deterministic_and_resumable(train, finished, tmp_path):
     assert code == 2 and "optim.matrix_lr=0.04 then, 0.5 now" in output
 
 
+def test_the_end_is_kept_and_metrics_resume_exactly(train, finished, tmp_path):
+    """No checkpoint is due at step 20: packing still has it. One is due as QAT goes on."""
+    out = tmp_path / "end"
+    code, output = train(f"out={out}", "checkpoint_every=7")
+    assert code == 0, output
+    packed = tmp_path / "packed"
+    done = subprocess.run(
+        [sys.executable, "-m", "pgolf", "pack", str(out), "--out", str(packed)],
+        capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert packed.read_bytes() == (finished / "artifact").read_bytes()
+    shutil.rmtree(out / "checkpoints" / "step-0000020")
+    code, output = train(f"out={out}", "checkpoint_every=7", "resume=true")
+    assert code == 0, output
+    assert "step-0000014" in output and metrics(out) == metrics(finished)
+
+
 def test_two_ranks_give_the_result_of_one(train, finished, tmp_path):
     """Same global batch, same result within rounding; rank 0 alone writes."""
     out = tmp_path / "two"
@@ -168,7 +187,9 @@ def test_nan_stops_with_the_step(train, tmp_path):
         "qat_start=1",
     )
     assert code == 2, output
-    assert "was not finite at step" in output and "Traceback" not in output
+    assert "Traceback" not in output
+    good = [line for line in output.splitlines() if line.startswith("step:1/")]
+    assert good and "was not finite at step 2" in output
     assert not (out / "result.json").exists()
     for kept in (out / "checkpoints").glob("step-*"):  # whatever was kept is loadable
         state = torch.load(kept / "state.pt", weights_only=True)

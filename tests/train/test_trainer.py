@@ -1,0 +1,111 @@
+"""The loop's clock and how it shares out a batch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgolf.config import Config, parse_overrides, with_overrides
+from pgolf.errors import ConfigError
+from pgolf.model import GPT
+from pgolf.model.init import init_weights
+from pgolf.train import trainer as module
+from pgolf.train.ranks import Ranks
+from pgolf.train.trainer import Trainer, micro_steps
+
+from .tiny import TINY, replaced
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 16), st.integers(1, 400))
+def test_micro_steps_share_a_batch_evenly(world, sequences, seq_len, micro_tokens):
+    batch = world * sequences * seq_len
+    try:
+        count = micro_steps(batch, micro_tokens, seq_len, world)
+    except ConfigError:
+        assert micro_tokens < seq_len
+        return
+    local = batch // world // count
+    assert local * world * count == batch and local % seq_len == 0 and local <= micro_tokens
+    fewer = [n for n in range(1, count) if sequences % n == 0]
+    assert all(sequences // n * seq_len > micro_tokens for n in fewer)
+
+
+def test_the_contest_batch():
+    assert [micro_steps(786_432, 98_304, 2048, world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="batch_tokens=786432"):
+        micro_steps(786_432, 98_304, 2048, 7)
+
+
+class Recorder:
+    """Stands in for a run folder: metrics in memory, a slow checkpoint."""
+
+    path = "nowhere"
+
+    def __init__(self, clock):
+        self.clock, self.lines = clock, []
+
+    def log(self, **line):
+        self.lines.append(line)
+
+    def save(self, step, state):
+        self.clock.now += 1000.0
+        return "checkpoint"
+
+    def checkpoints(self):
+        return []
+
+
+class Batches:
+    """Endless random tokens."""
+
+    def next_batch(self, local_tokens, seq_len):
+        tokens = torch.randint(0, 400, (2, local_tokens // seq_len, seq_len))
+        return tokens[0], tokens[1]
+
+    def state_dict(self):
+        return {}
+
+
+def build(monkeypatch, *words: str) -> tuple[Trainer, Recorder, SimpleNamespace]:
+    """A trainer whose clock moves 2 s a step, 500 s a validation and 1000 s a checkpoint."""
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+    settings = replaced(TINY, ("max_tokens=0", "max_steps=0", "max_seconds=21", *words))
+    config = with_overrides(Config(recipe="demo"), parse_overrides(settings))
+    model = GPT(config.model, max_length=config.data.seq_len)
+    init_weights(model, 0)
+    folder = Recorder(clock)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    trainer = Trainer(config, ranks, folder, model, Batches(), None, None)
+    step = trainer.step
+
+    def slow_step(*args):
+        clock.now += 2.0
+        return step(*args)
+
+    def slow_validation():
+        clock.now += 500.0
+
+    monkeypatch.setattr(trainer, "step", slow_step)
+    monkeypatch.setattr(trainer, "validate", slow_validation)
+    return trainer, folder, clock
+
+
+def test_validation_and_checkpoints_are_off_the_clock(monkeypatch):
+    trainer, folder, clock = build(monkeypatch, "val_every=3", "checkpoint_every=4")
+    trainer.train(SimpleNamespace(requested=False))
+    # ten steps of 2 s; an eleventh would end at 22 s, over the budget of 21 s
+    assert trainer.clock.step == 10 and trainer.clock.seconds == pytest.approx(20.0)
+    # validated at 3, 6, 9 and the end; kept at 4, 8 and the end
+    assert clock.now == 50.0 + 20.0 + 4 * 500.0 + 3 * 1000.0
+    seconds = [m["seconds"] for m in folder.lines if m["kind"] == "train"]
+    assert seconds == pytest.approx([2.0 * (i + 1) for i in range(10)])
+
+
+def test_a_resumed_clock_goes_on(monkeypatch):
+    trainer, _, _ = build(monkeypatch, "val_every=0", "checkpoint_every=0")
+    trainer.clock = module.Clock(step=6, tokens=6 * 256, seconds=12.0)
+    trainer.train(SimpleNamespace(requested=False))
+    assert trainer.clock.step == 10 and trainer.clock.seconds == pytest.approx(20.0)
