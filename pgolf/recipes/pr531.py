@@ -68,10 +68,18 @@ RECIPE = Recipe(
         common.SIZE_CORRECTION,
         common.EVAL_CORRECTION,
     ),
-    seed_exact=(
-        *common.SEED_EXACT,
-        V("averaging", "ema_then_swa", "C", "the script of record loads the EMA, then SWA over it"),
-        V("full_range", True, "C"),
-        V("codec", "zstd", "C", "zstd-22, in our container"),
+    seed_exact=common.with_values(
+        common.SEED_EXACT,
+        (
+            V("qat_start", 1.0, "L", "absent from the logged runs"),
+            V(
+                "averaging",
+                "ema_then_swa",
+                "C",
+                "the script of record loads the EMA, then SWA over it",
+            ),
+            V("full_range", True, "C"),
+            V("codec", "zstd", "C", "zstd-22, in our container"),
+        ),
     ),
 )

@@ -63,9 +63,13 @@ class Recipe:
         base = with_overrides(Config(recipe=self.name, seed_exact=seed_exact), chosen)
         # In a second step: `model.layers` may replace what the recipe calls `layers`.
         config = with_overrides(base, overrides or {})
+        self.check_limit(config)
+        return config
+
+    def check_limit(self, config: Config) -> None:
+        """Raise ConfigError if a contest recipe's limit was lifted."""
         if self.contest and not 0 < config.artifact.budget_bytes <= CONTEST_BYTES:
             raise ConfigError(
                 f"budget_bytes={config.artifact.budget_bytes}: {self.name} is a contest recipe, "
                 f"its limit is at most {CONTEST_BYTES:,} bytes"
             )
-        return config

@@ -19,6 +19,7 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
+from pgolf.recipes import get
 from pgolf.train.finish import pack_to_budget
 from pgolf.train.run_folder import RunFolder, read_config
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
         if section not in SECTIONS:
             raise ConfigError(f"{key}: packing takes keys of {' and '.join(SECTIONS)} only")
     config = with_overrides(trained, overrides)
+    get(config.recipe).check_limit(config)
     dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
 
     state, path = RunFolder(args.run, writes=False).load(torch.device("cpu"))
