@@ -76,10 +76,13 @@ def main(argv: list[str]) -> int:
         raise errors.ConfigError(
             f"{args.artifact}: no config.json beside it that names shards to score: use --data"
         )
-    folder = args.data or from_dict(read_config(run)).data.data
+    folder, tokenizer = args.data, args.tokenizer
+    if not folder:
+        trained_on = from_dict(read_config(run)).data
+        folder, tokenizer = trained_on.data, tokenizer or trained_on.tokenizer
     if args.stride < 1 or args.val_tokens < 0:
         raise errors.ConfigError("--stride must be at least 1 and --val-tokens at least 0")
-    dataset = Dataset.open(folder, args.tokenizer)
+    dataset = Dataset.open(folder, tokenizer)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)[0]
     result = ask(

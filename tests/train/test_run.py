@@ -259,7 +259,7 @@ def test_no_space(train, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_eval_pack_sample_verify(finished, tmp_path):
+def test_eval_pack_sample_verify(finished, shards, tmp_path):
     """The other commands on a finished run."""
 
     def pgolf(*words: str) -> str:
@@ -273,6 +273,16 @@ def test_eval_pack_sample_verify(finished, tmp_path):
     artifact = str(finished / "artifact")
     out = pgolf("eval", artifact, "--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
     assert f"val_bpb {result['val_bpb']:.6f}" in out
+    # shards alone, as the contest has them: the tokenizer is named by the run
+    bare = tmp_path / "run"
+    shutil.copytree(finished, bare)
+    for shard in shards.glob("*.bin"):
+        shutil.copy(shard, tmp_path)
+    config = json.loads((bare / "config.json").read_text())
+    config["data"] |= {"data": str(tmp_path), "tokenizer": str(bare / "tokenizer.model")}
+    (bare / "config.json").write_text(json.dumps(config))
+    options = ("--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
+    assert f"val_bpb {result['val_bpb']:.6f}" in pgolf("eval", str(bare / "artifact"), *options)
     small = tmp_path / "small"
     assert "EMA" in pgolf("pack", str(finished), "--out", str(small), "attn_bits=4", "mlp_bits=4")
     assert small.stat().st_size < 0.9 * Path(artifact).stat().st_size
