@@ -114,7 +114,7 @@ def test_deterministic_and_resumable(train, finished, tmp_path):
     assert (out / "artifact").read_bytes() == (finished / "artifact").read_bytes()
 
     code, output = train(f"out={out}", "resume=true", "matrix_lr=0.5")
-    assert code == 2 and "optim.matrix_lr=0.04 then, 0.5 now" in output
+    assert code == 2 and "optim.matrix_lr=0.03 then, 0.5 now" in output
 
 
 def test_the_end_is_kept_and_metrics_resume_exactly(train, finished, tmp_path):
