@@ -34,7 +34,7 @@ def copy_checkout(folder: Path) -> Path:
     """What the build needs, with a space in the path and nothing that was built."""
     root = folder / "a checkout"
     root.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / name, root)
     for name in ("csrc", "pgolf", "triton_kernels"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
