@@ -34,7 +34,9 @@ def checkout(tmp_path):
 
 
 def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    base = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHON", "MAKEFLAGS")}
+    # These tests run under make themselves: a nested make would say where it is.
+    outer = ("CXX", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    base = {k: v for k, v in os.environ.items() if k not in outer}
     return subprocess.run(command, cwd=cwd, env=base | env, capture_output=True, text=True)
 
 
