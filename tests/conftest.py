@@ -1,9 +1,16 @@
 """What all tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU, Triton kernels run in Triton's interpreter, which has to be known before the first
+# import of triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No test depends on wall time, and the machines that run them are small and shared.
 settings.register_profile("pgolf", deadline=None)

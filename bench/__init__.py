@@ -1,0 +1,1 @@
+"""Microbenchmarks and counts, run from a checkout: `python -m bench COMMAND`."""

@@ -1,0 +1,30 @@
+"""`python -m bench COMMAND`: each command is the module of that name in this folder."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
+    "step": "time training steps of a recipe with each choice of operators",
+    "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
+    "aot": "compile every Triton kernel for sm_90: registers, shared memory, spills, instructions",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Microbenchmarks and counts of pgolf's operators.",
+        epilog="`python -m bench COMMAND --help` says more.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    args, _ = parser.parse_known_args(argv[:1])
+    return importlib.import_module(f"bench.{args.command}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
