@@ -1,0 +1,349 @@
+"""What tests of Triton kernels need around Triton's interpreter (TRITON_INTERPRET=1).
+
+    repair      bfloat16 as a GPU computes it; the stock interpreter is silently wrong there
+    GuardZones  tensors with watched memory around them, launchers' outputs included
+    touched     the addresses that loads and stores really reach
+
+Nothing here knows a kernel. The interpreter runs one program after the other in numpy: it shows
+errors of indexing, masks and arithmetic, but no races and no approximations that a GPU makes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as stock
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+#
+# The interpreter holds bfloat16 as its bits, in uint16, and hands those to numpy as if they were
+# numbers: sums, products, comparisons, reductions and tl.dot work on bit patterns, and a cast from
+# float32 cuts off. The repair decodes to float32 before numpy computes and rounds to nearest even
+# after it. Copies (select, transpose, reshape, split) move bits and are right as they are.
+
+
+def decode(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) as float32 numbers."""
+    return (np.atleast_1d(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
+
+
+def encode(numbers: np.ndarray, toward_zero: bool = False) -> np.ndarray:
+    """float32 numbers as bfloat16 bits (uint16), to the nearest with ties to even."""
+    numbers = np.asarray(numbers, dtype=np.float32)
+    bits = np.atleast_1d(numbers).view(np.uint32)
+    half = 0 if toward_zero else 0x7FFF + ((bits >> 16) & 1)
+    rounded = np.where(np.isnan(numbers), bits | 0x400000, bits + half)
+    return (rounded >> 16).astype(np.uint16).reshape(numbers.shape)
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return value.dtype.scalar == tl.bfloat16
+
+
+def _numbers(handle: TensorHandle) -> np.ndarray:
+    return decode(handle.data) if _is_bfloat16(handle) else handle.data
+
+
+def _cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    """Any cast between number types; float16 is numpy's, which rounds to nearest even."""
+    target = target.scalar
+    data = source.data
+    if _is_bfloat16(source):
+        if target == tl.bfloat16:
+            return source
+        data = decode(data)
+    if target == tl.bfloat16:
+        return TensorHandle(encode(data.astype(np.float32)), tl.bfloat16)
+    return TensorHandle(data.astype(stock._get_np_dtype(target)), target)
+
+
+def _fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any):
+    """A cast with a chosen rounding (fp_downcast_rounding) or from and to fp8."""
+    target = target.scalar
+    if target == tl.bfloat16 and source.dtype.scalar == tl.float32:
+        toward_zero = rounding == stock._ir.ROUNDING_MODE.RTZ
+        return TensorHandle(encode(source.data, toward_zero), tl.bfloat16)
+    raise NotImplementedError(f"the repaired interpreter has no cast {source.dtype} -> {target}")
+
+
+def _elementwise(original: Any) -> Any:
+    """unary_op, binary_op or ternary_op with bfloat16 operands decoded and results rounded."""
+
+    def operate(self: InterpreterBuilder, *arguments: Any) -> TensorHandle:
+        *operands, function = arguments
+        if function is np.where or not any(map(_is_bfloat16, operands)):  # np.where only copies
+            return original(self, *arguments)
+        result = function(*map(_numbers, operands))
+        if result.dtype == np.bool_:
+            return TensorHandle(result, tl.int1)
+        return TensorHandle(encode(result), tl.bfloat16)
+
+    return operate
+
+
+def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle):
+    """x y + z through a wider type, as a GPU rounds it (the stock one rounds the product too)."""
+    wide = np.longdouble if z.dtype.scalar == tl.float64 else np.float64
+    result = _numbers(x).astype(wide) * _numbers(y).astype(wide) + _numbers(z).astype(wide)
+    if _is_bfloat16(z):
+        return TensorHandle(encode(result.astype(np.float32)), tl.bfloat16)
+    return TensorHandle(result.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _dot(original: Any) -> Any:
+    def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *rest):
+        if not (_is_bfloat16(a) or _is_bfloat16(b)):
+            return original(self, a, b, c, *rest)
+        product = np.matmul(_numbers(a), _numbers(b)) + _numbers(c)
+        if _is_bfloat16(c):
+            return TensorHandle(encode(product), tl.bfloat16)
+        return TensorHandle(product.astype(c.data.dtype), c.dtype.scalar)
+
+    return dot
+
+
+def _with_data(tensor: tl.tensor, data: np.ndarray, dtype: tl.dtype) -> tl.tensor:
+    kind = tl.block_type(dtype, tensor.type.shape) if tensor.type.is_block() else dtype
+    return tl.tensor(TensorHandle(data, dtype), kind)
+
+
+def _sum(original: Any) -> Any:
+    """tl.sum; the other reductions and scans of triton.language convert to float32 themselves."""
+
+    def add_up(self: ReduceOps, tensor: tl.tensor) -> tl.tensor:
+        if tensor.dtype != tl.bfloat16:
+            return original(self, tensor)
+        wide = _with_data(tensor, decode(tensor.handle.data), tl.float32)
+        total = original(self, wide)
+        return _with_data(total, encode(total.handle.data), tl.bfloat16)
+
+    return add_up
+
+
+def _atomic(original: Any) -> Any:
+    def atomic(self: InterpreterBuilder, operation: Any, pointer: TensorHandle, *rest: Any):
+        if pointer.get_element_ty() == tl.bfloat16:
+            raise NotImplementedError("the repaired interpreter has no bfloat16 atomics")
+        return original(self, operation, pointer, *rest)
+
+    return atomic
+
+
+def _descriptor_load(original: Any) -> Any:
+    def load(self: InterpreterBuilder, descriptor: Any, *rest: Any) -> TensorHandle:
+        if descriptor.padding != stock._ir.PADDING_OPTION.PAD_ZERO:
+            raise NotImplementedError("the repaired interpreter pads loads with zeros only")
+        return original(self, descriptor, *rest)
+
+    return load
+
+
+def repair() -> None:
+    """Make this process's interpreter compute bfloat16 right; calling it again does nothing."""
+    builder = InterpreterBuilder
+    if builder.cast_impl is _cast:
+        return
+    builder.cast_impl = _cast
+    builder.create_fp_to_fp = _fp_to_fp
+    builder.create_fma = _fma
+    builder.get_bf16 = lambda self, value: TensorHandle(encode([value]), tl.bfloat16)
+    for owner, wrapper, names in (
+        (builder, _elementwise, ("unary_op", "binary_op", "ternary_op")),
+        (builder, _dot, ("create_dot",)),
+        (builder, _atomic, ("create_atomic_rmw",)),
+        (builder, _descriptor_load, ("create_descriptor_load",)),
+        (ReduceOps, _sum, ("sum",)),
+    ):
+        for name in names:
+            setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+# --- guard zones ----------------------------------------------------------------------------------
+
+ZONE = 4096  # bytes before and after; keeps the 16-byte alignment that TMA descriptors ask for
+NAN_BYTE = 0xFF  # a number of these bytes is NaN in every float type: what leaks in shows up
+UNWRITTEN_BYTE = 0x7F  # 3.4e38 in bfloat16 and float32: what a kernel forgot to write shows up
+
+
+@dataclass
+class _Zone:
+    tensor: torch.Tensor
+    memory: torch.Tensor  # (bytes,) around the tensor and between its rows
+    inside: torch.Tensor  # (bytes,) bool: the tensor's own elements
+    byte: int
+    fresh: bool
+
+    def complaint(self) -> str | None:
+        what = f"{tuple(self.tensor.shape)} {self.tensor.dtype} with strides {self.tensor.stride()}"
+        spoilt = (self.memory != self.byte) & ~self.inside
+        if spoilt.any():
+            first = int(spoilt.nonzero()[0])
+            return f"{int(spoilt.sum())} bytes written outside of {what}, the first {first - ZONE}"
+        if self.fresh and self.tensor.numel():
+            size = self.tensor.element_size()
+            elements = self.memory[self.inside].view(-1, size)
+            unwritten = int((elements == self.byte).all(1).sum())
+            if unwritten:
+                return f"{unwritten} elements of the output {what} were not written"
+        return None
+
+
+@dataclass
+class GuardZones:
+    """Tensors inside watched memory.
+
+        with GuardZones() as zones:
+            y = zones.input(data)
+            z = launcher(y)          # its torch.empty gives guarded, poisoned memory
+
+    On leaving, AssertionError if a byte outside of a tensor's elements has changed, an element of
+    an output is unwritten, an input has changed, or nothing was allocated with torch.empty.
+    """
+
+    zones: list[_Zone] = field(default_factory=list)
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def tensor(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        strides: Sequence[int] | None = None,
+        byte: int = UNWRITTEN_BYTE,
+        fresh: bool = True,
+    ) -> torch.Tensor:
+        """An unwritten tensor with these strides (elements), in memory filled with `byte`."""
+        if strides is None:
+            strides = torch.empty(tuple(shape), device="meta").stride()
+        size = dtype.itemsize
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        span = 0 if 0 in shape else (last + 1) * size
+        memory = torch.full((2 * ZONE + math.ceil(span / 16) * 16,), byte, dtype=torch.uint8)
+        elements = memory[ZONE : ZONE + math.ceil(span / 16) * 16].view(dtype)
+        inside = torch.zeros(memory.shape, dtype=torch.bool)
+        marks = inside[ZONE : ZONE + span].view(-1, size)
+        marks.as_strided((*shape, size), [*(s * size for s in strides), 1]).fill_(True)
+        tensor = elements.as_strided(tuple(shape), tuple(strides))
+        self.zones.append(_Zone(tensor, memory, inside, byte, fresh))
+        return tensor
+
+    def input(self, data: torch.Tensor) -> torch.Tensor:
+        """A copy of `data`, same strides, with NaN (integers: -1) around it and in its gaps."""
+        tensor = self.tensor(data.shape, data.dtype, data.stride(), NAN_BYTE, fresh=False)
+        tensor.copy_(data)
+        self.inputs.append((tensor, data.clone()))
+        return tensor
+
+    def check(self) -> None:
+        for zone in self.zones:
+            complaint = zone.complaint()
+            assert complaint is None, complaint
+        for tensor, before in self.inputs:
+            torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+        assert any(zone.fresh for zone in self.zones), "no output came from torch.empty"
+
+    def __enter__(self) -> "GuardZones":
+        plain = torch.empty
+
+        def empty(*size: Any, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
+            size = size or (named.pop("size"),)
+            if named.get("device") not in (None, "cpu", torch.device("cpu")):
+                return plain(*size, dtype=dtype, **named)
+            shape = size[0] if isinstance(size[0], Sequence) else size
+            return self.tensor(tuple(shape), dtype or torch.get_default_dtype())
+
+        self._patch = mock.patch.object(torch, "empty", empty)
+        self._patch.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._patch.stop()
+        if kind is None:
+            self.check()
+
+
+# --- touched addresses ----------------------------------------------------------------------------
+
+
+def addresses(*tensors: torch.Tensor) -> np.ndarray:
+    """The addresses of all bytes of these tensors' elements, sorted, each once."""
+    parts = [np.empty(0, np.int64)]
+    for tensor in tensors:
+        offsets = np.zeros(tuple(tensor.shape), np.int64)
+        for dim, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            index = np.arange(length, dtype=np.int64) * stride
+            offsets += index.reshape(-1, *(1,) * (tensor.dim() - dim - 1))
+        size = tensor.element_size()
+        parts.append(_bytes(tensor.data_ptr() + offsets * size, size))
+    return np.unique(np.concatenate(parts))
+
+
+def _bytes(starts: np.ndarray, size: int) -> np.ndarray:
+    return (starts.reshape(-1, 1).astype(np.int64) + np.arange(size)).ravel()
+
+
+@dataclass
+class Touched:
+    """Byte addresses that kernels read and wrote; masked-off lanes touch nothing."""
+
+    reads: list[np.ndarray] = field(default_factory=list)
+    writes: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def read(self) -> np.ndarray:
+        """Addresses read, sorted, each once."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.reads]))
+
+    @property
+    def written(self) -> np.ndarray:
+        """Addresses written, sorted, each once."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.writes]))
+
+    @property
+    def read_bytes(self) -> int:
+        return self.read.size
+
+    @property
+    def written_bytes(self) -> int:
+        return self.written.size
+
+
+@contextlib.contextmanager
+def touched() -> Iterator[Touched]:
+    """Record every load and store inside, through pointers, descriptors and atomics alike."""
+    record = Touched()
+
+    def note(into: list[np.ndarray], pointers: TensorHandle, mask: TensorHandle) -> None:
+        starts, on = np.broadcast_arrays(pointers.data, mask.data)
+        bits = pointers.get_element_ty().primitive_bitwidth
+        into.append(np.unique(_bytes(starts[on], max(1, bits // 8))))
+
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any, **named: Any):
+        note(record.reads, pointers, mask)
+        return plain_load(self, pointers, mask, *rest, **named)
+
+    def store(self: Any, pointers: TensorHandle, value: Any, mask: TensorHandle, *rest: Any):
+        note(record.writes, pointers, mask)
+        return plain_store(self, pointers, value, mask, *rest)
+
+    def atomic(self: Any, name: Any, pointers: TensorHandle, value: Any, mask: Any, *rest: Any):
+        note(record.reads, pointers, mask)
+        note(record.writes, pointers, mask)
+        return plain_atomic(self, name, pointers, value, mask, *rest)
+
+    builder = InterpreterBuilder
+    plain_load = builder.create_masked_load
+    plain_store = builder.create_masked_store
+    plain_atomic = builder.create_atomic_rmw
+    with (
+        mock.patch.object(builder, "create_masked_load", load),
+        mock.patch.object(builder, "create_masked_store", store),
+        mock.patch.object(builder, "create_atomic_rmw", atomic),
+    ):
+        yield record
