@@ -1,1 +1,11 @@
-"""Operators: one file each, with the formula, its source and the pure torch reference."""
+"""Operators: one file each, with the formula, its source, the pure torch reference, and the table
+of implementations. The functions named here can be used alone: `from pgolf.ops import xsa`.
+"""
+
+from pgolf.ops.fake_quant import fake_quant
+from pgolf.ops.leaky_relu2 import leaky_relu2
+from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.newton_schulz import newton_schulz
+from pgolf.ops.xsa import xsa
+
+__all__ = ["fake_quant", "leaky_relu2", "leaky_relu2_mlp", "newton_schulz", "xsa"]

@@ -1,19 +1,250 @@
 """MLP with squared (leaky) ReLU.
 
-    out = leaky_relu(h W_up^T, slope)^2 W_down^T        slope 0: relu^2 (arXiv 2109.08668)
+    pre = rstd * (h W_up^T);   post = max(pre, slope pre)^2;   out = post W_down^T
 
-Shapes: h (..., D), w_up (F, D), w_down (D, F).
+slope 0 is relu^2 (arXiv 2109.08668). rstd, one factor a row, is optional: with h not yet normed and
+rstd = s / sqrt(mean(h^2) + eps) it stands for the norm before the MLP, which is then never written.
+
+The kernels keep post and sign bits, as `leaky_relu2` does, not two hidden tensors. Both GEMMs
+that touch the hidden tensor carry their pointwise half in the epilogue; the gradients of weights
+and of h are plain matmuls, and that of rstd is rowdot(h, dh) / rstd, so rstd must not be 0.
+Shapes: h (..., D), w_up (F, D), w_down (D, F), rstd (...,); T rows in all; bits (T, ceil(F/32)).
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.leaky_relu2 import (
+    as_rows,
+    bits_bytes,
+    check_rows,
+    cpu_backward,
+    cpu_forward,
+    no_cpu,
+    packed,
+    rstd_gradient,
+    words,
+)
+from pgolf.ops.leaky_relu2 import reference as activation
+from pgolf.ops.registry import (
+    Implementation,
+    Operator,
+    Sample,
+    Work,
+    check,
+    check_alike,
+    launcher,
+    lazily,
+    nbytes,
+    no_triton,
+    register,
+    resolve,
+)
 
-def leaky_relu2(x: Tensor, slope: float) -> Tensor:
-    """max(x, slope x)^2, never negative."""
-    return (F.leaky_relu(x, slope) if slope else F.relu(x)).square()
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def leaky_relu2_mlp(h: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
-    """(..., D) -> (..., D)."""
-    return F.linear(leaky_relu2(F.linear(h, w_up), slope), w_down)
+def reference(
+    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float, rstd: Tensor | None = None
+) -> Tensor:
+    """`leaky_relu2_mlp` in plain torch."""
+    return F.linear(activation(F.linear(h, w_up), slope, rstd), w_down)
+
+
+def leaky_relu2_mlp(
+    h: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    slope: float,
+    rstd: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The MLP, (..., D) -> (..., D).
+
+    Args:
+        h: (..., D); w_up: (F, D); w_down: (D, F), of one dtype and device.
+        slope: 0 to 1; 0 is relu^2.
+        rstd: (...,) factor of each row of h W_up^T, in fp32 (fp64 for an fp64 h), not 0.
+        impl: 'auto', 'reference', 'cpu' (C++ around torch's matmuls; fp32, bf16, fp64) or 'triton'
+            (fp32, bf16; TMA where the GPU has it).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; says which and what would.
+        RuntimeError: `impl` is not there on this machine.
+    """
+    check_rows("leaky_relu2_mlp", h, slope, rstd)
+    check(w_up.dim() == 2, f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
+    for name, w, wanted in (
+        ("w_up", w_up, (w_up.size(0), h.size(-1))),
+        ("w_down", w_down, (h.size(-1), w_up.size(0))),
+    ):
+        check(
+            tuple(w.shape) == wanted,
+            f"leaky_relu2_mlp: {name} is {tuple(w.shape)}: with h {tuple(h.shape)} and "
+            f"{w_up.size(0)} hidden units it has to be {wanted}",
+        )
+    check(w_up.numel() > 0, f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has no elements")
+    check_alike("leaky_relu2_mlp", h=h, w_up=w_up, w_down=w_down)
+    impl = resolve("leaky_relu2_mlp", impl, h)
+    if impl == "reference":
+        return reference(h, w_up, w_down, slope, rstd)
+    rows = None if rstd is None else rstd.reshape(-1)
+    return _mlp(as_rows(h), w_up, w_down, rows, slope, impl)[0].view(h.shape)
+
+
+# --- the opaque operators -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pgolf::leaky_relu2_mlp", mutates_args=())
+def _mlp(
+    h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    up = launcher("leaky_relu2_mlp", impl, "up")
+    post, bits = up(_unit_stride(h), w_up.contiguous(), slope, packed(rstd))
+    return post @ w_down.t(), post, bits
+
+
+@_mlp.register_fake
+def _(h, w_up, w_down, rstd, slope, impl):
+    post = h.new_empty((h.size(0), w_up.size(0)))
+    return h.new_empty(h.shape), post, words(post)
+
+
+@torch.library.custom_op("pgolf::leaky_relu2_down_dgrad", mutates_args=())
+def _down_dgrad(
+    dout: Tensor,
+    w_down: Tensor,
+    post: Tensor,
+    bits: Tensor,
+    rstd: Tensor | None,
+    slope: float,
+    impl: str,
+) -> Tensor:
+    dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
+    return dgrad(_unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
+
+
+@_down_dgrad.register_fake
+def _(dout, w_down, post, bits, rstd, slope, impl):
+    return post.new_empty(post.shape)
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    h, w_up, w_down, rstd, ctx.slope, ctx.impl = inputs
+    ctx.save_for_backward(h, w_up, w_down, rstd, *output[1:])
+
+
+def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
+    h, w_up, w_down, rstd, post, bits = ctx.saved_tensors
+    need_h, need_up, need_down, need_rstd = ctx.needs_input_grad[:4]
+    dpre = _down_dgrad(dout, w_down, post, bits, rstd, ctx.slope, ctx.impl)
+    dh = dpre @ w_up if need_h or need_rstd else None
+    return (
+        dh if need_h else None,
+        dpre.t() @ h if need_up else None,
+        dout.t() @ post if need_down else None,
+        rstd_gradient(h, dh, rstd) if need_rstd else None,
+        None,
+        None,
+    )
+
+
+_mlp.register_autograd(_mlp_gradient, setup_context=_mlp_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _cpu_up(h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+    return cpu_forward(h @ w_up.t(), slope, rstd, in_place=True)
+
+
+def _cpu_down_dgrad(
+    dout: Tensor, w_down: Tensor, post: Tensor, bits: Tensor, slope: float, rstd: Tensor | None
+) -> Tensor:
+    return cpu_backward(dout @ w_down, post, bits, slope, rstd, in_place=True)
+
+
+def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bool = False):
+    """Builder of MLP arguments; weights of a layer at its start, h normed."""
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+        g = torch.Generator().manual_seed(dim + hidden)
+        wide = torch.randn(*rows, dim * (2 if sliced else 1), generator=g, dtype=torch.float64)
+        up = torch.randn(hidden, dim, generator=g, dtype=torch.float64) * dim**-0.5
+        down = torch.randn(dim, hidden, generator=g, dtype=torch.float64) * hidden**-0.5
+        h, up, down = (t.to(device, dtype) for t in (wide, up, down))
+        rstd = torch.rand(rows, generator=g, dtype=torch.float64).add(0.5)
+        rstd = rstd.to(device, torch.promote_types(dtype, torch.float32))
+        return (h[..., :dim], up, down, 0.5), {"rstd": rstd} if scaled else {}
+
+    return build
+
+
+def samples() -> list[Sample]:
+    """MLPs: ragged ones, with and without rstd, and those of the seeds at 98,304 tokens."""
+    return [
+        Sample("2x7 24-40", _make((2, 7), 24, 40, False)),
+        Sample("33 64-96 rstd", _make((33,), 64, 96, True)),
+        Sample("5 16-33 rstd sliced", _make((5,), 16, 33, True, sliced=True)),
+        Sample("0 rows", _make((0,), 16, 32, False)),
+        Sample("4096 512-1536", _make((4096,), 512, 1536, False), bench=True),
+        Sample("98304 512-1536", _make((98304,), 512, 1536, False), bench=True),
+    ]
+
+
+def cost(
+    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float, rstd: Tensor | None = None
+) -> tuple[Work, Work]:
+    """Two GEMMs forward, four backward; every one reads its operands and writes its result."""
+    rows, (hidden, dim) = h.shape[:-1].numel(), w_up.shape
+    gemm = 2 * rows * hidden * dim
+    post = rows * hidden * h.element_size()
+    kept = post + bits_bytes(rows, hidden)
+    up = nbytes(h, w_up, rstd), kept
+    down = post + nbytes(w_down), nbytes(h)
+    dgrad = nbytes(h, w_down, rstd) + kept, post
+    rest = 2 * nbytes(h) + 2 * post + post + nbytes(w_up), nbytes(w_up, w_down, h)
+    return (
+        Work(2 * gemm, up[0] + down[0], up[1] + down[1]),
+        Work(4 * gemm, dgrad[0] + rest[0], dgrad[1] + rest[1]),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="leaky_relu2_mlp",
+        call=leaky_relu2_mlp,
+        reference=reference,
+        implementations={
+            "cpu": Implementation(
+                "cpu",
+                (*KERNEL_DTYPES, torch.float64),
+                {"up": _cpu_up, "down_dgrad": _cpu_down_dgrad},
+                no_cpu,
+            ),
+            "triton": Implementation(
+                "cuda",
+                KERNEL_DTYPES,
+                {
+                    "up": lazily("leaky_relu2_mlp", "up"),
+                    "down_dgrad": lazily("leaky_relu2_mlp", "down_dgrad"),
+                },
+                no_triton,
+            ),
+        },
+        preferred={
+            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cuda": [("triton", "fewer bytes than compiled (python -m bench count)")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

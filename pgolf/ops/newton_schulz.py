@@ -1,26 +1,221 @@
 """Newton-Schulz orthogonalisation for Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    X = G / (|G|_F + 1e-7);   repeat: A = X X^T,  X <- a X + (b A + c A^2) X
+    X = G / (safety |G|_F + 1e-7);   for each (a, b, c):  A = X X^T,  X <- a X + (b A + c A^2) X
 
-Singular values end near 1 (0.7 to 1.2 with the classic coefficients). Tall matrices are
-transposed, so that A is the smaller Gram matrix. Shapes: G (B, R, C), a batch of one shape.
+Singular values end near 1: 0.7 to 1.2 with the classic coefficients, closer with those of
+Polar Express (Amsel et al. 2025, arXiv 2505.16932), which differ from step to step; results of the
+two are not comparable to the bit. With row_norm every row is first divided by its norm (MuonEq-R).
+Tall matrices are worked on transposed, so that A is the smaller Gram matrix.
+Shapes: G (B, R, C), a batch of one shape.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CLASSIC = (3.4445, -4.7750, 2.0315)
+from pgolf import extension
+from pgolf.ops.registry import (
+    DTYPE_CODES,
+    Implementation,
+    Operator,
+    Sample,
+    Work,
+    check,
+    check_alike,
+    launcher,
+    lazily,
+    no_extension,
+    no_triton,
+    register,
+    resolve,
+)
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5
+POLAR_EXPRESS = (
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+)
+EPS = 1e-7  # of the norms
 
 
-def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Orthogonalise each matrix of g (B, R, C); the result has dtype `dtype`."""
-    a, b, c = CLASSIC
-    x = g / (torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)
-    x = x.to(dtype)
-    tall = g.size(-2) > g.size(-1)
+def coefficients_of(name: str, steps: int) -> Coefficients:
+    """The first `steps` triples of 'classic' or 'polar_express'; the last one repeats."""
+    triples = {"classic": CLASSIC, "polar_express": POLAR_EXPRESS}[name]
+    return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
+
+
+def reference(
+    g: Tensor,
+    coefficients: Coefficients = CLASSIC,
+    dtype: torch.dtype = torch.bfloat16,
+    row_norm: bool = False,
+    safety: float = 1.0,
+) -> Tensor:
+    """`newton_schulz` in plain torch."""
+    x = g.to(torch.promote_types(g.dtype, torch.float32))
+    if row_norm:
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    x = (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
+    return _iterate(x, coefficients)
+
+
+def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """The iteration on normalised matrices; torch adds the scaled terms inside its matmuls."""
+    tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return (x.mT if tall else x).contiguous()
+
+
+def newton_schulz(
+    g: Tensor,
+    coefficients: Coefficients = CLASSIC,
+    dtype: torch.dtype = torch.bfloat16,
+    row_norm: bool = False,
+    safety: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Orthogonalise each matrix of g.
+
+    Args:
+        g: (B, R, C) or (R, C).
+        coefficients: a triple (a, b, c) for each step.
+        dtype: of the iteration and the result; sums are in fp32.
+        row_norm: divide each row by its norm first.
+        safety: factor of the Frobenius norm, for coefficients that need singular values below 1.
+        impl: 'auto', 'reference', 'cpu' (C++ before torch's matmuls) or 'triton' (fp32, bf16).
+
+    Raises:
+        ValueError: shape, dtype, coefficients or device do not fit; says which and what would.
+        RuntimeError: `impl` is not there on this machine.
+    """
+    check(g.dim() in (2, 3), f"newton_schulz: g is {tuple(g.shape)}: it has to be (B, R, C)")
+    check(
+        g.size(-1) > 0 and g.size(-2) > 0,
+        f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements",
+    )
+    check(
+        all(len(triple) == 3 for triple in coefficients),
+        f"newton_schulz: coefficients {coefficients}: every step has three",
+    )
+    check(safety > 0, f"newton_schulz: safety={safety}: it has to be above 0")
+    check_alike("newton_schulz", g=g)
+    check(
+        dtype in (torch.float32, torch.bfloat16, torch.float64),
+        f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64",
+    )
+    impl = resolve("newton_schulz", impl, g)
+    if impl == "reference":
+        batch = g if g.dim() == 3 else g[None]
+        return reference(batch, coefficients, dtype, row_norm, safety).view(g.shape)
+    check(
+        dtype in OPERATOR.implementations[impl].dtypes,
+        f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'",
+    )
+    flat = [float(value) for triple in coefficients for value in triple]
+    batch = g if g.dim() == 3 else g[None]
+    return _orthogonalise(batch, flat, dtype, row_norm, safety, impl).view(g.shape)
+
+
+@torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
+def _orthogonalise(
+    g: Tensor, flat: Sequence[float], dtype: torch.dtype, row_norm: bool, safety: float, impl: str
+) -> Tensor:
+    triples = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
+    return launcher("newton_schulz", impl, "forward")(g, triples, dtype, row_norm, safety)
+
+
+@_orthogonalise.register_fake
+def _(g, flat, dtype, row_norm, safety, impl):
+    return g.new_empty(g.shape, dtype=dtype)
+
+
+def _cpu_forward(
+    g: Tensor, coefficients: Coefficients, dtype: torch.dtype, row_norm: bool, safety: float
+) -> Tensor:
+    g = g if g.stride(-1) == 1 else g.contiguous()
+    x = torch.empty(g.shape, dtype=dtype)
+    extension.load().newton_schulz_normalize(
+        g.data_ptr(), x.data_ptr(), DTYPE_CODES[g.dtype], DTYPE_CODES[dtype], *g.shape,
+        g.stride(), row_norm, safety, torch.get_num_threads(),
+    )  # fmt: skip
+    return _iterate(x, coefficients)
+
+
+def samples() -> list[Sample]:
+    """Square, wide and tall batches; the bench sizes are the banks of PR 1473."""
+
+    def make(shape: tuple[int, int, int], **options):
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(sum(shape))
+            matrix = torch.randn(shape, generator=g, dtype=torch.float64).to(device, dtype)
+            return (matrix,), {"dtype": dtype, **options}
+
+        return build
+
+    polar = {"coefficients": POLAR_EXPRESS, "row_norm": True, "safety": 1.02}
+    small = {"2x8x24": (2, 8, 24), "1x33x17": (1, 33, 17), "3x16x16": (3, 16, 16)}
+    banks = {"qo": (22, 512, 512), "kv": (22, 256, 512), "up": (11, 1536, 512)}
+    return (
+        [Sample(label, make(shape)) for label, shape in small.items()]
+        + [Sample("2x33x70 polar express", make((2, 33, 70), **polar))]
+        + [Sample(f"{label} bank", make(shape), bench=True) for label, shape in banks.items()]
+    )
+
+
+def cost(
+    g: Tensor,
+    coefficients: Coefficients = CLASSIC,
+    dtype: torch.dtype = torch.bfloat16,
+    row_norm: bool = False,
+    safety: float = 1.0,
+) -> tuple[Work, Work]:
+    """Every step is three GEMMs that read their operands and write their result; no backward."""
+    batch, small, large = g.size(0), *sorted(g.shape[1:])
+    item, steps = dtype.itemsize, len(coefficients)
+    x, gram = batch * small * large * item, batch * small * small * item
+    flops = 2 * batch * small * small * (2 * large + small) * steps
+    prepare = (2 if row_norm is False else 3) * g.numel() * g.element_size()
+    return (
+        Work(flops, prepare + steps * (2 * x + 2 * gram), x + steps * (x + 2 * gram)),
+        Work(0, 0, 0),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="newton_schulz",
+        call=newton_schulz,
+        reference=reference,
+        implementations={
+            "cpu": Implementation(
+                "cpu",
+                (torch.float32, torch.bfloat16, torch.float64),
+                {"forward": _cpu_forward},
+                lambda: no_extension("newton_schulz_normalize"),
+            ),
+            "triton": Implementation(
+                "cuda",
+                (torch.float32, torch.bfloat16),
+                {"forward": lazily("newton_schulz", "newton_schulz")},
+                no_triton,
+            ),
+        },
+        preferred={
+            "cpu": [("cpu", "C++ norm before torch's matmuls (python -m bench ops)")],
+            "cuda": [("triton", "three launches a step (python -m bench count)")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

@@ -1,21 +1,221 @@
 """Exclusive self attention: remove from each head's output its component along the value.
 
-    y_h <- y_h - (y_h . n) n,   n = v_g / max(|v_g|_2, 1e-12)             (arXiv 2603.09078)
+    z_h = y_h - (y_h . n) n,   n = v_g / max(|v_g|_2, 1e-12)              (arXiv 2603.09078)
 
 g is the key/value head of query head h: with H query and G value heads, g = h // (H / G).
-Shapes: y (N, T, H, d), v (N, T, G, d).
+With m = max(|v|, 1e-12), s = 1/m^2, a = y . v and b = dz . v the gradients are
+
+    dy = dz - s b v,   dv = sum over the heads of g of  -s (a dz + b y) + 2 (s a) (s b) v
+
+where the last term is absent below the floor, where m is a constant.
+Shapes: y, z (N, T, H, d), v (N, T, G, d). Strides are free; the results are contiguous.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf import extension
+from pgolf.ops.registry import (
+    DTYPE_CODES,
+    Implementation,
+    Operator,
+    Sample,
+    Work,
+    check,
+    check_alike,
+    launcher,
+    lazily,
+    nbytes,
+    no_extension,
+    no_triton,
+    register,
+    resolve,
+)
+
 NORM_FLOOR = 1e-12
+MAX_HEAD_DIM = 256  # of the Triton kernels
 
 
-def xsa(y: Tensor, v: Tensor) -> Tensor:
-    """y without its component along v; (N, T, H, d)."""
+def reference(y: Tensor, v: Tensor) -> Tensor:
+    """`xsa` in plain torch."""
     batch, time, heads, size = y.shape
     groups = v.size(2)
     y = y.reshape(batch, time, groups, heads // groups, size)
     n = F.normalize(v, dim=-1, eps=NORM_FLOOR).unsqueeze(3)
     return (y - (y * n).sum(-1, keepdim=True) * n).reshape(batch, time, heads, size)
+
+
+def _check(y: Tensor, v: Tensor) -> None:
+    check(y.dim() == 4, f"xsa: y is {tuple(y.shape)}: it has to be (N, T, H, d)")
+    check(v.dim() == 4, f"xsa: v is {tuple(v.shape)}: it has to be (N, T, G, d)")
+    check(
+        y.shape[:2] == v.shape[:2] and y.size(3) == v.size(3),
+        f"xsa: y is {tuple(y.shape)} and v {tuple(v.shape)}: N, T and d have to be the same",
+    )
+    check(y.size(3) > 0, f"xsa: y is {tuple(y.shape)}: heads of no elements have no direction")
+    check(
+        v.size(2) > 0 and y.size(2) % v.size(2) == 0,
+        f"xsa: {y.size(2)} query heads cannot be shared out over {v.size(2)} value heads: "
+        "H has to be a multiple of G",
+    )
+    check_alike("xsa", y=y, v=v)
+
+
+def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
+    """y without its component along v.
+
+    Args:
+        y: (N, T, H, d) outputs of attention.
+        v: (N, T, G, d) values, H a multiple of G, of y's dtype and device.
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64) or 'triton' (fp32, bf16; d <= 256).
+
+    Returns:
+        (N, T, H, d), contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; says which and what would.
+        RuntimeError: `impl` is not there on this machine.
+    """
+    _check(y, v)
+    impl = resolve("xsa", impl, y)
+    if impl == "reference":
+        return reference(y, v)
+    check(
+        impl != "triton" or y.size(3) <= MAX_HEAD_DIM,
+        f"xsa: heads of {y.size(3)} are too long for impl=triton, whose limit is {MAX_HEAD_DIM}: "
+        "use impl='reference'",
+    )
+    return _forward(y, v, impl)
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@torch.library.custom_op("pgolf::xsa", mutates_args=())
+def _forward(y: Tensor, v: Tensor, impl: str) -> Tensor:
+    return launcher("xsa", impl, "forward")(_unit_stride(y), _unit_stride(v))
+
+
+@_forward.register_fake
+def _(y: Tensor, v: Tensor, impl: str) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("pgolf::xsa_backward", mutates_args=())
+def _backward(dz: Tensor, y: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return launcher("xsa", impl, "backward")(*map(_unit_stride, (dz, y, v)))
+
+
+@_backward.register_fake
+def _(dz: Tensor, y: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, v, ctx.impl = inputs
+    ctx.save_for_backward(y, v)
+
+
+def _gradient(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_backward(dz, *ctx.saved_tensors, ctx.impl), None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _cpu_forward(y: Tensor, v: Tensor) -> Tensor:
+    z = torch.empty(y.shape, dtype=y.dtype)
+    extension.load().xsa(
+        y.data_ptr(), v.data_ptr(), z.data_ptr(), DTYPE_CODES[y.dtype], *y.shape[:3],
+        v.size(2), y.size(3), y.stride()[:3], v.stride()[:3], torch.get_num_threads(),
+    )  # fmt: skip
+    return z
+
+
+def _cpu_backward(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dy, dv = torch.empty(y.shape, dtype=y.dtype), torch.empty(v.shape, dtype=v.dtype)
+    extension.load().xsa_backward(
+        dz.data_ptr(), y.data_ptr(), v.data_ptr(), dy.data_ptr(), dv.data_ptr(),
+        DTYPE_CODES[y.dtype], *y.shape[:3], v.size(2), y.size(3),
+        dz.stride()[:3], y.stride()[:3], v.stride()[:3], torch.get_num_threads(),
+    )  # fmt: skip
+    return dy, dv
+
+
+def samples() -> list[Sample]:
+    """Groupings, head sizes and layouts; the bench sizes are one layer at 8,192 tokens and more."""
+
+    def make(batch: int, time: int, heads: int, groups: int, size: int, layout: str):
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(time)
+            y = torch.randn(batch, heads, time, size, generator=g, dtype=torch.float64)
+            qkv = torch.randn(batch, time, heads + 2 * groups, size, generator=g).double()
+            y, qkv = y.to(device, dtype), qkv.to(device, dtype)
+            v = qkv[:, :, heads + groups :]
+            # SDPA returns (N, H, T, d) memory; v may be a part of one packed projection.
+            y = y.transpose(1, 2)
+            return (y, v) if layout == "attention" else (y.contiguous(), v.contiguous()), {}
+
+        return build
+
+    shapes = {
+        "2x7 8/4 64": (2, 7, 8, 4, 64, "attention"),
+        "1x33 4/4 32": (1, 33, 4, 4, 32, "contiguous"),
+        "1x5 4/1 128": (1, 5, 4, 1, 128, "attention"),
+        "1x3 6/2 80": (1, 3, 6, 2, 80, "contiguous"),
+        "0 tokens": (1, 0, 4, 2, 32, "contiguous"),
+    }
+    big = {f"{t} tokens": (1, t, 8, 4, 64, "contiguous") for t in (1024, 8192, 98304)}
+    return [Sample(label, make(*s)) for label, s in shapes.items()] + [
+        Sample(label, make(*s), bench=True) for label, s in big.items()
+    ]
+
+
+def cost(y: Tensor, v: Tensor) -> tuple[Work, Work]:
+    """Forward reads y and v and writes z; backward reads dz, y and v and writes dy and dv."""
+    return (
+        Work(0, nbytes(y, v), nbytes(y)),
+        Work(0, nbytes(y, y, v), nbytes(y, v)),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="xsa",
+        call=xsa,
+        reference=reference,
+        implementations={
+            "cpu": Implementation(
+                "cpu",
+                (torch.float32, torch.bfloat16, torch.float64),
+                {"forward": _cpu_forward, "backward": _cpu_backward},
+                lambda: no_extension("xsa", "xsa_backward"),
+            ),
+            "triton": Implementation(
+                "cuda",
+                (torch.float32, torch.bfloat16),
+                {
+                    "forward": lazily("xsa", "xsa"),
+                    "backward": lazily("xsa", "xsa_backward"),
+                },
+                no_triton,
+            ),
+        },
+        preferred={
+            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cuda": [("triton", "fewer bytes than compiled (python -m bench count)")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

@@ -1,0 +1,265 @@
+"""The operators by name, and which implementation of each one runs: decided once, with a reason.
+
+`reference` is plain torch in the open, which torch.compile may fuse with its neighbours; every
+other implementation runs behind an opaque operator of torch.library.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf import extension
+from pgolf.errors import ConfigError
+
+VARIABLE = "PGOLF_OPS"
+# How the compiled half of the package names dtypes.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+def no_extension(*functions: str) -> str:
+    """Why the C++ kernels cannot run here; '' if they can."""
+    module = extension.load()
+    if module is None:
+        return extension.why_missing()
+    absent = [name for name in functions if not hasattr(module, name)]
+    return f"this build of pgolf._C has no {absent[0]}: pip install -v ." if absent else ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def no_triton() -> str:
+    """Why the Triton kernels cannot run here; '' if they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed; it comes with torch's CUDA builds"
+    if interpreting() or torch.cuda.is_available():
+        return ""
+    return "torch sees no GPU here"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operator.
+
+    Attributes:
+        device: type of the device whose tensors it takes.
+        dtypes: of its matrices.
+        functions: its launchers by name.
+        missing: why it cannot run on this machine; '' if it can.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    functions: Mapping[str, Callable]
+    missing: Callable[[], str]
+
+    def runs_on(self, device: str) -> bool:
+        return device == self.device or (self.device == "cuda" and interpreting())
+
+
+class Work(NamedTuple):
+    """Least work of a pass: floating-point operations of matmuls, and bytes read and written."""
+
+    flops: int
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of an operator: `build(device, dtype)` gives (positional, by keyword).
+
+    `bench` marks the sizes that benchmarks take; the others are small and ragged, for tests.
+    """
+
+    label: str
+    build: Callable[[torch.device, torch.dtype], tuple[tuple, dict[str, Any]]]
+    bench: bool = False
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Everything about one operator that tests, benchmarks and choices iterate over.
+
+    Attributes:
+        call: the public function; takes `impl`.
+        reference: the same function in plain torch.
+        implementations: by name, apart from the reference.
+        preferred: device type -> (implementation, reason), the order in which `auto` tries them.
+        samples: arguments for tests and benchmarks.
+        cost: least work (forward, backward) for a sample's arguments.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    implementations: Mapping[str, Implementation]
+    preferred: Mapping[str, Sequence[tuple[str, str]]]
+    samples: Callable[[], list[Sample]]
+    cost: Callable[..., tuple[Work, Work]]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Add an operator to the table."""
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+class Choice(NamedTuple):
+    """An implementation and why it was chosen."""
+
+    impl: str
+    reason: str
+
+
+def parse(text: str) -> dict[str, str]:
+    """'xsa=triton,newton_schulz=reference', or one word for all operators, as operator -> word.
+
+    Raises:
+        ConfigError: an unknown operator or implementation.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wanted: dict[str, str] = {}
+    for word in words:
+        name, equals, impl = word.partition("=")
+        if not equals:
+            name, impl = "", name
+        if name and name not in OPERATORS:
+            raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
+        for target in [name] if name else OPERATORS:
+            known = ("auto", "reference", *OPERATORS[target].implementations)
+            if impl in known:
+                wanted[target] = impl
+            elif name:
+                raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
+        if not name and impl not in wanted.values():
+            raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")
+    return wanted
+
+
+def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
+    """Why `impl` cannot run these tensors here; '' if it can."""
+    found = operator.implementations.get(impl)
+    if found is None:
+        return f"there is no {impl!r}, only {', '.join(operator.implementations)}"
+    if not found.runs_on(device):
+        return f"{impl} runs on {found.device} tensors, these are on {device}"
+    if dtype not in found.dtypes:
+        return f"{impl} takes {' and '.join(map(str, found.dtypes))}, not {dtype}"
+    return found.missing()
+
+
+@functools.cache
+def choose(name: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
+    """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
+
+    'auto' is the environment's choice (PGOLF_OPS) if there is one, else the first implementation in
+    the operator's order that can run, else the reference. Decided once for each set of arguments.
+
+    Raises:
+        ValueError: an unknown implementation, or one for another device or dtype.
+        RuntimeError: one that this machine does not have.
+    """
+    operator, reason = OPERATORS[name], "as asked"
+    if impl == "auto":
+        impl = parse(os.environ.get(VARIABLE, "")).get(name, "auto")
+        reason = f"{VARIABLE} asks for it"
+    if impl == "reference":
+        return Choice(impl, reason)
+    if impl != "auto":
+        problem = _problem(operator, impl, device, dtype)
+        if problem:
+            here = operator.implementations.get(impl)
+            kind = RuntimeError if here and problem == here.missing() else ValueError
+            raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
+        return Choice(impl, reason)
+    rejected = []
+    for candidate, why in operator.preferred.get(device, ()):
+        if candidate == "reference":
+            return Choice(candidate, why)
+        problem = _problem(operator, candidate, device, dtype)
+        if not problem:
+            return Choice(candidate, why)
+        rejected.append(f"{candidate}: {problem}")
+    return Choice("reference", "; ".join(rejected) or f"nothing faster is known on {device}")
+
+
+def choose_all(text: str, device: str, dtype: torch.dtype) -> dict[str, Choice]:
+    """The choice of every operator for a run.
+
+    Raises:
+        ConfigError: `text` is malformed, or asks for what cannot run here.
+    """
+    wanted = parse(text)
+    try:
+        return {n: choose(n, wanted.get(n, "auto"), device, dtype) for n in OPERATORS}
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
+
+
+@torch.compiler.assume_constant_result
+def _resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    return choose(name, impl, device, dtype).impl
+
+
+def resolve(name: str, impl: str, tensor: Tensor) -> str:
+    """The implementation that runs for `tensor`; a constant under torch.compile."""
+    if impl == "reference":
+        return impl
+    return _resolve(name, impl, tensor.device.type, tensor.dtype)
+
+
+def launcher(name: str, impl: str, function: str) -> Callable:
+    """The launcher `function` of an implementation."""
+    return OPERATORS[name].implementations[impl].functions[function]
+
+
+def lazily(module: str, function: str) -> Callable:
+    """A function of pgolf.triton_kernels that is imported when it is first called."""
+
+    @functools.cache
+    def load() -> Callable:
+        import importlib
+
+        return getattr(importlib.import_module(f"pgolf.triton_kernels.{module}"), function)
+
+    return lambda *args, **kwargs: load()(*args, **kwargs)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_alike(operator: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have one floating dtype and lie on one device."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    (first, head), *others = given.items()
+    check(head.is_floating_point(), f"{operator}: {first} is {head.dtype}: use a float dtype")
+    for name, t in others:
+        check(
+            t.dtype == head.dtype,
+            f"{operator}: {name} is {t.dtype} and {first} is {head.dtype}: cast one of them",
+        )
+        check(
+            t.device == head.device,
+            f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one of them",
+        )
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of the elements of these tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
