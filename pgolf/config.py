@@ -87,6 +87,12 @@ class OptimConfig:
     nesterov: bool = opt(True, "Nesterov momentum in Muon")
     ns_steps: int = opt(5, "Newton-Schulz iterations", ge=1, le=20)
     ns_dtype: str = opt("bf16", "dtype of Newton-Schulz", choices=("bf16", "fp32"))
+    ns_coefficients: str = opt(
+        "classic",
+        "Newton-Schulz coefficients: the same every step, or those of Polar Express",
+        choices=("classic", "polar_express"),
+    )
+    ns_row_norm: bool = opt(False, "divide each row of Muon's direction by its norm (MuonEq-R)")
     beta1: float = opt(0.9, "AdamW beta1", ge=0, le=0.9999)
     beta2: float = opt(0.95, "AdamW beta2", ge=0, le=0.99999)
     adam_eps: float = opt(1e-8, "AdamW eps", gt=0)
@@ -170,6 +176,7 @@ class QuantConfig:
     qat_start_lr: float = opt(
         0.15, "learning-rate multiplier below which it goes on, for schedule=iterations", ge=0, le=1
     )
+    qat_clip_mask: bool = opt(False, "in late QAT, no gradient for weights whose code is clipped")
     qat_lr_scale: float = opt(1.0, "learning-rate factor from then on (PR 543: 0.5)", gt=0, le=1)
 
 
@@ -231,6 +238,11 @@ class RunConfig:
         "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
         choices=("auto", "fa3", "fa2", "sdpa"),
     )
+    ops: str = opt(
+        "",
+        "implementations of operators, as xsa=triton,newton_schulz=reference, or one word for all; "
+        "'' = auto for each, see pgolf doctor",
+    )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
     log_every: int = opt(10, "steps between log lines", ge=1)
@@ -270,6 +282,7 @@ ENVIRONMENT = {
     "TRAIN_BATCH_TOKENS": "batch_tokens",
     "TRAIN_SEQ_LEN": "seq_len",
     "VAL_LOSS_EVERY": "val_every",
+    "PGOLF_OPS": "ops",
 }
 
 

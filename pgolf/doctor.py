@@ -14,8 +14,9 @@ import torch
 
 import pgolf
 from pgolf import extension
-from pgolf.device import cpu_flags, driver
-from pgolf.ops import attention
+from pgolf.device import cpu_flags, driver, pick_device, pick_dtype
+from pgolf.errors import ConfigError
+from pgolf.ops import attention, registry
 from pgolf.train.provenance import FLAGS
 
 # package -> what it is for
@@ -72,6 +73,17 @@ def _flags() -> str:
     return " ".join(f for f in FLAGS if f in cpu_flags()) or f"none of {' '.join(FLAGS)}"
 
 
+def _operators() -> list[tuple[str, str]]:
+    """What each operator runs as here, and why, for the dtype that a run would take."""
+    device = pick_device("auto")
+    dtype, _ = pick_dtype("auto", device)
+    try:
+        chosen = registry.choose_all("", device.type, dtype)
+    except ConfigError as e:
+        return [("operators", str(e))]
+    return [(name, f"{impl} ({reason})") for name, (impl, reason) in chosen.items()]
+
+
 def rows() -> list[tuple[str, str]]:
     """(subject, finding) of everything that is looked at."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -89,6 +101,7 @@ def rows() -> list[tuple[str, str]]:
         ("free disk here", f"{free / 1e9:.1f} GB"),
         ("extension", _extension()),
         ("attention", attention.describe()),
+        *_operators(),
     ]
     return found + [
         (name, _version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()

@@ -4,6 +4,8 @@ Forward pass: embed (+ bigram), norm, smear; blocks with U-Net skips; norm; capp
 Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from pgolf.fields import resolve_layers
 from pgolf.model.layers import BigramHash, Block, SmearGate, Table, ValueEmbedding
 from pgolf.ops.embed_smear import smear
 from pgolf.ops.qk_rope import rope_table
+from pgolf.ops.registry import OPERATORS
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 
@@ -26,6 +29,7 @@ class GPT(nn.Module):
         compute_dtype: dtype of activations and matmul inputs; losses are fp32.
         backend: attention backend, from `pgolf.ops.attention.choose`.
         max_length: longest sequence that will be asked for.
+        ops: operator -> implementation; those that are not named are the reference.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         backend: str = "sdpa",
         max_length: int = 2048,
+        ops: Mapping[str, str] | None = None,
     ):
         super().__init__()
+        self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops or {})
         self.config, self.compute_dtype, self.backend = config, compute_dtype, backend
         table_dtype = DTYPES[config.table_dtype]
         kv_dim = config.dim // config.heads * config.kv_heads
@@ -63,7 +69,9 @@ class GPT(nn.Module):
         self.register_parameter(
             "backout", nn.Parameter(torch.empty(())) if config.backout else None
         )
-        self.blocks = nn.ModuleList(Block(config, i, i in xsa_layers) for i in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, i, i in xsa_layers, self.ops) for i in range(config.layers)
+        )
         cos, sin = rope_table(max_length, config.rope_dims, config.rope_base)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)

@@ -4,6 +4,8 @@ Module and parameter names are those of the contest's public scripts, so that th
 load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,11 @@ class Matrix(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.grid: dict | None = None
 
-    def prepare_qat(self, bits: int, switch: Tensor, **grid: float | int | bool) -> None:
-        """Add the fake-quant of grid `bits` to the forward pass, off while `switch` is 0."""
+    def prepare_qat(self, bits: int, switch: Tensor, **grid: float | int | bool | str) -> None:
+        """Add the fake-quant of grid `bits` to the forward pass, off while `switch` is 0.
+
+        `grid` holds the other arguments of `fake_quant`, its implementation among them.
+        """
         device = self.weight.device
         self.grid = grid
         self.register_buffer("qat_clip", torch.ones(self.weight.size(0), device=device))
@@ -52,9 +57,9 @@ class Matrix(nn.Module):
 class Attention(nn.Module):
     """Causal self attention with q/k norm, partial RoPE, query gain and optional XSA."""
 
-    def __init__(self, config: ModelConfig, exclusive: bool):
+    def __init__(self, config: ModelConfig, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
-        self.config, self.exclusive = config, exclusive
+        self.config, self.exclusive, self.xsa_impl = config, exclusive, ops["xsa"]
         head = config.dim // config.heads
         self.c_q = Matrix(config.dim, config.dim)
         self.c_k = Matrix(config.kv_heads * head, config.dim)
@@ -75,32 +80,34 @@ class Attention(nn.Module):
         q, k = qk_rope(q, k, *rope, self.q_gain, c.norm_eps, c.qk_norm)
         y = attention(q, k, v, backend)
         if self.exclusive:
-            y = xsa(y, v)
+            y = xsa(y, v, self.xsa_impl)
         return self.proj(y.reshape(batch, time, -1))
 
 
 class MLP(nn.Module):
     """Squared (leaky) ReLU MLP."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str]):
         super().__init__()
+        self.impl = ops["leaky_relu2_mlp"]
         self.fc = Matrix(config.mlp_hidden, config.dim)
         self.proj = Matrix(config.dim, config.mlp_hidden)
         self.slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
 
     def forward(self, h: Tensor) -> Tensor:
-        return leaky_relu2_mlp(h, self.fc.cast(h.dtype), self.proj.cast(h.dtype), self.slope)
+        w_up, w_down = self.fc.cast(h.dtype), self.proj.cast(h.dtype)
+        return leaky_relu2_mlp(h, w_up, w_down, self.slope, impl=self.impl)
 
 
 class Block(nn.Module):
     """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, exclusive: bool):
+    def __init__(self, config: ModelConfig, layer: int, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
         self.eps = config.norm_eps
         self.norm_scale = (layer + 1) ** -0.5 if config.layer_scale else 1.0
-        self.attn = Attention(config, exclusive)
-        self.mlp = MLP(config)
+        self.attn = Attention(config, exclusive, ops)
+        self.mlp = MLP(config, ops)
         self.attn_scale = nn.Parameter(torch.empty(config.dim))
         self.mlp_scale = nn.Parameter(torch.empty(config.dim))
         self.register_parameter(

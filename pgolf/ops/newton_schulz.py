@@ -44,10 +44,13 @@ POLAR_EXPRESS = (
 EPS = 1e-7  # of the norms
 
 
-def coefficients_of(name: str, steps: int) -> Coefficients:
-    """The first `steps` triples of 'classic' or 'polar_express'; the last one repeats."""
-    triples = {"classic": CLASSIC, "polar_express": POLAR_EXPRESS}[name]
-    return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
+def preset(name: str, steps: int) -> tuple[Coefficients, float]:
+    """Coefficients of `steps` steps and their safety, for 'classic' or 'polar_express'.
+
+    The last triple repeats. Polar Express needs singular values below 1 by a little.
+    """
+    triples, safety = {"classic": (CLASSIC, 1.0), "polar_express": (POLAR_EXPRESS, 1.02)}[name]
+    return tuple(triples[min(i, len(triples) - 1)] for i in range(steps)), safety
 
 
 def reference(

@@ -36,6 +36,9 @@ class Optimizers:
             nesterov=config.nesterov,
             ns_steps=config.ns_steps,
             ns_dtype=DTYPES[config.ns_dtype],
+            ns_coefficients=config.ns_coefficients,
+            ns_row_norm=config.ns_row_norm,
+            ns_impl=model.ops["newton_schulz"],
         )
         self.adamw = torch.optim.AdamW(
             [

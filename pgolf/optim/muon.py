@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pgolf.ops.newton_schulz import newton_schulz
+from pgolf.ops.newton_schulz import newton_schulz, preset
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,10 +32,21 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool,
         ns_steps: int,
         ns_dtype: torch.dtype,
+        ns_coefficients: str = "classic",
+        ns_row_norm: bool = False,
+        ns_impl: str = "reference",
     ):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(list(params), defaults)
-        self.nesterov, self.ns_steps, self.ns_dtype = nesterov, ns_steps, ns_dtype
+        self.nesterov, self.ns_dtype = nesterov, ns_dtype
+        coefficients, safety = preset(ns_coefficients, ns_steps)
+        self.ns_options = {
+            "coefficients": coefficients,
+            "dtype": ns_dtype,
+            "row_norm": ns_row_norm,
+            "safety": safety,
+            "impl": ns_impl,
+        }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -65,10 +76,10 @@ class Muon(torch.optim.Optimizer):
         """Newton-Schulz of (B, R, C), shared out over the ranks."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1:
-            return newton_schulz(stack, self.ns_steps, self.ns_dtype)
+            return newton_schulz(stack, **self.ns_options)
         rank = dist.get_rank()
         out = torch.zeros(stack.shape, dtype=self.ns_dtype, device=stack.device)
         if rank < len(stack):
-            out[rank::world] = newton_schulz(stack[rank::world], self.ns_steps, self.ns_dtype)
+            out[rank::world] = newton_schulz(stack[rank::world], **self.ns_options)
         dist.all_reduce(out)
         return out

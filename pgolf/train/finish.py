@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def write_result(
     device: torch.device,
     dtype: torch.dtype,
     attention: str,
+    ops: Mapping[str, str],
 ) -> dict[str, Any]:
     """Assemble and write result.json."""
     result = {
@@ -210,6 +212,7 @@ def write_result(
         "exported_weights": exported,
         "compute_dtype": next(n for n, d in DTYPES.items() if d == dtype),
         "attention": attention,
+        "ops": dict(ops),
         "baselines": baselines(tokens, dataset),
         "tensors": tensor_rows(packed.model),
         "provenance": provenance(device),

@@ -18,6 +18,7 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
 from pgolf.model.init import init_weights
+from pgolf.ops import registry
 from pgolf.ops.attention import choose
 from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import Recipe
@@ -66,17 +67,17 @@ def opening_lines(
     limits += [f"{s.max_tokens:,} tokens"] if s.max_tokens else []
     limits += [f"{s.max_steps:,} steps"] if s.max_steps else []
     lines.append(f"{recipe.name}: {recipe.title}")
-    lines.append(f"  run folder   {folder}")
-    lines.append(f"  data         {dataset.folder} (corpus {dataset.corpus})")
-    lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
+    lines.append(f"  run folder      {folder}")
+    lines.append(f"  data            {dataset.folder} (corpus {dataset.corpus})")
+    lines += [f"  {name:<15} {reason}" for name, reason in reasons.items()]
     lines.append(
-        f"  budget       {' or '.join(limits)} of training; compilation, validation and "
+        f"  budget          {' or '.join(limits)} of training; compilation, validation and "
         "checkpoints are off the clock"
     )
     if config.artifact.budget_bytes:
-        lines.append(f"  size limit   {config.artifact.budget_bytes:,} bytes of code + model")
+        lines.append(f"  size limit      {config.artifact.budget_bytes:,} bytes of code + model")
     if config.seed_exact:
-        lines.append(f"  seed_exact   what `pgolf recipes {recipe.name}` lists is as published")
+        lines.append(f"  seed_exact      what `pgolf recipes {recipe.name}` lists is as published")
     return "\n".join(lines)
 
 
@@ -91,7 +92,14 @@ def build(
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
-    model = GPT(config.model, dtype, backend, config.data.seq_len)
+    ops = registry.choose_all(config.run.ops, ranks.device.type, dtype)
+    model = GPT(
+        config.model,
+        dtype,
+        backend,
+        config.data.seq_len,
+        {name: choice.impl for name, choice in ops.items()},
+    )
     init_weights(model, config.run.seed)
     val = load_validation(
         dataset.folder, config.model.vocab_size, config.data.seq_len, config.eval.val_tokens
@@ -107,6 +115,7 @@ def build(
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
         "attention": attention,
+        **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
@@ -192,6 +201,7 @@ def finish(
             ranks.device,
             dtype,
             attention,
+            model.ops,
         )
         print(result_table(result))
         print(f"\n{write_report(folder.path)}")

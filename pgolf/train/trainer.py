@@ -97,7 +97,13 @@ class Trainer:
         for name, module in self.model.blocks.named_modules(prefix="blocks"):
             how = plans.get(f"{name}.weight")
             if isinstance(module, Matrix) and how is not None and how.kind == "int":
-                module.prepare_qat(how.bits, self.qat_switch, **how.grid())
+                module.prepare_qat(
+                    how.bits,
+                    self.qat_switch,
+                    **how.grid(),
+                    clip_mask=self.config.quant.qat_clip_mask,
+                    impl=self.model.ops["fake_quant"],
+                )
                 chosen[module] = how
         return chosen
 

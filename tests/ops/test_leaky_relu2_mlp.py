@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf.ops.leaky_relu2_mlp import leaky_relu2, leaky_relu2_mlp
+from pgolf.ops import leaky_relu2, leaky_relu2_mlp
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 0.1, 1.0])
