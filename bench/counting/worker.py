@@ -1,0 +1,173 @@
+"""The process that is counted: training steps of a model on the counting device.
+
+    python -m bench.counting.worker REQUEST.json      (started by `run`, with `build.environment`)
+
+Weights stay uninitialised and inputs are zeros: nothing is computed. The first step compiles, the
+next ones are counted and must be the same.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PHASES = ("forward", "backward", "optimizer")
+STEPS = 3
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to count.
+
+    Attributes:
+        recipe: its name.
+        overrides: settings of the recipe that differ.
+        ops: operators as PGOLF_OPS names them; those that are not named are the reference.
+        sequences, tokens: of one pass.
+        qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
+        compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
+    """
+
+    recipe: str = "pr1473"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    ops: str = "reference"
+    sequences: int = 48
+    tokens: int = 2048
+    qat: bool = False
+    compiled: bool = True
+
+
+def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Count in a process of its own; see `count` for the result.
+
+    Args:
+        environment: from `build.environment`.
+
+    Raises:
+        RuntimeError: it failed; with the last lines of what it said.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
+        # A cache of Triton's would hide that a kernel does not compile.
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.counting.worker", str(asked), str(answer)],
+            cwd=ROOT,
+            env={**environment, "TRITON_CACHE_DIR": str(Path(scratch) / "triton")},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode or not answer.exists():
+            said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+            raise RuntimeError(f"counting {request} failed with code {done.returncode}:\n{said}")
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def _build(request: Request) -> tuple[Any, Any]:
+    """(model, optimizers) as `pgolf train` makes them, with empty weights."""
+    import torch
+
+    from pgolf import recipes
+    from pgolf.model import GPT
+    from pgolf.ops import registry
+    from pgolf.optim.groups import Optimizers
+    from pgolf.train.trainer import Trainer
+
+    config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
+    torch.set_float32_matmul_precision("high")
+    wanted = registry.parse(request.ops)
+    choices = {
+        name: registry.choose(name, wanted.get(name, "reference"), "cuda", torch.bfloat16).impl
+        for name in registry.OPERATORS
+    }
+    model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
+    if request.qat:
+        trainer = Trainer.__new__(Trainer)
+        trainer.config, trainer.model = config, model
+        trainer.qat_switch = torch.zeros((), device="cuda")
+        trainer._prepare_qat()
+    return model, Optimizers(model, config.optim)
+
+
+def count(request: Request, log: Path) -> dict[str, Any]:
+    """Counts of a step by phase, and what compiled it.
+
+    Returns:
+        'phases': phase -> `launches.summarise`; 'graphs': what Inductor compiled; 'versions'.
+
+    Raises:
+        CountingError: two steps differ, or a launch has no bytes.
+    """
+    import torch
+    import triton
+
+    from bench.counting import attention, inductor, launches
+    from bench.counting.client import Device
+    from bench.counting.eager import Counted, operators_counted
+
+    # torch's library is loaded: compilers that are started from here on need no stand-in.
+    os.environ.pop("LD_PRELOAD", None)
+    device = Device(log)
+    attention.install(device)
+    model, optimizers = _build(request)
+    step = torch.compile(model, fullgraph=True, dynamic=False) if request.compiled else model
+    ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
+    peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def phase(name: str, number: int):
+        torch.cuda.reset_peak_memory_stats()
+        device.note(kind="phase", name=f"{name} {number}")
+        # torch.compile refuses to enter a compiled forward pass under a mode.
+        closed = request.compiled and (name == "forward" or not number)
+        with contextlib.nullcontext() if closed else Counted(device):
+            yield
+        device.note(kind="phase", name="")
+        peaks[f"{name} {number}"] = torch.cuda.max_memory_allocated()
+
+    with inductor.recorded() as graphs, operators_counted(device):
+        for number in range(STEPS):
+            with phase("forward", number):
+                loss = step(ids, ids)
+            with phase("backward", number):
+                loss.backward()
+            with phase("optimizer", number):
+                optimizers.step(1.0, 0.9)
+    device.close()
+
+    expected = 2 if request.compiled else 0
+    if len(graphs) != expected:
+        raise launches.CountingError(f"Inductor compiled {len(graphs)} graphs, not {expected}")
+    inductor_bytes = {("backward" if g.backward else "forward"): g.bytes for g in graphs}
+    events = launches.phases(launches.read(log))
+    counted = [
+        {
+            name: launches.summarise(
+                events[f"{name} {number}"], inductor_bytes.get(name, 0), peaks[f"{name} {number}"]
+            )
+            for name in PHASES
+        }
+        for number in range(1, STEPS)
+    ]
+    if any(c != counted[-1] for c in counted):
+        raise launches.CountingError("two steps after the first differ: nothing steady to count")
+    return {
+        "device": device.name,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "phases": counted[-1],
+        "graphs": [asdict(graph) for graph in graphs],
+    }
+
+
+if __name__ == "__main__":
+    wanted = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as folder:
+        found = count(wanted, Path(folder) / "log.jsonl")
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
