@@ -360,6 +360,7 @@ OPERATOR = register(
         name="fake_quant",
         call=fake_quant,
         reference=reference,
+        differentiable=("w",),
         implementations={
             "cpu": Implementation(
                 "cpu",

@@ -216,6 +216,7 @@ OPERATOR = register(
         name="leaky_relu2",
         call=leaky_relu2,
         reference=reference,
+        differentiable=("x", "rstd"),
         implementations={
             "cpu": Implementation(
                 "cpu",

@@ -223,6 +223,7 @@ OPERATOR = register(
         name="leaky_relu2_mlp",
         call=leaky_relu2_mlp,
         reference=reference,
+        differentiable=("h", "w_up", "w_down", "rstd"),
         implementations={
             "cpu": Implementation(
                 "cpu",

@@ -200,6 +200,7 @@ OPERATOR = register(
         name="newton_schulz",
         call=newton_schulz,
         reference=reference,
+        differentiable=(),
         implementations={
             "cpu": Implementation(
                 "cpu",

@@ -93,6 +93,7 @@ class Operator:
     Attributes:
         call: the public function; takes `impl`.
         reference: the same function in plain torch.
+        differentiable: names of the arguments that have gradients.
         implementations: by name, apart from the reference.
         preferred: device type -> (implementation, reason), the order in which `auto` tries them.
         samples: arguments for tests and benchmarks.
@@ -102,6 +103,7 @@ class Operator:
     name: str
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
+    differentiable: tuple[str, ...]
     implementations: Mapping[str, Implementation]
     preferred: Mapping[str, Sequence[tuple[str, str]]]
     samples: Callable[[], list[Sample]]

@@ -194,6 +194,7 @@ OPERATOR = register(
         name="xsa",
         call=xsa,
         reference=reference,
+        differentiable=("y", "v"),
         implementations={
             "cpu": Implementation(
                 "cpu",

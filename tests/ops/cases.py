@@ -1,0 +1,86 @@
+"""Every operator x implementation x sample, and what tests need to run one of them."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf.ops.registry import OPERATORS, Operator, Sample
+
+CPU = torch.device("cpu")
+
+
+def implementations(operator: Operator) -> list[str]:
+    """Those that run here on CPU tensors: C++, and Triton in its interpreter."""
+    return [
+        name
+        for name, impl in operator.implementations.items()
+        if impl.runs_on("cpu") and not impl.missing()
+    ]
+
+
+def cases(with_reference: bool = False) -> Iterator[Any]:
+    """(operator, implementation, sample) of every small sample, as pytest parameters."""
+    for operator in OPERATORS.values():
+        names = ["reference"] * with_reference + implementations(operator)
+        for impl in names:
+            for sample in operator.samples():
+                if not sample.bench:
+                    yield pytest.param(
+                        operator, impl, sample, id=f"{operator.name}-{impl}-{sample.label}"
+                    )
+
+
+every_case = pytest.mark.parametrize(("operator", "impl", "sample"), list(cases()))
+every_form = pytest.mark.parametrize(("operator", "impl", "sample"), list(cases(with_reference=True)))
+
+
+class Call:
+    """One call of an operator: arguments by name, of which some want gradients."""
+
+    def __init__(self, operator: Operator, sample: Sample, dtype: torch.dtype):
+        args, named = sample.build(CPU, dtype)
+        self.operator = operator
+        self.arguments = dict(inspect.signature(operator.call).bind(*args, **named).arguments)
+        self.wanted = [n for n in operator.differentiable if n in self.arguments]
+
+    def in_double(self) -> "Call":
+        """The same numbers in float64; the dtype that a result is asked for becomes float64 too."""
+        twin = object.__new__(Call)
+        twin.operator, twin.wanted = self.operator, self.wanted
+        keep = {"clip_factor", "bits", "on"}  # float32 by definition
+        twin.arguments = {
+            n: a.double() if isinstance(a, Tensor) and n not in keep else a
+            for n, a in self.arguments.items()
+        }
+        if "dtype" in twin.arguments:
+            twin.arguments["dtype"] = torch.float64
+        return twin
+
+    def leaves(self) -> list[Tensor]:
+        """The differentiable arguments, detached; strides are kept."""
+        return [self.arguments[n].detach().requires_grad_() for n in self.wanted]
+
+    def on(self, *leaves: Tensor, function: Callable | None = None, **options: Any) -> Tensor:
+        """Call with these in place of the differentiable arguments."""
+        arguments = {**self.arguments, **dict(zip(self.wanted, leaves, strict=True))}
+        return (function or self.operator.call)(**arguments, **options)
+
+    def run(self, impl: str, upstream: Tensor | None = None) -> list[Tensor]:
+        """[result, gradient, ...] of an implementation."""
+        leaves = self.leaves()
+        out = self.on(*leaves, impl=impl)
+        if not leaves:
+            return [out]
+        upstream = strided_like(out) if upstream is None else upstream.to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def strided_like(out: Tensor) -> Tensor:
+    """An output gradient of out's shape that is not contiguous in any dimension."""
+    g = torch.Generator().manual_seed(1)
+    wide = torch.randn(*out.shape[:-1], 2 * out.size(-1), generator=g, dtype=torch.float64)
+    return wide.to(torch.bfloat16).to(out.dtype)[..., ::2]

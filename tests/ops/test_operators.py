@@ -1,0 +1,168 @@
+"""Every implementation of every operator against float64, and the contracts of torch.library.
+
+Nothing here names an operator: a new one is tested once it is in the registry.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pgolf.ops.registry import OPERATORS, Operator, Sample
+
+from ..triton.interpreter import repair
+from .cases import Call, cases, every_case, every_form, implementations, strided_like
+
+repair()
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def error(got: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Greatest and mean absolute error; equal infinities and NaNs count as no error."""
+    assert got.shape == truth.shape
+    both = got.double().nan_to_num(nan=1e9) - truth.double().nan_to_num(nan=1e9)
+    return (both.abs().max().item(), both.abs().mean().item()) if got.numel() else (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@every_case
+def test_accuracy(operator: Operator, impl: str, sample: Sample, dtype: torch.dtype) -> None:
+    """err(kernel) <= k err(torch in this dtype) + floor, k = 2 for results, 3 for gradients.
+
+    The output gradient is strided. A grid's codes jump where weights lie on ties, so a quantiser
+    has to agree with the reference to the bit instead.
+    """
+    if dtype not in operator.implementations[impl].dtypes:
+        pytest.skip(f"{impl} does not take {dtype}")
+    call = Call(operator, sample, dtype)
+    got, torch_ = call.run(impl), call.run("reference")
+    if operator.name == "fake_quant":
+        assert all(map(torch.equal, got, torch_))
+        return
+    truth = call.in_double().run("reference")
+    for i, (mine, theirs, exact) in enumerate(zip(got, torch_, truth, strict=True)):
+        assert mine.dtype is theirs.dtype and mine.is_contiguous()
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        floor = 4 * torch.finfo(mine.dtype).eps * scale
+        for ours, limit in zip(error(mine, exact), error(theirs, exact), strict=True):
+            assert ours <= (3 if i else 2) * limit + floor, ("gradient", i) if i else "result"
+
+
+@every_case
+def test_the_same_call_twice_gives_the_same_bits(
+    operator: Operator, impl: str, sample: Sample
+) -> None:
+    call = Call(operator, sample, torch.float32)
+    assert all(map(torch.equal, call.run(impl), call.run(impl)))
+
+
+@every_case
+def test_inputs_are_not_written(operator: Operator, impl: str, sample: Sample) -> None:
+    call, untouched = (Call(operator, sample, torch.float32) for _ in range(2))
+    call.run(impl)
+    for name, value in call.arguments.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, untouched.arguments[name]), name
+
+
+@every_case
+def test_any_subset_of_gradients(operator: Operator, impl: str, sample: Sample) -> None:
+    call = Call(operator, sample, torch.float32)
+    everything = call.run(impl)[1:]
+    for i, name in enumerate(call.wanted):
+        leaves = [leaf.requires_grad_(j == i) for j, leaf in enumerate(call.leaves())]
+        out = call.on(*leaves, impl=impl)
+        (grad,) = torch.autograd.grad(out, leaves[i], strided_like(out))
+        assert torch.equal(grad, everything[i]), name
+
+
+@every_form
+def test_gradcheck(operator: Operator, impl: str, sample: Sample) -> None:
+    """Numerical gradients in float64, of the reference too."""
+    if impl != "reference" and torch.float64 not in operator.implementations[impl].dtypes:
+        pytest.skip(f"{impl} does not take float64")
+    call = Call(operator, sample, torch.float64)
+    if operator.name == "fake_quant" or not call.wanted:
+        pytest.skip("no gradient, or a straight-through one, which is not the slope")
+    if call.arguments[call.wanted[0]].numel() > 2000:
+        pytest.skip("too large for finite differences; accuracy covers it")
+    assert torch.autograd.gradcheck(
+        lambda *leaves: call.on(*leaves, impl=impl), call.leaves(), fast_mode=True
+    )
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every one of our opaque operators that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pgolf":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_opcheck(operator: Operator, impl: str, sample: Sample) -> None:
+    """Schema, fake, autograd registration and tracing of the forward and backward operators."""
+    call = Call(operator, sample, torch.float32)
+    with Recorder() as recorder:
+        call.run(impl)
+    assert recorder.calls
+    for func, args, kwargs in recorder.calls:
+        names = [a.name for a in func._schema.arguments]
+        first = func is recorder.calls[0][0]
+        args = tuple(
+            a.detach().requires_grad_() if first and n in operator.differentiable and a is not None
+            else a
+            for n, a in zip(names, args, strict=False)
+        )  # fmt: skip
+        torch.library.opcheck(func, args, kwargs)
+
+
+def one_each(with_reference: bool) -> list:
+    """The first sample of every operator and implementation."""
+    first = {(p.values[0].name, p.values[1]): p for p in reversed(list(cases(with_reference)))}
+    return list(first.values())
+
+
+@pytest.mark.parametrize(("operator", "impl", "sample"), one_each(with_reference=True))
+def test_compiles_in_one_graph(operator: Operator, impl: str, sample: Sample) -> None:
+    """torch.compile(fullgraph=True) on the CPU, forward and backward, gives what eager gives."""
+    call = Call(operator, sample, torch.float32)
+    eager = call.run(impl)
+    compiled = torch.compile(
+        lambda *leaves: call.on(*leaves, impl=impl) * 1.0, fullgraph=True, dynamic=False
+    )
+    torch._dynamo.reset()
+    leaves = call.leaves()
+    out = compiled(*leaves)
+    grads = torch.autograd.grad(out, leaves, strided_like(out)) if leaves else ()
+    for mine, theirs in zip([out.detach(), *grads], eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_implementation_that_can_run_here_is_tested(name: str) -> None:
+    """C++ wherever the extension was built; Triton wherever it can be imported."""
+    operator = OPERATORS[name]
+    assert set(implementations(operator)) == {
+        n for n, impl in operator.implementations.items() if not impl.missing()
+    }
+
+
+@every_case
+def test_nan_is_not_hidden(operator: Operator, impl: str, sample: Sample) -> None:
+    """A NaN in the first argument comes out where the reference lets it out."""
+    call = Call(operator, sample, torch.float32)
+    first = next(iter(call.arguments))
+    if not call.arguments[first].numel():
+        pytest.skip("empty")
+    poisoned = call.arguments[first].clone()
+    poisoned.view(-1)[poisoned.numel() // 2] = float("nan")
+    call.arguments[first] = poisoned
+    for mine, theirs in zip(call.run(impl), call.run("reference"), strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
