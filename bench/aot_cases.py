@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOKENS, WIDTH, HIDDEN, HEADS, GROUPS, HEAD_DIM = 98304, 512, 1536, 8, 4, 64
+TOKENS, WIDTH, HIDDEN, HEADS, GROUPS = 98304, 512, 1536, 8, 4
+HEAD_DIMS = (64, 32, 128, 256)  # the model has 64
 BANKS = [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (11, 512, 1536)]
+SHARE = (3, 512, 512)  # one rank's of eight
 LARGE = (4, 2048, 2048)  # where one triangle is computed and mirrored
-WEIGHTS = [(1536, 512), (512, 1536)]
+# The model's, and rows of each length that has a configuration of its own.
+WEIGHTS = [(1536, 512), (512, 1536), (512, 1024), (512, 4096), (512, 16384), (512, 32768)]
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,13 +55,18 @@ def _precision(name: str) -> Iterator[None]:
 
 
 def _xsa() -> Iterator[Case]:
-    from pgolf.triton_kernels import xsa
+    from pgolf.triton_kernels.xsa import xsa, xsa_backward
 
-    for name, dtype in DTYPES.items():
-        y = _meta(TOKENS // 2048, 2048, HEADS, HEAD_DIM, dtype=dtype)
-        v = _meta(TOKENS // 2048, 2048, GROUPS, HEAD_DIM, dtype=dtype)
-        yield Case(name, name, lambda y=y, v=v: xsa.xsa(y, v))
-        yield Case(name, name, lambda y=y, v=v: xsa.xsa_backward(y, y, v))
+    for size in HEAD_DIMS:
+        for name, dtype in DTYPES.items():
+            y = _meta(TOKENS // 2048, 2048, HEADS, size, dtype=dtype)
+            v = _meta(TOKENS // 2048, 2048, GROUPS, size, dtype=dtype)
+
+            def both(y=y, v=v) -> None:
+                xsa(y, v)
+                xsa_backward(y, y, v)
+
+            yield Case(f"{name} d={size}", name, both)
 
 
 def _mlp() -> Iterator[Case]:
@@ -86,7 +94,7 @@ def _mlp() -> Iterator[Case]:
 def _newton_schulz() -> Iterator[Case]:
     from pgolf.triton_kernels.newton_schulz import newton_schulz
 
-    for shape in [*BANKS, LARGE]:
+    for shape in [*BANKS, SHARE, LARGE]:
         g = _meta(*shape, dtype=torch.float32)
         for name, dtype in DTYPES.items():
             for precision in _precisions(name):
@@ -95,20 +103,29 @@ def _newton_schulz() -> Iterator[Case]:
                     with _precision(precision):
                         newton_schulz(g, COEFFICIENTS, dtype)
 
-                yield Case(f"{name}{precision} {'x'.join(map(str, shape))}", name, iterate)
+                yield Case(f"{name}{precision} {_times(shape)}", name, iterate)
+    g = _meta(*BANKS[0], dtype=torch.bfloat16)
+    name = f"bf16 {_times(BANKS[0])} from bf16, rows normalised"
+    yield Case(name, "bf16", lambda: newton_schulz(g, COEFFICIENTS, torch.bfloat16, row_norm=True))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _fake_quant() -> Iterator[Case]:
-    from pgolf.triton_kernels import fake_quant as fq
+    from pgolf.triton_kernels.fake_quant import fake_quant, fake_quant_backward
 
     scalar = _meta(dtype=torch.float32)
-    for rows, columns in WEIGHTS:
+    grids = [(shape, 1, False) for shape in WEIGHTS] + [(WEIGHTS[0], 4, True)]
+    for (rows, columns), multiple, full_range in grids:
         clip = _meta(rows, dtype=torch.float32)
         for name, dtype in DTYPES.items():
             w = _meta(rows, columns, dtype=dtype)
 
-            def both(w=w, clip=clip) -> None:
-                fq.fake_quant(w, clip, scalar, scalar, 0.0, 1, False)
-                fq.fake_quant_backward(w, w, clip, scalar, scalar, 1, False)
+            def both(w=w, clip=clip, multiple=multiple, full_range=full_range) -> None:
+                fake_quant(w, clip, scalar, scalar, 0.0, multiple, full_range)
+                fake_quant_backward(w, w, clip, scalar, scalar, multiple, full_range)
 
-            yield Case(f"{name} {rows}x{columns}", name, both)
+            grid = f", full range of multiples of {multiple}" if full_range else ""
+            yield Case(f"{name} {rows}x{columns}{grid}", name, both)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 SHARED_LIMIT = 232448  # bytes that a block can have on sm_90
-VECTORS = ("LDG.128", "STG.128")
 Row = Mapping[str, Any]  # one compiled kernel, as bench/results/aot.json holds it
 
 
@@ -19,10 +18,24 @@ class Required:
     never_ptx: tuple[str, ...] = ()
 
 
+VECTORS = Required(("LDG.128", "STG.128"))
+TMA_GEMM = Required(bf16=("HGMMA", "UTMALDG", "UTMASTG"))
+POINTER_GEMM = Required(bf16=("HGMMA", "LDGSTS"))
+# `/` in Triton is div.full.f32, which is off by up to 2 units in the last place.
+QUANTISER = Required(VECTORS.sass, ptx=("div.rn.f32",), never_ptx=("div.full.f32",))
 # A kernel that is not in here is an error: a new one has to say what it is built around.
-REQUIRED: dict[str, Required] = {
-    "leaky_relu2_up_tma": Required(bf16=("HGMMA", "UTMALDG", "UTMASTG")),
-    "leaky_relu2_dgrad_tma": Required(bf16=("HGMMA", "UTMALDG", "UTMASTG")),
+REQUIRED = {
+    "xsa_forward_kernel": VECTORS,
+    "xsa_backward_kernel": VECTORS,
+    "leaky_relu2_up_tma": TMA_GEMM,
+    "leaky_relu2_dgrad_tma": TMA_GEMM,
+    "leaky_relu2_up": POINTER_GEMM,
+    "leaky_relu2_dgrad": POINTER_GEMM,
+    "newton_schulz_norms": Required(("LDG.128",)),
+    "newton_schulz_scale": VECTORS,
+    "newton_schulz_product": POINTER_GEMM,
+    "fake_quant_forward_kernel": QUANTISER,
+    "fake_quant_backward_kernel": QUANTISER,
 }
 
 

@@ -209,17 +209,19 @@ def _other_values(value: object) -> Iterator[object]:
 
 
 def _other_calls(call: ast.Call) -> Iterator[ast.Call]:
-    """Two neighbouring arguments swapped, a keyword left out, minimum for maximum."""
-    for args in _swaps(call.args):
-        yield ast.Call(call.func, args, call.keywords)
-    for i in range(len(call.keywords)):
-        yield ast.Call(call.func, call.args, call.keywords[:i] + call.keywords[i + 1 :])
+    """Minimum for maximum or, elsewhere, two neighbouring arguments swapped; no keyword."""
     match call.func:
         case ast.Attribute(value, name, context) if name in RENAMED:
-            other = ast.Attribute(value, RENAMED[name], context)
-            yield ast.Call(other, call.args, call.keywords)
+            yield ast.Call(
+                ast.Attribute(value, RENAMED[name], context), call.args, call.keywords
+            )
         case ast.Name(name, context) if name in RENAMED:
             yield ast.Call(ast.Name(RENAMED[name], context), call.args, call.keywords)
+        case _:
+            for args in _swaps(call.args):
+                yield ast.Call(call.func, args, call.keywords)
+    for i in range(len(call.keywords)):
+        yield ast.Call(call.func, call.args, call.keywords[:i] + call.keywords[i + 1 :])
 
 
 def _swaps(items: list[ast.expr]) -> Iterator[list[ast.expr]]:
