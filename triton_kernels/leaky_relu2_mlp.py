@@ -1,0 +1,308 @@
+"""LeakyReLU^2 MLP: the up projection with its activation, the gradient through both.
+
+    pre = rstd[row] * (h @ w_up^T),   post = max(pre, slope pre)^2,   bit = pre > 0
+    dpre = (dout @ w_down) * act'(post, bit) * rstd[row],   act' = 2 or -2 slope times sqrt(post)
+
+Each is one GEMM whose epilogue works on the fp32 accumulator. post and one sign bit an element are
+all that the backward needs of the hidden layer: element f of a row is bit f % 32 of word f // 32.
+
+Two variants of each: persistent with TMA descriptors (bf16, sm_90 to sm_110), and with pointers,
+for GPUs without TMA or with too little shared memory for it, for fp32 and for unaligned shapes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pgolf.triton_kernels.gemm import DTYPES, dot_precision, matmul_tile, tile_of
+from pgolf.triton_kernels.launch import Config, launch, on_device_of, pick
+
+H100_SMS = 132  # the grid for tensors that lie on no GPU: compiled ahead of time, interpreted
+
+
+@triton.jit
+def load_rstd(rstd, rows, t):
+    """(rows, 1) factors of the rows of a tile."""
+    return tl.load(rstd + rows, mask=rows < t, other=0.0)[:, None]
+
+
+@triton.jit
+def word_offsets(rows, tile_n, words, BLOCK_N: tl.constexpr):
+    """Columns of the sign words of a tile, and their offsets in `bits`."""
+    columns = tile_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+    return columns, rows.to(tl.int64)[:, None] * words + columns[None, :]
+
+
+@triton.jit
+def activate(
+    acc, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Post-activation of an accumulator, whose sign words are stored.
+
+    What lies beyond the last column is 0 or NaN, so that the unused bits are 0.
+    """
+    if rstd is not None:
+        acc *= load_rstd(rstd, rows, t)
+    signs = tl.reshape((acc > 0).to(tl.int32), (BLOCK_M, BLOCK_N // 32, 32))
+    packed = tl.sum(signs << tl.arange(0, 32)[None, None, :], axis=2)
+    columns, offsets = word_offsets(rows, tile_n, words, BLOCK_N)
+    tl.store(bits + offsets, packed, mask=(rows < t)[:, None] & (columns < words)[None, :])
+    leaky = tl.where(acc > 0, acc, slope * acc)  # unlike a maximum, it keeps NaN
+    return leaky * leaky
+
+
+@triton.jit
+def differentiate(
+    acc, post, bits, rstd, rows, tile_n, t, words, slope,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc * act'(post, bits) * rstd, in fp32."""
+    columns, offsets = word_offsets(rows, tile_n, words, BLOCK_N)
+    inside = (rows < t)[:, None] & (columns < words)[None, :]
+    packed = tl.load(bits + offsets, mask=inside, other=0)
+    positive = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    factor = tl.where(tl.reshape(positive, (BLOCK_M, BLOCK_N)) != 0, 2.0, -2.0 * slope)
+    if rstd is not None:
+        factor *= load_rstd(rstd, rows, t)
+    return acc * (factor * tl.sqrt(post.to(tl.float32)))
+
+
+@triton.jit
+def leaky_relu2_up_tma(
+    h, w_up, post, bits, rstd, t, d, f, words, slope,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """post, bits from descriptors of h (t, d), w_up (f, d) and post (t, f)."""
+    tl.assume(d > 0)
+    tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_K):
+            left = h.load([tile_m * BLOCK_M, start])
+            right = w_up.load([tile_n * BLOCK_N, start])
+            acc = tl.dot(left, right.T, acc)
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        value = activate(acc, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M, BLOCK_N)
+        post.store([tile_m * BLOCK_M, tile_n * BLOCK_N], value.to(tl.bfloat16))
+
+
+@triton.jit
+def leaky_relu2_dgrad_tma(
+    dout, w_down, post, bits, rstd, dpre, t, d, f, words, slope,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """dpre from descriptors of dout (t, d), w_down (d, f), post (t, f) and dpre (t, f)."""
+    tl.assume(d > 0)
+    tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_K):
+            left = dout.load([tile_m * BLOCK_M, start])
+            right = w_down.load([start, tile_n * BLOCK_N])
+            acc = tl.dot(left, right, acc)
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        # In halves: a whole tile of post beside one of dpre does not fit in shared memory.
+        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        halves = tl.split(pair)
+        for half in tl.static_range(2):
+            corner = [tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)]
+            value = differentiate(
+                halves[half], post.load(corner), bits, rstd, rows, 2 * tile_n + half, t, words,
+                slope, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            dpre.store(corner, value.to(tl.bfloat16))
+
+
+@triton.jit
+def leaky_relu2_up(
+    h, w_up, post, bits, rstd, t, d, f, words, slope,
+    stride_ht, stride_hd, stride_wf, stride_wd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """post, bits from pointers to h (t, d), w_up (f, d) and post (t, f)."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N), GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = matmul_tile(
+        h, w_up, rows, cols, t, f, d, stride_ht, stride_hd, stride_wd, stride_wf,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    value = activate(acc, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * f + cols[None, :]
+    inside = (rows < t)[:, None] & (cols < f)[None, :]
+    tl.store(post + offsets, value.to(post.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def leaky_relu2_dgrad(
+    dout, w_down, post, bits, rstd, dpre, t, d, f, words, slope,
+    stride_dt, stride_dd, stride_wd, stride_wf,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dpre from pointers to dout (t, d), w_down (d, f), post (t, f) and dpre (t, f)."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N), GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = matmul_tile(
+        dout, w_down, rows, cols, t, f, d, stride_dt, stride_dd, stride_wd, stride_wf,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    offsets = rows.to(tl.int64)[:, None] * f + cols[None, :]
+    inside = (rows < t)[:, None] & (cols < f)[None, :]
+    saved = tl.load(post + offsets, mask=inside, other=0.0)
+    value = differentiate(acc, saved, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M, BLOCK_N)
+    tl.store(dpre + offsets, value.to(dpre.dtype.element_ty), mask=inside)
+
+
+def up(
+    h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None = None, tma: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Up projection, row scale, activation.
+
+    Args:
+        h: (T, D) bf16 or fp32, any strides.
+        w_up: (F, D), the same dtype.
+        slope: of the negative side, 0 to 1; 0 is relu^2.
+        rstd: (T,) fp32 row factors on the projection, or None.
+        tma: force (True) or forbid (False) the TMA variant; None takes it where it is possible.
+
+    Returns:
+        post (T, F) in h's dtype and the sign words (T, ceil(F / 32)) int32.
+
+    Raises:
+        ValueError: tma=True where TMA is not possible.
+    """
+    (t, d), f = h.shape, w_up.size(0)
+    post = torch.empty((t, f), dtype=h.dtype, device=h.device)
+    bits = torch.empty((t, triton.cdiv(f, 32)), dtype=torch.int32, device=h.device)
+    sizes = {"t": t, "d": d, "f": f, "words": bits.size(1), "slope": float(slope)}
+    with on_device_of(h):
+        if _takes_tma(tma, h, w_up, post):
+            config = pick("leaky_relu2_up_tma")
+            block_m, block_n, block_k = _block_shape(config)
+            launch(
+                leaky_relu2_up_tma, _persistent_grid(config, h, f), config,
+                h=TensorDescriptor.from_tensor(h, [block_m, block_k]),
+                w_up=TensorDescriptor.from_tensor(w_up, [block_n, block_k]),
+                post=TensorDescriptor.from_tensor(post, [block_m, block_n]),
+                bits=bits, rstd=rstd, **sizes,
+            )  # fmt: skip
+        else:
+            config = _pick_pointer("leaky_relu2_up", h)
+            launch(
+                leaky_relu2_up, (_tiles(config, t, f),), config,
+                h=h, w_up=w_up, post=post, bits=bits, rstd=rstd, **sizes,
+                stride_ht=h.stride(0), stride_hd=h.stride(1),
+                stride_wf=w_up.stride(0), stride_wd=w_up.stride(1),
+                PRECISION=dot_precision(h.dtype),
+            )  # fmt: skip
+    return post, bits
+
+
+def down_dgrad(
+    dout: Tensor,
+    w_down: Tensor,
+    post: Tensor,
+    bits: Tensor,
+    slope: float,
+    rstd: Tensor | None = None,
+    tma: bool | None = None,
+) -> Tensor:
+    """Gradient of the pre-activation: through the down projection, the activation, the row scale.
+
+    Args:
+        dout: (T, D) bf16 or fp32, any strides: gradient of post @ w_down^T.
+        w_down: (D, F), the same dtype.
+        post, bits: as `up` returned them, contiguous.
+        slope, rstd, tma: as given to `up`.
+
+    Returns:
+        dpre (T, F) in dout's dtype: the gradient of h @ w_up^T, which is times rstd already.
+
+    Raises:
+        ValueError: tma=True where TMA is not possible.
+    """
+    (t, d), f = dout.shape, w_down.size(1)
+    dpre = torch.empty((t, f), dtype=dout.dtype, device=dout.device)
+    sizes = {"t": t, "d": d, "f": f, "words": bits.size(1), "slope": float(slope)}
+    with on_device_of(dout):
+        if _takes_tma(tma, dout, w_down, post, dpre):
+            config = pick("leaky_relu2_dgrad_tma")
+            block_m, block_n, block_k = _block_shape(config)
+            launch(
+                leaky_relu2_dgrad_tma, _persistent_grid(config, dout, f), config,
+                dout=TensorDescriptor.from_tensor(dout, [block_m, block_k]),
+                w_down=TensorDescriptor.from_tensor(w_down, [block_k, block_n]),
+                post=TensorDescriptor.from_tensor(post, [block_m, block_n // 2]),
+                dpre=TensorDescriptor.from_tensor(dpre, [block_m, block_n // 2]),
+                bits=bits, rstd=rstd, **sizes,
+            )  # fmt: skip
+        else:
+            config = _pick_pointer("leaky_relu2_dgrad", dout)
+            launch(
+                leaky_relu2_dgrad, (_tiles(config, t, f),), config,
+                dout=dout, w_down=w_down, post=post, bits=bits, rstd=rstd, dpre=dpre, **sizes,
+                stride_dt=dout.stride(0), stride_dd=dout.stride(1),
+                stride_wd=w_down.stride(0), stride_wf=w_down.stride(1),
+                PRECISION=dot_precision(dout.dtype),
+            )  # fmt: skip
+    return dpre
+
+
+def _takes_tma(wanted: bool | None, *operands: Tensor) -> bool:
+    if wanted is False:
+        return False
+    obstacle = _tma_obstacle(*operands)
+    if wanted and obstacle:
+        raise ValueError(f"leaky_relu2_mlp: tma=True is not possible: {obstacle}")
+    return not obstacle
+
+
+def _tma_obstacle(*operands: Tensor) -> str:
+    """Why TMA cannot serve these operands, or an empty string.
+
+    Tensors on no GPU are taken for an H100's: they are compiled for one, or interpreted.
+    """
+    device = operands[0].device
+    if device.type == "cuda":
+        # Devices before 9.x have none; 12.x have it but not the shared memory for these tiles.
+        capability = torch.cuda.get_device_capability(device)
+        if not (9, 0) <= capability < (12, 0):
+            return f"device capability {capability} is not 9.0 to 11.x"
+    for x in operands:
+        what = f"an operand {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
+        if x.dtype != torch.bfloat16:
+            return f"{what} is not bfloat16"
+        if x.numel() == 0:
+            return f"{what} is empty"
+        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+            return f"{what} is not aligned to 16 bytes row by row"
+    return ""
+
+
+def _block_shape(config: Config) -> tuple[int, int, int]:
+    return tuple(config.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+
+
+def _tiles(config: Config, rows: int, columns: int) -> int:
+    return triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(
+        columns, config.blocks["BLOCK_N"]
+    )
+
+
+def _persistent_grid(config: Config, x: Tensor, columns: int) -> tuple[int]:
+    """One program on each multiprocessor, at most one a tile."""
+    count = H100_SMS
+    if x.is_cuda:
+        count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return (min(count, _tiles(config, x.size(0), columns)),)
+
+
+def _pick_pointer(kernel: str, x: Tensor) -> Config:
+    return pick(kernel, dtype=DTYPES[x.dtype], precision=dot_precision(x.dtype))
