@@ -21,7 +21,6 @@ from pgolf.triton_kernels.launch import launch, on_device_of, pick
 
 SMALLEST_STEP = tl.constexpr(2.0**-24)
 LARGEST_STEP = tl.constexpr(65504.0)
-NAN = tl.constexpr(float("nan"))
 WHOLE = tl.constexpr(2.0**23)  # float32 is whole from here on
 SIGN = tl.constexpr(-(2**31))
 
@@ -38,12 +37,13 @@ def largest_code(bits):
 
 @triton.jit
 def round_half_even(x):
-    """x to the nearest whole number, ties to even; keeps the sign of zero, infinity and NaN."""
-    magnitude = tl.abs(x)
-    rounded = (magnitude + WHOLE) - WHOLE
+    """x to the nearest whole number, ties to even; keeps the sign of zero, infinity and NaN.
+
+    Beyond 2^23 it may be off by one: the clamp to at most 128 codes hides that.
+    """
+    rounded = (tl.abs(x) + WHOLE) - WHOLE
     sign = x.to(tl.int32, bitcast=True) & SIGN
-    signed = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(magnitude < WHOLE, signed, x)
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,72 +72,68 @@ def magnitude_bits(w):
 @triton.jit
 def quantise(w, scale, qmax, replace, MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr):
     """The values that the weights decode to, or the weights where nothing is replaced."""
-    codes = unclamped_codes(w.to(tl.float32), scale, MULTIPLE)
+    wide = w.to(tl.float32)
+    codes = unclamped_codes(wide, scale, MULTIPLE)
     lowest = -qmax - 1.0 if FULL_RANGE else -qmax
     codes = tl.clamp(codes, lowest, qmax, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(replace, (codes * scale).to(w.dtype), w)
+    return tl.where(replace, codes * scale, wide).to(w.dtype)
 
 
 @triton.jit
 def fake_quant_forward_kernel(
-    w, clip_factor, bits, on, value, scale, rows, columns, stride, floor,
+    w, clip_factor, bits, on, value, scale, columns, stride, floor,
     MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    w_at = w + row.to(tl.int64)[:, None] * stride + column
-    value_at = value + row.to(tl.int64)[:, None] * columns + column
-    real = row < rows
-    inside = real[:, None] & (column < columns)
+    """One row a program; one that fits into a block is read once."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    w_at = w + row.to(tl.int64) * stride + column
+    value_at = value + row.to(tl.int64) * columns + column
 
-    block = tl.load(w_at, mask=inside, other=0.0)
+    block = tl.load(w_at, mask=column < columns, other=0.0)
     largest = magnitude_bits(block)
     if not ONE_BLOCK:
-        for start in range(BLOCK_COLUMNS, columns, BLOCK_COLUMNS):
-            more = real[:, None] & (start + column < columns)
-            block = tl.load(w_at + start, mask=more, other=0.0)
-            largest = tl.maximum(largest, magnitude_bits(block))
-    amax = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
+        for start in range(BLOCK, columns, BLOCK):
+            more = tl.load(w_at + start, mask=start + column < columns, other=0.0)
+            largest = tl.maximum(largest, magnitude_bits(more))
+    amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
 
     qmax, known = largest_code(bits)
-    qmax = tl.where(known, qmax, NAN)
+    qmax = tl.where(known, qmax, float("nan"))
     replace = (tl.load(on) != 0.0) | (known == 0)
-    steps = row_scale(amax, tl.load(clip_factor + row, mask=real, other=0.0), qmax, floor)
-    tl.store(scale + row, steps, mask=real)
-    steps = steps[:, None]
+    step = row_scale(amax, tl.load(clip_factor + row), qmax, floor)
+    tl.store(scale + row, step)
     if ONE_BLOCK:
-        values = quantise(block, steps, qmax, replace, MULTIPLE, FULL_RANGE)
-        tl.store(value_at, values, mask=inside)
+        values = quantise(block, step, qmax, replace, MULTIPLE, FULL_RANGE)
+        tl.store(value_at, values, mask=column < columns)
     else:
-        for start in range(0, columns, BLOCK_COLUMNS):
-            more = real[:, None] & (start + column < columns)
-            block = tl.load(w_at + start, mask=more, other=0.0)
-            values = quantise(block, steps, qmax, replace, MULTIPLE, FULL_RANGE)
-            tl.store(value_at + start, values, mask=more)
+        for start in range(0, columns, BLOCK):
+            inside = start + column < columns
+            again = tl.load(w_at + start, mask=inside, other=0.0)
+            values = quantise(again, step, qmax, replace, MULTIPLE, FULL_RANGE)
+            tl.store(value_at + start, values, mask=inside)
 
 
 @triton.jit
 def fake_quant_backward_kernel(
-    dout, w, scale, bits, on, dw, rows, columns, dout_stride, w_stride,
-    MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    dout, w, scale, bits, on, dw, columns, dout_stride, w_stride,
+    MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
-    real = row < rows
-    inside = real[:, None] & (column < columns)
-    long_row = row.to(tl.int64)[:, None]
-
-    ws = tl.load(w + long_row * w_stride + column, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(dout + long_row * dout_stride + column, mask=inside, other=0.0)
-    codes = unclamped_codes(ws, tl.load(scale + row, mask=real, other=1.0)[:, None], MULTIPLE)
+    """One block of one row a program."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    ws = tl.load(w + row.to(tl.int64) * w_stride + column, mask=inside, other=0.0)
+    gradient = tl.load(dout + row.to(tl.int64) * dout_stride + column, mask=inside, other=0.0)
+    codes = unclamped_codes(ws.to(tl.float32), tl.load(scale + row), MULTIPLE)
     qmax, known = largest_code(bits)
     lowest = -qmax - 1.0 if FULL_RANGE else -qmax
     passes = ((codes >= lowest) & (codes <= qmax)) | (tl.load(on) == 0.0)
     gradient = tl.where(passes, gradient, 0.0)
-    gradient = tl.where(known, gradient, NAN)
-    tl.store(dw + long_row * columns + column, gradient.to(dw.dtype.element_ty), mask=inside)
+    gradient = tl.where(known, gradient, float("nan"))
+    dw_at = dw + row.to(tl.int64) * columns + column
+    tl.store(dw_at, gradient.to(dw.dtype.element_ty), mask=inside)
 
 
 def fake_quant(
@@ -161,7 +157,7 @@ def fake_quant(
     with on_device_of(w):
         launch(
             fake_quant_forward_kernel,
-            (triton.cdiv(rows, config.blocks["BLOCK_ROWS"]),),
+            (rows,),
             config,
             w=w,
             clip_factor=clip_factor,
@@ -169,13 +165,12 @@ def fake_quant(
             on=on,
             value=value,
             scale=scale,
-            rows=rows,
             columns=columns,
             stride=w.stride(0),
             floor=floor,
             MULTIPLE=multiple,
             FULL_RANGE=full_range,
-            ONE_BLOCK=columns <= config.blocks["BLOCK_COLUMNS"],
+            ONE_BLOCK=columns <= config.blocks["BLOCK"],
         )
     return value, scale
 
@@ -197,11 +192,10 @@ def fake_quant_backward(
     rows, columns = w.shape
     dw = torch.empty((rows, columns), dtype=w.dtype, device=w.device)
     config = pick("fake_quant_backward_kernel", columns=columns)
-    blocks = config.blocks["BLOCK_ROWS"], config.blocks["BLOCK_COLUMNS"]
     with on_device_of(w):
         launch(
             fake_quant_backward_kernel,
-            (triton.cdiv(rows, blocks[0]), triton.cdiv(columns, blocks[1])),
+            (rows, triton.cdiv(columns, config.blocks["BLOCK"])),
             config,
             dout=dout,
             w=w,
@@ -209,7 +203,6 @@ def fake_quant_backward(
             bits=bits,
             on=on,
             dw=dw,
-            rows=rows,
             columns=columns,
             dout_stride=dout.stride(0),
             w_stride=w.stride(0),

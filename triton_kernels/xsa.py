@@ -115,7 +115,8 @@ def xsa_backward_kernel(
         tl.store(dy_at + head * SIZE, dys.to(dy.dtype.element_ty), mask=inside)
         dvs -= sa * dzs + sb * ys
         along_v += sa * sb
-    dvs += tl.where(norm >= NORM_FLOOR, 2.0 * along_v, 0.0) * vs
+    # `>`, because the floor as float32 is a little below 1e-12
+    dvs += tl.where(norm > NORM_FLOOR, 2.0 * along_v, 0.0) * vs
     tl.store(dv + pair[:, None] * SIZE + columns, dvs.to(dv.dtype.element_ty), mask=inside)
 
 

@@ -3,13 +3,16 @@
     repair      bfloat16 as a GPU computes it; the stock interpreter is silently wrong there
     GuardZones  tensors with watched memory around them, launchers' outputs included
     touched     the addresses that loads and stores really reach
+    vast, last_program     offsets beyond 2^31, without the memory and the time that they take
 
 Nothing here knows a kernel. The interpreter runs one program after the other in numpy: it shows
 errors of indexing, masks and arithmetic, but no races and no approximations that a GPU makes.
 """
 
 import contextlib
+import dataclasses
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +23,8 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+from pgolf.triton_kernels.launch import Launch
 
 # --- bfloat16 -------------------------------------------------------------------------------------
 #
@@ -236,7 +241,8 @@ class GuardZones:
     def input(self, data: torch.Tensor) -> torch.Tensor:
         """A copy of `data`, same strides, with NaN (integers: -1) around it and in its gaps."""
         tensor = self.tensor(data.shape, data.dtype, data.stride(), NAN_BYTE, fresh=False)
-        tensor.copy_(data)
+        once = tuple(slice(0, 1 if stride == 0 else None) for stride in data.stride())
+        tensor[once].copy_(data[once])  # an expanded tensor is not written as a whole
         self.inputs.append((tensor, data.clone()))
         return tensor
 
@@ -347,3 +353,27 @@ def touched() -> Iterator[Touched]:
         mock.patch.object(builder, "create_atomic_rmw", atomic),
     ):
         yield record
+
+
+# --- offsets beyond 2^31 --------------------------------------------------------------------------
+
+
+def vast(nbytes: int) -> torch.Tensor:
+    """Zeroed memory (uint8) of which only the pages that are touched exist.
+
+    Put a tensor into its middle, and an offset that wraps around at 2^31 stays inside, where its
+    wrong results are seen.
+    """
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python has by name since 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags), dtype=torch.uint8)
+
+
+def last_program(launch: Launch) -> None:
+    """For `intercepted`: run only the program with the highest index in every dimension."""
+
+    def program_id(self: InterpreterBuilder, axis: int) -> TensorHandle:
+        return TensorHandle(np.array([launch.grid[axis] - 1], dtype=np.int32), tl.int32)
+
+    with mock.patch.object(InterpreterBuilder, "create_get_program_id", program_id):
+        dataclasses.replace(launch, grid=(1,) * len(launch.grid))()
