@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from pgolf.errors import PgolfError
 
 SOURCES = Path(__file__).with_name("device")
 CACHE = Path(__file__).resolve().parents[2] / "build"
@@ -20,7 +22,7 @@ FLAGS = ("-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"
 LIBRARY, LINK = "libcuda.so.1", "libcuda.so"
 
 
-class Unavailable(Exception):
+class Unavailable(PgolfError):
     """The counting device can't be had on this machine; says what is missing and what to do."""
 
 
@@ -112,16 +114,16 @@ def build(cache: Path = CACHE) -> Path:
     return folder
 
 
-def environment(folder: Path, extra: Iterable[tuple[str, str]] = ()) -> Mapping[str, str]:
-    """The environment of a process that sees the device of `folder` and nothing else.
+def environment(folder: Path, scratch: Path) -> Mapping[str, str]:
+    """The environment of a process that sees the device of `folder`, as if nothing else were set.
 
     Args:
-        extra: variables on top.
+        scratch: where compilers may keep what they made: for this device, nothing else's.
     """
     kept = {
         name: value
         for name, value in os.environ.items()
-        # A choice of operators, of an interpreter or of a cache would change what is counted.
+        # A choice of operators, of an interpreter or of a compiler changes what is counted.
         if not name.startswith(("PGOLF_", "TRITON_", "TORCHINDUCTOR_", "TORCH_", "CUDA_VISIBLE"))
     }
     libraries = [str(folder), *filter(None, [kept.get("LD_LIBRARY_PATH")])]
@@ -135,5 +137,6 @@ def environment(folder: Path, extra: Iterable[tuple[str, str]] = ()) -> Mapping[
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         # Without it Inductor counts no bytes, silently.
         "TORCH_LOGS": "inductor_metrics",
-        **dict(extra),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
     }

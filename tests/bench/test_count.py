@@ -1,0 +1,252 @@
+"""The counting device against counts known by hand, its errors, and the committed table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import count
+from bench.counting import build, launches
+from bench.counting.worker import Request, run
+
+TABLE = Path(count.__file__).parent / "results" / "count-pr1473.json"
+BOTH = "xsa=triton,leaky_relu2_mlp=triton"
+
+needs_device = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "there is one")
+
+# N sequences of T tokens, L layers of width D with H query and G value heads, MLP width F.
+N, T, L, D, H, G, F, V = 2, 128, 2, 64, 4, 2, 128, 256
+KV = D // H * G
+TINY = Request(
+    overrides={
+        "layers": L, "dim": D, "heads": H, "kv_heads": G, "mlp_hidden": F, "vocab_size": V,
+        "rope_dims": 8, "bigram_buckets": 0, "ve_layers": "none",
+    },
+    sequences=N, tokens=T, compiled=False,
+)  # fmt: skip
+TOKENS, BF16, FP32 = N * T, 2, 4
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("counting")
+    return build.environment(build.build(), scratch)
+
+
+@pytest.fixture(scope="module")
+def reference(environment):
+    return run(TINY, environment)
+
+
+@pytest.fixture(scope="module")
+def ours(environment):
+    return run(replace(TINY, ops="triton"), environment)
+
+
+def gemms(result, phase):
+    return {tuple(shape): times for *shape, times in result["phases"][phase]["gemms"]}
+
+
+@needs_device
+def test_products_of_a_tiny_model(reference):
+    """y = x W^T is, in cuBLAS's column-major terms, TN with m = rows of W, n = tokens."""
+    assert reference["device"] == "pgolf counting device (H100)"
+    assert gemms(reference, "forward") == {
+        ("TN", D, TOKENS, D, 1): 2 * L,  # q, out
+        ("TN", KV, TOKENS, D, 1): 2 * L,  # k, v
+        ("TN", F, TOKENS, D, 1): L,
+        ("TN", D, TOKENS, F, 1): L,
+        ("TN", V, TOKENS, D, 1): 1,
+    }
+    part = reference["phases"]["forward"]
+    sides = [(D, D)] * 2 + [(KV, D)] * 2 + [(F, D), (D, F)]
+    moved = L * sum(TOKENS * (a + b) + a * b for a, b in sides) + TOKENS * (V + D) + V * D
+    assert part["bytes"]["gemm"] == BF16 * moved
+    assert part["launches"]["gemm"] == 6 * L + 1
+    backward = reference["phases"]["backward"]["launches"]
+    assert backward["gemm"] == 2 * (6 * L + 1)  # of the input and of the weight
+
+
+@needs_device
+def test_attention_is_one_call_a_layer(reference):
+    q, kv, lse = TOKENS * D * BF16, TOKENS * KV * BF16, TOKENS * H * FP32
+    for phase, moved in (
+        ("forward", q + 2 * kv + q + lse),
+        ("backward", 2 * q + 2 * kv + q + lse + q + 2 * kv),
+    ):
+        part = reference["phases"][phase]
+        assert part["launches"]["attention"] == L
+        assert part["bytes"]["attention"] == L * moved
+
+
+@needs_device
+def test_the_reference_has_no_kernel_of_ours(reference):
+    for part in reference["phases"].values():
+        assert part["launches"]["ours"] == part["launches"]["inductor"] == 0
+        assert part["kernels"] == {}
+        assert part["launches"]["total"] == sum(part["launches"][k] for k in launches.KINDS)
+
+
+@needs_device
+def test_launches_inside_our_operators(reference, ours):
+    """Bytes as on paper: inputs and outputs of each launch, once."""
+    y, v = TOKENS * D * BF16, TOKENS * KV * BF16
+    hidden, bits, weights = TOKENS * F * BF16, TOKENS * F // 8, F * D * BF16
+    operators = {k: v for p in ours["phases"].values() for k, v in p["operators"].items()}
+    assert operators["pgolf::xsa"] == {"calls": L, "launches": L, "bytes": L * (2 * y + v)}
+    assert operators["pgolf::xsa_backward"] == {
+        "calls": L, "launches": L, "bytes": L * (3 * y + 2 * v),
+    }  # fmt: skip
+    kernels = ours["phases"]["forward"]["kernels"]
+    assert sum(kernels.values()) == 2 * L
+    up = L * (y + weights + hidden + bits)
+    assert ours["phases"]["forward"]["bytes"]["ours"] == L * (2 * y + v) + up
+    # The up-projection left cuBLAS, and so did the gradient of the down-projection's input.
+    for phase, operations in (("forward", "TN"), ("backward", "NN")):
+        shape = (operations, F, TOKENS, D, 1)
+        assert shape in gemms(reference, phase)
+        assert shape not in gemms(ours, phase)
+    for phase in count.STEP:
+        assert (
+            ours["phases"][phase]["launches"]["total"]
+            < reference["phases"][phase]["launches"]["total"]
+        )
+    assert count.total_of(ours, "bytes") < count.total_of(reference, "bytes")
+
+
+@needs_device
+def test_a_process_that_fails_says_so(environment):
+    with pytest.raises(launches.CountingError, match="no operator 'xsb'"):
+        run(replace(TINY, ops="xsb=triton"), environment)
+
+
+@needs_device
+def test_another_device_is_refused():
+    from bench.counting.client import Device
+
+    with pytest.raises(RuntimeError, match="not started with the counting device"):
+        Device(Path("unused"))
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "no-such-cc")
+    assert "needs a C compiler" in build.missing()
+    assert "CC=no-such-cc" in build.missing()
+    assert count.main([]) == 2
+
+
+def test_without_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "_compiler", lambda: "cc")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "cublas_api.h, cublasLt.h are in none of" in build.missing()
+    assert "set CUDA_HOME" in build.missing()
+
+
+@pytest.mark.parametrize("version, built", [(None, "no CUDA"), ("12.8", "CUDA 12.8")])
+def test_with_another_torch(monkeypatch, version, built):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(build, "_compiler", lambda: "cc")
+    assert f"is built for {built}: install a CUDA 13 build" in build.missing()
+
+
+@needs_device
+def test_a_device_that_does_not_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-include", "no-such-header.h"))
+    with pytest.raises(build.Unavailable, match="does not compile:\n.*no-such-header"):
+        build.build(tmp_path)
+    assert not list(tmp_path.glob("counting-*"))
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--micro", "48"], "--micro 48: it is sequences x tokens"),
+        (["--micro", "0x16"], "--micro 0x16: it is sequences x tokens"),
+        (["nothing"], "unknown recipe 'nothing'"),
+        (["pr1473", "layerz=3"], "layerz"),
+    ],
+)
+def test_bad_arguments(capsys, argv, said):
+    assert count.main(argv) == 2
+    assert said in capsys.readouterr().err
+
+
+KERNEL = {"kind": "kernel", "api": "runtime", "name": "some_kernel"}
+CALL = {"kind": "aten_call", "name": "add", "bytes": 12, "kernels": 1}
+OURS = {"kind": "kernel", "api": "driver", "name": "xsa_forward_kernel"}
+LAUNCH = {"kind": "launch", "name": "xsa_forward_kernel", "bytes": 24}
+
+
+def test_every_launch_has_bytes():
+    part = launches.summarise([KERNEL, CALL, OURS, LAUNCH], 100, 7)
+    assert part["launches"]["total"] == 2
+    assert part["bytes"]["total"] == 136
+    for events in ([KERNEL, CALL, KERNEL], [OURS], [LAUNCH], [OURS, {**LAUNCH, "name": "other"}]):
+        with pytest.raises(launches.CountingError):
+            launches.summarise(events, 0, 0)
+
+
+def test_copies_on_the_device_read_and_write():
+    events = [{"kind": f"memcpy_{where}", "bytes": 10} for where in ("on_device", "to_host")]
+    assert launches.summarise(events, 0, 0)["bytes"]["memcpy"] == 30
+
+
+def test_table_keeps_other_versions(tmp_path):
+    part = launches.summarise([KERNEL, CALL], 0, 1)
+    phases = dict.fromkeys(count.PHASES, part)
+    result = {"device": "d", "versions": {"torch": "1"}, "phases": phases}
+    path = tmp_path / "counts.json"
+    count.write(path, {"reference": result}, TINY, "command")
+    newer = {**result, "versions": {"torch": "2"}}
+    count.write(path, {"reference": newer}, replace(TINY, ops="triton"), "command")
+    table = json.loads(path.read_text())
+    assert list(table["versions"]) == ["torch 1", "torch 2"]
+    with pytest.raises(count.ConfigError, match="holds counts of"):
+        count.write(path, {"reference": newer}, replace(TINY, tokens=64), "command")
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def totals(setting, what):
+    return sum(setting[phase][what]["total"] for phase in count.STEP)
+
+
+def test_committed_table_shows_less_work_with_ours(table):
+    assert table["counted"]["recipe"] == "pr1473"
+    assert (table["counted"]["sequences"], table["counted"]["tokens"]) == (48, 2048)
+    for settings in table["versions"].values():
+        for suffix, names in (("", (BOTH, "triton")), (" + qat", (BOTH, "triton"))):
+            for name in names:
+                for what in ("launches", "bytes"):
+                    assert totals(settings[name + suffix], what) < totals(
+                        settings["reference" + suffix], what
+                    ), (name, what)
+
+
+@needs_device
+@pytest.mark.slow
+def test_committed_table_is_what_is_counted(table):
+    """With the versions of the table to the last byte; with others only that ours is less."""
+    base = Request(**{**table["counted"], "ops": "reference"})
+    requests = [replace(base, ops=ops) for ops in ("reference", BOTH, "triton")]
+    found = count.count(requests)
+    version = count.version_of(found["reference"])
+    if version in table["versions"]:
+        for name, result in found.items():
+            known = table["versions"][version][name]
+            for phase in count.PHASES:
+                assert result["phases"][phase] == known[phase], (name, phase)
+    for name in (BOTH, "triton"):
+        for what in ("launches", "bytes"):
+            assert count.total_of(found[name], what) < count.total_of(found["reference"], what)
