@@ -2,18 +2,22 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
     "step": "time training steps of a recipe with each choice of operators",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
+    "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
     "aot": "compile every Triton kernel for sm_90: registers, shared memory, spills, instructions",
 }
 
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
+    # As `pgolf` does, and before torch is imported: threads that wait must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Microbenchmarks and counts of pgolf's operators.",

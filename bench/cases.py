@@ -1,0 +1,148 @@
+"""One operator on one sample: its arguments, what is timed, and the check against float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.timing import Entry
+from pgolf.ops.registry import Operator, Sample, Work
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = ("forward", "backward", "both")
+# How many times torch's own error a provider may have, in the output and in gradients.
+ALLOWED = {"output": 2.0, "gradient": 3.0}
+
+Function = Callable[..., Tensor]
+Results = tuple[Tensor, ...]  # the output and the gradients
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator with arguments on a device.
+
+    Attributes:
+        leaves: the tensors whose gradients are taken; () if the operator has none.
+        upstream: gradient of the output, allocated before anything is timed.
+    """
+
+    operator: Operator
+    sample: Sample
+    dtype: str
+    args: tuple
+    kwargs: dict[str, Any]
+    leaves: tuple[Tensor, ...]
+    upstream: Tensor
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        tensors = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        return [list(t.shape) for t in tensors]
+
+    def has(self, mode: str) -> bool:
+        """Whether this mode exists: not all operators have a gradient, or work to do for it."""
+        _, backward = self.operator.cost(*self.args, **self.kwargs)
+        return {"forward": True, "both": bool(self.leaves), "backward": backward.read > 0}[mode]
+
+    def work(self, mode: str) -> Work:
+        """Least work of a mode."""
+        forward, backward = self.operator.cost(*self.args, **self.kwargs)
+        both = Work(*(a + b for a, b in zip(forward, backward, strict=True)))
+        return {"forward": forward, "backward": backward, "both": both}[mode]
+
+    def entry(self, function: Function, mode: str) -> Entry:
+        """What is timed. Outputs are allocated inside, as a user would; `upstream` is not."""
+
+        def forward(_: Any) -> Tensor:
+            return function(*self.args, **self.kwargs)
+
+        def backward(out: Tensor) -> Results:
+            return torch.autograd.grad(out, self.leaves, self.upstream)
+
+        if mode == "forward":
+            return Entry(forward)
+        if mode == "backward":
+            return Entry(backward, prepare=lambda: forward(None))
+        return Entry(lambda _: backward(forward(None)))
+
+
+def has_gradient(operator: Operator) -> bool:
+    """Whether the implementations have a launcher besides the forward one."""
+    return any(len(i.functions) > 1 for i in operator.implementations.values())
+
+
+def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) -> Case:
+    """The arguments of a sample; gradients are taken of matrices, not of factors and switches."""
+    args, kwargs = sample.build(device, DTYPES[dtype])
+    leaves = ()
+    if has_gradient(operator):
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        leaves = tuple(t for t in given if t.dim() > 1 and t.is_floating_point())
+        for leaf in leaves:
+            leaf.requires_grad_()
+    with torch.no_grad():
+        out = operator.reference(*args, **kwargs)
+        upstream = torch.randn(out.shape, device=device).to(out.dtype)
+    return Case(operator, sample, dtype, args, kwargs, leaves, upstream)
+
+
+def traffic(operator: Operator, sample: Sample, dtype: str) -> int:
+    """Least bytes of forward and backward, without memory for the arguments."""
+    with FakeTensorMode():
+        args, kwargs = sample.build(torch.device("cpu"), DTYPES[dtype])
+        return sum(work.read + work.written for work in operator.cost(*args, **kwargs))
+
+
+# --- correctness ----------------------------------------------------------------------------------
+
+
+def results(case: Case, function: Function) -> Results:
+    """The output and the gradients of one call."""
+    out = function(*case.args, **case.kwargs)
+    grads = torch.autograd.grad(out, case.leaves, case.upstream) if case.leaves else ()
+    return (out.detach().clone(), *grads)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        wide = value.detach().double() if value.is_floating_point() else value
+        return wide.requires_grad_(value.requires_grad)
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def truth(case: Case) -> Results:
+    """The same inputs in float64 through the reference."""
+    args = tuple(map(_widened, case.args))
+    kwargs = {name: _widened(value) for name, value in case.kwargs.items()}
+    leaves = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    wide = Case(
+        case.operator, case.sample, "fp64", args, kwargs,
+        tuple(t for t in leaves if t.requires_grad), case.upstream.double(),
+    )  # fmt: skip
+    return results(wide, case.operator.reference)
+
+
+def wrong(found: Results, yardstick: Results, exact: Results) -> str:
+    """What is wrong with a provider's results; '' if its error is that of its dtype.
+
+    error <= k error(torch in the same dtype) + one rounding of the largest value, of the largest
+    and of the mean error, so that neither one element nor all of them can be off.
+    """
+    for i, (got, torchs, ideal) in enumerate(zip(found, yardstick, exact, strict=True)):
+        kind = "gradient" if i else "output"
+        name = f"gradient {i}" if i else "output"
+        if got.shape != torchs.shape or got.dtype != torchs.dtype:
+            return f"{name} is {got.dtype} {list(got.shape)}, not {torchs.dtype} {[*torchs.shape]}"
+        if not got.numel():
+            continue
+        rounding = torch.finfo(got.dtype).eps / 2
+        for measure in (Tensor.max, Tensor.mean):
+            error, allowed = (measure((t.double() - ideal).abs()).item() for t in (got, torchs))
+            limit = ALLOWED[kind] * allowed + rounding * measure(ideal.abs()).item()
+            if not error <= limit:  # NaN is wrong too
+                which = "largest" if measure is Tensor.max else "mean"
+                return f"{name}: {which} error {error:.3g}, allowed {limit:.3g}"
+    return ""

@@ -1,0 +1,301 @@
+"""`python -m bench ops`: operators of every provider, checked, timed, held against the floor."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import cases, peers, plot, providers, schema, timing
+from pgolf.device import pick_device
+from pgolf.errors import PgolfError
+from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.progress import Progress
+
+# Least traffic, forward and backward, of samples that a CPU is spared.
+LARGE = 1_000_000_000
+
+DESCRIPTION = """\
+Time operators: eager torch, torch.compile, our kernels and public peers, those that can run here.
+
+First each provider's output and gradients are compared with float64: the error may be twice that of
+eager torch in the same dtype (gradients: three times) and one rounding. A provider that fails is
+called WRONG and not timed. Then all providers run once a round, in an order that turns by one from
+round to round. Shown are the median, the 20th and 80th percentile, the time relative to
+torch.compile, and the share of the floor that is reached: the least bytes over the bandwidth of a
+copy that moves as many, or the operations over the rate of a matmul, whichever takes longer; both
+are measured in the same rounds, with the same threads.
+  forward   keeps what the gradient needs, as in training
+  backward  its gradients alone; a fresh forward runs before each, off the clock
+  both      forward and gradients
+Outputs are allocated on the clock, as in use; the gradient of the output is not.
+"""
+EPILOG = """\
+Exit code: 0 all ran, 1 a provider is wrong, 2 a bad argument.
+
+examples:
+  python -m bench ops                                  everything that can run here
+  python -m bench ops --op xsa --dtype bf16 --mode both --cold
+  python -m bench ops --op leaky_relu2 --providers eager compiled cpu --sample 4096 --threads 2
+  python -m bench ops --json new.jsonl --plot plots/   figures to keep: one JSON object a line
+"""
+
+
+class Options(NamedTuple):
+    """How to measure, alike for all cases."""
+
+    device: torch.device
+    providers: list[str]
+    modes: list[str]
+    rounds: int
+    seconds: float
+    cold: bool
+    setting: schema.Setting
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args, shlex.join(["python", "-m", "bench", "ops", *argv]))
+    except PgolfError as e:
+        print(f"python -m bench ops: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench ops", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--op", nargs="+", default=[], metavar="NAME", help="operators (all)")
+    add("--providers", nargs="+", default=[], metavar="NAME",
+        help="eager compiled cpu triton cuda peers, or a peer's name (all); eager is the yardstick "
+        "of correctness and runs for that in any case")
+    add("--sample", nargs="+", default=[], metavar="TEXT", help="only sizes with this in the label")
+    add("--mode", nargs="+", default=list(cases.MODES), choices=cases.MODES)
+    add("--dtype", nargs="+", choices=list(cases.DTYPES),
+        help="(bf16 on a GPU, fp32 on a CPU)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--threads", type=_positive, metavar="N", help="threads of a CPU (torch's choice)")
+    add("--rounds", type=_positive, default=50, metavar="N", help="(50)")
+    add("--seconds", type=float, default=60.0, metavar="S",
+        help="a table that would take longer gets fewer rounds (60)")
+    add("--cold", action="store_true", help="flush the caches before each call")
+    add("--all", action="store_true",
+        help=f"on a CPU, also sizes that move more than {LARGE / 1e9:g} GB")
+    add("--malloc", default="kept", choices=("kept", "default"),
+        help="kept: glibc keeps freed memory, so that results do not lie in new pages each time")
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well, as JSON lines")
+    add("--plot", type=Path, metavar="PATH",
+        help="write a plot of each operator: a folder, or NAME.png for one operator")
+    return parser  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    operators = _operators(args.op)
+    names = providers.expand(args.providers)
+    device = pick_device(args.device)
+    dtypes = args.dtype or ["bf16" if device.type == "cuda" else "fp32"]
+    plots = plot.files(args.plot, [operator.name for operator in operators])
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    malloc = args.malloc
+    if device.type == "cuda" or (malloc == "kept" and not timing.keep_freed_memory()):
+        malloc = "default"
+    setting = schema.setting(device, command, malloc)
+    options = Options(
+        device, names, args.mode, args.rounds, args.seconds, args.cold, setting
+    )
+    print(_opening(options))
+    chosen, left_out = _choose(operators, dtypes, args.sample, device, args.all)
+    if not chosen:
+        raise PgolfError("no sample is left: " + ("; ".join(left_out) or "see --sample"))
+    for line in left_out:
+        print(line)
+    lines: list[schema.Timing] = []
+    correct = True
+    tables = len(chosen) * len(args.mode)
+    with Progress("timing", tables * args.rounds, "rounds") as progress:
+        for operator, sample, dtype in chosen:
+            progress.note = f"{operator.name} {sample.label} {dtype}"
+            case = cases.build(operator, sample, device, dtype)
+            found, fine = _checked(case, options)
+            correct &= fine
+            timed = _timed(case, found, options, progress)
+            lines += timed
+            if args.json:
+                schema.write_jsonl(args.json, lines)
+    for name, path in plots.items():
+        drawn = [line for line in lines if line.operator == name]
+        if drawn:
+            plot.draw(drawn, path)
+            print(f"plot: {path}")
+    return 0 if correct else 1
+
+
+def _operators(names: Sequence[str]) -> list[Operator]:
+    for name in names:
+        if name not in OPERATORS:
+            raise PgolfError(f"no operator is named {name!r}; there are {', '.join(OPERATORS)}")
+    return [operator for name, operator in OPERATORS.items() if name in names or not names]
+
+
+def _opening(options: Options) -> str:
+    s = options.setting
+    caches = "cold caches" if options.cold else "warm caches"
+    return (
+        f"{s.device}, {s.threads} thread{'s' * (s.threads > 1)}, torch {s.torch}, "
+        f"triton {s.triton}, {caches}, freed memory: {s.malloc}"
+    )
+
+
+def _choose(
+    operators: list[Operator],
+    dtypes: list[str],
+    words: list[str],
+    device: torch.device,
+    everything: bool,
+) -> tuple[list[tuple[Operator, Sample, str]], list[str]]:
+    """The cases to measure, and a line on each that is left out."""
+    chosen, left_out = [], []
+    for operator in operators:
+        for sample in [s for s in operator.samples() if s.bench] + peers.samples(operator):
+            if words and not any(word in sample.label for word in words):
+                continue
+            for dtype in dtypes:
+                moved = cases.traffic(operator, sample, dtype)
+                if device.type == "cpu" and moved > LARGE and not everything:
+                    left_out.append(
+                        f"{operator.name} {sample.label} {dtype} left out: {moved / 1e9:.1f} GB of "
+                        "traffic; --all measures it"
+                    )
+                else:
+                    chosen.append((operator, sample, dtype))
+    return chosen, left_out
+
+
+def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Function], bool]:
+    """The providers that can compute this case rightly, and whether none was wrong."""
+    print(f"\n{case.operator.name}, {case.sample.label}, {case.dtype}")
+    exact = cases.truth(case)
+    yardstick = cases.results(case, case.operator.reference)
+    found, fine = {}, True
+    for name in options.providers:
+        if not providers.applies(name, case.operator):
+            continue
+        try:
+            function = providers.find(name, case)
+        except providers.Unavailable as e:
+            print(f"  {name:<10} not here: {e}")
+            continue
+        try:
+            problem = cases.wrong(cases.results(case, function), yardstick, exact)
+        except Exception as e:  # one provider's failure must not end the others' run
+            problem = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+        if problem:
+            print(f"  {name:<10} WRONG, not timed: {problem}")
+            fine = False
+        else:
+            found[name] = function
+    return found, fine
+
+
+def _timed(
+    case: cases.Case,
+    found: Mapping[str, cases.Function],
+    options: Options,
+    progress: Progress,
+) -> list[schema.Timing]:
+    """Tables of all modes, printed, as lines."""
+    lines = []
+    for mode in options.modes:
+        made = 0
+        if found and case.has(mode):
+            with torch.no_grad() if not case.leaves else nullcontext():
+                timings = _table(case, mode, found, options, progress)
+            lines += timings
+            made = timings[0].rounds if timings else 0
+        progress.update(options.rounds - made)  # those that were not needed or not affordable
+    return lines
+
+
+def _table(
+    case: cases.Case,
+    mode: str,
+    found: Mapping[str, cases.Function],
+    options: Options,
+    progress: Progress,
+) -> list[schema.Timing]:
+    """One mode: every provider, the copy and the matmul in the same rounds."""
+    work = case.work(mode)
+    moved, device = work.read + work.written, options.device
+    entries = {name: case.entry(function, mode) for name, function in found.items()}
+    entries["(copy)"] = timing.copy_entry(moved, device)
+    matmul_flops = 0
+    if work.flops:
+        entries["(matmul)"], matmul_flops = timing.matmul_entry(device, cases.DTYPES[case.dtype])
+    times = timing.interleave(
+        entries, options.rounds, timing.clock_of(device),
+        before=timing.flusher(device) if options.cold else lambda: None,
+        seconds=options.seconds, tick=progress.update,
+    )  # fmt: skip
+    if not times:
+        print(f"  {mode}: left out: {timing.LEAST_ROUNDS} rounds take more than --seconds "
+              f"{options.seconds:g}")  # fmt: skip
+        return []
+    summaries = {name: timing.summarise(values) for name, values in times.items()}
+    bytes_per_ms = moved / summaries.pop("(copy)").median
+    flops_per_ms = matmul_flops / summaries.pop("(matmul)").median if work.flops else None
+    floor = timing.floor_ms(moved, work.flops, bytes_per_ms, flops_per_ms)
+    lines = [
+        schema.Timing(
+            **asdict(options.setting),
+            operator=case.operator.name, provider=name, mode=mode, sample=case.sample.label,
+            shapes=case.shapes, dtype=case.dtype, cold=options.cold, rounds=len(times[name]),
+            median_ms=s.median, p20_ms=s.p20, p80_ms=s.p80,
+            floor_ms=floor, percent_of_floor=100 * floor / s.median,
+            bytes=moved, flops=work.flops,
+            copy_gbs=bytes_per_ms / 1e6, copy_bytes=moved,
+            matmul_gflops=flops_per_ms / 1e6 if flops_per_ms else None,
+            matmul_size=timing.MATMUL_SIZE[device.type] if flops_per_ms else None,
+        )
+        for name, s in summaries.items()
+    ]  # fmt: skip
+    print(_shown(lines))
+    return lines
+
+
+def _shown(lines: Sequence[schema.Timing]) -> str:
+    first = lines[0]
+    limit = f"{first.bytes / 1e6:.1f} MB at {first.copy_gbs:.1f} GB/s (a copy that moves as much)"
+    if first.matmul_gflops:
+        limit += (
+            f", {first.flops / 1e9:.1f} GFLOP at {first.matmul_gflops:.0f} GFLOP/s (a matmul of "
+            f"{first.matmul_size})"
+        )
+    text = [
+        f"  {first.mode}: floor {first.floor_ms:.4g} ms: {limit}; {first.rounds} rounds",
+        "    provider    median ms       20%       80% /compiled  floor",
+    ]
+    compiled = next((line.median_ms for line in lines if line.provider == providers.COMPILED), None)
+    for line in lines:
+        ratio = f"{line.median_ms / compiled:.2f}" if compiled else "-"
+        text.append(
+            f"    {line.provider:<10} {line.median_ms:>10.4g} {line.p20_ms:>9.4g} "
+            f"{line.p80_ms:>9.4g} {ratio:>9} {line.percent_of_floor:>5.0f}%"
+        )
+    return "\n".join(text)

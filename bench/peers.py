@@ -1,0 +1,109 @@
+"""Public kernels that compute the same functions, where they are installed.
+
+A peer is called through its own public interface and has to pass the same check as our kernels.
+None of them runs without a GPU.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.newton_schulz import CLASSIC
+from pgolf.ops.registry import Operator, Sample
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A public implementation of one of the operators.
+
+    Attributes:
+        operator: its name in the registry.
+        package, module: what pip installs, what Python imports.
+        function: takes a sample's arguments, and returns the function to call with them.
+        unfit: why a sample's arguments are not the peer's; '' if they are.
+        variant: if no sample of ours is the peer's: a word for the label, and a function from a
+            sample's arguments to those that the peer needs.
+    """
+
+    name: str
+    operator: str
+    package: str
+    module: str
+    function: Callable[..., Callable[..., Tensor]]
+    unfit: Callable[..., str]
+    variant: tuple[str, Callable[[tuple, dict[str, Any]], tuple[tuple, dict]]] | None = None
+
+    def missing(self) -> str:
+        """Why it cannot run here; '' if it can."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"not installed: pip install {self.package}"
+        return "" if torch.cuda.is_available() else "torch sees no GPU here"
+
+
+def _relu2(x: Tensor, slope: float) -> Callable[..., Tensor]:
+    from liger_kernel.ops import LigerReLUSquaredFunction
+
+    return lambda x, slope: LigerReLUSquaredFunction.apply(x)
+
+
+def _relu2_unfit(x: Tensor, slope: float, rstd: Tensor | None = None) -> str:
+    return "" if slope == 0.0 and rstd is None else "only relu^2, slope 0 and no rstd"
+
+
+def _with_slope_0(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return (args[0], 0.0), kwargs
+
+
+def _newton_schulz(variant: str) -> Callable[..., Callable[..., Tensor]]:
+    def function(g: Tensor, coefficients=CLASSIC, **options: Any) -> Callable[..., Tensor]:
+        import gram_newton_schulz
+
+        iterate = getattr(gram_newton_schulz, variant)(ns_coefficients=list(coefficients))
+        return lambda g, *args, **kwargs: iterate(g)
+
+    return function
+
+
+def _newton_schulz_unfit(
+    g: Tensor,
+    coefficients: object = CLASSIC,
+    dtype: torch.dtype = torch.bfloat16,
+    row_norm: bool = False,
+    safety: float = 1.0,
+) -> str:
+    if row_norm or safety != 1.0:
+        return "no row norm and no safety factor"
+    return "" if dtype == torch.bfloat16 else "it iterates in fp16, which is no match for fp32"
+
+
+PEERS = [
+    Peer("liger", "leaky_relu2", "liger-kernel", "liger_kernel", _relu2, _relu2_unfit,
+         ("relu2", _with_slope_0)),
+    # quack's symmetric matmuls, in the plain iteration and in that of Gram matrices
+    Peer("quack", "newton_schulz", "gram-newton-schulz", "gram_newton_schulz",
+         _newton_schulz("StandardNewtonSchulz"), _newton_schulz_unfit),
+    Peer("gram", "newton_schulz", "gram-newton-schulz", "gram_newton_schulz",
+         _newton_schulz("GramNewtonSchulz"), _newton_schulz_unfit),
+]  # fmt: skip
+
+
+def samples(operator: Operator) -> list[Sample]:
+    """Further benchmark sizes, which a peer that can run here needs to be compared at all."""
+    needed = [p for p in PEERS if p.operator == operator.name and p.variant and not p.missing()]
+    return [
+        _derived(sample, *peer.variant)
+        for peer in needed
+        for sample in operator.samples()
+        if sample.bench
+    ]
+
+
+def _derived(sample: Sample, word: str, variant: Callable[..., tuple[tuple, dict]]) -> Sample:
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+        return variant(*sample.build(device, dtype))
+
+    return Sample(f"{sample.label} {word}", build, bench=True)

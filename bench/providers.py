@@ -1,0 +1,87 @@
+"""Who computes an operator: torch eagerly, torch.compile, our kernels, public peers."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench.cases import Case, Function
+from bench.peers import PEERS, Peer
+from pgolf.errors import PgolfError
+from pgolf.ops import registry
+
+EAGER, COMPILED = "eager", "compiled"
+KERNELS = ("cpu", "triton", "cuda")
+
+
+class Unavailable(Exception):
+    """A provider cannot compute this case on this machine; the message says why."""
+
+
+def known() -> list[str]:
+    """Every provider's name, in the order of tables."""
+    return [EAGER, COMPILED, *KERNELS, *(peer.name for peer in PEERS)]
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Names of providers; 'peers' stands for all public ones, nothing for all of all.
+
+    Raises:
+        PgolfError: an unknown name.
+    """
+    names = known()
+    wanted: list[str] = []
+    for word in words or names:
+        found = [peer.name for peer in PEERS] if word == "peers" else [word]
+        if found[0] not in names:
+            raise PgolfError(
+                f"no provider is named {word!r}; there are {', '.join(names)}, and peers for the "
+                "public ones"
+            )
+        wanted += found
+    return [name for name in names if name in wanted]
+
+
+def applies(name: str, operator: registry.Operator) -> bool:
+    """Whether a provider has this operator at all."""
+    if name in (EAGER, COMPILED):
+        return True
+    peer = _peer(name)
+    return peer.operator == operator.name if peer else name in operator.implementations
+
+
+def find(name: str, case: Case) -> Function:
+    """The provider's function, to be called with the arguments of `case`.
+
+    Raises:
+        Unavailable: it cannot run here, or not with these arguments.
+    """
+    operator = case.operator
+    if name == EAGER:
+        return operator.reference
+    if name == COMPILED:
+        torch._dynamo.reset()  # each case is compiled anew, without a count against a limit
+        return torch.compile(operator.reference, dynamic=False, fullgraph=True)
+    peer = _peer(name)
+    return _peer_function(peer, case) if peer else _kernel(name, case)
+
+
+def _peer(name: str) -> Peer | None:
+    return next((peer for peer in PEERS if peer.name == name), None)
+
+
+def _peer_function(peer: Peer, case: Case) -> Function:
+    reason = peer.missing() or peer.unfit(*case.args, **case.kwargs)
+    if reason:
+        raise Unavailable(reason)
+    return peer.function(*case.args, **case.kwargs)
+
+
+def _kernel(name: str, case: Case) -> Callable:
+    device, dtype = case.upstream.device.type, case.args[0].dtype
+    if case.operator.implementations[name].device != device:
+        raise Unavailable(f"runs on {case.operator.implementations[name].device}, not on {device}")
+    try:
+        registry.choose(case.operator.name, name, device, dtype)
+    except (ValueError, RuntimeError) as e:
+        raise Unavailable(str(e)) from None
+    return lambda *args, **kwargs: case.operator.call(*args, **kwargs, impl=name)

@@ -1,0 +1,95 @@
+"""The lines that benchmarks write: one JSON object each, with the same fields for all operators."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from pgolf.files import atomic_write
+from pgolf.train.provenance import provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where, when and with what a benchmark ran."""
+
+    device: str  # name
+    threads: int
+    torch: str
+    triton: str | None
+    pgolf: str
+    commit: str | None
+    date: str  # UTC, ISO 8601
+    command: str
+    malloc: str  # 'kept': freed memory stays with the process; 'default'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(Setting):
+    """A line of `bench ops`: one provider of an operator on one sample, in one mode."""
+
+    operator: str
+    provider: str
+    mode: str  # forward, backward, both
+    sample: str
+    shapes: list[list[int]]  # of the tensors among the arguments
+    dtype: str
+    cold: bool  # caches were flushed before each call
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    floor_ms: float
+    percent_of_floor: float  # 100 at the floor, 50 at twice its time
+    bytes: int  # least traffic, as the operator's cost() says
+    flops: int
+    copy_gbs: float  # read + written, of a copy that moves copy_bytes
+    copy_bytes: int
+    matmul_gflops: float | None  # where the operator has matmuls
+    matmul_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTiming(Setting):
+    """A line of `bench step`: training steps of a recipe with one choice of operators."""
+
+    recipe: str
+    overrides: dict[str, str]
+    ops: str  # as asked
+    chosen: dict[str, str]  # operator -> implementation that ran
+    compile: bool
+    dtype: str
+    tokens: int  # of a step
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    tokens_per_second: float
+    loss: float  # of the first step, the same tokens for every choice
+
+
+def setting(device: torch.device, command: str, malloc: str) -> Setting:
+    """This machine, now."""
+    known = provenance(device)
+    names = ("device", "threads", "torch", "triton", "pgolf", "commit")
+    return Setting(
+        **{name: known[name] for name in names},
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        malloc=malloc,
+    )
+
+
+def write_jsonl(path: Path, lines: Iterable[Setting]) -> None:
+    """Replace `path` by these lines.
+
+    Raises:
+        StorageError: it cannot be written.
+        ValueError: a figure is not finite.
+    """
+    texts = [json.dumps(dataclasses.asdict(line), allow_nan=False) for line in lines]
+    atomic_write(path, "".join(text + "\n" for text in texts))
