@@ -264,17 +264,24 @@ def _takes_tma(wanted: bool | None, *operands: Tensor) -> bool:
     return not obstacle
 
 
-def _tma_obstacle(*operands: Tensor) -> str:
-    """Why TMA cannot serve these operands, or an empty string.
+def device_obstacle(device: torch.device) -> str:
+    """Why this device cannot run the TMA variants, or an empty string.
 
+    Devices before 9.x have no TMA; 12.x have it, but not the shared memory for these tiles.
     Tensors on no GPU are taken for an H100's: they are compiled for one, or interpreted.
     """
-    device = operands[0].device
-    if device.type == "cuda":
-        # Devices before 9.x have none; 12.x have it but not the shared memory for these tiles.
-        capability = torch.cuda.get_device_capability(device)
-        if not (9, 0) <= capability < (12, 0):
-            return f"device capability {capability} is not 9.0 to 11.x"
+    if device.type != "cuda":
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if (9, 0) <= capability < (12, 0):
+        return ""
+    return f"the device's capability {capability} is not 9.0 to 11.x"
+
+
+def _tma_obstacle(*operands: Tensor) -> str:
+    """Why TMA cannot serve these operands, or an empty string."""
+    if obstacle := device_obstacle(operands[0].device):
+        return obstacle
     for x in operands:
         what = f"an operand {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
         if x.dtype != torch.bfloat16:
