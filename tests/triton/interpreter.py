@@ -79,14 +79,19 @@ def _fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, 
 
 
 def _elementwise(original: Any) -> Any:
-    """unary_op, binary_op or ternary_op with bfloat16 operands decoded and results rounded."""
+    """unary_op, binary_op or ternary_op with bfloat16 operands decoded and results rounded.
+
+    The stock interpreter labels a comparison's result with the type of its operands, and makes
+    numbers of it where it is spread over a block: here it is int1, for every type.
+    """
 
     def operate(self: InterpreterBuilder, *arguments: Any) -> TensorHandle:
         *operands, function = arguments
         if function is np.where or not any(map(_is_bfloat16, operands)):  # np.where only copies
-            return original(self, *arguments)
+            result = original(self, *arguments)
+            return TensorHandle(result.data, tl.int1) if result.data.dtype == bool else result
         result = function(*map(_numbers, operands))
-        if result.dtype == np.bool_:
+        if result.dtype == bool:
             return TensorHandle(result, tl.int1)
         return TensorHandle(encode(result), tl.bfloat16)
 

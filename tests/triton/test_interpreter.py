@@ -45,6 +45,13 @@ def compare_kernel(x, y, out, n: tl.constexpr):
 
 
 @triton.jit
+def scalar_compare_kernel(x, out, n: tl.constexpr):
+    i = tl.arange(0, n)
+    a = tl.load(x + i)
+    tl.store(out + i, ((a < 0.0) | (tl.load(x) != 0.0)).to(tl.int32))
+
+
+@triton.jit
 def maximum_kernel(x, y, out, n: tl.constexpr):
     i = tl.arange(0, n)
     a = tl.load(x + i)
@@ -182,6 +189,15 @@ def test_a_constant_takes_the_type_of_what_it_meets() -> None:
     x, out = numbers(SIZE), torch.zeros(SIZE, dtype=BF16)
     constant_kernel[(1,)](x, out, SIZE)
     assert _same(out, x * torch.tensor(1.7, dtype=BF16) - torch.tensor(0.3, dtype=BF16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_comparison_of_scalars_meets_one_of_blocks(dtype: torch.dtype) -> None:
+    x, out = numbers(SIZE).to(dtype), torch.zeros(SIZE, dtype=torch.int32)
+    for first in (0.0, 1.0):
+        x[0] = first
+        scalar_compare_kernel[(1,)](x, out, SIZE)
+        assert torch.equal(out.bool(), (x < 0) | (first != 0))
 
 
 def test_every_bfloat16_survives_decoding_and_encoding() -> None:
