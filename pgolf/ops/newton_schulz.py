@@ -188,7 +188,7 @@ def cost(
     item, steps = dtype.itemsize, len(coefficients)
     x, gram = batch * small * large * item, batch * small * small * item
     flops = 2 * batch * small * small * (2 * large + small) * steps
-    prepare = (2 if row_norm is False else 3) * g.numel() * g.element_size()
+    prepare = 2 * g.numel() * g.element_size()  # for the norm, and to divide by it
     return (
         Work(flops, prepare + steps * (2 * x + 2 * gram), x + steps * (x + 2 * gram)),
         Work(0, 0, 0),

@@ -35,7 +35,9 @@ def cases(with_reference: bool = False) -> Iterator[Any]:
 
 
 every_case = pytest.mark.parametrize(("operator", "impl", "sample"), list(cases()))
-every_form = pytest.mark.parametrize(("operator", "impl", "sample"), list(cases(with_reference=True)))
+every_form = pytest.mark.parametrize(
+    ("operator", "impl", "sample"), list(cases(with_reference=True))
+)
 
 
 class Call:

@@ -44,7 +44,9 @@ def test_accuracy(operator: Operator, impl: str, sample: Sample, dtype: torch.dt
     for i, (mine, theirs, exact) in enumerate(zip(got, torch_, truth, strict=True)):
         assert mine.dtype is theirs.dtype and mine.is_contiguous()
         scale = exact.abs().max().item() if exact.numel() else 0.0
-        floor = 4 * torch.finfo(mine.dtype).eps * scale
+        # In float64 nothing is more exact: both are as far from the truth as steps add up to.
+        ulps = 4 if dtype is not torch.float64 else 1000
+        floor = ulps * torch.finfo(mine.dtype).eps * scale
         for ours, limit in zip(error(mine, exact), error(theirs, exact), strict=True):
             assert ours <= (3 if i else 2) * limit + floor, ("gradient", i) if i else "result"
 
@@ -116,10 +118,13 @@ def test_opcheck(operator: Operator, impl: str, sample: Sample) -> None:
         names = [a.name for a in func._schema.arguments]
         first = func is recorder.calls[0][0]
         args = tuple(
-            a.detach().requires_grad_() if first and n in operator.differentiable and a is not None
+            a.detach().requires_grad_(first and n in operator.differentiable)
+            if isinstance(a, Tensor) and a.numel()  # opcheck cannot copy an empty view
+            else a.new_empty(a.shape)
+            if isinstance(a, Tensor)
             else a
             for n, a in zip(names, args, strict=False)
-        )  # fmt: skip
+        )
         torch.library.opcheck(func, args, kwargs)
 
 
@@ -162,7 +167,7 @@ def test_nan_is_not_hidden(operator: Operator, impl: str, sample: Sample) -> Non
     if not call.arguments[first].numel():
         pytest.skip("empty")
     poisoned = call.arguments[first].clone()
-    poisoned.view(-1)[poisoned.numel() // 2] = float("nan")
+    poisoned[tuple(size // 2 for size in poisoned.shape)] = float("nan")
     call.arguments[first] = poisoned
     for mine, theirs in zip(call.run(impl), call.run("reference"), strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())

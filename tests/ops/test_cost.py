@@ -1,0 +1,138 @@
+"""cost() is what passes of kernels and matmuls really read and write, not what someone believed."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from pgolf.ops.registry import OPERATORS, Operator, Sample, Work, nbytes
+from pgolf.triton_kernels.launch import Launch, intercepted
+
+from ..triton.interpreter import repair, touched
+from .cases import CPU, Call, cases
+
+repair()
+
+SINGLE_PASS = ("fake_quant", "leaky_relu2", "xsa")
+
+
+class Traffic:
+    """Bytes read and written: of launches, the addresses; of matmuls, operands and results."""
+
+    def __init__(self) -> None:
+        self.read = self.written = 0
+
+    def launch(self, launch: Launch) -> None:
+        with touched() as t:
+            launch()
+        self.read += t.read_bytes
+        self.written += t.written_bytes
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.matmul(a, b)
+        self.read += nbytes(a, b)
+        self.written += nbytes(out)
+        return out
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, kernels and every `@` of the operators count."""
+        instead = mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: self.matmul(a, b))
+        with instead, intercepted(self.launch):
+            yield
+
+
+def triton_cases() -> list:
+    return [p for p in cases() if p.values[1] == "triton" and not is_empty(p.values[2])]
+
+
+def is_empty(sample: Sample) -> bool:
+    """Nothing is launched for no elements, whatever the scalars and weights beside them."""
+    return not sample.build(CPU, torch.float32)[0][0].numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("operator", "impl", "sample"), triton_cases())
+def test_least_bytes_are_those_that_are_touched(
+    operator: Operator, impl: str, sample: Sample, dtype: torch.dtype
+) -> None:
+    """Launch by launch in the interpreter, every address once a launch.
+
+    The least may leave out what a kernel keeps for itself between two launches, such as partial
+    sums: written once, read once, a number or two a row at most.
+    """
+    call = Call(operator, sample, dtype)
+    # rowdot(h, dh) for rstd is a pointwise pass that belongs to no kernel of the operator
+    call.wanted = [n for n in call.wanted if n != "rstd"]
+    leaves = call.leaves()
+    passes = []
+    forward = Traffic()
+    with forward.counted():
+        out = call.on(*leaves, impl=impl)
+    passes.append(forward)
+    if leaves:
+        upstream = torch.ones_like(out)
+        backward = Traffic()
+        with backward.counted():
+            torch.autograd.grad(out, leaves, upstream)
+        passes.append(backward)
+    for traffic, least in zip(passes, operator.cost(**call.arguments), strict=False):
+        scratch = traffic.read - least.read
+        assert traffic.written - least.written == scratch
+        if operator.name in SINGLE_PASS:
+            assert scratch == 0
+        first = next(iter(call.arguments.values()))
+        assert 0 <= scratch <= 8 * first[..., 0].numel()
+
+
+@pytest.mark.parametrize("name", SINGLE_PASS)
+def test_least_bytes_are_inputs_outputs_and_saved_tensors(name: str) -> None:
+    """A single pass reads every input once and writes what comes out and what is kept."""
+    operator = OPERATORS[name]
+    small = [s for s in operator.samples() if not s.bench and not is_empty(s)]
+    for sample in small:
+        call = Call(operator, sample, torch.float32)
+        inputs = {n: a for n, a in call.arguments.items() if isinstance(a, torch.Tensor)}
+        leaves = call.leaves()
+        out, kept = _run_and_keep(call, leaves)
+        forward, backward = operator.cost(**call.arguments)
+        known = {t.data_ptr() for t in [*inputs.values(), *leaves, out]}
+        extra = [t for t in kept if t.data_ptr() not in known]
+        assert forward.read == nbytes(*inputs.values())
+        # A step a row comes out of fake_quant whether the gradient wants it or not.
+        steps = inputs["w"].size(0) * 4 if name == "fake_quant" and not extra else 0
+        assert forward.written == nbytes(out, *extra) + steps
+        if backward != Work(0, 0, 0):
+            wanted = [t for n, t in inputs.items() if n in operator.differentiable and n != "rstd"]
+            again = [t for t in kept if not _needed_by_rstd_alone(name, t, inputs)]
+            assert backward.read == nbytes(out, *again)
+            assert backward.written == nbytes(*wanted)
+
+
+def _run_and_keep(call: Call, leaves: list) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The result and the tensors that are saved for the gradient."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return call.on(*leaves, impl="cpu"), kept
+
+
+def _needed_by_rstd_alone(name: str, kept: torch.Tensor, inputs: dict) -> bool:
+    """leaky_relu2 keeps x for rowdot(x, dx), a pass of its own, if there is an rstd."""
+    return name == "leaky_relu2" and kept.data_ptr() == inputs["x"].data_ptr()
+
+
+def test_flops_are_those_of_the_matmuls() -> None:
+    """Two GEMMs forward and four backward; three a Newton-Schulz step."""
+    mlp, ns = OPERATORS["leaky_relu2_mlp"], OPERATORS["newton_schulz"]
+    h, up, down = torch.empty(10, 6), torch.empty(8, 6), torch.empty(6, 8)
+    assert [w.flops for w in mlp.cost(h, up, down, 0.5)] == [2 * 960, 4 * 960]
+    forward, backward = ns.cost(torch.empty(3, 10, 4), ((1, 1, 1),) * 2)
+    per_step = 2 * 3 * (4 * 4 * 10 + 4 * 4 * 4 + 4 * 4 * 10)
+    assert forward.flops == 2 * per_step and backward == Work(0, 0, 0)
