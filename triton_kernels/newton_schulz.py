@@ -184,8 +184,9 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> None:
 def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
     """The iterations on X (b, r, c), whose memory serves as one of the two buffers."""
     b, r, c = x.shape
-    gram = torch.empty((b, min(r, c), min(r, c)), dtype=x.dtype, device=x.device)
-    poly = torch.empty_like(gram)
+    side = min(r, c)
+    gram = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
+    poly = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
     after = torch.empty((b, r, c), dtype=x.dtype, device=x.device)
     for ca, cb, cc in coefficients:
         wide, wide_after = (x.mT, after.mT) if r > c else (x, after)

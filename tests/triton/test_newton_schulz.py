@@ -1,0 +1,278 @@
+"""The Newton-Schulz kernels in the interpreter, through their launcher, against float64."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf.triton_kernels import newton_schulz as ns
+from pgolf.triton_kernels.launch import Config, Launch, configs, intercepted, pick
+from pgolf.triton_kernels.newton_schulz import newton_schulz
+
+from .interpreter import GuardZones, addresses, touched, vast
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CLASSIC = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [  # the first steps of arXiv 2505.16932's
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+]
+PRODUCTS = configs()["newton_schulz_product"]
+
+
+def formula(
+    g: Tensor, coefficients: list, dtype: torch.dtype, row_norm: bool = False, safety: float = 1.0
+) -> Tensor:
+    """The definition with torch's operations, everything after the normalisation in `dtype`."""
+    g = g.to(torch.promote_types(g.dtype, FP32))
+    if row_norm:
+        g = g / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(1e-7)
+    x = (g / (safety * torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)).to(dtype)
+    tall = g.size(1) > g.size(2)
+    if tall:
+        x = x.mT.contiguous()
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def random_matrices(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def check(
+    g: Tensor, coefficients: list, dtype: torch.dtype, row_norm: bool = False, safety: float = 1.0
+) -> Tensor:
+    """In guard zones, against float64 with torch in the same dtype as the measure."""
+    with GuardZones() as zones:
+        ours = newton_schulz(zones.input(g), coefficients, dtype, row_norm, safety)
+    assert ours.shape == g.shape and ours.dtype == dtype and ours.is_contiguous()
+    truth = formula(g.double(), coefficients, torch.float64, row_norm, safety)
+    theirs = formula(g, coefficients, dtype, row_norm, safety)
+    # The matrices' largest errors have luck in them; their root mean squares have less.
+    floor = torch.finfo(FP32).eps * truth.abs().max()
+    for name, norm in (("largest", torch.inf), ("mean", 2)):
+        error, allowed = (
+            torch.linalg.vector_norm(x.double() - truth, norm) for x in (ours, theirs)
+        )
+        assert error <= 2 * allowed + floor * g.numel() ** 0.5, (
+            f"{name}: {error:.3g}, {allowed:.3g}"
+        )
+    return ours
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", [(1, 33, 70), (2, 70, 33), (3, 64, 64), (1, 1, 9), (2, 9, 1)])
+@pytest.mark.parametrize(
+    ("coefficients", "row_norm", "safety"), [(CLASSIC, False, 1.0), (POLAR_EXPRESS, True, 1.02)]
+)
+def test_against_float64(
+    shape: tuple, coefficients: list, row_norm: bool, safety: float, dtype: torch.dtype
+) -> None:
+    check(random_matrices(*shape), coefficients, dtype, row_norm, safety)
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 70, 600), (1, 2060, 3)])
+def test_normalisation(shape: tuple, row_norm: bool) -> None:
+    """Without iterations, over several blocks of rows, columns and partial sums."""
+    for dtype in (FP32, BF16):
+        check(1e3 * random_matrices(*shape, dtype=dtype), [], FP32, row_norm, safety=1.02)
+
+
+def test_singular_values_go_to_one() -> None:
+    g = random_matrices(2, 40, 96)
+    values = torch.linalg.svdvals(check(g, CLASSIC, BF16).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def everywhere(config: Config) -> Callable[..., Config]:
+    """A `pick` that takes this configuration wherever it is not wrong."""
+
+    def chosen(kernel: str, **facts) -> Config:
+        if kernel != "newton_schulz_product":
+            return pick(kernel, **facts)
+        right = facts["symmetric"] or not config.blocks["SYMMETRIC"]
+        return config if right else pick(kernel, **facts)
+
+    return chosen
+
+
+@pytest.mark.parametrize("row", range(len(PRODUCTS)))
+def test_every_configuration(row: int, monkeypatch) -> None:
+    """On two or more tiles a side, the last of them partial; wide and tall."""
+    config = PRODUCTS[row]
+    monkeypatch.setattr(ns, "pick", everywhere(config))
+    dtype = BF16 if config.when["dtype"] == "bf16" else FP32
+    torch.set_float32_matmul_precision(
+        "high" if config.when.get("precision") == "tf32" else "highest"
+    )
+    try:
+        check(random_matrices(2, 130, 140), CLASSIC[:1], dtype)
+        check(random_matrices(1, 140, 130), CLASSIC[:1], dtype)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+EXACT = [(row, True) for row in range(len(PRODUCTS))]
+MIRRORED = [(row, False) for row, config in enumerate(PRODUCTS) if config.blocks["SYMMETRIC"]]
+
+
+@pytest.mark.parametrize(("row", "integers"), EXACT + MIRRORED)
+def test_symmetric_products(row: int, integers: bool, monkeypatch) -> None:
+    """A = X X^T and b A + c A A equal their transposes to the bit.
+
+    One triangle and its mirror image are equal by construction. Whole products are equal if the
+    order of the sum over k does not depend on an element's place, which numpy's matmul grants only
+    where sums are exact: with integers.
+    """
+    config = PRODUCTS[row]
+    monkeypatch.setattr(ns, "pick", everywhere(config))
+    dtype = BF16 if config.when["dtype"] == "bf16" else FP32
+    x = random_matrices(2, 140, 24)
+    x = (x.round().clamp(-2, 2) if integers else x).to(dtype)
+    with GuardZones() as zones:
+        gram, poly = (zones.tensor((2, 140, 140), dtype) for _ in range(2))
+        ns._product(x, x.mT, None, gram, 1.0, 0.0, symmetric=True)
+        ns._product(gram, gram, gram, poly, 2.0, -1.0, symmetric=True)
+    exact = x.double() @ x.double().mT, 2 * gram.double() @ gram.double() - gram.double()
+    for result, truth in zip((gram, poly), exact, strict=True):
+        assert torch.equal(result, result.mT)
+        error = (result - truth).abs().max() / truth.abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
+        if integers:
+            assert torch.equal(result, truth.to(dtype))
+
+
+def test_one_triangle_of_a_product_that_is_not_symmetric(monkeypatch) -> None:
+    """What is above the diagonal is a copy of what is below, inside of a tile as well."""
+    config = next(c for c in PRODUCTS if c.blocks["SYMMETRIC"] and c.when["dtype"] == "fp32")
+    monkeypatch.setattr(ns, "pick", everywhere(config))
+    p, q = random_matrices(1, 100, 20), random_matrices(1, 20, 100)
+    out = torch.empty(1, 100, 100)
+    ns._product(p, q, None, out, 1.0, 0.0, symmetric=True)
+    lower = (p @ q).tril()
+    torch.testing.assert_close(out, lower + lower.tril(-1).mT)
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_strided_matrices(row_norm: bool) -> None:
+    """A transposed view, every other row and matrix, columns apart: the result is the copy's."""
+    memory = random_matrices(4, 40, 72)
+    for view in (memory.mT, memory[::2, ::2], memory[:, :, ::2], memory.transpose(0, 1)[:3]):
+        wanted = newton_schulz(view.contiguous(), CLASSIC[:1], BF16, row_norm)
+        assert torch.equal(check(view, CLASSIC[:1], BF16, row_norm), wanted)
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_zeros_and_nan_stay_in_their_matrix(row_norm: bool) -> None:
+    g = random_matrices(4, 20, 30)
+    g[1] = 0
+    g[2, 3, 4] = torch.nan
+    wanted = newton_schulz(g[[0, 3]], CLASSIC, BF16, row_norm)
+    got = newton_schulz(g, CLASSIC, BF16, row_norm)
+    assert not got[1].any() and got[2].isnan().all()
+    assert torch.equal(got[[0, 3]], wanted)
+
+
+def test_a_row_of_zeros_among_others() -> None:
+    g = random_matrices(1, 20, 30)
+    g[0, 7] = 0
+    assert not check(g, CLASSIC, FP32, row_norm=True)[0, 7].any()
+
+
+def test_calls_are_alike_to_the_bit() -> None:
+    g = random_matrices(1, 70, 100)
+    first, second = (newton_schulz(g, CLASSIC, BF16, row_norm=True) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 8, 0)])
+def test_without_elements(shape: tuple) -> None:
+    assert newton_schulz(torch.empty(shape), CLASSIC, BF16).shape == shape
+
+
+def test_touched_bytes() -> None:
+    """Those of g, the partial sums, X before and after, the two products, and no others."""
+    g = random_matrices(2, 70, 40)[:, :, :33]
+    allocated, plain = [], torch.empty
+
+    def empty(*args, **named) -> Tensor:
+        allocated.append(plain(*args, **named))
+        return allocated[-1]
+
+    with pytest.MonkeyPatch.context() as patch, touched() as record:
+        patch.setattr(torch, "empty", empty)
+        newton_schulz(g, CLASSIC[:1], BF16)
+    x, partials, gram, poly, after = allocated
+    assert np.array_equal(record.read, addresses(g, partials, x, gram, poly))
+    assert np.array_equal(record.written, addresses(partials, x, gram, poly, after))
+
+
+def test_offsets_beyond_int32() -> None:
+    """Three steps of 2^30 elements between matrices, rows or columns of g."""
+    memory = vast(2**33 + 2**20).view(BF16)
+    g = random_matrices(4, 4, 4, dtype=BF16)
+    for dim in range(3):
+        strides = [16, 64, 4]
+        strides[dim] = 2**30
+        far = memory.as_strided(g.shape, strides, 2**30)
+        far.copy_(g)
+        for row_norm in (False, True):
+            wanted = newton_schulz(g, [], FP32, row_norm)
+            assert torch.equal(newton_schulz(far, [], FP32, row_norm), wanted)
+        far.zero_()
+
+
+def launched(call: Callable[[], object]) -> list[Launch]:
+    launches: list[Launch] = []
+    with intercepted(launches.append):
+        call()
+    return launches
+
+
+def test_launches_of_the_four_banks() -> None:
+    """Three an iteration: 60 for four banks of five; two more a bank normalise."""
+    banks = [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (11, 512, 1536)]
+    stacks = [torch.empty(shape, device="meta") for shape in banks]
+    for row_norm in (False, True):
+
+        def step(row_norm=row_norm) -> None:
+            for g in stacks:
+                newton_schulz(g, CLASSIC, BF16, row_norm)
+
+        names = [launch.kernel.__name__ for launch in launched(step)]
+        assert names.count("newton_schulz_product") == 60
+        assert len(names) == 60 + 2 * len(banks)
+
+
+@pytest.mark.parametrize(
+    ("shape", "symmetric"),
+    [((2, 1024, 1024), True), ((1, 4096, 1024), True), ((9, 512, 512), False)],
+)
+def test_one_triangle_in_large_matrices(shape: tuple, symmetric: bool) -> None:
+    g = torch.empty(shape, device="meta")
+    for dtype in (BF16, FP32):
+        found = launched(lambda dtype=dtype: newton_schulz(g, CLASSIC[:1], dtype))[-3:]
+        chosen = [launch.arguments["SYMMETRIC"] for launch in found]
+        assert chosen == [symmetric, symmetric, False]
+
+
+@triton.jit
+def triangle_kernel(out):
+    row, column = ns.triangle_tile(tl.program_id(0))
+    tl.store(out + 2 * tl.program_id(0), row)
+    tl.store(out + 2 * tl.program_id(0) + 1, column)
+
+
+def test_tiles_of_the_triangle() -> None:
+    count = 40
+    out = torch.empty(count * (count + 1) // 2, 2, dtype=torch.int32)
+    triangle_kernel[(len(out),)](out)
+    assert out.tolist() == [[row, column] for row in range(count) for column in range(row + 1)]
