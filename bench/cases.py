@@ -1,5 +1,7 @@
 """One operator on one sample: its arguments, what is timed, and the check against float64."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,20 +71,15 @@ class Case:
         return Entry(lambda _: backward(forward(None)))
 
 
-def has_gradient(operator: Operator) -> bool:
-    """Whether the implementations have a launcher besides the forward one."""
-    return any(len(i.functions) > 1 for i in operator.implementations.values())
-
-
 def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) -> Case:
-    """The arguments of a sample; gradients are taken of matrices, not of factors and switches."""
+    """The arguments of a sample, those that have gradients as leaves."""
     args, kwargs = sample.build(device, DTYPES[dtype])
-    leaves = ()
-    if has_gradient(operator):
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        leaves = tuple(t for t in given if t.dim() > 1 and t.is_floating_point())
-        for leaf in leaves:
-            leaf.requires_grad_()
+    given = inspect.signature(operator.reference).bind(*args, **kwargs).arguments
+    leaves = tuple(
+        given[name].requires_grad_()
+        for name in operator.differentiable
+        if isinstance(given.get(name), Tensor)
+    )
     with torch.no_grad():
         out = operator.reference(*args, **kwargs)
         upstream = torch.randn(out.shape, device=device).to(out.dtype)
@@ -115,13 +112,18 @@ def _widened(value: Any) -> Any:
 
 def truth(case: Case) -> Results:
     """The same inputs in float64 through the reference."""
-    args = tuple(map(_widened, case.args))
-    kwargs = {name: _widened(value) for name, value in case.kwargs.items()}
-    leaves = tuple(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-    wide = Case(
-        case.operator, case.sample, "fp64", args, kwargs,
-        tuple(t for t in leaves if t.requires_grad), case.upstream.double(),
-    )  # fmt: skip
+    twins = {id(leaf): _widened(leaf) for leaf in case.leaves}
+
+    def twin(value: Any) -> Any:
+        return twins[id(value)] if id(value) in twins else _widened(value)
+
+    wide = dataclasses.replace(
+        case,
+        args=tuple(map(twin, case.args)),
+        kwargs={name: twin(value) for name, value in case.kwargs.items()},
+        leaves=tuple(map(twin, case.leaves)),
+        upstream=case.upstream.double(),
+    )
     return results(wide, case.operator.reference)
 
 

@@ -1,0 +1,345 @@
+"""`python -m bench ops` on a toy operator: what is timed, what is refused, what is written."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import cases, ops, peers, plot, providers, schema, timing
+from pgolf.ops.registry import OPERATORS, Implementation, Operator, Sample, Work
+
+CPU = torch.device("cpu")
+
+
+def cube(x: Tensor, factor: float = 1.0) -> Tensor:
+    return factor * x * x * x
+
+
+def toy(kernel: Callable[..., Tensor] = cube, rows: tuple[int, ...] = (8, 16)) -> Operator:
+    """An operator whose C++ kernel is any function."""
+
+    def build(columns: int) -> Callable:
+        def arguments(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(columns)
+            return (torch.randn(columns, 33, generator=g).to(device, dtype),), {"factor": 0.5}
+
+        return arguments
+
+    def cost(x: Tensor, factor: float) -> tuple[Work, Work]:
+        size = x.numel() * x.element_size()
+        return Work(0, size, size), Work(x.numel(), 2 * size, size)
+
+    return Operator(
+        name="toy",
+        call=lambda x, factor, impl: kernel(x, factor),
+        reference=cube,
+        implementations={
+            "cpu": Implementation("cpu", (torch.float32,), {}, lambda: ""),
+            "triton": Implementation("cuda", (torch.float32,), {}, lambda: "no GPU at all"),
+        },
+        preferred={},
+        samples=lambda: [Sample(f"{n} rows", build(n), bench=True) for n in rows]
+        + [Sample("a small one", build(2))],
+        cost=cost,
+        differentiable=("x",),
+    )
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a toy into the registry, and leave the process's malloc alone."""
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: True)
+    return lambda *args, **kwargs: monkeypatch.setitem(OPERATORS, "toy", toy(*args, **kwargs))
+
+
+def run(*words: str) -> int:
+    return ops.main(["--op", "toy", "--device", "cpu", "--rounds", "3", *words])
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def test_everything_runs_once_a_round_in_an_order_that_turns() -> None:
+    calls: list[str] = []
+    entries = {n: timing.Entry(lambda _, n=n: calls.append(n)) for n in "abc"}
+    times = timing.interleave(entries, 3, lambda run, state: run(state) or 1.0)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == ["bca", "cab", "abc", "bca", "cab"]  # two to warm up, then three
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3, "c": [1.0] * 3}
+
+
+def test_preparation_and_flushing_are_off_the_clock() -> None:
+    log: list[str] = []
+
+    def clock(run: Callable, state: Any) -> float:
+        log.append("start")
+        run(state)
+        log.append("stop")
+        return 0.0
+
+    entry = timing.Entry(lambda state: log.append(state), prepare=lambda: log.append("p") or "run")
+    timing.interleave({"a": entry}, 1, clock, before=lambda: log.append("flush"))
+    assert log == ["p", "flush", "start", "run", "stop"] * (timing.WARM_UP + 1)
+
+
+def test_fewer_rounds_if_time_is_short() -> None:
+    assert timing._affordable(50, round_seconds=0.1, seconds=5.0) == 50
+    assert timing._affordable(50, round_seconds=0.1, seconds=1.05) == 10
+    assert timing._affordable(50, round_seconds=2.0, seconds=5.0) == 0
+    entry = timing.Entry(lambda _: None)
+    assert timing.interleave({"a": entry}, 5, lambda *_: 1.0, seconds=0.0) == {}
+    assert timing.interleave({"a": entry}, 5, lambda *_: 1.0, seconds=9.0) == {"a": [1.0] * 5}
+
+
+def test_percentiles_are_interpolated() -> None:
+    assert timing.summarise([5.0, 1.0, 4.0, 2.0, 3.0]) == pytest.approx((3.0, 1.8, 4.2))
+    assert timing.summarise([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_floor_is_the_slower_of_memory_and_arithmetic() -> None:
+    assert timing.floor_ms(1000, 0, bytes_per_ms=100.0, flops_per_ms=None) == 10.0
+    assert timing.floor_ms(1000, 600, bytes_per_ms=100.0, flops_per_ms=50.0) == 12.0
+    assert timing.floor_ms(1000, 400, bytes_per_ms=100.0, flops_per_ms=50.0) == 10.0
+
+
+def test_limits_are_those_of_real_work() -> None:
+    entry = timing.copy_entry(1000, CPU)
+    assert entry.run(None).nbytes == 500  # read once and written once
+    matmul, flops = timing.matmul_entry(CPU, torch.float32)
+    n = timing.MATMUL_SIZE["cpu"]
+    assert flops == 2 * n**3 and matmul.run(None).shape == (n, n)
+    assert timing.last_level_cache(CPU) >= 1 << 18
+
+
+def test_cpu_clock_measures_the_run_alone() -> None:
+    state = torch.ones(3)
+    spent = timing.clock_of(CPU)(lambda s: s.add_(1), state)
+    assert 0 < spent < 1e4 and state.tolist() == [2.0, 2.0, 2.0]
+
+
+# --- correctness ----------------------------------------------------------------------------------
+
+
+def test_gate_takes_the_error_of_the_dtype_and_no_more() -> None:
+    case = cases.build(toy(), toy().samples()[0], CPU, "bf16")
+    exact, yardstick = cases.truth(case), cases.results(case, cube)
+    assert exact[0].dtype == torch.float64 and len(exact) == 2
+    torch.testing.assert_close(exact[0], 0.5 * case.args[0].detach().double() ** 3)
+    torch.testing.assert_close(
+        exact[1], 1.5 * case.args[0].detach().double() ** 2 * case.upstream.double()
+    )
+    rounded = tuple(t.to(torch.bfloat16) for t in exact)
+    assert cases.wrong(yardstick, yardstick, exact) == ""
+    assert cases.wrong(rounded, yardstick, exact) == ""
+
+    def spoilt(which: int, change: Callable[[Tensor], Tensor]) -> str:
+        found = list(rounded)
+        found[which] = change(found[which].clone())
+        return cases.wrong(tuple(found), yardstick, exact)
+
+    def one_element(t: Tensor) -> Tensor:
+        t[3, 7] += 0.2 * t.abs().max()
+        return t
+
+    assert "output: largest error" in spoilt(0, one_element)
+    assert "gradient 1: largest error" in spoilt(1, one_element)
+    # so small that no element is out, but all are
+    assert "output: mean error" in spoilt(0, lambda t: t + 0.01 * t.abs().mean())
+    assert "output" in spoilt(0, lambda t: t.index_fill_(0, torch.tensor([0]), math.nan))
+    assert "torch.float32" in spoilt(0, Tensor.float)
+    assert "[33, 8]" in spoilt(0, Tensor.t)
+
+
+def test_a_wrong_provider_is_not_timed(register, tmp_path, capsys) -> None:
+    register(lambda x, factor: cube(x, factor) * 1.001)
+    assert run("--providers", "eager", "cpu", "--json", str(tmp_path / "f")) == 1
+    assert "cpu        WRONG, not timed: output" in capsys.readouterr().out
+    assert {line["provider"] for line in lines_of(tmp_path / "f")} == {"eager"}
+
+
+def test_a_provider_with_a_wrong_gradient_is_not_timed(register, capsys) -> None:
+    register(lambda x, factor: cube(x.detach(), factor) + (x - x.detach()))
+    assert run("--providers", "eager", "cpu") == 1
+    assert "cpu        WRONG, not timed: gradient 1" in capsys.readouterr().out
+
+
+def test_a_provider_that_fails_does_not_end_the_run(register, capsys) -> None:
+    def broken(x: Tensor, factor: float) -> Tensor:
+        raise MemoryError("no room\nat all")
+
+    register(broken)
+    assert run("--providers", "eager", "cpu", "--mode", "forward") == 1
+    out = capsys.readouterr().out
+    assert "WRONG, not timed: MemoryError: no room\n" in out
+    assert out.count("    eager") == 2  # both sizes
+
+
+@pytest.mark.parametrize("operator", list(OPERATORS.values()), ids=list(OPERATORS))
+def test_real_operators_fit_the_frame(operator: Operator) -> None:
+    """Arguments, leaves and the check, on the first small sample; C++ where it is built."""
+    case = cases.build(operator, operator.samples()[0], CPU, "fp32")
+    exact, yardstick = cases.truth(case), cases.results(case, operator.reference)
+    assert len(exact) == 1 + len(case.leaves) == 1 + len(operator.differentiable) - (
+        "rstd" in operator.differentiable and "rstd" not in case.kwargs
+    )
+    assert all(t.dtype == torch.float64 for t in exact)
+    if not operator.implementations["cpu"].missing():
+        function = providers.find("cpu", case)
+        assert cases.wrong(cases.results(case, function), yardstick, exact) == ""
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_lines_tables_and_plot(register, tmp_path, capsys) -> None:
+    register()
+    file, picture = tmp_path / "f.jsonl", tmp_path / "toy.png"
+    threads = torch.get_num_threads()
+    try:
+        words = ["--providers", "eager", "compiled", "cpu", "triton", "--sample", "8 rows"]
+        assert run(*words, "--threads", "1", "--json", str(file), "--plot", str(picture)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "toy, 8 rows, fp32" in out and "16 rows" not in out and "a small one" not in out
+    assert "triton     not here: runs on cuda, not on cpu" in out
+    lines = lines_of(file)
+    assert [(line["mode"], line["provider"]) for line in lines] == [
+        (mode, provider)
+        for mode in ("forward", "backward", "both")
+        for provider in ("eager", "compiled", "cpu")
+    ]
+    names = [f.name for f in dataclasses.fields(schema.Timing)]
+    size = 8 * 33 * 4
+    for line in lines:
+        assert list(line) == names
+        schema.Timing(**line)
+        assert line["operator"] == "toy" and line["sample"] == "8 rows" and line["dtype"] == "fp32"
+        assert line["shapes"] == [[8, 33]] and line["threads"] == 1 and line["rounds"] == 3
+        assert 0 < line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
+        assert line["bytes"] == line["copy_bytes"]
+        assert line["bytes"] == {"forward": 2, "backward": 3, "both": 5}[line["mode"]] * size
+        assert (line["matmul_gflops"] is None) == (line["mode"] == "forward") == (not line["flops"])
+        assert line["floor_ms"] == pytest.approx(
+            max(
+                line["bytes"] / line["copy_gbs"] / 1e6,
+                line["flops"] / line["matmul_gflops"] / 1e6 if line["flops"] else 0.0,
+            )
+        )
+        assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["median_ms"])
+        assert line["torch"] == torch.__version__ and line["command"].startswith("python -m bench")
+        assert line["cold"] is False and line["malloc"] == "kept"
+    shown = [text.split() for text in out.splitlines() if text.startswith("    cpu")]
+    compiled = {line["mode"]: line for line in lines if line["provider"] == "compiled"}
+    for line, cells in zip([x for x in lines if x["provider"] == "cpu"], shown, strict=True):
+        assert float(cells[1]) == pytest.approx(line["median_ms"], rel=1e-3)
+        ratio = line["median_ms"] / compiled[line["mode"]]["median_ms"]
+        assert float(cells[4]) == pytest.approx(ratio, abs=0.006)
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.stat().st_size > 5000
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_cold_flushes_before_each_call(register, monkeypatch, tmp_path) -> None:
+    register(rows=(8,))
+    flushed: list[int] = []
+    monkeypatch.setattr(timing, "flusher", lambda device: lambda: flushed.append(1))
+    words = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
+    assert run(*words) == 0 and not flushed
+    assert run(*words, "--cold") == 0
+    assert len(flushed) == (timing.WARM_UP + 3) * 2  # the provider and the copy
+    assert [line["cold"] for line in lines_of(tmp_path / "f")] == [True]
+
+
+def test_large_samples_are_left_out_on_a_cpu(register, capsys) -> None:
+    register(rows=(8, 10_000_000))  # the second would take 1.3 GB
+    assert run("--providers", "eager", "--mode", "forward") == 0
+    out = capsys.readouterr().out
+    assert "toy 10000000 rows fp32 left out: 6.6 GB of traffic; --all measures it" in out
+    assert "toy, 8 rows, fp32" in out and "toy, 10000000 rows" not in out
+
+
+def test_a_table_that_takes_too_long_says_so(register, capsys) -> None:
+    register(rows=(8,))
+    assert run("--providers", "eager", "--mode", "forward", "--seconds", "0") == 0
+    assert "forward: left out: 3 rounds take more than --seconds 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--op", "toys"], "no operator is named 'toys'; there are fake_quant,"),
+        (["--providers", "tpu"], "no provider is named 'tpu'; there are eager, compiled, cpu"),
+        (["--plot", "1.png", "--op", "xsa", "toy"], "--plot 1.png is one file for 2 operators"),
+        (["--sample", "nothing like it"], "no sample is left"),
+        (["--json", "ops.py/x", "--op", "toy", "--providers", "eager"], "cannot write ops.py/x"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_one_line(
+    words, message, register, capsys, tmp_path, monkeypatch
+) -> None:
+    register(rows=(8,))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ops.py").write_text("")
+    assert ops.main(words) == 2
+    err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("timing:")]
+    assert len(err) == 1 and message in err[0] and err[0].startswith("python -m bench ops: ")
+
+
+def test_rounds_and_threads_are_at_least_one(capsys) -> None:
+    for words in (["--rounds", "0"], ["--threads", "-1"]):
+        with pytest.raises(SystemExit) as stop:
+            ops.main(words)
+        assert stop.value.code == 2 and "is not 1 or more" in capsys.readouterr().err
+
+
+def test_plots_go_into_a_folder_or_a_file(tmp_path: Path) -> None:
+    assert plot.files(None, ["a"]) == {}
+    assert plot.files(tmp_path, ["a", "b"]) == {"a": tmp_path / "a.png", "b": tmp_path / "b.png"}
+    assert plot.files(tmp_path / "x.png", ["a"]) == {"a": tmp_path / "x.png"}
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def test_peers_are_named_with_what_installs_them(monkeypatch) -> None:
+    assert providers.expand(["peers"]) == [peer.name for peer in peers.PEERS]
+    assert providers.expand([]) == providers.known()
+    assert providers.expand(["cpu", "eager"]) == ["eager", "cpu"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    extra = next(line for line in project.splitlines() if line.startswith("peers ="))
+    for peer in peers.PEERS:
+        assert peer.missing() == f"not installed: pip install {peer.package}"
+        assert f'"{peer.package}"' in extra
+        assert peer.operator in OPERATORS
+        assert peers.samples(OPERATORS[peer.operator]) == []
+
+
+def test_a_peer_is_compared_only_on_its_own_function(monkeypatch) -> None:
+    liger = next(peer for peer in peers.PEERS if peer.name == "liger")
+    operator = OPERATORS["leaky_relu2"]
+    plain = next(s for s in operator.samples() if s.label == "7x64 transposed")
+    case = cases.build(operator, plain, CPU, "fp32")
+    monkeypatch.setattr(peers.Peer, "missing", lambda self: "")
+    with pytest.raises(providers.Unavailable, match="only relu"):
+        providers.find("liger", case)
+    derived = peers._derived(plain, *liger.variant)
+    assert derived.label == "7x64 transposed relu2" and derived.bench
+    args, kwargs = derived.build(CPU, torch.float32)
+    assert args[1] == 0.0 and liger.unfit(*args, **kwargs) == ""
+    found = peers.samples(operator)
+    assert [s.label for s in found] == ["4096x1536 relu2", "98304x1536 relu2"]
+    bank = dict(coefficients=((1.0, 1.0, 1.0),), dtype=torch.bfloat16)
+    assert peers._newton_schulz_unfit(None, **bank) == ""
+    assert peers._newton_schulz_unfit(None, **bank, row_norm=True)
+    assert peers._newton_schulz_unfit(None, **{**bank, "dtype": torch.float32})

@@ -1,0 +1,97 @@
+"""`python -m bench step` on a tiny recipe."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import schema, step
+from pgolf.data.prepare import prepare
+from pgolf.train.run import build
+
+from ..train.tiny import TINY, Words
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "words"
+    prepare(Words(), folder, "words", vocab_size=400)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PGOLF_OPS", raising=False)
+
+
+def run(shards: Path, *options: str) -> int:
+    return step.main(["demo", f"data={shards}", "device=cpu", *TINY, "--rounds", "2", *options])
+
+
+def test_lines_and_table(shards, tmp_path, capsys) -> None:
+    code = run(shards, "--ops", "reference", "xsa=reference", "--compile", "off",
+               "--json", "f.jsonl")  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    lines = [json.loads(text) for text in Path("f.jsonl").read_text().splitlines()]
+    assert [(line["ops"], line["compile"]) for line in lines] == [
+        ("reference", False), ("xsa=reference", False)
+    ]  # fmt: skip
+    names = [f.name for f in dataclasses.fields(schema.StepTiming)]
+    for line in lines:
+        assert list(line) == names
+        schema.StepTiming(**line)
+        assert line["recipe"] == "demo" and line["tokens"] == 256 and line["rounds"] == 2
+        assert line["overrides"]["layers"] == "3" and line["dtype"] == "fp32"
+        assert 0 < line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
+        assert line["tokens_per_second"] == pytest.approx(256e3 / line["median_ms"])
+        assert line["threads"] == torch.get_num_threads() and line["torch"] == torch.__version__
+        assert line["chosen"]["xsa"] == "reference"
+        assert 5 < line["loss"] < 7  # about log(400)
+    assert set(lines[0]["chosen"].values()) == {"reference"}
+    rows = [text.split() for text in out.splitlines() if " off " in text]
+    assert [(cells[0], cells[6]) for cells in rows] == [
+        (line["ops"], f"{line['tokens_per_second'] / lines[0]['tokens_per_second']:.2f}x")
+        for line in lines
+    ]
+    assert "  fastest: " in out and "256 tokens a step, fp32" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["f.jsonl"]  # no run folder
+
+
+def test_losses_that_differ_are_wrong(shards, monkeypatch, capsys) -> None:
+    def spoilt(recipe, config, *rest):
+        trainer = build(recipe, config, *rest)
+        if config.run.ops == "xsa=reference":
+            with torch.no_grad():
+                trainer.model.tok_emb.weight.mul_(100)
+        return trainer
+
+    monkeypatch.setattr(step, "build", spoilt)
+    assert run(shards, "--ops", "reference", "xsa=reference", "--compile", "off") == 1
+    wrong = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WRONG")]
+    assert wrong == ["WRONG: xsa=reference eager has another loss than reference eager"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ops", "tpu"], "no operator has an implementation 'tpu'"),
+        (["--rounds", "0"], "--rounds 0: it has to be 1 or more"),
+        (["compile=on"], "compile=on: use --compile, which takes several"),
+        (["no_such_key=1"], "unknown key 'no_such_key'"),
+    ],
+)
+def test_bad_arguments_are_one_line(words, message, shards, capsys) -> None:
+    overrides = [w for w in words if "=" in w and not w.startswith("-")]
+    options = [w for w in words if w not in overrides]
+    assert step.main(["demo", f"data={shards}", *TINY, *overrides, *options]) == 2
+    err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("preparing")]
+    assert len(err) == 1 and message in err[0] and err[0].startswith("python -m bench step: ")
+
+
+def test_an_unknown_recipe_is_one_line(capsys) -> None:
+    assert step.main(["no_such_recipe"]) == 2
+    assert "no_such_recipe" in capsys.readouterr().err
