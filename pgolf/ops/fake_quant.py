@@ -36,6 +36,7 @@ from pgolf.ops.registry import (
     no_triton,
     register,
     resolve,
+    unit_stride,
 )
 
 SMALLEST_STEP = 2.0**-24  # least positive fp16: an all-zero row must not divide by zero
@@ -217,7 +218,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     forward = launcher("fake_quant", impl, "forward")
     factors = clip_factor.contiguous()
-    return forward(_unit_stride(w), factors, bits, on, floor, multiple, full_range)
+    return forward(unit_stride(w), factors, bits, on, floor, multiple, full_range)
 
 
 @_forward.register_fake
@@ -238,16 +239,12 @@ def _backward(
     impl: str,
 ) -> Tensor:
     backward = launcher("fake_quant", impl, "backward")
-    return backward(_unit_stride(dout), _unit_stride(w), scale, bits, on, multiple, full_range)
+    return backward(unit_stride(dout), unit_stride(w), scale, bits, on, multiple, full_range)
 
 
 @_backward.register_fake
 def _(dout, w, scale, bits, on, multiple, full_range, impl):
     return w.new_empty(w.shape)
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -42,6 +42,7 @@ from pgolf.ops.registry import (
     no_triton,
     register,
     resolve,
+    unit_stride,
 )
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -103,7 +104,7 @@ def _mlp(
     h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = launcher("leaky_relu2_mlp", impl, "up")
-    post, bits = up(_unit_stride(h), w_up.contiguous(), slope, packed(rstd))
+    post, bits = up(unit_stride(h), w_up.contiguous(), slope, packed(rstd))
     return post @ w_down.t(), post, bits
 
 
@@ -124,16 +125,12 @@ def _down_dgrad(
     impl: str,
 ) -> Tensor:
     dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
-    return dgrad(_unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
+    return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
 
 
 @_down_dgrad.register_fake
 def _(dout, w_down, post, bits, rstd, slope, impl):
     return post.new_empty(post.shape)
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:

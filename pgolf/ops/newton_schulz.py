@@ -29,6 +29,7 @@ from pgolf.ops.registry import (
     no_triton,
     register,
     resolve,
+    unit_stride,
 )
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -146,7 +147,7 @@ def _(g, flat, dtype, row_norm, safety, impl):
 def _cpu_forward(
     g: Tensor, coefficients: Coefficients, dtype: torch.dtype, row_norm: bool, safety: float
 ) -> Tensor:
-    g = g if g.stride(-1) == 1 else g.contiguous()
+    g = unit_stride(g)
     x = torch.empty(g.shape, dtype=dtype)
     extension.load().newton_schulz_normalize(
         g.data_ptr(), x.data_ptr(), DTYPE_CODES[g.dtype], DTYPE_CODES[dtype], *g.shape,

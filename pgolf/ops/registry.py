@@ -136,10 +136,10 @@ def parse(text: str) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for word in words:
         name, equals, impl = word.partition("=")
+        if equals and name not in OPERATORS:
+            raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
         if not equals:
             name, impl = "", name
-        if name and name not in OPERATORS:
-            raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
         for target in [name] if name else OPERATORS:
             known = ("auto", "reference", *OPERATORS[target].implementations)
             if impl in known:
@@ -260,6 +260,11 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
             t.device == head.device,
             f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one of them",
         )
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """t, copied if its last dimension is strided; `contiguous` keeps strides of empty tensors."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -33,6 +33,7 @@ from pgolf.ops.registry import (
     no_triton,
     register,
     resolve,
+    unit_stride,
 )
 
 NORM_FLOOR = 1e-12
@@ -57,9 +58,9 @@ def _check(y: Tensor, v: Tensor) -> None:
     )
     check(y.size(3) > 0, f"xsa: y is {tuple(y.shape)}: heads of no elements have no direction")
     check(
-        v.size(2) > 0 and y.size(2) % v.size(2) == 0,
+        v.size(2) > 0 and y.size(2) > 0 and y.size(2) % v.size(2) == 0,
         f"xsa: {y.size(2)} query heads cannot be shared out over {v.size(2)} value heads: "
-        "H has to be a multiple of G",
+        "H has to be a multiple of G, and neither may be 0",
     )
     check_alike("xsa", y=y, v=v)
 
@@ -94,13 +95,9 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
 # --- the opaque operator --------------------------------------------------------------------------
 
 
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 @torch.library.custom_op("pgolf::xsa", mutates_args=())
 def _forward(y: Tensor, v: Tensor, impl: str) -> Tensor:
-    return launcher("xsa", impl, "forward")(_unit_stride(y), _unit_stride(v))
+    return launcher("xsa", impl, "forward")(unit_stride(y), unit_stride(v))
 
 
 @_forward.register_fake
@@ -110,7 +107,7 @@ def _(y: Tensor, v: Tensor, impl: str) -> Tensor:
 
 @torch.library.custom_op("pgolf::xsa_backward", mutates_args=())
 def _backward(dz: Tensor, y: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    return launcher("xsa", impl, "backward")(*map(_unit_stride, (dz, y, v)))
+    return launcher("xsa", impl, "backward")(*map(unit_stride, (dz, y, v)))
 
 
 @_backward.register_fake

@@ -1,0 +1,219 @@
+"""Choosing implementations, and what is said to arguments that do not fit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pgolf import extension
+from pgolf.errors import ConfigError
+from pgolf.ops import fake_quant, leaky_relu2, leaky_relu2_mlp, newton_schulz, registry, xsa
+from pgolf.ops.registry import OPERATORS, choose, choose_all, parse
+
+F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Decisions are made once a process: forget them around every test."""
+    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_parse() -> None:
+    assert parse("") == {}
+    assert parse(" xsa=triton, newton_schulz=reference ") == {
+        "xsa": "triton",
+        "newton_schulz": "reference",
+    }
+    assert parse("reference") == dict.fromkeys(OPERATORS, "reference")
+    everything = parse("triton,xsa=reference")
+    assert everything["xsa"] == "reference" and everything["fake_quant"] == "triton"
+    assert "leaky_relu2" not in everything, "one word reaches those that have it"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("xas=triton", "no operator 'xas', only fake_quant, leaky_relu2"),
+        ("xsa=tritn", "xsa has no 'tritn', only auto, reference, cpu, triton"),
+        ("fast", "no operator has an implementation 'fast'"),
+        ("xsa=", "xsa has no ''"),
+        ("=triton", "no operator ''"),
+    ],
+)
+def test_parse_names_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
+def test_auto_takes_the_first_that_can_run_and_says_why(monkeypatch) -> None:
+    order = OPERATORS["xsa"].preferred["cpu"]
+    assert choose("xsa", "auto", "cpu", F32) == order[0]
+    choose.cache_clear()
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "why_missing", lambda: "there was no compiler")
+    assert choose("xsa", "auto", "cpu", F32) == ("reference", "cpu: there was no compiler")
+
+
+def test_auto_on_a_dtype_that_kernels_do_not_take_is_the_reference() -> None:
+    impl, reason = choose("xsa", "auto", "cpu", torch.float16)
+    assert impl == "reference" and "not torch.float16" in reason
+    y, v = torch.ones(1, 2, 2, 32).half(), torch.ones(1, 2, 1, 32).half()
+    assert torch.equal(xsa(y, v), xsa(y, v, "reference"))
+
+
+def test_the_environment_decides_what_auto_is(monkeypatch) -> None:
+    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    impl, reason = choose("xsa", "auto", "cpu", F32)
+    assert impl == "reference" and registry.VARIABLE in reason
+    assert choose("leaky_relu2", "auto", "cpu", F32).impl == "cpu"
+    assert choose("xsa", "cpu", "cpu", F32).impl == "cpu", "what is asked for by name wins"
+
+
+def test_decided_once(monkeypatch) -> None:
+    assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
+    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
+
+
+def test_a_run_chooses_for_all_operators(no_interpreter) -> None:
+    chosen = choose_all("xsa=reference", "cpu", F32)
+    assert chosen.keys() == OPERATORS.keys() and chosen["xsa"] == ("reference", "as asked")
+    with pytest.raises(ConfigError, match="ops=triton: .*triton runs on cuda tensors"):
+        choose_all("triton", "cpu", F32)
+
+
+def test_an_implementation_that_is_not_here(monkeypatch, no_interpreter) -> None:
+    y = torch.ones(1, 2, 2, 32)
+    with pytest.raises(ValueError, match="xsa: impl=cuda: there is no 'cuda', only cpu, triton"):
+        xsa(y, y, "cuda")
+    with pytest.raises(ValueError, match="triton runs on cuda tensors, these are on cpu"):
+        xsa(y, y, "triton")
+    with pytest.raises(ValueError, match="cpu takes .* not torch.float16"):
+        xsa(y.half(), y.half(), "cpu")
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "why_missing", lambda: "not built: pip install -v .")
+    choose.cache_clear()
+    with pytest.raises(RuntimeError, match="xsa: impl=cpu: not built: pip install -v .;"):
+        xsa(y, y, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="impl=triton: torch sees no GPU here"):
+        choose("xsa", "triton", "cuda", F32)
+
+
+def test_an_older_build_without_a_kernel_says_so(monkeypatch) -> None:
+    class Old:
+        pack_bits = None
+
+    monkeypatch.setattr(extension, "load", lambda: Old)
+    with pytest.raises(RuntimeError, match="this build of pgolf._C has no xsa: pip install"):
+        choose("xsa", "cpu", "cpu", F32)
+
+
+def test_the_reference_is_no_opaque_operator() -> None:
+    """torch.compile sees through it: no pgolf operator is in the graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    y, v = torch.randn(1, 3, 2, 32), torch.randn(1, 3, 1, 32)
+    for impl in ("reference", "cpu"):
+        torch._dynamo.reset()
+        torch.compile(lambda impl=impl: xsa(y, v, impl), backend=backend, fullgraph=True)()
+    seen = ["pgolf" in str(graph.graph) for graph in graphs]
+    assert seen == [False, True]
+
+
+# --- arguments that do not fit --------------------------------------------------------------------
+
+Y, V = torch.ones(2, 3, 4, 32), torch.ones(2, 3, 2, 32)
+H, UP, DOWN = torch.ones(5, 6), torch.ones(8, 6), torch.ones(6, 8)
+W, ONES = torch.ones(4, 8), torch.ones(4)
+
+REFUSED = {
+    "xsa: y is (3, 4, 32): it has to be (N, T, H, d)": lambda i: xsa(Y[0], V, i),
+    "xsa: v is (3, 2, 32): it has to be (N, T, G, d)": lambda i: xsa(Y, V[0], i),
+    "N, T and d have to be the same": lambda i: xsa(Y, V[:, :2], i),
+    "4 query heads cannot be shared out over 3": lambda i: xsa(Y, torch.ones(2, 3, 3, 32), i),
+    "over 0 value heads": lambda i: xsa(Y, V[:, :, :0], i),
+    "heads of no elements": lambda i: xsa(Y[..., :0], V[..., :0], i),
+    "v is torch.bfloat16 and y is torch.float32": lambda i: xsa(Y, V.bfloat16(), i),
+    "v is on meta and y on cpu": lambda i: xsa(Y, V.to("meta"), i),
+    "y is torch.int64: use a float dtype": lambda i: xsa(Y.long(), V.long(), i),
+    "slope=1.5: it has to be 0": lambda i: leaky_relu2(H, 1.5, impl=i),
+    "slope=-0.5": lambda i: leaky_relu2_mlp(H, UP, DOWN, -0.5, impl=i),
+    "slope=nan": lambda i: leaky_relu2(H, float("nan"), impl=i),
+    "the input has no dimensions": lambda i: leaky_relu2(torch.ones(()), 0.5, impl=i),
+    "rstd is (4,): for these rows it has to be (5,)": lambda i: leaky_relu2(H, 0.5, ONES, i),
+    "rstd is torch.float64: it has to be torch.float32": lambda i: leaky_relu2(
+        H, 0.5, torch.ones(5).double(), i
+    ),
+    "w_up is (8,)": lambda i: leaky_relu2_mlp(H, UP[:, 0], DOWN, 0.5, impl=i),
+    "w_up is (8, 5): with h (5, 6)": lambda i: leaky_relu2_mlp(H, UP[:, :5], DOWN, 0.5, impl=i),
+    "w_down is (8, 6)": lambda i: leaky_relu2_mlp(H, UP, UP, 0.5, impl=i),
+    "it has no elements": lambda i: leaky_relu2_mlp(H, UP[:0], DOWN[:, :0], 0.5, impl=i),
+    "w_down is torch.bfloat16 and h is": lambda i: leaky_relu2_mlp(
+        H, UP, DOWN.bfloat16(), 0.5, impl=i
+    ),
+    "g is (8,): it has to be (B, R, C)": lambda i: newton_schulz(UP[:, 0], impl=i),
+    "its matrices have no elements": lambda i: newton_schulz(UP[:, :0], impl=i),
+    "every step has three": lambda i: newton_schulz(UP, [(1.0, 2.0)], impl=i),
+    "safety=0": lambda i: newton_schulz(UP, safety=0.0, impl=i),
+    "dtype=torch.float16": lambda i: newton_schulz(UP, dtype=torch.float16, impl=i),
+    "w is (8,): it has to be (rows, columns)": lambda i: fake_quant(W[0], ONES, 6, 1, impl=i),
+    "rows of no elements": lambda i: fake_quant(W[:, :0], ONES, 6, 1, impl=i),
+    "clip_factor is torch.float32 (3,)": lambda i: fake_quant(W, ONES[:3], 6, 1, impl=i),
+    "clip_factor is torch.float64 (4,)": lambda i: fake_quant(W, ONES.double(), 6, 1, impl=i),
+    "bits=3: it has to be a whole number, 4 to 8": lambda i: fake_quant(W, ONES, 3, 1, impl=i),
+    "bits=9": lambda i: fake_quant(W, ONES, torch.tensor(9.0), 1, impl=i),
+    "bits=5.5": lambda i: fake_quant(W, ONES, torch.tensor(5.5), 1, impl=i),
+    "bits is torch.int64 ()": lambda i: fake_quant(W, ONES, torch.tensor(6), 1, impl=i),
+    "on is torch.float32 (1,)": lambda i: fake_quant(W, ONES, 6, torch.ones(1), impl=i),
+    "bits is on meta, w on cpu": lambda i: fake_quant(
+        W, ONES, torch.ones((), device="meta"), 1, impl=i
+    ),
+    "multiple=0: it has to be 1 or more": lambda i: fake_quant(W, ONES, 6, 1, multiple=0, impl=i),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message: str, impl: str) -> None:
+    """One ValueError that names the operator, the argument, its value and what would work."""
+    with pytest.raises(ValueError) as caught:
+        REFUSED[message](impl)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(tuple(f"{name}: " for name in OPERATORS))
+
+
+def test_heads_that_are_too_long_for_triton() -> None:
+    y = torch.ones(1, 1, 2, 300)
+    with pytest.raises(ValueError, match="heads of 300 are too long for impl=triton"):
+        xsa(y, y, "triton")
+
+
+def test_bits_out_of_range_are_nan_where_a_kernel_cannot_raise() -> None:
+    """On a GPU `bits` is read by the kernel alone."""
+    for bits in (3.0, 9.0, 5.5, float("nan")):
+        assert fake_quant(W, ONES, torch.tensor(bits), 1, impl="triton").isnan().all(), bits
+
+
+def test_doctor_lists_every_operator_with_its_reason() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pgolf", "doctor"], capture_output=True, text=True, check=True
+    )
+    for name in OPERATORS:
+        assert any(
+            line.startswith(f"{name} ") and "(" in line for line in done.stdout.splitlines()
+        ), name
