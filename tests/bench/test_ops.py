@@ -198,6 +198,35 @@ def test_real_operators_fit_the_frame(operator: Operator) -> None:
         assert cases.wrong(cases.results(case, function), yardstick, exact) == ""
 
 
+def test_each_mode_runs_what_it_says() -> None:
+    ran: list[str] = []
+
+    def kernel(x: Tensor, factor: float) -> Tensor:
+        ran.append("forward")
+        x = x.clone()
+        x.register_hook(lambda grad: ran.append("backward"))
+        return cube(x, factor)
+
+    case = cases.build(toy(), toy().samples()[0], CPU, "fp32")
+    _, gradient = cases.results(case, cube)
+    expected = {
+        "forward": ([], ["forward"]),
+        "backward": (["forward"], ["backward"]),
+        "both": ([], ["forward", "backward"]),
+    }
+    for mode, (off_the_clock, on_the_clock) in expected.items():
+        assert case.has(mode)
+        ran.clear()
+        run, prepare = case.entry(kernel, mode)
+        state = prepare()
+        assert ran == off_the_clock
+        ran.clear()
+        result = run(state)
+        assert ran == on_the_clock
+        if mode != "forward":
+            torch.testing.assert_close(result[0], gradient)
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

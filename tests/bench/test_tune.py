@@ -72,6 +72,16 @@ def test_the_walk_ends_at_the_fastest_and_writes_only_its_rows(table, capsys) ->
     assert f"{KERNEL}[2] BLOCK_PAIRS 4, 8 warps, 1 stages: tuned" in capsys.readouterr().out
 
 
+def test_later_rows_are_tuned_with_the_best_of_earlier_ones(table) -> None:
+    xsa = OPERATORS["xsa"]
+    checked = tune._Checked(cases.build(xsa, xsa.samples()[0], CPU, "fp32"))
+    with tune.own_table() as own:
+        for one in tune.walk_all(own, [checked], best_at(pairs=8, warps=4)):
+            assert own[one.kernel][one.row] is one.after
+    assert own[KERNEL][ROW].blocks == {"BLOCK_PAIRS": 8}
+    assert launches.configs()[KERNEL][ROW].blocks == {"BLOCK_PAIRS": 16}  # the file's again
+
+
 @pytest.mark.parametrize("gain", [0.0, 0.01])
 def test_what_is_hardly_faster_is_not_written(table, gain, capsys) -> None:
     before = table.read_bytes()
