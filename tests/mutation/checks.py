@@ -1,3 +1,149 @@
-"""For each kernel, the checks that its mutants have to get past: quick ones that see a lot."""
+"""For each kernel, the checks that its mutants have to get past, from quick to thorough.
 
-CHECKS = {}
+They are those of tests/triton, on the few inputs that tell most. Kernels are imported inside of
+them, since each mutant has a process of its own.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def small_tiles(prefix: str, **blocks: int) -> None:
+    """Give these tile sizes to all configurations of some kernels: quick, and all different.
+
+    A matrix has many tiles then, also in groups, and M in N's place is not the same number.
+    """
+    from pgolf.triton_kernels.launch import configs
+
+    for kernel, rows in configs().items():
+        if kernel.startswith(prefix):
+            for i, row in enumerate(rows):
+                known = {name: size for name, size in blocks.items() if name in row.blocks}
+                rows[i] = dataclasses.replace(row, blocks={**row.blocks, **known})
+
+
+def xsa_in_general() -> None:
+    from tests.triton import test_xsa as t
+
+    t.check(*t.as_attention_gives(2, 7, 6, 2, 20, FP32))
+    t.check(*t.as_attention_gives(1, 17, 4, 4, 64, BF16))
+
+
+def xsa_at_the_edges() -> None:
+    from tests.triton import test_xsa as t
+
+    t.test_strides((1, 0, 2, 3), FP32)
+    t.test_touched_bytes_are_inputs_and_outputs(FP32)
+    for norm in (0.0, 0.999e-12, 1.001e-12):
+        t.test_norms_of_v(norm, FP32)
+    for up in (False, True):
+        t.test_the_two_float32_norms_around_the_floor(up)
+    for which in range(3):
+        t.test_what_is_not_finite_stays_in_its_group(which, math.nan, FP32)
+
+
+def mlp_with_tma() -> None:
+    _mlp(BF16, (130, 136, 264), tma=True)
+
+
+def mlp_with_pointers() -> None:
+    _mlp(FP32, (70, 33, 300), tma=False)
+    _mlp(BF16, (130, 40, 264), tma=False)
+
+
+def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
+    small_tiles("leaky_relu2", BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, GROUP_M=2)
+    from tests.triton import test_leaky_relu2_mlp as t
+
+    t.mlp.H100_SMS = 2  # persistent programs that have several tiles each
+    t.check(t.random_inputs(*shape, dtype, with_rstd=True), 0.5, tma)
+    variant = t.Variant(dtype, tma)
+    t.test_exact_on_small_integers(variant)
+    t.test_relu_squared_has_no_gradient_below_zero(variant)
+    t.test_nan_stays_in_its_row(variant, 0.5)
+    t.test_touched_bytes_are_inputs_and_outputs(variant)
+
+
+def newton_schulz_normalisation() -> None:
+    small_tiles("newton_schulz", BLOCK_R=8, BLOCK_C=32, BLOCK_P=4)
+    from tests.triton import test_newton_schulz as t
+
+    for row_norm in (False, True):
+        t.check(1e3 * t.random_matrices(2, 43, 70), [], FP32, row_norm, 1.02)
+        t.check(t.random_matrices(4, 20, 36).mT, [], FP32, row_norm)
+    t.test_strided_matrices(True)
+    t.test_zeros_and_nan_stay_in_their_matrix(True)
+    t.test_a_row_of_zeros_among_others()
+    t.test_touched_bytes()
+
+
+def newton_schulz_products() -> None:
+    small_tiles("newton_schulz_product", BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, GROUP_M=2)
+    from tests.triton import test_newton_schulz as t
+
+    t.check(t.random_matrices(2, 33, 70), t.POLAR_EXPRESS, FP32)
+    t.check(t.random_matrices(1, 70, 33), t.CLASSIC[:2], BF16)
+
+
+def newton_schulz_one_triangle() -> None:
+    small_tiles("newton_schulz_product", BLOCK_M=16, BLOCK_N=16, BLOCK_K=32)
+    from tests.triton import test_newton_schulz as t
+
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_one_triangle_of_a_product_that_is_not_symmetric(patch)
+        row = next(i for i, c in enumerate(t.PRODUCTS) if c.blocks["SYMMETRIC"])
+        t.test_symmetric_products(row, False, patch)
+    t.test_tiles_of_the_triangle()
+
+
+def fake_quant_in_general() -> None:
+    small_tiles("fake_quant", BLOCK=128)
+    from tests.triton import test_fake_quant as t
+
+    t.check(*t.weights(9, 70, FP32), bits=4, floor=1e-3)
+    for multiple, full in t.GRIDS:
+        t.check(*t.weights(3, 7, BF16), 5, 1.0, 0.0, multiple, full)
+    t.test_off_changes_nothing(FP32)
+    t.test_strided_rows(FP32)
+
+
+def fake_quant_of_long_rows() -> None:
+    from tests.triton import test_fake_quant as t
+
+    t.check(*t.weights(2, 300, FP32))
+
+
+def fake_quant_at_the_edges() -> None:
+    from tests.triton import test_fake_quant as t
+
+    for multiple in (1, 4):
+        t.test_ties_go_to_the_even_code(multiple)
+    t.test_weights_far_beyond_the_clip(FP32)
+    t.test_steps_that_fp16_holds_badly(FP32)
+    t.test_zeros_keep_their_sign(FP32)
+    t.test_what_is_not_finite_stays_in_its_row(FP32)
+    for bits in (3.0, 9.0, 5.5, math.nan):
+        t.test_unknown_bits_give_nan(bits, 70)
+    t.test_touched_bytes_are_inputs_and_outputs(77, FP32)
+
+
+XSA = [xsa_in_general, xsa_at_the_edges]
+FAKE_QUANT = [fake_quant_in_general, fake_quant_of_long_rows, fake_quant_at_the_edges]
+CHECKS = {
+    "xsa_forward_kernel": XSA,
+    "xsa_backward_kernel": XSA,
+    "leaky_relu2_up_tma": [mlp_with_tma],
+    "leaky_relu2_dgrad_tma": [mlp_with_tma],
+    "leaky_relu2_up": [mlp_with_pointers],
+    "leaky_relu2_dgrad": [mlp_with_pointers],
+    "newton_schulz_norms": [newton_schulz_normalisation],
+    "newton_schulz_scale": [newton_schulz_normalisation],
+    "newton_schulz_product": [newton_schulz_products, newton_schulz_one_triangle],
+    "fake_quant_forward_kernel": FAKE_QUANT,
+    "fake_quant_backward_kernel": FAKE_QUANT,
+}

@@ -32,8 +32,7 @@ def kernel_mutants(kernel: str) -> list[Mutant]:
         name = todo.pop()
         if name not in reached:
             reached.add(name)
-            names = {n.id for n in ast.walk(definitions[name][1]) if isinstance(n, ast.Name)}
-            todo += names & definitions.keys()
+            todo += _called(definitions[name][1]) & definitions.keys()
     result = []
     for module in sorted({definitions[name][0] for name in reached}):
         own = [name for name in reached if definitions[name][0] == module]
@@ -62,9 +61,14 @@ def put_in_place(mutant: Mutant, folder: str) -> None:
     spec.loader.exec_module(module)
 
 
+def _called(definition: ast.FunctionDef) -> set[str]:
+    calls = [node.func for node in ast.walk(definition) if isinstance(node, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
 def _inert(node: ast.AST) -> bool:
     match node:
-        case ast.Call(ast.Attribute(_, name)):
+        case ast.Call(ast.Attribute(_, name)) | ast.Expr(ast.Call(ast.Attribute(_, name))):
             return name in INERT_CALLS
         case ast.keyword(name):
             return name in INERT_ARGUMENTS

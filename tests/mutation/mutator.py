@@ -77,16 +77,16 @@ def mutants(
     return list(result.values())
 
 
-def choose(all_mutants: Iterable[Mutant], count: int, seed: int) -> list[Mutant]:
-    """`count` of them, or all if there are fewer: those whose names hash lowest.
+def shuffled(all_mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
+    """In an order that each mutant's name and the seed decide.
 
-    So a change of one statement changes the choice little, and a survivor's name stays listed.
+    So the first few change little when a statement does, and a survivor stays listed.
     """
 
     def rank(mutant: Mutant) -> bytes:
         return hashlib.sha256(f"{seed}:{mutant.name}".encode()).digest()
 
-    return sorted(all_mutants, key=rank)[:count]
+    return sorted(all_mutants, key=rank)
 
 
 class _Change:
@@ -132,7 +132,7 @@ def _changes(
                 if not isinstance(child, ast.AST) or skip(child) or _is_docstring(child):
                     continue
                 inside = child if isinstance(child, ast.stmt) else statement
-                for new in _replacements(child, assigned):
+                for new in _replacements(child, assigned, skip):
                     yield inside, _Change(parent, field, index if listed else None, new)
                 yield from visit(child, inside)
                 assigned.update(_targets(child))
@@ -154,14 +154,18 @@ def _stored(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 
-def _replacements(node: ast.AST, assigned: Collection[str]) -> Iterator[ast.AST]:
+def _replacements(
+    node: ast.AST, assigned: Collection[str], skip: Callable[[ast.AST], bool]
+) -> Iterator[ast.AST]:
     """What a node is replaced by, one wrong change each; none that leaves it as it is."""
-    for new in _candidates(node, assigned):
+    for new in _candidates(node, assigned, skip):
         if ast.dump(new) != ast.dump(node):
             yield new
 
 
-def _candidates(node: ast.AST, assigned: Collection[str]) -> Iterator[ast.AST]:
+def _candidates(
+    node: ast.AST, assigned: Collection[str], skip: Callable[[ast.AST], bool]
+) -> Iterator[ast.AST]:
     match node:
         case ast.AugAssign(target, op, value):
             yield ast.Pass()
@@ -192,7 +196,7 @@ def _candidates(node: ast.AST, assigned: Collection[str]) -> Iterator[ast.AST]:
         case ast.Constant(value):
             yield from map(ast.Constant, _other_values(value))
         case ast.Call():
-            yield from _other_calls(node)
+            yield from _other_calls(node, skip)
         case ast.Tuple(elts, ast.Load()) | ast.List(elts, ast.Load()):
             for swapped in _swaps(elts):
                 yield type(node)(swapped, ast.Load())
@@ -208,7 +212,7 @@ def _other_values(value: object) -> Iterator[object]:
             yield from (2 * value, -value) if value else (1.0,)
 
 
-def _other_calls(call: ast.Call) -> Iterator[ast.Call]:
+def _other_calls(call: ast.Call, skip: Callable[[ast.AST], bool]) -> Iterator[ast.Call]:
     """Minimum for maximum or, elsewhere, two neighbouring arguments swapped; no keyword."""
     match call.func:
         case ast.Attribute(value, name, context) if name in RENAMED:
@@ -220,8 +224,9 @@ def _other_calls(call: ast.Call) -> Iterator[ast.Call]:
         case _:
             for args in _swaps(call.args):
                 yield ast.Call(call.func, args, call.keywords)
-    for i in range(len(call.keywords)):
-        yield ast.Call(call.func, call.args, call.keywords[:i] + call.keywords[i + 1 :])
+    for i, keyword in enumerate(call.keywords):
+        if not skip(keyword):
+            yield ast.Call(call.func, call.args, call.keywords[:i] + call.keywords[i + 1 :])
 
 
 def _swaps(items: list[ast.expr]) -> Iterator[list[ast.expr]]:
