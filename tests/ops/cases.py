@@ -1,7 +1,7 @@
 """Every operator x implementation x sample, and what tests need to run one of them."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,15 @@ def implementations(operator: Operator) -> list[str]:
     ]
 
 
+def takes(operator: Operator, impl: str, dtype: torch.dtype) -> bool:
+    return impl == "reference" or dtype in operator.implementations[impl].dtypes
+
+
+def is_empty(sample: Sample) -> bool:
+    """Whether the first argument has no elements."""
+    return not sample.build(CPU, torch.float32)[0][0].numel()
+
+
 def cases(with_reference: bool = False) -> Iterator[Any]:
     """(operator, implementation, sample) of every small sample, as pytest parameters."""
     for operator in OPERATORS.values():
@@ -34,10 +43,12 @@ def cases(with_reference: bool = False) -> Iterator[Any]:
                     )
 
 
-every_case = pytest.mark.parametrize(("operator", "impl", "sample"), list(cases()))
-every_form = pytest.mark.parametrize(
-    ("operator", "impl", "sample"), list(cases(with_reference=True))
-)
+def over(parameters: Iterable[Any]) -> pytest.MarkDecorator:
+    """Run a test for each of these cases."""
+    return pytest.mark.parametrize(("operator", "impl", "sample"), list(parameters))
+
+
+every_case = over(cases())
 
 
 class Call:

@@ -11,7 +11,7 @@ from pgolf.ops.registry import OPERATORS, Operator, Sample, Work, nbytes
 from pgolf.triton_kernels.launch import Launch, intercepted
 
 from ..triton.interpreter import repair, touched
-from .cases import CPU, Call, cases
+from .cases import Call, cases, is_empty, over
 
 repair()
 
@@ -45,16 +45,12 @@ class Traffic:
 
 
 def triton_cases() -> list:
+    """Without empty ones: nothing is launched for them, whatever scalars and weights they have."""
     return [p for p in cases() if p.values[1] == "triton" and not is_empty(p.values[2])]
 
 
-def is_empty(sample: Sample) -> bool:
-    """Nothing is launched for no elements, whatever the scalars and weights beside them."""
-    return not sample.build(CPU, torch.float32)[0][0].numel()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("operator", "impl", "sample"), triton_cases())
+@over(triton_cases())
 def test_least_bytes_are_those_that_are_touched(
     operator: Operator, impl: str, sample: Sample, dtype: torch.dtype
 ) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from ..triton.interpreter import repair
-from .cases import Call, cases, every_case, every_form, implementations, strided_like
+from .cases import Call, cases, every_case, implementations, is_empty, over, strided_like, takes
 
 repair()
 
@@ -25,16 +25,23 @@ def error(got: Tensor, truth: Tensor) -> tuple[float, float]:
     return (both.abs().max().item(), both.abs().mean().item()) if got.numel() else (0.0, 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@every_case
+def in_every_dtype() -> list:
+    """Cases with each dtype that the implementation takes."""
+    return [
+        pytest.param(*p.values, dtype, id=f"{p.id}-{name}")
+        for p in cases()
+        for name, dtype in DTYPES.items()
+        if takes(*p.values[:2], dtype)
+    ]
+
+
+@pytest.mark.parametrize(("operator", "impl", "sample", "dtype"), in_every_dtype())
 def test_accuracy(operator: Operator, impl: str, sample: Sample, dtype: torch.dtype) -> None:
     """err(kernel) <= k err(torch in this dtype) + floor, k = 2 for results, 3 for gradients.
 
     The output gradient is strided. A grid's codes jump where weights lie on ties, so a quantiser
     has to agree with the reference to the bit instead.
     """
-    if dtype not in operator.implementations[impl].dtypes:
-        pytest.skip(f"{impl} does not take {dtype}")
     call = Call(operator, sample, dtype)
     got, torch_ = call.run(impl), call.run("reference")
     if operator.name == "fake_quant":
@@ -68,7 +75,7 @@ def test_inputs_are_not_written(operator: Operator, impl: str, sample: Sample) -
             assert torch.equal(value, untouched.arguments[name]), name
 
 
-@every_case
+@over(p for p in cases() if len(p.values[0].differentiable) > 1)
 def test_any_subset_of_gradients(operator: Operator, impl: str, sample: Sample) -> None:
     call = Call(operator, sample, torch.float32)
     everything = call.run(impl)[1:]
@@ -79,16 +86,21 @@ def test_any_subset_of_gradients(operator: Operator, impl: str, sample: Sample) 
         assert torch.equal(grad, everything[i]), name
 
 
-@every_form
+def with_a_slope() -> list:
+    """Cases in float64 whose gradient is the slope: not straight through, as fake_quant's is."""
+    return [
+        p
+        for p in cases(with_reference=True)
+        if takes(*p.values[:2], torch.float64)
+        and p.values[0].differentiable
+        and p.values[0].name != "fake_quant"
+    ]
+
+
+@over(with_a_slope())
 def test_gradcheck(operator: Operator, impl: str, sample: Sample) -> None:
     """Numerical gradients in float64, of the reference too."""
-    if impl != "reference" and torch.float64 not in operator.implementations[impl].dtypes:
-        pytest.skip(f"{impl} does not take float64")
     call = Call(operator, sample, torch.float64)
-    if operator.name == "fake_quant" or not call.wanted:
-        pytest.skip("no gradient, or a straight-through one, which is not the slope")
-    if call.arguments[call.wanted[0]].numel() > 2000:
-        pytest.skip("too large for finite differences; accuracy covers it")
     assert torch.autograd.gradcheck(
         lambda *leaves: call.on(*leaves, impl=impl), call.leaves(), fast_mode=True
     )
@@ -134,7 +146,7 @@ def one_each(with_reference: bool) -> list:
     return list(first.values())
 
 
-@pytest.mark.parametrize(("operator", "impl", "sample"), one_each(with_reference=True))
+@over(one_each(with_reference=True))
 def test_compiles_in_one_graph(operator: Operator, impl: str, sample: Sample) -> None:
     """torch.compile(fullgraph=True) on the CPU, forward and backward, gives what eager gives."""
     call = Call(operator, sample, torch.float32)
@@ -159,13 +171,11 @@ def test_every_implementation_that_can_run_here_is_tested(name: str) -> None:
     }
 
 
-@every_case
+@over(p for p in cases() if not is_empty(p.values[2]))
 def test_nan_is_not_hidden(operator: Operator, impl: str, sample: Sample) -> None:
     """A NaN in the first argument comes out where the reference lets it out."""
     call = Call(operator, sample, torch.float32)
     first = next(iter(call.arguments))
-    if not call.arguments[first].numel():
-        pytest.skip("empty")
     poisoned = call.arguments[first].clone()
     poisoned[tuple(size // 2 for size in poisoned.shape)] = float("nan")
     call.arguments[first] = poisoned
