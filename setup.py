@@ -14,6 +14,7 @@ what changed is compiled again. `python setup.py build_ext --inplace` builds int
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -35,10 +36,23 @@ MODULE = "pgolf._C"
 
 # PTX of compute_90, not of compute_90a, because the latter runs on no GPU but the H100's kind.
 DEFAULT_ARCHS = ["sm_80", "sm_90a", "compute_90"]
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+# No product and sum become one operation, so that all instruction sets round alike. The other two
+# only let go of errno and of floating-point traps, which nothing here reads.
+MATH_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split() + MATH_FLAGS
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
 # The static libraries' symbols stay inside: torch brings a CUDA runtime of its own.
-LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]
+LINK_FLAGS = ["-shared", "-lpthread", "-Xlinker", "--exclude-libs=ALL"]
+
+# csrc/cpu is compiled once for each instruction set, best first; csrc/host/isa.cpp chooses one when
+# the module runs. Nothing here depends on which of them the machine that builds has.
+CPU_SOURCES = SOURCES / "cpu"
+X86_ISAS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+    "avx2": "-mavx2",
+    "plain": "",
+}
+ISAS = X86_ISAS if platform.machine() == "x86_64" else {"plain": ""}
 
 
 @dataclass(frozen=True)
@@ -161,11 +175,12 @@ def write_build_info(plan: Plan, pybind11_version: str) -> None:
     # A JSON string without \u escapes is a C string.
     lines = [f"#define PGOLF_{k} {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
     lines.append(f"#define PGOLF_CUDA {int(bool(plan.nvcc))}")
+    lines.append(f"#define PGOLF_EACH_ISA(F) {' '.join(f'F({isa})' for isa in ISAS)}")
     write_if_changed(OBJECTS / "build_info.h", "\n".join(lines) + "\n")
 
 
 def ninja_text(plan: Plan) -> str:
-    """The ninja file: a rule a compiler, a line a source file, and the link."""
+    """The ninja file: a rule a compiler and instruction set, a line an object, and the link."""
 
     def command(*parts: str) -> str:
         return shlex.join(parts).replace("$", "$$")
@@ -177,21 +192,30 @@ def ninja_text(plan: Plan) -> str:
     nvcc_command = command(plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), *includes)
     # nvcc knows where its runtime lies; nothing here calls device code of another file.
     linker = [plan.nvcc, f"-cudart={plan.cudart}", "-nodlink"] if plan.nvcc else plan.cxx
+    compile_one = "-MMD -MF $out.d -c $in -o $out"
     rules = {
-        "cxx": f"{cxx_command} -MMD -MF $out.d -c $in -o $out",
-        "nvcc": f"{nvcc_command} -MMD -MF $out.d -c $in -o $out",
-        "link": f"{command(*linker, *LINK_FLAGS)} $in -o $out",
+        "cxx": f"{cxx_command} {compile_one}",
+        **{isa: f"{cxx_command} {f} -DPGOLF_ISA={isa} {compile_one}" for isa, f in ISAS.items()},
+        "nvcc": f"{nvcc_command} {compile_one}",
+        "link": f"{command(*linker)} $in {command(*LINK_FLAGS)} -o $out",
     }
     lines = [f"builddir = {OBJECTS}"]
     for name, line in rules.items():
         lines += [f"rule {name}", f"  command = {line}", f"  description = {name} $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"] * (name != "link")
-    suffixes = {".cpp": "cxx", ".cu": "nvcc"} if plan.nvcc else {".cpp": "cxx"}
     objects = []
     for source in sorted(SOURCES.rglob("*")):
-        if rule := suffixes.get(source.suffix):
-            objects.append(f"{OBJECTS}/{source.relative_to(SOURCES)}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}")
+        name = source.relative_to(SOURCES)
+        if source.suffix == ".cpp" and source.parent == CPU_SOURCES:
+            outputs = {f"{OBJECTS}/{name}.{isa}.o": isa for isa in ISAS}
+        elif source.suffix == ".cpp":
+            outputs = {f"{OBJECTS}/{name}.o": "cxx"}
+        elif source.suffix == ".cu" and plan.nvcc:
+            outputs = {f"{OBJECTS}/{name}.o": "nvcc"}
+        else:
+            continue
+        lines += [f"build {output}: {rule} {source}" for output, rule in outputs.items()]
+        objects += outputs
     lines.append(f"build {OBJECTS}/_C.so: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -277,6 +301,7 @@ if __name__ == "__main__":
     setup(
         packages=sorted(packages),
         package_dir={"pgolf.triton_kernels": "triton_kernels"},
+        package_data={"pgolf.triton_kernels": ["configs.json"]},
         ext_modules=[Extension(MODULE, sources=[])] if make_plan(os.environ).cxx else [],
         cmdclass={"build": BuildEverything, "build_ext": NinjaBuild},
     )

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/checks.h"
+#include "bindings/cpu.h"
 #include "build_info.h"  // written by setup.py
 #include "kernels.h"
 #include "pack_bits.h"
@@ -16,17 +18,12 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using pgolf::bindings::pointer;
 
 void check_pack_bits(std::uintptr_t codes, int64_t count, std::uintptr_t packed, int64_t bytes,
                      int bits) {
   using std::to_string;
-  if (bits < pgolf::kMinBits || bits > pgolf::kMaxBits) {
-    throw std::invalid_argument("bits is " + to_string(bits) + ": it has to be 4 to 8");
-  }
+  pgolf::bindings::check_bits(bits);
   if (count < 0) throw std::invalid_argument("count is " + to_string(count) + ": it is negative");
   if (bytes != pgolf::packed_bytes(count, bits)) {
     throw std::invalid_argument(to_string(count) + " codes of " + to_string(bits) + " bits take " +
@@ -40,14 +37,16 @@ void pack_bits(std::uintptr_t codes, int64_t count, std::uintptr_t packed, int64
                int bits) {
   check_pack_bits(codes, count, packed, bytes, bits);
   py::gil_scoped_release unlocked;
-  pgolf::cpu::pack_bits(pointer<const int8_t>(codes), pointer<uint8_t>(packed), count, bits);
+  pgolf::cpu::kernels().pack_bits(pointer<const int8_t>(codes), pointer<uint8_t>(packed), count,
+                                  bits);
 }
 
 void unpack_bits(std::uintptr_t packed, int64_t bytes, std::uintptr_t codes, int64_t count,
                  int bits) {
   check_pack_bits(codes, count, packed, bytes, bits);
   py::gil_scoped_release unlocked;
-  pgolf::cpu::unpack_bits(pointer<const uint8_t>(packed), pointer<int8_t>(codes), count, bits);
+  pgolf::cpu::kernels().unpack_bits(pointer<const uint8_t>(packed), pointer<int8_t>(codes), count,
+                                    bits);
 }
 
 #if PGOLF_CUDA
@@ -93,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bytes"), py::arg("bits"));
   m.def("unpack_bits", &unpack_bits, py::arg("packed"), py::arg("bytes"), py::arg("codes"),
         py::arg("count"), py::arg("bits"));
+  pgolf::bindings::bind_cpu(m);
 #if PGOLF_CUDA
   m.def("pack_bits_cuda", &pack_bits_cuda, py::arg("codes"), py::arg("count"), py::arg("packed"),
         py::arg("bytes"), py::arg("bits"), py::arg("stream"));

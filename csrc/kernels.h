@@ -1,15 +1,90 @@
-// Every launcher that bindings.cpp exposes. A launcher takes raw pointers, sizes and, on a GPU, a
-// stream (cudaStream_t as void*, so that this header needs no CUDA); it has checked nothing:
-// bindings.cpp has. GPU launchers return nullptr, or the text of the CUDA error.
+// Every launcher that the bindings expose. A launcher takes raw pointers, sizes and, on a GPU, a
+// stream (cudaStream_t as void*, so that this header needs no CUDA); it has checked nothing: the
+// bindings have. GPU launchers return nullptr, or the text of the CUDA error.
 #pragma once
 
 #include <cstdint>
 
 namespace pgolf {
 
+// The codes by which Python names an element type.
+enum class Dtype { fp32 = 0, bf16 = 1, fp64 = 2 };
+
 namespace cpu {
-void pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits);
-void unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits);
+
+struct XsaShape {
+  int64_t batch, time, heads, groups, size;  // N, T, H, G, d: y is (N, T, H, d), v (N, T, G, d)
+  Dtype dtype;
+};
+
+constexpr int kMaxHeadsPerGroup = 256;
+
+// A tensor (N, T, heads, d) with any strides, in elements; elements of a row lie side by side.
+struct Heads {
+  const void* data;
+  int64_t batch_stride, time_stride, head_stride;
+};
+
+struct LeakyRelu2Shape {
+  int64_t rows, cols;
+  double slope;
+  const void* rstd;  // (rows,) float, or double for double; or null
+  Dtype dtype;
+};
+
+struct NewtonSchulzShape {
+  int64_t batch, rows, cols;
+  int64_t batch_stride, row_stride;  // of g, in elements
+  bool row_norm;
+  double safety;
+  Dtype g_dtype, x_dtype;
+};
+
+struct FakeQuantShape {
+  int64_t rows, cols;
+  int bits;
+  bool on;
+  double floor;
+  int64_t multiple;
+  bool full_range;
+  Dtype dtype;
+};
+
+// A matrix whose rows have any stride, in elements.
+struct Rows {
+  const void* data;
+  int64_t row_stride;
+};
+
+// The launchers, compiled for one instruction set. Outputs are contiguous; `threads` is the most
+// that may run, and no result depends on it.
+struct Kernels {
+  void (*pack_bits)(const int8_t* codes, uint8_t* packed, int64_t count, int bits);
+  void (*unpack_bits)(const uint8_t* packed, int8_t* codes, int64_t count, int bits);
+  void (*xsa)(const XsaShape& shape, Heads y, Heads v, void* z, int threads);
+  void (*xsa_backward)(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
+                       int threads);
+  // post may be pre, and dpre dpost. bits: int32 words of 32 signs, see leaky_relu2.h.
+  void (*leaky_relu2)(const LeakyRelu2Shape& shape, const void* pre, void* post, uint32_t* bits,
+                      int threads);
+  void (*leaky_relu2_backward)(const LeakyRelu2Shape& shape, const void* dpost, const void* post,
+                               const uint32_t* bits, void* dpre, int threads);
+  // squares: room for batch x rows numbers.
+  void (*newton_schulz_normalize)(const NewtonSchulzShape& shape, const void* g, void* x,
+                                  double* squares, int threads);
+  // scale: (rows,) float, or double for double.
+  void (*fake_quant)(const FakeQuantShape& shape, Rows w, const float* clip_factor, void* out,
+                     void* scale, int threads);
+  void (*fake_quant_backward)(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
+                              void* dw, int threads);
+};
+
+// The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
+// the CPU has, or the one that the environment variable PGOLF_CPU_ISA names; read once. Throws
+// std::invalid_argument where it names one that is unknown or that the CPU does not have.
+const char* isa();
+const Kernels& kernels();
+
 }  // namespace cpu
 
 namespace cuda {

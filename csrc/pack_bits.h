@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PGOLF_HOST_DEVICE __host__ __device__
-#else
-#define PGOLF_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace pgolf {
 
@@ -20,22 +16,22 @@ constexpr int kCodesPerGroup = 8;
 constexpr int kMinBits = 4;
 constexpr int kMaxBits = 8;
 
-PGOLF_HOST_DEVICE inline int64_t group_count(int64_t count) {
+PGOLF_HOST_DEVICE static inline int64_t group_count(int64_t count) {
   return count / kCodesPerGroup + (count % kCodesPerGroup != 0);
 }
 
-PGOLF_HOST_DEVICE inline int codes_in_group(int64_t count, int64_t group) {
+PGOLF_HOST_DEVICE static inline int codes_in_group(int64_t count, int64_t group) {
   const int64_t left = count - group * kCodesPerGroup;
   return left < kCodesPerGroup ? static_cast<int>(left) : kCodesPerGroup;
 }
 
-PGOLF_HOST_DEVICE inline int64_t packed_bytes(int64_t count, int bits) {
+PGOLF_HOST_DEVICE static inline int64_t packed_bytes(int64_t count, int bits) {
   return count / kCodesPerGroup * bits + (count % kCodesPerGroup * bits + 7) / 8;
 }
 
 // Packs group `group` of codes[count] to its place in packed[packed_bytes(count, bits)].
-PGOLF_HOST_DEVICE inline void pack_group(const int8_t* codes, uint8_t* packed, int64_t count,
-                                         int bits, int64_t group) {
+PGOLF_HOST_DEVICE static inline void pack_group(const int8_t* codes, uint8_t* packed,
+                                                int64_t count, int bits, int64_t group) {
   const int n = codes_in_group(count, group);
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   uint64_t word = 0;
@@ -48,8 +44,8 @@ PGOLF_HOST_DEVICE inline void pack_group(const int8_t* codes, uint8_t* packed, i
 }
 
 // The inverse of pack_group.
-PGOLF_HOST_DEVICE inline void unpack_group(const uint8_t* packed, int8_t* codes, int64_t count,
-                                           int bits, int64_t group) {
+PGOLF_HOST_DEVICE static inline void unpack_group(const uint8_t* packed, int8_t* codes,
+                                                  int64_t count, int bits, int64_t group) {
   const int n = codes_in_group(count, group);
   const int mask = (1 << bits) - 1;
   const int sign = 1 << (bits - 1);

@@ -126,11 +126,16 @@ def test_build_info(built, tmp_path):
 def test_only_what_changed_is_compiled(built):
     assert compiled(build(built, PGOLF_BUILD="cpu")) == set()
     (built / "csrc" / "extra.h").write_text("#pragma once\n")
-    (built / "csrc" / "cpu" / "extra.cpp").write_text('#include "extra.h"\n')
-    assert compiled(build(built, PGOLF_BUILD="cpu")) == {"extra.cpp.o", "_C.so"}
-    (built / "csrc" / "extra.h").write_text("#pragma once\nextern int changed;\n")
-    assert compiled(build(built, PGOLF_BUILD="cpu")) == {"extra.cpp.o", "_C.so"}
-    (built / "csrc" / "cpu" / "extra.cpp").unlink()
+    for folder, objects in (
+        ("host", {"extra.cpp.o"}),
+        ("cpu", {f"extra.cpp.{isa}.o" for isa in load_setup().ISAS}),
+    ):
+        (built / "csrc" / folder / "extra.cpp").write_text('#include "extra.h"\n')
+        assert compiled(build(built, PGOLF_BUILD="cpu")) == objects | {"_C.so"}
+        text = f"#pragma once\nextern int changed_for_{folder};\n"
+        (built / "csrc" / "extra.h").write_text(text)
+        assert compiled(build(built, PGOLF_BUILD="cpu")) == objects | {"_C.so"}
+        (built / "csrc" / folder / "extra.cpp").unlink()
     assert compiled(build(built, PGOLF_BUILD="cpu")) == {"_C.so"}
 
 
@@ -145,6 +150,7 @@ def test_wheel_works_from_another_folder(built, tmp_path):
     names = zipfile.ZipFile(file).namelist()
     assert "pgolf/stale.py" not in names
     assert not [n for n in names if n.startswith(("tests/", "triton_kernels/", "csrc/"))]
+    assert "pgolf/triton_kernels/configs.json" in names
     zipfile.ZipFile(file).extractall(tmp_path / "installed")
     code = (
         "import pgolf._C, pgolf.triton_kernels as t;"
@@ -181,6 +187,40 @@ def test_cuda_module_loads_without_a_driver(built, tmp_path):
         header.write_text(text)
         output = build(built, PGOLF_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a")
         assert compiled(output) == {"pack_bits.cu.o", "_C.so"}
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm on PATH")
+def test_no_code_is_shared_between_instruction_sets(built):
+    """Of a function that several objects define, the linker keeps any one: it may be the one that
+    this CPU cannot run. So all that is visible carries the name of the instruction set."""
+    (folder,) = built.glob("build/*/cpu")
+    sources = [path.name for path in (built / "csrc" / "cpu").glob("*.cpp")]
+    assert "xsa.cpp" in sources
+    for path in (folder / f"{name}.{isa}.o" for name in sources for isa in load_setup().ISAS):
+        command = ["nm", "--extern-only", "--defined-only", "--format=just-symbols", path]
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        isa = path.suffixes[-2][1:]
+        assert names and all(f"pgolf3cpu{len(isa)}{isa}" in name for name in names), (path, names)
+
+
+def test_instruction_set_is_chosen_when_it_runs(built, tmp_path):
+    code = "from pgolf import _C; print(_C.cpu_isa())"
+    best = python(code, built, tmp_path)
+    assert best in load_setup().ISAS
+    env = {"PYTHONPATH": str(built), "PGOLF_CPU_ISA": "plain"}
+    assert run([sys.executable, "-c", code], tmp_path, **env).stdout == "plain\n"
+
+
+def test_other_processors_get_plain_code(checkout, fake):
+    path, _ = fake
+    setup = checkout / "setup.py"
+    setup.write_text(setup.read_text().replace("platform.machine()", "'riscv64'"))
+    output = build(checkout, PATH=path, PGOLF_BUILD="cpu")
+    assert "xsa.cpp.plain.o" in compiled(output)
+    ninja = next(checkout.glob("build/*/build.ninja")).read_text()
+    assert "avx" not in ninja and " -m" not in ninja
+    header = next(checkout.glob("build/*/build_info.h")).read_text()
+    assert "#define PGOLF_EACH_ISA(F) F(plain)\n" in header
 
 
 # ---- what is chosen

@@ -1,0 +1,24 @@
+// The launchers that csrc/cpu defines, once for each instruction set; kernels.h says what they do.
+#pragma once
+
+#include "kernels.h"
+
+namespace pgolf::cpu::PGOLF_ISA {
+
+void pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits);
+void unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits);
+void xsa(const XsaShape& shape, Heads y, Heads v, void* z, int threads);
+void xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
+                  int threads);
+void leaky_relu2(const LeakyRelu2Shape& shape, const void* pre, void* post, uint32_t* bits,
+                 int threads);
+void leaky_relu2_backward(const LeakyRelu2Shape& shape, const void* dpost, const void* post,
+                          const uint32_t* bits, void* dpre, int threads);
+void newton_schulz_normalize(const NewtonSchulzShape& shape, const void* g, void* x,
+                             double* squares, int threads);
+void fake_quant(const FakeQuantShape& shape, Rows w, const float* clip_factor, void* out,
+                void* scale, int threads);
+void fake_quant_backward(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
+                         void* dw, int threads);
+
+}  // namespace pgolf::cpu::PGOLF_ISA

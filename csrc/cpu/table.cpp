@@ -1,0 +1,19 @@
+// The launchers of one instruction set, for csrc/host/isa.cpp to choose from.
+#include "cpu/launchers.h"
+
+namespace pgolf::cpu::PGOLF_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    pack_bits,
+    unpack_bits,
+    xsa,
+    xsa_backward,
+    leaky_relu2,
+    leaky_relu2_backward,
+    newton_schulz_normalize,
+    fake_quant,
+    fake_quant_backward,
+};
+
+}  // namespace pgolf::cpu::PGOLF_ISA

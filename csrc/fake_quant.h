@@ -1,0 +1,78 @@
+// fake_quant: a row of weights as signed codes of k bits times one fp16 step. The formula, for CPU
+// and GPU, equal bit for bit to row_scale and row_codes in pgolf/ops/fake_quant.py; F is float or
+// double. Nothing that includes this may be compiled with -ffast-math.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "element.h"
+#include "host_device.h"
+
+namespace pgolf {
+
+// What all rows share.
+template <typename F>
+struct FakeQuantGrid {
+  F qmax;      // 2^(bits - 1) - 1
+  F least;     // -qmax, or one less
+  F floor;     // least clip
+  F multiple;  // codes are rounded to a multiple of it
+};
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline FakeQuantGrid<F> fake_quant_grid(int bits, double floor,
+                                                                 int64_t multiple,
+                                                                 bool full_range) {
+  const F qmax = static_cast<F>((1 << (bits - 1)) - 1);
+  return {qmax, full_range ? -qmax - 1 : -qmax, static_cast<F>(floor), static_cast<F>(multiple)};
+}
+
+// x between 2^-24 and 65504 to the nearest fp16 number, ties to even; NaN stays.
+PGOLF_HOST_DEVICE static inline float round_to_fp16(float x) {
+  if (x != x) return x;
+  // Floats between 0.5 and 1 are spaced as fp16 numbers below 2^-14.
+  if (x < 0x1p-14f) return (x + 0.75f) - 0.75f;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return bit_cast<float>((bits + 0xFFF + ((bits >> 13) & 1)) & ~uint32_t{0x1FFF});
+}
+
+// The step of a row whose largest kept magnitude is clip. (Comparisons as written let NaN pass.)
+template <typename F>
+PGOLF_HOST_DEVICE static inline F fake_quant_step(F clip, const FakeQuantGrid<F>& grid) {
+  F step = (clip < grid.floor ? grid.floor : clip) / grid.qmax;
+  step = step < F(0x1p-24) ? F(0x1p-24) : step;
+  step = step > F(65504) ? F(65504) : step;
+  return static_cast<F>(round_to_fp16(static_cast<float>(step)));
+}
+
+// x to the nearest whole number, ties to even, -0 for small negative x; NaN and infinities stay.
+// (Not rint, which is a call where the instruction set has no rounding, as plain x86-64.)
+template <typename F>
+PGOLF_HOST_DEVICE static inline F round_half_even(F x) {
+  const F whole = sizeof(F) == 4 ? F(0x1p23) : F(0x1p52);  // from here on there are no fractions
+  const F size = std::fabs(x);
+  const F rounded = std::copysign((size + whole) - whole, x);
+  return size < whole ? rounded : x;
+}
+
+// The code of w before it is clamped: a whole number, infinite or NaN. kMultiples says whether the
+// grid's `multiple` is other than 1. (Known to the compiler, as a loop that may do either divides
+// twice.)
+template <bool kMultiples, typename F>
+PGOLF_HOST_DEVICE static inline F fake_quant_code(F w, F step, const FakeQuantGrid<F>& grid) {
+  const F code = round_half_even(w / step);
+  if constexpr (kMultiples) {
+    return round_half_even(code / grid.multiple) * grid.multiple;
+  } else {
+    return code;
+  }
+}
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline F fake_quant_clamp(F code, const FakeQuantGrid<F>& grid) {
+  const F above = code < grid.least ? grid.least : code;
+  return above > grid.qmax ? grid.qmax : above;
+}
+
+}  // namespace pgolf

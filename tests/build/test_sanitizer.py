@@ -1,0 +1,96 @@
+"""The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_build import ROOT, build, copy_checkout, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH"),
+]
+
+SANITIZED = "g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+TESTS = ROOT / "tests" / "ops"
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """(a copy of the checkout whose pgolf._C is built with both, the environment to run it in)."""
+    library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+    if not Path(library).is_absolute():
+        pytest.skip("g++ has no libasan")
+    root = copy_checkout(tmp_path_factory.mktemp("sanitized"))
+    build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
+    # The sanitizer has to be there before Python, which is built without it, and which itself
+    # keeps memory until it ends.
+    env = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}
+    return root, env
+
+
+def tests(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
+    """pytest in the copy, whose pgolf comes first on the path."""
+    where = [sys.executable, "-c", "import pgolf._C; print(pgolf._C.__file__)"]
+    assert run(where, root, **env).stdout.startswith(str(root))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return run(command, root, **env)
+
+
+def test_kernels_are_clean(sanitized):
+    files = [
+        TESTS / f"test_{name}.py"
+        for name in ("cpu_kernels", "cpu_kernel_arguments", "cpu_kernel_threads")
+    ]
+    result = tests(*sanitized, *files, TESTS / "test_pack_bits.py")
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert " passed" in result.stdout and " failed" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        # One element too many is read, and one vector too many is written.
+        ("fake_quant.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
+        (
+            "xsa.cpp",
+            "i + kLanes <= size; i += kLanes) {\n    (Row",
+            "i < size; i += kLanes) {\n    (Row",
+        ),
+    ],
+    ids=["read", "write"],
+)
+def test_an_access_out_of_bounds_is_found(sanitized, file, right, wrong):
+    """On exact buffers, so that neither guard zones nor results give it away."""
+    root, env = sanitized
+    source = root / "csrc" / "cpu" / file
+    text = source.read_text()
+    assert text.count(right) == 1
+    code = (
+        "import ctypes\n"
+        "from pgolf import _C\n"
+        "room = lambda n: ctypes.cast(libc.malloc(4 * n), ctypes.c_void_p).value\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
+        "w, f, out, scale = room(16), room(2), room(16), room(2)\n"
+        "for a, n in ((w, 16), (f, 2)): ctypes.memset(a, 0, 4 * n)\n"
+        "_C.fake_quant(w, f, out, scale, 0, 2, 8, 8, 6, True, 0.0, 1, False, 1)\n"
+        "_C.xsa(w, w, out, 0, 1, 1, 1, 1, 8, (8, 8, 8), (8, 8, 8), 1)\n"
+        "_C.xsa(w, w, room(8), 0, 1, 1, 1, 1, 8, (8, 8, 8), (8, 8, 8), 1)\n"
+    )
+    clean = run([sys.executable, "-c", code], root, **env)
+    assert clean.returncode == 0, clean.stderr[-4000:]
+    source.write_text(text.replace(right, wrong))
+    try:
+        build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
+        found = run([sys.executable, "-c", code], root, **env)
+    finally:
+        source.write_text(text)
+        build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
+    assert found.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in found.stderr, found.stderr[-4000:]
+    assert (
+        f"csrc/cpu/{file}" in found.stderr or "lanes.h" in found.stderr or "pgolf" in found.stderr
+    )

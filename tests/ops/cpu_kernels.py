@@ -1,0 +1,200 @@
+"""Calls of pgolf._C's CPU kernels by pointer, into buffers amid zones that must stay untouched."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+GUARD = 64  # elements on either side of an output
+PATTERN = 0xA5
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class Output:
+    """A contiguous tensor amid guard zones, full of a pattern that no kernel writes.
+
+    It starts on a cache line, or `offset` elements later.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
+        size = torch.Size(shape).numel()
+        self.buffer = torch.empty(size + 2 * GUARD + offset, dtype=dtype)
+        self.buffer.view(torch.uint8).fill_(PATTERN)
+        self.before, inside, self.after = self.buffer.split([GUARD + offset, size, GUARD])
+        self.tensor = inside.view(shape)
+
+    def result(self) -> Tensor:
+        """What was written, once the guards are seen to hold."""
+        zones = torch.cat([self.before, self.after])
+        assert (zones.view(torch.uint8) == PATTERN).all(), "written outside of the output"
+        return self.tensor
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of a (N, T, heads, d) tensor whose rows are contiguous."""
+    assert x.stride(-1) == 1 or x.size(-1) <= 1
+    return x.stride()[:3]
+
+
+def xsa(kernels, y: Tensor, v: Tensor, threads: int = 1, offset: int = 0) -> Tensor:
+    n, t, h, d = y.shape
+    z = Output(y.shape, y.dtype, offset)
+    kernels.xsa(
+        *(x.data_ptr() for x in (y, v, z.tensor)),
+        *(CODES[y.dtype], n, t, h, v.size(2), d, strides(y), strides(v), threads),
+    )
+    return z.result()
+
+
+def xsa_backward(
+    kernels, dz: Tensor, y: Tensor, v: Tensor, threads: int = 1, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    n, t, h, d = y.shape
+    dy, dv = Output(y.shape, y.dtype, offset), Output(v.shape, v.dtype, offset)
+    kernels.xsa_backward(
+        *(x.data_ptr() for x in (dz, y, v, dy.tensor, dv.tensor)),
+        *(CODES[y.dtype], n, t, h, v.size(2), d, strides(dz), strides(y), strides(v), threads),
+    )
+    return dy.result(), dv.result()
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def leaky_relu2(
+    kernels,
+    pre: Tensor,
+    slope: float,
+    rstd: Tensor | None = None,
+    threads: int = 1,
+    in_place: bool = False,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    rows, cols = pre.shape
+    post = Output(pre.shape, pre.dtype, offset)
+    bits = Output((rows, -(-cols // 32)), torch.int32)
+    if in_place:
+        pre = post.tensor.copy_(pre)
+    kernels.leaky_relu2(
+        *(pre.data_ptr(), post.tensor.data_ptr(), bits.tensor.data_ptr(), pointer(rstd)),
+        *(CODES[pre.dtype], rows, cols, slope, threads),
+    )
+    return post.result(), bits.result()
+
+
+def leaky_relu2_backward(
+    kernels,
+    dpost: Tensor,
+    post: Tensor,
+    bits: Tensor,
+    slope: float,
+    rstd: Tensor | None = None,
+    threads: int = 1,
+    in_place: bool = False,
+    offset: int = 0,
+) -> Tensor:
+    dpre = Output(post.shape, post.dtype, offset)
+    if in_place:
+        dpost = dpre.tensor.copy_(dpost)
+    kernels.leaky_relu2_backward(
+        *(dpost.data_ptr(), post.data_ptr(), bits.data_ptr(), pointer(rstd)),
+        *(dpre.tensor.data_ptr(), CODES[post.dtype], *post.shape, slope, threads),
+    )
+    return dpre.result()
+
+
+def normalize(
+    kernels,
+    g: Tensor,
+    dtype: torch.dtype,
+    row_norm: bool = False,
+    safety: float = 1.0,
+    threads: int = 1,
+) -> Tensor:
+    x = Output(g.shape, dtype)
+    kernels.newton_schulz_normalize(
+        *(g.data_ptr(), x.tensor.data_ptr(), CODES[g.dtype], CODES[dtype]),
+        *(*g.shape, g.stride(), row_norm, safety, threads),
+    )
+    return x.result()
+
+
+def fake_quant(
+    kernels,
+    w: Tensor,
+    clip_factor: Tensor,
+    bits: int,
+    on: bool = True,
+    floor: float = 0.0,
+    multiple: int = 1,
+    full_range: bool = False,
+    threads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    rows, cols = w.shape
+    wide = torch.float64 if w.dtype is torch.float64 else torch.float32
+    out, scale = Output(w.shape, w.dtype), Output((rows,), wide)
+    kernels.fake_quant(
+        *(x.data_ptr() for x in (w, clip_factor, out.tensor, scale.tensor)),
+        *(CODES[w.dtype], rows, cols, w.stride(0)),
+        *(bits, on, floor, multiple, full_range, threads),
+    )
+    return out.result(), scale.result()
+
+
+def fake_quant_backward(
+    kernels,
+    dout: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bits: int,
+    on: bool = True,
+    multiple: int = 1,
+    full_range: bool = False,
+    threads: int = 1,
+) -> Tensor:
+    dw = Output(w.shape, w.dtype)
+    kernels.fake_quant_backward(
+        *(x.data_ptr() for x in (dout, w, scale, dw.tensor)),
+        *(CODES[w.dtype], *w.shape, dout.stride(0), w.stride(0)),
+        *(bits, on, multiple, full_range, threads),
+    )
+    return dw.result()
+
+
+def samples(kernels, threads: int) -> list[Tensor]:
+    """Results of every kernel on inputs that are large enough for five threads, and ragged."""
+    results = []
+    for dtype in DTYPES:
+        y, dz = randn(2, 701, 6, 72, dtype=dtype), randn(2, 701, 6, 72, dtype=dtype, seed=1)
+        v = randn(2, 701, 3, 72, dtype=dtype, seed=2)
+        results += [xsa(kernels, y, v, threads)]
+        results += xsa_backward(kernels, dz, y, v, threads)
+        pre, dpost = randn(701, 999, dtype=dtype), randn(701, 999, dtype=dtype, seed=1)
+        post, bits = leaky_relu2(kernels, pre, 0.5, threads=threads)
+        results += [post, bits]
+        results += [leaky_relu2_backward(kernels, dpost, post, bits, 0.5, threads=threads)]
+        g = randn(3, 333, 777, dtype=dtype)
+        for to in DTYPES:
+            results += [normalize(kernels, g, to, True, threads=threads)]
+        factor = torch.full((701,), 0.8)
+        results += fake_quant(kernels, pre, factor, 6, threads=threads)
+        results += [fake_quant_backward(kernels, dpost, pre, results[-1], 6, threads=threads)]
+    return results
+
+
+def digest(tensors: list[Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()
