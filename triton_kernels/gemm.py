@@ -30,16 +30,17 @@ def matmul_tile(
 ):  # fmt: skip
     """fp32 (BLOCK_M, BLOCK_N) tile of A (m, k) @ B (k, n), 0 beyond the edges.
 
-    Offsets of rows and columns are 64-bit, for activations of more than 2^31 elements.
+    All offsets are 64-bit, for operands of more than 2^31 elements.
     """
     inner = tl.arange(0, BLOCK_K)
-    a += rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
-    b += inner[:, None] * stride_bk + cols.to(tl.int64)[None, :] * stride_bn
+    step = tl.full((), BLOCK_K, tl.int64)
+    a += rows.to(tl.int64)[:, None] * stride_am + inner.to(tl.int64)[None, :] * stride_ak
+    b += inner.to(tl.int64)[:, None] * stride_bk + cols.to(tl.int64)[None, :] * stride_bn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, k, BLOCK_K):
         left = tl.load(a, mask=(rows < m)[:, None] & (inner < k - start)[None, :], other=0.0)
         right = tl.load(b, mask=(inner < k - start)[:, None] & (cols < n)[None, :], other=0.0)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        a += BLOCK_K * stride_ak
-        b += BLOCK_K * stride_bk
+        a += step * stride_ak
+        b += step * stride_bk
     return acc

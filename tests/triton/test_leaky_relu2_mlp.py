@@ -233,18 +233,33 @@ def test_sums_over_nothing_are_zero() -> None:
     assert not down_dgrad(x.dout, x.w_down, torch.ones_like(post), bits, 0.5, x.rstd).any()
 
 
-def test_offsets_beyond_int32() -> None:
-    """Three steps of 2^30 elements between the rows of h and dout, by pointer and by TMA."""
-    memory = vast(2**33 + 2**20).view(BF16)
-    x = random_inputs(4, 16, 40, BF16, with_rstd=False)
-    far = [memory.as_strided((4, 16), (2**30, 1), 2**30 + 64 * i) for i in range(2)]
-    far[0].copy_(x.h)
-    far[1].copy_(x.dout)
-    for tma in (True, False):
-        wanted = check(x, 0.5, tma)
-        post, bits = up(far[0], x.w_up, 0.5, tma=tma)
-        dpre = down_dgrad(far[1], x.w_down, post, bits, 0.5, tma=tma)
-        assert all(map(torch.equal, (post, bits, dpre), wanted))
+@pytest.mark.parametrize("variant", ["tma", "ieee"], indirect=True)
+def test_offsets_beyond_int32(variant: Variant) -> None:
+    """2^30 elements between the rows of every operand, by pointer and by TMA."""
+    memory = vast(2**36).view(variant.dtype)
+    x = random_inputs(4, 40, 8, variant.dtype, with_rstd=False)
+    wanted = check(x, 0.5, variant.tma)
+    far = []
+    for i, near in enumerate((x.h, x.w_up, x.w_down[:8], x.dout)):
+        far.append(memory.as_strided(near.shape, (2**30, 1), 2**31 + 64 * i))
+        far[-1].copy_(near)
+    h, w_up, w_down, dout = far
+    post, bits = up(h, w_up, 0.5, tma=variant.tma)
+    assert torch.equal(post, wanted[0]) and torch.equal(bits, wanted[1])
+    dpre = down_dgrad(dout[:, :8], w_down, post, bits, 0.5, tma=variant.tma)
+    near = x.dout[:, :8].contiguous(), x.w_down[:8]
+    assert torch.equal(dpre, down_dgrad(*near, post, bits, 0.5, tma=variant.tma))
+
+
+@pytest.mark.parametrize("variant", ["ieee"], indirect=True)
+def test_columns_far_apart(variant: Variant) -> None:
+    """2^28 elements between the columns of h, over more than one block of them."""
+    memory = vast(2**36).view(variant.dtype)
+    x = random_inputs(4, 40, 8, variant.dtype, with_rstd=False)
+    far = memory.as_strided(x.h.shape, (1, 2**28), 2**31)
+    far.copy_(x.h)
+    ours, wanted = up(far, x.w_up, 0.5), up(x.h, x.w_up, 0.5)
+    assert all(map(torch.equal, ours, wanted))
 
 
 def test_results_beyond_int32(monkeypatch) -> None:
