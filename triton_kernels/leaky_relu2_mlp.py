@@ -75,7 +75,7 @@ def leaky_relu2_up_tma(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """post, bits from descriptors of h (t, d), w_up (f, d) and post (t, f)."""
-    tl.assume(d > 0)
+    tl.assume(d > 0)  # spares a second copy of the epilogue, for accumulators of nothing
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -95,7 +95,7 @@ def leaky_relu2_dgrad_tma(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """dpre from descriptors of dout (t, d), w_down (d, f), post (t, f) and dpre (t, f)."""
-    tl.assume(d > 0)
+    tl.assume(d > 0)  # spares a second copy of the epilogue, for accumulators of nothing
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -169,7 +169,7 @@ def up(
         h: (T, D) bf16 or fp32, any strides.
         w_up: (F, D), the same dtype.
         slope: of the negative side, 0 to 1; 0 is relu^2.
-        rstd: (T,) fp32 row factors on the projection, or None.
+        rstd: (T,) fp32 contiguous, row factors on the projection, or None.
         tma: force (True) or forbid (False) the TMA variant; None takes it where it is possible.
 
     Returns:
