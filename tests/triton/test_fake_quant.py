@@ -124,6 +124,15 @@ def test_ties_go_to_the_even_code(multiple: int) -> None:
     assert torch.equal(value[0] * 4, wanted[0])
 
 
+def test_ties_of_steps_without_an_exact_reciprocal() -> None:
+    """w / s is a tie where it is rounded correctly; times 1 / s, it often is not."""
+    steps = 1 + torch.arange(1.0, 1024.0, 41)[:, None] / 1024
+    codes = torch.arange(-61.0, 63.0) / 2  # the last one, 31, is the largest
+    value, scale, _ = check(codes * steps, torch.ones(25))
+    assert torch.equal(scale[:, None], steps)
+    assert torch.equal(value, codes.round() * steps)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_far_beyond_the_clip(dtype: torch.dtype) -> None:
@@ -216,8 +225,8 @@ def test_no_rows() -> None:
 def test_offsets_beyond_int32() -> None:
     """Rows 2^30 elements apart."""
     w, clip_factor = weights(4, 64, BF16)
-    memory = vast(2**33 + 2**20).view(BF16)
-    far, dout = (memory.as_strided((4, 64), (2**30, 1), 2**30 + at) for at in (0, 4096))
+    memory = vast(2**34).view(BF16)
+    far, dout = (memory.as_strided((4, 64), (2**30, 1), 2**31 + at) for at in (0, 4096))
     far.copy_(w)
     dout.copy_(-w)
     scalars = torch.tensor(4.0), torch.tensor(1.0)
