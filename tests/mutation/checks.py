@@ -7,6 +7,7 @@ them, since each mutant has a process of its own.
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,10 +77,39 @@ def newton_schulz_normalisation() -> None:
     for row_norm in (False, True):
         t.check(1e3 * t.random_matrices(2, 43, 70), [], FP32, row_norm, 1.02)
         t.check(t.random_matrices(4, 20, 36).mT, [], FP32, row_norm)
-    t.test_strided_matrices(True)
+        t.check(t.random_matrices(2, 9, 12, dtype=BF16), t.CLASSIC[:1], BF16, row_norm)
     t.test_zeros_and_nan_stay_in_their_matrix(True)
     t.test_a_row_of_zeros_among_others()
+
+
+def newton_schulz_of_tiny_matrices() -> None:
+    """Where the constants beside the norms count."""
+    from tests.triton import test_newton_schulz as t
+
+    g = torch.nn.functional.normalize(t.random_matrices(1, 3, 40), dim=-1)
+    g *= torch.tensor([0.5e-7, 1.5e-7, 3e-7])[:, None]
+    t.check(g, [], FP32)
+    t.check(g, [], FP32, row_norm=True)
+
+
+def newton_schulz_touches_nothing_else() -> None:
+    from tests.triton import test_newton_schulz as t
+    from tests.triton.interpreter import addresses, touched
+
     t.test_touched_bytes()
+    g, plain = t.random_matrices(2, 13, 40), torch.empty
+    allocated = []
+
+    def empty(*args: object, **named: object) -> torch.Tensor:
+        allocated.append(plain(*args, **named))
+        return allocated[-1]
+
+    with pytest.MonkeyPatch.context() as patch, touched() as record:
+        patch.setattr(torch, "empty", empty)
+        x = t.newton_schulz(g, [], FP32, row_norm=True)
+    between = [tensor for tensor in allocated if tensor is not x]
+    assert np.array_equal(record.read, addresses(g, *between))
+    assert np.array_equal(record.written, addresses(x, *between))
 
 
 def newton_schulz_products() -> None:
@@ -99,6 +129,19 @@ def newton_schulz_one_triangle() -> None:
         row = next(i for i, c in enumerate(t.PRODUCTS) if c.blocks["SYMMETRIC"])
         t.test_symmetric_products(row, False, patch)
     t.test_tiles_of_the_triangle()
+
+
+def newton_schulz_triangle_of_many_tiles() -> None:
+    """Where the square root of a tile's index is not exact in fp32."""
+    from tests.triton import test_newton_schulz as t
+    from tests.triton.interpreter import last_program, vast
+
+    for row in range(5000, 5040):
+        first = row * (row + 1) // 2
+        for index, wanted in ((first, [row, 0]), (first - 1, [row - 1, row - 1])):
+            out = vast(8 * index + 8).view(torch.int32)
+            last_program(t.Launch(t.triangle_kernel, (index + 1,), {"out": out}, t.PRODUCTS[0]))
+            assert out[-2:].tolist() == wanted
 
 
 def fake_quant_in_general() -> None:
@@ -133,6 +176,11 @@ def fake_quant_at_the_edges() -> None:
 
 
 XSA = [xsa_in_general, xsa_at_the_edges]
+NORMALISATION = [
+    newton_schulz_normalisation,
+    newton_schulz_of_tiny_matrices,
+    newton_schulz_touches_nothing_else,
+]
 FAKE_QUANT = [fake_quant_in_general, fake_quant_of_long_rows, fake_quant_at_the_edges]
 CHECKS = {
     "xsa_forward_kernel": XSA,
@@ -141,9 +189,14 @@ CHECKS = {
     "leaky_relu2_dgrad_tma": [mlp_with_tma],
     "leaky_relu2_up": [mlp_with_pointers],
     "leaky_relu2_dgrad": [mlp_with_pointers],
-    "newton_schulz_norms": [newton_schulz_normalisation],
-    "newton_schulz_scale": [newton_schulz_normalisation],
-    "newton_schulz_product": [newton_schulz_products, newton_schulz_one_triangle],
+    "newton_schulz_norms": NORMALISATION,
+    "newton_schulz_scale": NORMALISATION,
+    "newton_schulz_product": [
+        newton_schulz_products,
+        newton_schulz_one_triangle,
+        newton_schulz_touches_nothing_else,
+        newton_schulz_triangle_of_many_tiles,
+    ],
     "fake_quant_forward_kernel": FAKE_QUANT,
     "fake_quant_backward_kernel": FAKE_QUANT,
 }

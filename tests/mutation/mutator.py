@@ -209,7 +209,7 @@ def _other_values(value: object) -> Iterator[object]:
         case int():
             yield from (value + 1, value - 1)
         case float():
-            yield from (2 * value, -value) if value else (1.0,)
+            yield 2 * value or 1.0
 
 
 def _other_calls(call: ast.Call, skip: Callable[[ast.AST], bool]) -> Iterator[ast.Call]:

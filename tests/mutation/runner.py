@@ -1,10 +1,13 @@
 """Runs checks against mutants, each in a process of its own that may hang or crash."""
 
+import math
 import multiprocessing
 import os
+import resource
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
@@ -12,6 +15,8 @@ from .mutator import Mutant
 
 # A fork shares what the parent has imported: a mutant costs its checks, not an import of torch.
 _fork = multiprocessing.get_context("fork")
+# Seconds of wall time for one of CPU time: other work on the machine must not end a mutant.
+PATIENCE = 30
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,7 @@ class Outcome:
 
     mutant: Mutant | None  # None: the original
     why: str
-    seconds: float
-
-    @property
-    def caught(self) -> bool:
-        return bool(self.why)
+    seconds: float  # of CPU time, 0 where it did not come to an end
 
 
 @dataclass
@@ -32,7 +33,12 @@ class _Running:
     mutant: Mutant | None
     process: multiprocessing.process.BaseProcess
     pipe: Connection
+    limit: float
     start: float = field(default_factory=time.monotonic)
+
+    @property
+    def end(self) -> float:
+        return self.start + PATIENCE * self.limit
 
 
 def run(
@@ -45,21 +51,20 @@ def run(
     """Outcomes in the order in which they are known.
 
     In a process of its own for each mutant: `prepare(mutant)` puts it in place, then the checks
-    run until one raises. A mutant that takes more than `limit` seconds counts as caught.
+    run until one raises. A mutant that takes more than `limit` seconds of CPU time is noticed.
     """
     waiting = iter(mutants)
     running: list[_Running] = []
     try:
         while True:
             while len(running) < processes and (mutant := next(waiting, None)) is not None:
-                running.append(_start(mutant, lambda m=mutant: prepare(m), checks))
+                running.append(_start(mutant, lambda m=mutant: prepare(m), checks, limit))
             if not running:
                 return
-            now = time.monotonic()
-            patience = max(0.0, min(r.start for r in running) + limit - now)
+            patience = max(0.0, min(r.end for r in running) - time.monotonic())
             wait([r.pipe for r in running], timeout=patience)
             for r in list(running):
-                outcome = _outcome(r, limit)
+                outcome = _outcome(r)
                 if outcome is not None:
                     running.remove(r)
                     yield outcome
@@ -70,49 +75,77 @@ def run(
 
 def run_original(checks: Sequence[Callable[[], None]], limit: float) -> Outcome:
     """The same checks with nothing changed: they have to pass."""
-    running = _start(None, lambda: None, checks)
-    wait([running.pipe], timeout=limit)
-    return _outcome(running, 0.0)
+    running = _start(None, lambda: None, checks, limit)
+    wait([running.pipe], timeout=PATIENCE * limit)
+    return _outcome(running) or Outcome(None, "no end", 0.0)
+
+
+def judge(results: Mapping[str, str], listed: Mapping[str, str], share: float) -> list[str]:
+    """What is wrong with the results; one line each.
+
+    Args:
+        results: what noticed each mutant, empty where nothing did.
+        listed: the survivors that are known, each with its reason.
+        share: of the mutants that has to be noticed.
+    """
+    survivors = [name for name, why in results.items() if not why]
+    complaints = [f"survived, and is not listed: {n}" for n in survivors if n not in listed]
+    complaints += [f"listed as a survivor, but caught: {n}" for n in listed if results.get(n)]
+    caught = len(results) - len(survivors)
+    if caught < share * len(results):
+        complaints.append(f"{caught} of {len(results)} caught, fewer than {share:.0%}")
+    return complaints
 
 
 def _start(
-    mutant: Mutant | None, prepare: Callable[[], object], checks: Sequence[Callable[[], None]]
+    mutant: Mutant | None,
+    prepare: Callable[[], object],
+    checks: Sequence[Callable[[], None]],
+    limit: float,
 ) -> _Running:
     ours, theirs = _fork.Pipe(duplex=False)
-    process = _fork.Process(target=_child, args=(theirs, prepare, checks), daemon=True)
+    process = _fork.Process(target=_child, args=(theirs, prepare, checks, limit), daemon=True)
     process.start()
     theirs.close()
-    return _Running(mutant, process, ours)
+    return _Running(mutant, process, ours, limit)
 
 
 def _child(
-    pipe: Connection, prepare: Callable[[], object], checks: Sequence[Callable[[], None]]
+    pipe: Connection,
+    prepare: Callable[[], object],
+    checks: Sequence[Callable[[], None]],
+    limit: float,
 ) -> None:
+    seconds = math.ceil(limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, sys.stdout.fileno())
     os.dup2(quiet, sys.stderr.fileno())
+    why = ""
     try:
         prepare()
         for check in checks:
             check()
     except BaseException as e:  # whatever the mutant made of it
         text = str(e).strip().splitlines() or [""]
-        pipe.send(f"{type(e).__name__}: {text[0]}")
-    else:
-        pipe.send("")
+        why = f"{type(e).__name__}: {text[0]}"
+    pipe.send((why, time.process_time()))
 
 
-def _outcome(running: _Running, limit: float) -> Outcome | None:
+def _outcome(running: _Running) -> Outcome | None:
     """None while it is still at work within its limit."""
-    seconds = time.monotonic() - running.start
+    seconds = 0.0
     if running.pipe.poll():
         try:
-            why = running.pipe.recv()
+            why, seconds = running.pipe.recv()
         except EOFError:
             running.process.join()
-            why = f"the process died with code {running.process.exitcode}"
-    elif seconds >= limit:
-        why = f"no end after {limit:.0f} s"
+            code = running.process.exitcode
+            why = f"the process died with code {code}"
+            if code == -signal.SIGXCPU:
+                why = f"no end after {math.ceil(running.limit)} s"
+    elif time.monotonic() >= running.end:
+        why = f"no end after {PATIENCE * running.limit:.0f} s of wall time"
     else:
         return None
     _end(running)
