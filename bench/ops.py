@@ -25,11 +25,11 @@ Time operators: eager torch, torch.compile, our kernels and public peers, those 
 
 First each provider's output and gradients are compared with float64: the error may be twice that of
 eager torch in the same dtype (gradients: three times) and one rounding. A provider that fails is
-called WRONG and not timed. Then all providers run once a round, in an order that turns by one from
-round to round. Shown are the median, the 20th and 80th percentile, the time relative to
-torch.compile, and the share of the floor that is reached: the least bytes over the bandwidth of a
-copy that moves as many, or the operations over the rate of a matmul, whichever takes longer; both
-are measured in the same rounds, with the same threads.
+called WRONG and not timed. Then all providers run once a round, each round in another order. Shown
+are the median, the 20th and 80th percentile, the time relative to torch.compile, and the share of
+the floor that is reached: the least bytes over the bandwidth of a copy that moves as many, or the
+operations over the rate of a matmul, whichever takes longer; both are measured in the same rounds,
+with the same threads.
   forward   keeps what the gradient needs, as in training
   backward  its gradients alone; a fresh forward runs before each, off the clock
   both      forward and gradients

@@ -1,11 +1,12 @@
 """Timing: interleaved rounds, medians, and the machine's own limits measured in the same rounds.
 
-Everything that is compared runs once a round, in an order that turns by one from round to round, so
-that a drift of clocks or a busy neighbour meets all alike.
+Everything that is compared runs once a round, each round in another order, so that a drift of
+clocks, a busy neighbour, or the caches and free memory that one leaves to the next meet all alike.
 """
 
 import ctypes
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,10 +45,12 @@ def summarise(milliseconds: Sequence[float]) -> Summary:
     return Summary(*np.percentile(milliseconds, (50, 20, 80)).tolist())
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The order of round number `turn`."""
-    start = turn % len(names)
-    return [*names[start:], *names[:start]]
+def shuffled(names: Sequence[str], turn: int) -> list[str]:
+    """The order of round number `turn`, the same in every run.
+
+    Turning a fixed order by one would let each entry follow the same other one in every round.
+    """
+    return random.Random(turn).sample(names, len(names))
 
 
 def interleave(
@@ -72,7 +75,7 @@ def interleave(
     try:
         for turn in range(-WARM_UP, rounds):
             started = time.perf_counter()
-            for name in rotated(names, turn):
+            for name in shuffled(names, turn):
                 run, prepare = entries[name]
                 state = prepare()
                 before()

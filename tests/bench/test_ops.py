@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # --- timing ---------------------------------------------------------------------------------------
 
 
-def test_everything_runs_once_a_round_in_an_order_that_turns() -> None:
+def test_everything_runs_once_a_round_and_after_every_other_alike() -> None:
     calls: list[str] = []
-    entries = {n: timing.Entry(lambda _, n=n: calls.append(n)) for n in "abc"}
-    times = timing.interleave(entries, 3, lambda run, state: run(state) or 1.0)
-    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert rounds == ["bca", "cab", "abc", "bca", "cab"]  # two to warm up, then three
-    assert times == {"a": [1.0] * 3, "b": [1.0] * 3, "c": [1.0] * 3}
+    entries = {n: timing.Entry(lambda _, n=n: calls.append(n)) for n in "abcd"}
+    times = timing.interleave(entries, 600, lambda run, state: run(state) or 1.0)
+    assert times == {n: [1.0] * 600 for n in "abcd"}
+    counted = calls[4 * timing.WARM_UP :]
+    rounds = ["".join(counted[i : i + 4]) for i in range(0, len(counted), 4)]
+    assert len(rounds) == 600 and all(sorted(one) == list("abcd") for one in rounds)
+    pairs = Counter(one[i : i + 2] for one in rounds for i in range(3))
+    assert len(pairs) == 12 and min(pairs.values()) > 100  # 150 each, if all were alike
+    assert min(Counter(one[0] for one in rounds).values()) > 110
+    assert [timing.shuffled("abcd", 7) for _ in range(2)] == [timing.shuffled("abcd", 7)] * 2
 
 
 def test_preparation_and_flushing_are_off_the_clock() -> None:
