@@ -18,7 +18,14 @@ from pgolf.config import parse_overrides
 from pgolf.errors import ConfigError, PgolfError, StorageError
 from pgolf.files import atomic_write
 
-SETTINGS = ("reference", "xsa=triton,leaky_relu2_mlp=triton", "triton")
+QAT = "+qat"
+SETTINGS = (
+    "reference",
+    "xsa=triton,leaky_relu2_mlp=triton",
+    "triton",
+    "reference" + QAT,
+    "triton" + QAT,
+)
 STEP = ("forward", "backward")  # what the settings are compared by
 
 DESCRIPTION = """\
@@ -35,12 +42,12 @@ tensors of the call. Caches of the GPU are not modelled.
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, Triton kernels of pgolf; aten, other
 kernels of torch; gemm, calls of cuBLAS; then attention, memsets and copies.
-With QAT, block matrices pass through fake_quant (switched off) as in a run with late QAT.
+With +qat, block matrices pass through fake_quant, switched off, as in a run with late QAT.
 Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that do not add up.
 
 examples:
   python -m bench count
-  python -m bench count pr1473 --ops reference --ops xsa=triton --qat off
+  python -m bench count pr1473 --ops reference+qat --ops fake_quant=triton+qat
   python -m bench count demo --micro 16x256 --json counts.json layers=4
 """
 
@@ -69,14 +76,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as in PGOLF_OPS, the others are the reference; may be repeated (default: "
-        + ", then ".join(SETTINGS) + ")",
+        help="operators as in PGOLF_OPS, the others are the reference, and +qat; may be repeated "
+        f"(default: {', then '.join(SETTINGS)})",
     )  # fmt: skip
     parser.add_argument(
         "--micro", default="48x2048", metavar="NxT", help="sequences x tokens of a pass"
-    )
-    parser.add_argument(
-        "--qat", choices=("off", "on", "both"), default="both", help="default: both"
     )
     parser.add_argument(
         "--detail", action="store_true", help="shapes of the products, kernels, operators"
@@ -100,16 +104,17 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     overrides = parse_overrides(args.overrides)
     recipes.get(args.recipe).config({**overrides, "seq_len": int(tokens)})
     base = Request(args.recipe, overrides, sequences=int(sequences), tokens=int(tokens))
-    return [
-        replace(base, ops=ops, qat=qat)
-        for qat in {"off": (False,), "on": (True,), "both": (False, True)}[args.qat]
-        for ops in args.ops or SETTINGS
-    ]
+    return [setting(base, text) for text in args.ops or SETTINGS]
+
+
+def setting(base: Request, text: str) -> Request:
+    """`base` with the operators, and the late QAT, that `text` names."""
+    return replace(base, ops=text.removesuffix(QAT), qat=text.endswith(QAT))
 
 
 def name_of(request: Request) -> str:
-    """What tells the settings of one table apart."""
-    return request.ops + (" + qat" if request.qat else "")
+    """The text of a request's setting."""
+    return request.ops + QAT * request.qat
 
 
 def count(
@@ -161,9 +166,7 @@ def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
 def _details(result: dict) -> Iterator[str]:
     for phase in PHASES:
         part = result["phases"][phase]
-        for operations, m, n, k, batch, times in part["gemms"]:
-            yield f"  {phase} gemm {operations} m={m} n={n} k={k} batch={batch}: {times}"
-        for label in ("kernels", "aten", "operators"):
+        for label in ("gemms", "kernels", "aten", "operators"):
             for name, value in part[label].items():
                 yield f"  {phase} {label} {name}: {value}"
 

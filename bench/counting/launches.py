@@ -67,6 +67,11 @@ def bytes_of(event: dict[str, Any]) -> tuple[str, int]:
     return {"launch": "ours", "aten_call": "aten"}.get(kind, ""), event.get("bytes", 0)
 
 
+def gemm_name(operations: str, m: int, n: int, k: int, batch: int = 1, **_: Any) -> str:
+    """The shape of a product in cuBLAS's terms, column-major: y = x W^T is TN, m the rows of W."""
+    return f"{operations} {m}x{n}x{k}" + f" x{batch}" * (batch > 1)
+
+
 def summarise(events: list[dict[str, Any]], inductor_bytes: int, peak: int) -> dict[str, Any]:
     """Counts of one phase.
 
@@ -84,14 +89,12 @@ def summarise(events: list[dict[str, Any]], inductor_bytes: int, peak: int) -> d
         if kind:
             moved[kind] += count
     _check(events, launches)
-    gemms = Counter(
-        (e["operations"], e["m"], e["n"], e["k"], e["batch"]) for e in events if e["kind"] == "gemm"
-    )
+    gemms = Counter(gemm_name(**e) for e in events if e["kind"] == "gemm")
     return {
         "launches": {**{k: launches[k] for k in KINDS}, "total": launches.total()},
         "bytes": {**{k: moved[k] for k in KINDS}, "total": moved.total()},
         "peak_memory": peak,
-        "gemms": [[*shape, count] for shape, count in sorted(gemms.items())],
+        "gemms": dict(sorted(gemms.items())),
         "kernels": dict(
             sorted(Counter(e["name"] for e in events if kind_of(e) == "ours").items())
         ),
