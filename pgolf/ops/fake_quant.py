@@ -27,7 +27,6 @@ from pgolf.ops.registry import (
     Operator,
     Sample,
     Work,
-    check,
     check_alike,
     launcher,
     lazily,
@@ -129,28 +128,33 @@ def reference(
 
 
 def _check(w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor, multiple: int) -> None:
-    check(w.dim() == 2, f"fake_quant: w is {tuple(w.shape)}: it has to be (rows, columns)")
-    check(w.size(1) > 0, f"fake_quant: w is {tuple(w.shape)}: rows of no elements have no step")
+    if w.dim() != 2:
+        raise ValueError(f"fake_quant: w is {tuple(w.shape)}: it has to be (rows, columns)")
+    if not w.size(1):
+        raise ValueError(f"fake_quant: w is {tuple(w.shape)}: rows of no elements have no step")
     check_alike("fake_quant", w=w)
-    check(
-        clip_factor.shape == w.shape[:1] and clip_factor.dtype == torch.float32,
-        f"fake_quant: clip_factor is {clip_factor.dtype} {tuple(clip_factor.shape)}: for these "
-        f"rows it has to be float32 ({w.size(0)},)",
-    )
-    for name, t in (("bits", bits), ("on", on)):
-        check(
-            t.dim() == 0 and t.dtype == torch.float32,
-            f"fake_quant: {name} is {t.dtype} {tuple(t.shape)}: it has to be a number or a "
-            "float32 tensor of no dimensions",
+    if clip_factor.shape != w.shape[:1] or clip_factor.dtype != torch.float32:
+        raise ValueError(
+            f"fake_quant: clip_factor is {clip_factor.dtype} {tuple(clip_factor.shape)}: for these "
+            f"rows it has to be float32 ({w.size(0)},)"
         )
+    for name, t in (("bits", bits), ("on", on)):
+        if t.dim() or t.dtype != torch.float32:
+            raise ValueError(
+                f"fake_quant: {name} is {t.dtype} {tuple(t.shape)}: it has to be a number or a "
+                "float32 tensor of no dimensions"
+            )
     for name, t in (("clip_factor", clip_factor), ("bits", bits), ("on", on)):
-        check(t.device == w.device, f"fake_quant: {name} is on {t.device}, w on {w.device}")
-    check(multiple >= 1, f"fake_quant: multiple={multiple}: it has to be 1 or more")
+        if t.device != w.device:
+            raise ValueError(f"fake_quant: {name} is on {t.device}, w on {w.device}")
+    if multiple < 1:
+        raise ValueError(f"fake_quant: multiple={multiple}: it has to be 1 or more")
 
 
 def check_bits(bits: float) -> None:
     """Raise ValueError unless `bits` is a whole number from 4 to 8."""
-    check(bits in range(4, 9), f"fake_quant: bits={bits:g}: it has to be a whole number, 4 to 8")
+    if bits not in range(4, 9):
+        raise ValueError(f"fake_quant: bits={bits:g}: it has to be a whole number, 4 to 8")
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:

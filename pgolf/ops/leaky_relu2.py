@@ -22,7 +22,6 @@ from pgolf.ops.registry import (
     Operator,
     Sample,
     Work,
-    check,
     check_alike,
     launcher,
     nbytes,
@@ -40,17 +39,21 @@ def reference(x: Tensor, slope: float, rstd: Tensor | None = None) -> Tensor:
 
 
 def check_rows(name: str, x: Tensor, slope: float, rstd: Tensor | None) -> None:
-    check(x.dim() > 0, f"{name}: the input has no dimensions: it has to be (..., columns)")
-    check(0.0 <= slope <= 1.0, f"{name}: slope={slope}: it has to be 0 (relu^2) to 1")
+    if not x.dim():
+        raise ValueError(f"{name}: the input has no dimensions: it has to be (..., columns)")
+    if not 0.0 <= slope <= 1.0:  # NaN too
+        raise ValueError(f"{name}: slope={slope}: it has to be 0 (relu^2) to 1")
     if rstd is not None:
-        check(
-            rstd.shape == x.shape[:-1],
-            f"{name}: rstd is {tuple(rstd.shape)}: for these rows it has to be "
-            f"{tuple(x.shape[:-1])}",
-        )
+        if rstd.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{name}: rstd is {tuple(rstd.shape)}: for these rows it has to be "
+                f"{tuple(x.shape[:-1])}"
+            )
         wanted = torch.promote_types(x.dtype, torch.float32)
-        check(rstd.dtype == wanted, f"{name}: rstd is {rstd.dtype}: it has to be {wanted}")
-        check(rstd.device == x.device, f"{name}: rstd is on {rstd.device}, the rows on {x.device}")
+        if rstd.dtype != wanted:
+            raise ValueError(f"{name}: rstd is {rstd.dtype}: it has to be {wanted}")
+        if rstd.device != x.device:
+            raise ValueError(f"{name}: rstd is on {rstd.device}, the rows on {x.device}")
 
 
 def leaky_relu2(

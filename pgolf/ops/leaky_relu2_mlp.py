@@ -34,7 +34,6 @@ from pgolf.ops.registry import (
     Operator,
     Sample,
     Work,
-    check,
     check_alike,
     launcher,
     lazily,
@@ -77,17 +76,19 @@ def leaky_relu2_mlp(
         RuntimeError: `impl` is not there on this machine.
     """
     check_rows("leaky_relu2_mlp", h, slope, rstd)
-    check(w_up.dim() == 2, f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
+    if w_up.dim() != 2:
+        raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
     for name, w, wanted in (
         ("w_up", w_up, (w_up.size(0), h.size(-1))),
         ("w_down", w_down, (h.size(-1), w_up.size(0))),
     ):
-        check(
-            tuple(w.shape) == wanted,
-            f"leaky_relu2_mlp: {name} is {tuple(w.shape)}: with h {tuple(h.shape)} and "
-            f"{w_up.size(0)} hidden units it has to be {wanted}",
-        )
-    check(w_up.numel() > 0, f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has no elements")
+        if tuple(w.shape) != wanted:
+            raise ValueError(
+                f"leaky_relu2_mlp: {name} is {tuple(w.shape)}: with h {tuple(h.shape)} and "
+                f"{w_up.size(0)} hidden units it has to be {wanted}"
+            )
+    if not w_up.numel():
+        raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has no elements")
     check_alike("leaky_relu2_mlp", h=h, w_up=w_up, w_down=w_down)
     impl = resolve("leaky_relu2_mlp", impl, h)
     if impl == "reference":

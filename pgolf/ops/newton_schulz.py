@@ -21,7 +21,6 @@ from pgolf.ops.registry import (
     Operator,
     Sample,
     Work,
-    check,
     check_alike,
     launcher,
     lazily,
@@ -103,29 +102,25 @@ def newton_schulz(
         ValueError: shape, dtype, coefficients or device do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
-    check(g.dim() in (2, 3), f"newton_schulz: g is {tuple(g.shape)}: it has to be (B, R, C)")
-    check(
-        g.size(-1) > 0 and g.size(-2) > 0,
-        f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements",
-    )
-    check(
-        all(len(triple) == 3 for triple in coefficients),
-        f"newton_schulz: coefficients {coefficients}: every step has three",
-    )
-    check(safety > 0, f"newton_schulz: safety={safety}: it has to be above 0")
+    if g.dim() not in (2, 3):
+        raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: it has to be (B, R, C)")
+    if not (g.size(-1) and g.size(-2)):
+        raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements")
+    if any(len(triple) != 3 for triple in coefficients):
+        raise ValueError(f"newton_schulz: coefficients {coefficients}: every step has three")
+    if not safety > 0:  # NaN too
+        raise ValueError(f"newton_schulz: safety={safety}: it has to be above 0")
     check_alike("newton_schulz", g=g)
-    check(
-        dtype in (torch.float32, torch.bfloat16, torch.float64),
-        f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64",
-    )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64")
     impl = resolve("newton_schulz", impl, g)
     if impl == "reference":
         batch = g if g.dim() == 3 else g[None]
         return reference(batch, coefficients, dtype, row_norm, safety).view(g.shape)
-    check(
-        dtype in OPERATOR.implementations[impl].dtypes,
-        f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'",
-    )
+    if dtype not in OPERATOR.implementations[impl].dtypes:
+        raise ValueError(
+            f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'"
+        )
     flat = [float(value) for triple in coefficients for value in triple]
     batch = g if g.dim() == 3 else g[None]
     return _orthogonalise(batch, flat, dtype, row_norm, safety, impl).view(g.shape)

@@ -240,26 +240,21 @@ def lazily(module: str, function: str) -> Callable:
     return lambda *args, **kwargs: load()(*args, **kwargs)
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def check_alike(operator: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors have one floating dtype and lie on one device."""
     given = {name: t for name, t in tensors.items() if t is not None}
     (first, head), *others = given.items()
-    check(head.is_floating_point(), f"{operator}: {first} is {head.dtype}: use a float dtype")
+    if not head.is_floating_point():
+        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype")
     for name, t in others:
-        check(
-            t.dtype == head.dtype,
-            f"{operator}: {name} is {t.dtype} and {first} is {head.dtype}: cast one of them",
-        )
-        check(
-            t.device == head.device,
-            f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one of them",
-        )
+        if t.dtype != head.dtype:
+            raise ValueError(
+                f"{operator}: {name} is {t.dtype} and {first} is {head.dtype}: cast one of them"
+            )
+        if t.device != head.device:
+            raise ValueError(
+                f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one of them"
+            )
 
 
 def unit_stride(t: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from pgolf.ops.registry import (
     Operator,
     Sample,
     Work,
-    check,
     check_alike,
     launcher,
     lazily,
@@ -50,18 +49,21 @@ def reference(y: Tensor, v: Tensor) -> Tensor:
 
 
 def _check(y: Tensor, v: Tensor) -> None:
-    check(y.dim() == 4, f"xsa: y is {tuple(y.shape)}: it has to be (N, T, H, d)")
-    check(v.dim() == 4, f"xsa: v is {tuple(v.shape)}: it has to be (N, T, G, d)")
-    check(
-        y.shape[:2] == v.shape[:2] and y.size(3) == v.size(3),
-        f"xsa: y is {tuple(y.shape)} and v {tuple(v.shape)}: N, T and d have to be the same",
-    )
-    check(y.size(3) > 0, f"xsa: y is {tuple(y.shape)}: heads of no elements have no direction")
-    check(
-        v.size(2) > 0 and y.size(2) > 0 and y.size(2) % v.size(2) == 0,
-        f"xsa: {y.size(2)} query heads cannot be shared out over {v.size(2)} value heads: "
-        "H has to be a multiple of G, and neither may be 0",
-    )
+    if y.dim() != 4:
+        raise ValueError(f"xsa: y is {tuple(y.shape)}: it has to be (N, T, H, d)")
+    if v.dim() != 4:
+        raise ValueError(f"xsa: v is {tuple(v.shape)}: it has to be (N, T, G, d)")
+    if y.shape[:2] != v.shape[:2] or y.size(3) != v.size(3):
+        raise ValueError(
+            f"xsa: y is {tuple(y.shape)} and v {tuple(v.shape)}: N, T and d have to be the same"
+        )
+    if not y.size(3):
+        raise ValueError(f"xsa: y is {tuple(y.shape)}: heads of no elements have no direction")
+    if not v.size(2) or not y.size(2) or y.size(2) % v.size(2):
+        raise ValueError(
+            f"xsa: {y.size(2)} query heads cannot be shared out over {v.size(2)} value heads: "
+            "H has to be a multiple of G, and neither may be 0"
+        )
     check_alike("xsa", y=y, v=v)
 
 
@@ -84,11 +86,11 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     impl = resolve("xsa", impl, y)
     if impl == "reference":
         return reference(y, v)
-    check(
-        impl != "triton" or y.size(3) <= MAX_HEAD_DIM,
-        f"xsa: heads of {y.size(3)} are too long for impl=triton, whose limit is {MAX_HEAD_DIM}: "
-        "use impl='reference'",
-    )
+    if impl == "triton" and y.size(3) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"xsa: heads of {y.size(3)} are too long for impl=triton, whose limit is "
+            f"{MAX_HEAD_DIM}: use impl='reference'"
+        )
     return _forward(y, v, impl)
 
 
