@@ -26,6 +26,7 @@ constexpr Choice kChoices[] = {PGOLF_EACH_ISA(PGOLF_LIST)};  // best first; plai
 
 bool cpu_has(const std::string& isa) {
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   // What setup.py compiles for. (Asks whether the operating system keeps the registers, too.)
   if (isa == "avx512") {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -21,18 +21,22 @@ TESTS = ROOT / "tests" / "ops"
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """(a copy of the checkout whose pgolf._C is built with both, the environment to run it in)."""
-    library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
-    if not Path(library).is_absolute():
-        pytest.skip("g++ has no libasan")
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip(f"g++ does not have both of {libraries}")
     root = copy_checkout(tmp_path_factory.mktemp("sanitized"))
     build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
-    # The sanitizer has to be there before Python, which is built without it, and which itself
-    # keeps memory until it ends.
-    env = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}
+    # The sanitizer has to be there before Python, which is built without it, and libstdc++ before
+    # the first exception. Python keeps memory until it ends, which is no leak.
+    preload = " ".join(libraries)
+    env = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}
     return root, env
 
 
-def tests(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
+def pytest_in(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
     """pytest in the copy, whose pgolf comes first on the path."""
     where = [sys.executable, "-c", "import pgolf._C; print(pgolf._C.__file__)"]
     assert run(where, root, **env).stdout.startswith(str(root))
@@ -45,25 +49,26 @@ def test_kernels_are_clean(sanitized):
         TESTS / f"test_{name}.py"
         for name in ("cpu_kernels", "cpu_kernel_arguments", "cpu_kernel_threads")
     ]
-    result = tests(*sanitized, *files, TESTS / "test_pack_bits.py")
+    result = pytest_in(*sanitized, *files, TESTS / "test_pack_bits.py")
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout and " failed" not in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong"),
+    ("access", "file", "right", "wrong"),
     [
         # One element too many is read, and one vector too many is written.
-        ("fake_quant.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
+        ("READ of size", "fake_quant.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
         (
+            "WRITE of size",
             "xsa.cpp",
-            "i + kLanes <= size; i += kLanes) {\n    (Row",
-            "i < size; i += kLanes) {\n    (Row",
+            "i + kLanes <= size; i += kLanes) {\n    store<F>(Row",
+            "i < size; i += kLanes) {\n    store<F>(Row",
         ),
     ],
     ids=["read", "write"],
 )
-def test_an_access_out_of_bounds_is_found(sanitized, file, right, wrong):
+def test_an_access_out_of_bounds_is_found(sanitized, access, file, right, wrong):
     """On exact buffers, so that neither guard zones nor results give it away."""
     root, env = sanitized
     source = root / "csrc" / "cpu" / file
@@ -77,7 +82,6 @@ def test_an_access_out_of_bounds_is_found(sanitized, file, right, wrong):
         "w, f, out, scale = room(16), room(2), room(16), room(2)\n"
         "for a, n in ((w, 16), (f, 2)): ctypes.memset(a, 0, 4 * n)\n"
         "_C.fake_quant(w, f, out, scale, 0, 2, 8, 8, 6, True, 0.0, 1, False, 1)\n"
-        "_C.xsa(w, w, out, 0, 1, 1, 1, 1, 8, (8, 8, 8), (8, 8, 8), 1)\n"
         "_C.xsa(w, w, room(8), 0, 1, 1, 1, 1, 8, (8, 8, 8), (8, 8, 8), 1)\n"
     )
     clean = run([sys.executable, "-c", code], root, **env)
@@ -90,7 +94,5 @@ def test_an_access_out_of_bounds_is_found(sanitized, file, right, wrong):
         source.write_text(text)
         build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
     assert found.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in found.stderr, found.stderr[-4000:]
-    assert (
-        f"csrc/cpu/{file}" in found.stderr or "lanes.h" in found.stderr or "pgolf" in found.stderr
-    )
+    assert "ERROR: AddressSanitizer" in found.stderr, found.stderr[-4000:]
+    assert access in found.stderr
