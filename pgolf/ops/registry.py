@@ -253,7 +253,7 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
             )
         if t.device != head.device:
             raise ValueError(
-                f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one of them"
+                f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one"
             )
 
 
