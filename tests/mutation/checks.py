@@ -6,6 +6,7 @@ them, since each mutant has a process of its own.
 
 import dataclasses
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def mlp_with_tma() -> None:
 def mlp_with_pointers() -> None:
     _mlp(FP32, (70, 33, 300), tma=False)
     _mlp(BF16, (130, 40, 264), tma=False)
+    from tests.triton import test_leaky_relu2_mlp as t
+
+    t.test_operands_of_any_strides(t.Variant(FP32))
 
 
 def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
@@ -68,6 +72,11 @@ def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
     t.test_relu_squared_has_no_gradient_below_zero(variant)
     t.test_nan_stays_in_its_row(variant, 0.5)
     t.test_touched_bytes_are_inputs_and_outputs(variant)
+    x = t.random_inputs(*shape, dtype, with_rstd=False)
+    with t.touched() as record:
+        post, bits = t.up(x.h, x.w_up, 0.5, tma=tma)
+        t.down_dgrad(x.dout, x.w_down, post, bits, 0.5, tma=tma)
+    assert sum(map(len, record.writes)) == len(record.written)  # no tile is computed twice
 
 
 def newton_schulz_normalisation() -> None:
@@ -128,20 +137,31 @@ def newton_schulz_one_triangle() -> None:
         t.test_one_triangle_of_a_product_that_is_not_symmetric(patch)
         row = next(i for i, c in enumerate(t.PRODUCTS) if c.blocks["SYMMETRIC"])
         t.test_symmetric_products(row, False, patch)
-    t.test_tiles_of_the_triangle()
 
 
-def newton_schulz_triangle_of_many_tiles() -> None:
-    """Where the square root of a tile's index is not exact in fp32."""
+def newton_schulz_triangle_with_a_gpus_square_root() -> None:
+    """A unit in the last place off to either side, also where rounding alone is off."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     from tests.triton import test_newton_schulz as t
     from tests.triton.interpreter import last_program, vast
 
-    for row in range(5000, 5040):
-        first = row * (row + 1) // 2
-        for index, wanted in ((first, [row, 0]), (first - 1, [row - 1, row - 1])):
-            out = vast(8 * index + 8).view(torch.int32)
-            last_program(t.Launch(t.triangle_kernel, (index + 1,), {"out": out}, t.PRODUCTS[0]))
-            assert out[-2:].tolist() == wanted
+    for toward in (0.0, math.inf):
+
+        def root(self, x, toward=toward):
+            return TensorHandle(np.nextafter(np.sqrt(x.data), toward), x.dtype.scalar)
+
+        with mock.patch.object(InterpreterBuilder, "create_sqrt", root):
+            t.test_tiles_of_the_triangle()
+            for row in range(5000, 5010):
+                first = row * (row + 1) // 2
+                for index, wanted in ((first, [row, 0]), (first - 1, [row - 1, row - 1])):
+                    out = vast(8 * index + 8).view(torch.int32)
+                    arguments = {"out": out}
+                    last_program(
+                        t.Launch(t.triangle_kernel, (index + 1,), arguments, t.PRODUCTS[0])
+                    )
+                    assert out[-2:].tolist() == wanted
 
 
 def fake_quant_in_general() -> None:
@@ -149,6 +169,7 @@ def fake_quant_in_general() -> None:
     from tests.triton import test_fake_quant as t
 
     t.check(*t.weights(9, 70, FP32), bits=4, floor=1e-3)
+    t.check(*t.weights(9, 130, FP32), bits=4, full=True)
     for multiple, full in t.GRIDS:
         t.check(*t.weights(3, 7, BF16), 5, 1.0, 0.0, multiple, full)
     t.test_off_changes_nothing(FP32)
@@ -195,7 +216,7 @@ CHECKS = {
         newton_schulz_products,
         newton_schulz_one_triangle,
         newton_schulz_touches_nothing_else,
-        newton_schulz_triangle_of_many_tiles,
+        newton_schulz_triangle_with_a_gpus_square_root,
     ],
     "fake_quant_forward_kernel": FAKE_QUANT,
     "fake_quant_backward_kernel": FAKE_QUANT,

@@ -207,7 +207,9 @@ def _other_values(value: object) -> Iterator[object]:
         case bool():
             yield not value
         case int():
-            yield from (value + 1, value - 1)
+            yield value + 1
+            if value == 1:
+                yield 0
         case float():
             yield 2 * value or 1.0
 

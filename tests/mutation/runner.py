@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from .mutator import Mutant
 
 # A fork shares what the parent has imported: a mutant costs its checks, not an import of torch.
 _fork = multiprocessing.get_context("fork")
-# Seconds of wall time for one of CPU time: other work on the machine must not end a mutant.
-PATIENCE = 30
+# Seconds without any work until a process counts as stuck: some mutants spoil the heap, locks in it
+# included. Limits are CPU time apart from that, since other work on the machine is nobody's fault.
+STUCK = 30.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class _Running:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     limit: float
-    start: float = field(default_factory=time.monotonic)
+    ticks: list[str] = field(default_factory=list)  # of CPU time, when it was last seen to work
+    seen: float = field(default_factory=time.monotonic)
 
-    @property
-    def end(self) -> float:
-        return self.start + PATIENCE * self.limit
+    def stuck(self) -> bool:
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        ticks = stat.rpartition(")")[2].split()[11:13]  # in user and kernel mode
+        if ticks != self.ticks:
+            self.ticks, self.seen = ticks, time.monotonic()
+        return time.monotonic() - self.seen > STUCK
 
 
 def run(
@@ -61,8 +67,7 @@ def run(
                 running.append(_start(mutant, lambda m=mutant: prepare(m), checks, limit))
             if not running:
                 return
-            patience = max(0.0, min(r.end for r in running) - time.monotonic())
-            wait([r.pipe for r in running], timeout=patience)
+            wait([r.pipe for r in running], timeout=1.0)
             for r in list(running):
                 outcome = _outcome(r)
                 if outcome is not None:
@@ -76,8 +81,9 @@ def run(
 def run_original(checks: Sequence[Callable[[], None]], limit: float) -> Outcome:
     """The same checks with nothing changed: they have to pass."""
     running = _start(None, lambda: None, checks, limit)
-    wait([running.pipe], timeout=PATIENCE * limit)
-    return _outcome(running) or Outcome(None, "no end", 0.0)
+    while (outcome := _outcome(running)) is None:
+        wait([running.pipe], timeout=1.0)
+    return outcome
 
 
 def judge(results: Mapping[str, str], listed: Mapping[str, str], share: float) -> list[str]:
@@ -144,8 +150,8 @@ def _outcome(running: _Running) -> Outcome | None:
             why = f"the process died with code {code}"
             if code == -signal.SIGXCPU:
                 why = f"no end after {math.ceil(running.limit)} s"
-    elif time.monotonic() >= running.end:
-        why = f"no end after {PATIENCE * running.limit:.0f} s of wall time"
+    elif running.stuck():
+        why = f"no work in {STUCK:.0f} s"
     else:
         return None
     _end(running)

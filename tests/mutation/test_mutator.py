@@ -48,7 +48,8 @@ def body(*lines: str) -> list[str]:
         ("return a is not None", ["a is None"]),
         ("return a and b", ["a or b"]),
         ("return not a", ["a"]),
-        ("return 3", ["4", "2"]),
+        ("return 3", ["4"]),
+        ("return 1", ["2", "0"]),
         ("return 0.5", ["1.0"]),
         ("return 0.0", ["1.0"]),
         ("return True", ["False"]),
@@ -77,7 +78,7 @@ def test_statements_are_dropped_where_their_names_stay_known() -> None:
 
 def test_all_changes_of_one_function_and_none_elsewhere() -> None:
     found = mutants("shapes", SOURCE, ["area"])
-    assert len(found) == len({m.name for m in found}) == 26
+    assert len(found) == len({m.name for m in found}) == 24
     for mutant in found:
         original, changed = ast.parse(SOURCE), ast.parse(mutant.source)
         different = [
@@ -88,8 +89,8 @@ def test_all_changes_of_one_function_and_none_elsewhere() -> None:
         assert different == ["area"]
         assert changed.body[1].args.defaults[0].value == 2
         assert ast.get_docstring(changed.body[1]) == "Of a rectangle."
-    assert found[8].name == "shapes.area: width = width - 1 => pass"
-    assert found[8].line == 8
+    assert found[7].name == "shapes.area: width = width - 1 => pass"
+    assert found[7].line == 8
 
 
 def test_equal_changes_in_two_places_have_two_names() -> None:
@@ -118,7 +119,7 @@ def test_the_order_is_fixed_and_hardly_moves_with_the_source() -> None:
     edited = shuffled(mutants("module", SOURCE.replace("1.5", "2.5"), ["area", "other"]), seed=1)
     same = {m.name for m in order} & {m.name for m in edited}
     kept = [[m.name for m in some if m.name in same] for some in (order, edited)]
-    assert kept[0] == kept[1] and len(kept[0]) > 20
+    assert kept[0] == kept[1] and len(kept[0]) > 15
 
 
 def mutant_named(name: str) -> Mutant:
@@ -157,9 +158,9 @@ def test_the_runner_tells_what_became_of_each_mutant(monkeypatch) -> None:
         "crashes": "the process died with code 3",
         "does not load": "SyntaxError: what is this?",
     }
-    monkeypatch.setattr(runner, "PATIENCE", 0.5)
+    monkeypatch.setattr(runner, "STUCK", 1.0)
     (waited,) = run([mutant_named("waits")], prepare, [check], limit=2.0)
-    assert waited.why == "no end after 1 s of wall time"
+    assert waited.why == "no work in 1 s"
     assert state == {}  # nothing happened in this process
     assert run_original([check], limit=1.0).why == ""
     assert run_original([lambda: 1 / 0], limit=1.0).why == "ZeroDivisionError: division by zero"
