@@ -108,6 +108,17 @@ def test_xsa_near_the_floor_of_the_norm(kernels, dtype, size):
         torch.testing.assert_close(result, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
+def test_xsa_rounds_ties_to_even(kernels):
+    """With v = (1, 1, 0 ...) z's first element is (y[0] - y[1]) / 2: halfway between two bf16."""
+    y = torch.zeros(1, 64, 1, 16, dtype=torch.bfloat16)
+    y[0, :, 0, 0], y[0, :, 0, 1] = 2.0, -(2 * torch.arange(64) + 1) * 2.0**-7
+    v = torch.tensor([1.0, 1.0] + [0.0] * 14, dtype=torch.bfloat16).expand(1, 64, 1, 16)
+    expected = xsa_formula(y.double(), v.double())
+    assert (expected.float().view(torch.int32)[0, :, 0, 0] & 0xFFFF == 0x8000).all(), "ties"
+    # (float64's own norm is a little off: to fp32, where the ties are exact, and then to bf16.)
+    assert same_bits(call.xsa(kernels, y, v), expected.float().bfloat16())
+
+
 @every_dtype
 def test_xsa_nan_stays_where_it_was(kernels, dtype):
     y, v, dz = (randn(1, 3, h, 40, dtype=dtype, seed=h) for h in (4, 2, 4))
@@ -269,6 +280,16 @@ def test_fake_quant_on_ties_and_in_every_binade(kernels):
         value, scale, _ = quant_formula(w, factor, 6, 0.0, 1, False)
         result, step = call.fake_quant(kernels, w, factor, 6)
         assert same_bits(result, value) and same_bits(step, scale)
+
+
+def test_fake_quant_steps_round_ties_to_even(kernels):
+    """Clips of 7 steps, each step halfway between two fp16 numbers; normal and subnormal ones."""
+    odd = 2 * torch.arange(1024) + 1.0
+    steps = torch.cat([1 + odd * 2.0**-11, odd * 2.0**-25])
+    w = (7 * steps[:, None]).expand(-1, 3).contiguous()
+    assert torch.equal(w[:, 0].double(), 7 * steps.double()), "exact"
+    _, scale = call.fake_quant(kernels, w, torch.ones(len(w)), 4)
+    assert same_bits(scale, steps.half().float().clamp_min(2.0**-24))
 
 
 @every_dtype
