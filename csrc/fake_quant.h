@@ -1,5 +1,5 @@
 // fake_quant: a row of weights as signed codes of k bits times one fp16 step. The formula, for CPU
-// and GPU, equal bit for bit to row_scale and row_codes in pgolf/ops/fake_quant.py; F is float or
+// and GPU, equal bit for bit to the grid of pgolf/ops/int_grid.py; F is float or
 // double. Nothing that includes this may be compiled with -ffast-math.
 #pragma once
 
@@ -37,9 +37,12 @@ PGOLF_HOST_DEVICE static inline float round_to_fp16(float x) {
   return bit_cast<float>((bits + 0xFFF + ((bits >> 13) & 1)) & ~uint32_t{0x1FFF});
 }
 
-// The step of a row whose largest kept magnitude is clip. (Comparisons as written let NaN pass.)
+// The step of a row whose largest magnitude is amax, of which it keeps the share `factor`; NaN if a
+// weight is infinite. (Comparisons as written let NaN pass.)
 template <typename F>
-PGOLF_HOST_DEVICE static inline F fake_quant_step(F clip, const FakeQuantGrid<F>& grid) {
+PGOLF_HOST_DEVICE static inline F fake_quant_step(F amax, F factor, const FakeQuantGrid<F>& grid) {
+  if (amax - amax != F(0)) return amax - amax;
+  const F clip = amax * factor;
   F step = (clip < grid.floor ? grid.floor : clip) / grid.qmax;
   step = step < F(0x1p-24) ? F(0x1p-24) : step;
   step = step > F(65504) ? F(65504) : step;

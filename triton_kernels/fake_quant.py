@@ -7,10 +7,13 @@
 
 The grid's definition is pgolf.ops.fake_quant's. To agree with it to the bit, divisions are rounded
 correctly (`/` is not on a GPU) and no sum follows a product, which a GPU would fuse. NaN in a row
-reaches the whole row, as in torch. bits and on are 0-d tensors, read on the device, so that a
+or infinity reaches the whole row, as NaN. bits and on are 0-d tensors, read on the device, so that a
 change needs neither a new kernel nor a synchronisation; k other than 4 to 8 gives NaN everywhere.
 Shapes: w, value, dout, dw (R, C), clip_factor and scale (R,).
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,6 +26,8 @@ SMALLEST_STEP = tl.constexpr(2.0**-24)
 LARGEST_STEP = tl.constexpr(65504.0)
 WHOLE = tl.constexpr(2.0**23)  # float32 is whole from here on
 SIGN = tl.constexpr(-(2**31))
+
+MATRICES = 8  # a launch, at most: the kernel has a branch for each
 
 
 @triton.jit
@@ -76,17 +81,16 @@ def quantise(w, scale, qmax, replace, MULTIPLE: tl.constexpr, FULL_RANGE: tl.con
     codes = unclamped_codes(wide, scale, MULTIPLE)
     lowest = -qmax - 1.0 if FULL_RANGE else -qmax
     codes = tl.clamp(codes, lowest, qmax, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(replace, codes * scale, wide).to(w.dtype)
+    return tl.where(replace, codes * scale, wide)
 
 
 @triton.jit
-def fake_quant_forward_kernel(
-    w, clip_factor, bits, on, value, scale, columns, stride, floor,
-    MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+def fake_quant_row(
+    w, clip_factor, bits, on, value, scale, row, columns, stride, floor,
+    MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr, BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program; one that fits into a block is read once."""
-    row = tl.program_id(0)
+    """One row of a matrix; one that fits into a block is read once. scale may be None."""
     column = tl.arange(0, BLOCK)
     w_at = w + row.to(tl.int64) * stride + column
     value_at = value + row.to(tl.int64) * columns + column
@@ -98,21 +102,39 @@ def fake_quant_forward_kernel(
             more = tl.load(w_at + start, mask=start + column < columns, other=0.0)
             largest = tl.maximum(largest, magnitude_bits(more))
     amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    amax += amax - amax  # NaN where a weight is infinite
 
     qmax, known = largest_code(bits)
     qmax = tl.where(known, qmax, float("nan"))
     replace = (tl.load(on) != 0.0) | (known == 0)
     step = row_scale(amax, tl.load(clip_factor + row), qmax, floor)
-    tl.store(scale + row, step)
+    if scale is not None:
+        tl.store(scale + row, step)
     if ONE_BLOCK:
         values = quantise(block, step, qmax, replace, MULTIPLE, FULL_RANGE)
-        tl.store(value_at, values, mask=column < columns)
+        tl.store(value_at, values.to(value.dtype.element_ty), mask=column < columns)
     else:
         for start in range(0, columns, BLOCK):
             inside = start + column < columns
             again = tl.load(w_at + start, mask=inside, other=0.0)
             values = quantise(again, step, qmax, replace, MULTIPLE, FULL_RANGE)
-            tl.store(value_at + start, values, mask=inside)
+            tl.store(value_at + start, values.to(value.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fake_quant_forward_kernel(
+    ws, clip_factors, bits, on, values, scales, first_rows, columns, strides, floor,
+    MULTIPLE: tl.constexpr, FULL_RANGE: tl.constexpr, BLOCKS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program, of whichever matrix it lies in: first_rows are where each one begins."""
+    row = tl.program_id(0)
+    for i in tl.static_range(len(ws)):
+        if (row >= first_rows[i]) & (row < first_rows[i + 1]):
+            fake_quant_row(
+                ws[i], clip_factors[i], bits[i], on, values[i], scales[i], row - first_rows[i],
+                columns[i], strides[i], floor, MULTIPLE, FULL_RANGE, BLOCKS[i], ONE_BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -136,6 +158,55 @@ def fake_quant_backward_kernel(
     tl.store(dw_at, gradient.to(dw.dtype.element_ty), mask=inside)
 
 
+def fake_quant_all(
+    ws: Sequence[Tensor],
+    clip_factors: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    on: Tensor,
+    floor: float,
+    multiple: int,
+    full_range: bool,
+    dtype: torch.dtype,
+    with_scales: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(values, scales): every w (R, C) on its grid, or w where on is 0, cast to `dtype`; the steps
+    (R,) in fp32, or no list of them if nobody asks. Up to MATRICES of them in one launch.
+
+    Every w is fp32 or bf16, all alike, with a contiguous last dimension; clip factors (R,) are fp32
+    and contiguous; bits and on are 0-d fp32 tensors on the same device, on 0 or 1.
+    """
+    values = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in ws]
+    scales = [torch.empty(w.shape[:1], dtype=torch.float32, device=w.device) for w in ws]
+    scales = scales if with_scales else [None] * len(ws)
+    for start in range(0, len(ws), MATRICES):
+        part = slice(start, start + MATRICES)
+        columns = [w.size(1) for w in ws[part]]
+        config = pick("fake_quant_forward_kernel", columns=max(columns))
+        largest = config.blocks["BLOCK"]
+        ends = tuple(itertools.accumulate((w.size(0) for w in ws[part]), initial=0))
+        with on_device_of(ws[0]):
+            launch(
+                fake_quant_forward_kernel,
+                (ends[-1],),
+                config,
+                ws=tuple(ws[part]),
+                clip_factors=tuple(clip_factors[part]),
+                bits=tuple(bits[part]),
+                on=on,
+                values=tuple(values[part]),
+                scales=tuple(scales[part]),
+                first_rows=ends,
+                columns=tuple(columns),
+                strides=tuple(w.stride(0) for w in ws[part]),
+                floor=floor,
+                MULTIPLE=multiple,
+                FULL_RANGE=full_range,
+                BLOCKS=tuple(min(triton.next_power_of_2(c), largest) for c in columns),
+                ONE_BLOCK=max(columns) <= largest,
+            )
+    return values, scales if with_scales else []
+
+
 def fake_quant(
     w: Tensor,
     clip_factor: Tensor,
@@ -145,33 +216,10 @@ def fake_quant(
     multiple: int,
     full_range: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(value, scale): w (R, C) on its grid, or w where on is 0, contiguous; the steps (R,) in fp32.
-
-    w is fp32 or bf16 with a contiguous last dimension, clip_factor (R,) fp32 and contiguous, bits
-    and on are 0-d fp32 tensors on w's device, on 0 or 1.
-    """
-    rows, columns = w.shape
-    value = torch.empty((rows, columns), dtype=w.dtype, device=w.device)
-    scale = torch.empty((rows,), dtype=torch.float32, device=w.device)
-    config = pick("fake_quant_forward_kernel", columns=columns)
-    with on_device_of(w):
-        launch(
-            fake_quant_forward_kernel,
-            (rows,),
-            config,
-            w=w,
-            clip_factor=clip_factor,
-            bits=bits,
-            on=on,
-            value=value,
-            scale=scale,
-            columns=columns,
-            stride=w.stride(0),
-            floor=floor,
-            MULTIPLE=multiple,
-            FULL_RANGE=full_range,
-            ONE_BLOCK=columns <= config.blocks["BLOCK"],
-        )
+    """(value, scale) of one matrix, in w's dtype; arguments as in `fake_quant_all`."""
+    (value,), (scale,) = fake_quant_all(
+        [w], [clip_factor], [bits], on, floor, multiple, full_range, w.dtype, True
+    )
     return value, scale
 
 

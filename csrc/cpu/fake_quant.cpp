@@ -82,8 +82,8 @@ void fake_quant(const FakeQuantShape& shape, Rows w, const float* clip_factor, v
       F* steps = static_cast<F*>(scale);
       // All steps of the range first: codes would have to wait for the step of their own row.
       for (int64_t r = begin; r < end; ++r) {
-        const F clip = largest_magnitude(rows + r * w.row_stride, shape.cols) * clip_factor[r];
-        steps[r] = fake_quant_step(clip, grid);
+        const F amax = largest_magnitude(rows + r * w.row_stride, shape.cols);
+        steps[r] = fake_quant_step(amax, static_cast<F>(clip_factor[r]), grid);
       }
       for (int64_t r = begin; r < end; ++r) {
         const T* from = rows + r * w.row_stride;

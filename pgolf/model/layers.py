@@ -4,7 +4,7 @@ Module and parameter names are those of the contest's public scripts, so that th
 load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import bigram_rows
-from pgolf.ops.fake_quant import fake_quant
+from pgolf.ops.fake_quant import fake_quant_all
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
@@ -43,15 +43,32 @@ class Matrix(nn.Module):
         self.register_buffer("qat_bits", torch.tensor(float(bits), device=device))
         self.register_buffer("qat_on", switch)
 
-    def cast(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the forward pass uses it."""
-        w = self.weight
-        if self.grid is not None:
-            w = fake_quant(w, self.qat_clip, self.qat_bits, self.qat_on, **self.grid)
-        return w.to(dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.cast(x.dtype))
+        return F.linear(x, *cast_all([self], x.dtype))
+
+
+def cast_all(matrices: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as the forward pass uses them; those of one grid are quantised together.
+
+    All that have a grid share one switch.
+    """
+    weights = [m.weight.to(dtype) if m.grid is None else m.weight for m in matrices]
+    left = [i for i, m in enumerate(matrices) if m.grid is not None]
+    while left:
+        alike = [i for i in left if matrices[i].grid == matrices[left[0]].grid]
+        together = [matrices[i] for i in alike]
+        quantised = fake_quant_all(
+            [m.weight for m in together],
+            [m.qat_clip for m in together],
+            [m.qat_bits for m in together],
+            together[0].qat_on,
+            dtype=dtype,
+            **together[0].grid,
+        )
+        for i, weight in zip(alike, quantised, strict=True):
+            weights[i] = weight
+        left = [i for i in left if i not in alike]
+    return weights
 
 
 class Attention(nn.Module):
@@ -67,21 +84,31 @@ class Attention(nn.Module):
         self.proj = Matrix(config.dim, config.dim)
         self.q_gain = nn.Parameter(torch.empty(config.heads))
 
+    def matrices(self) -> list[Matrix]:
+        """In the order in which `forward` takes their weights."""
+        return [self.c_q, self.c_k, self.c_v, self.proj]
+
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
+        self,
+        h: Tensor,
+        weights: Sequence[Tensor],
+        rope: tuple[Tensor, Tensor],
+        value: Tensor | None,
+        backend: str,
     ) -> Tensor:
-        """h (N, T, D) normed; value (N, T, G d) is added to v."""
+        """h (N, T, D) normed; weights cast; value (N, T, G d) is added to v."""
         c = self.config
         batch, time, _ = h.shape
-        q = self.c_q(h).view(batch, time, c.heads, -1)
-        k = self.c_k(h).view(batch, time, c.kv_heads, -1)
-        v = self.c_v(h)
+        w_q, w_k, w_v, w_out = weights
+        q = F.linear(h, w_q).view(batch, time, c.heads, -1)
+        k = F.linear(h, w_k).view(batch, time, c.kv_heads, -1)
+        v = F.linear(h, w_v)
         v = (v if value is None else v + value).view(batch, time, c.kv_heads, -1)
         q, k = qk_rope(q, k, *rope, self.q_gain, c.norm_eps, c.qk_norm)
         y = attention(q, k, v, backend)
         if self.exclusive:
             y = xsa(y, v, self.xsa_impl)
-        return self.proj(y.reshape(batch, time, -1))
+        return F.linear(y.reshape(batch, time, -1), w_out)
 
 
 class MLP(nn.Module):
@@ -94,8 +121,13 @@ class MLP(nn.Module):
         self.proj = Matrix(config.dim, config.mlp_hidden)
         self.slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
 
-    def forward(self, h: Tensor) -> Tensor:
-        w_up, w_down = self.fc.cast(h.dtype), self.proj.cast(h.dtype)
+    def matrices(self) -> list[Matrix]:
+        """In the order in which `forward` takes their weights."""
+        return [self.fc, self.proj]
+
+    def forward(self, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """h (N, T, D) normed; weights cast."""
+        w_up, w_down = weights
         return leaky_relu2_mlp(h, w_up, w_down, self.slope, impl=self.impl)
 
 
@@ -118,10 +150,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
     ) -> Tensor:
+        weights = cast_all([*self.attn.matrices(), *self.mlp.matrices()], x.dtype)
         x, h = residual_norm(x, x0, self.resid_mix, self.norm_scale, self.eps)
-        x = x + self.attn_scale.to(x.dtype) * self.attn(h, rope, value, backend)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(h, weights[:-2], rope, value, backend)
         x, h = residual_norm(x, x0, None, self.norm_scale, self.eps)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(h)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(h, weights[-2:])
 
 
 class Table(nn.Module):

@@ -1,26 +1,23 @@
-"""Integer grids per row: the one definition that export, decoding and late QAT share.
+"""Fake quantisation: weights as their integer grid will decode them, in the forward pass.
 
-A row of weights is stored as signed codes of k bits and one fp16 step s:
-
-    qmax  = 2^(k-1) - 1
-    s     = fp16(max(clip, floor) / qmax)          clip: the largest magnitude that is kept
-    code  = clamp(round_half_even(w / s), -qmax, qmax)
-    value = code * s
-
-Fake quantisation replaces w by `value` in the forward pass and passes the gradient straight
+The grid is that of `int_grid`, which export uses: to the bit in eager mode, compiled for a CPU, and
+in our kernels, which round divisions correctly. (Code that torch.compile makes of the reference for
+a GPU may divide approximately and move a weight on a tie by one code.) The gradient passes straight
 through (Bengio et al. 2013, arXiv 1308.3432), except, if asked, for weights whose code was clipped.
-Codes divide by the step that is stored, so training sees what is decoded: to the bit in eager mode,
-compiled for a CPU, and in our kernels, which round divisions correctly. Code that torch.compile
-makes of the reference for a GPU may divide approximately and move a weight on a tie by one code.
-Shapes: w (R, C), clip and scale (R,).
+
+A model casts its weights right after; the operator takes the cast in, and several matrices in one
+launch: alone it would only add launches to what torch.compile fuses anyway.
+Shapes: w (R, C), clip_factor (R,), steps (R,); bits and on 0-d.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.int_grid import grid
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Implementation,
@@ -38,75 +35,6 @@ from pgolf.ops.registry import (
     unit_stride,
 )
 
-SMALLEST_STEP = 2.0**-24  # least positive fp16: an all-zero row must not divide by zero
-LARGEST_STEP = 65504.0
-
-
-def _round_fp16(x: Tensor) -> Tensor:
-    """x (fp32, SMALLEST_STEP to LARGEST_STEP) to the nearest fp16 number, ties to even.
-
-    Not .half().float(): torch.compile drops such a pair of casts, and training would then divide by
-    steps that are not the stored ones.
-    """
-    bits = x.view(torch.int32)
-    normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
-    subnormal = (x + 0.75) - 0.75  # fp32 between 0.5 and 1 is spaced as fp16 below 2^-14
-    return torch.where(x < 2.0**-14, subnormal, normal)
-
-
-def _qmax(bits: int | Tensor, like: Tensor) -> Tensor:
-    """Largest code, as a tensor: CUDA divides by a Python number through its rounded reciprocal."""
-    levels = torch.as_tensor(2 ** (bits - 1), dtype=like.dtype, device=like.device)
-    return levels.round() - 1  # a GPU's power function need not be exact
-
-
-def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
-    """Step of each row, rounded to fp16 but held in clip's dtype.
-
-    Args:
-        clip: (R,) magnitudes that the largest code stands for.
-        bits: bits a code, 4 to 8; a 0-d tensor keeps a compiled graph free of recompiles.
-        floor: least clip; the seed scripts use 1.0.
-    """
-    step = clip.clamp_min(floor) / _qmax(bits, clip)
-    return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)
-
-
-def _nearest(w: Tensor, scale: Tensor, multiple: int) -> Tensor:
-    """Codes before clipping."""
-    codes = torch.round(w / scale[:, None])
-    return codes if multiple == 1 else torch.round(codes / multiple) * multiple
-
-
-def _clip(codes: Tensor, bits: int | Tensor, full_range: bool) -> Tensor:
-    qmax = _qmax(bits, codes)
-    return codes.clamp(-qmax - 1 if full_range else -qmax, qmax)
-
-
-def row_codes(
-    w: Tensor, scale: Tensor, bits: int | Tensor, multiple: int = 1, full_range: bool = False
-) -> Tensor:
-    """Codes of w (R, C) for steps scale (R,), as whole numbers in w's dtype.
-
-    Args:
-        multiple: codes are rounded to a multiple of it (PR 543 stores int8 multiples of 4).
-        full_range: use -qmax - 1 too (PR 531).
-    """
-    return _clip(_nearest(w, scale, multiple), bits, full_range)
-
-
-def grid(
-    w: Tensor, clip_factor: Tensor, bits: Tensor, floor: float, multiple: int, full_range: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, steps, whether the clip left the code as it was) of w (R, C), which is fp32 or fp64.
-
-    The one way from weights to what is decoded, for export and for late QAT.
-    """
-    scale = row_scale(w.abs().amax(dim=1) * clip_factor, bits, floor)
-    codes = _nearest(w, scale, multiple)
-    clipped = _clip(codes, bits, full_range)
-    return clipped * scale[:, None], scale, codes == clipped
-
 
 def reference(
     w: Tensor,
@@ -117,6 +45,7 @@ def reference(
     multiple: int = 1,
     full_range: bool = False,
     clip_mask: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`fake_quant` in plain torch."""
     wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
@@ -124,10 +53,10 @@ def reference(
     value = torch.where(on > 0, value.to(w.dtype), w.detach())
     through = torch.where(inside | (on <= 0), w, w.detach()) if clip_mask else w
     # The bracket is 0 where w is finite: the value comes out to the bit, w keeps the gradient.
-    return value + (through - through.detach())
+    return (value + (through - through.detach())).to(dtype or w.dtype)
 
 
-def _check(w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor, multiple: int) -> None:
+def _check(w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor) -> None:
     if w.dim() != 2:
         raise ValueError(f"fake_quant: w is {tuple(w.shape)}: it has to be (rows, columns)")
     if not w.size(1):
@@ -147,8 +76,6 @@ def _check(w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor, multiple: i
     for name, t in (("clip_factor", clip_factor), ("bits", bits), ("on", on)):
         if t.device != w.device:
             raise ValueError(f"fake_quant: {name} is on {t.device}, w on {w.device}")
-    if multiple < 1:
-        raise ValueError(f"fake_quant: multiple={multiple}: it has to be 1 or more")
 
 
 def check_bits(bits: float) -> None:
@@ -172,6 +99,7 @@ def fake_quant(
     multiple: int = 1,
     full_range: bool = False,
     clip_mask: bool = False,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """w (R, C) as it will be decoded, with a straight-through gradient.
@@ -182,12 +110,13 @@ def fake_quant(
         bits: bits a code, 4 to 8; a 0-d fp32 tensor on w's device can change without recompiling.
             Kernels on a GPU cannot raise: they answer a tensor out of range with NaN.
         on: above 0 applies the grid, 0 returns w; a 0-d fp32 tensor likewise.
-        floor, multiple, full_range: of the grid, as in `row_scale` and `row_codes`.
+        floor, multiple, full_range: of the grid, as in `int_grid`.
         clip_mask: no gradient for weights whose code was clipped.
+        dtype: of the result; w's if None.
         impl: 'auto', 'reference', 'cpu' (C++) or 'triton' (fp32, bf16).
 
     Returns:
-        (R, C) in w's dtype. A weight that is not finite stays visible, as NaN.
+        (R, C) contiguous. A row with a weight that is not finite is NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices or bits do not fit; says which and what would.
@@ -196,13 +125,42 @@ def fake_quant(
     if not isinstance(bits, Tensor):
         check_bits(bits)
     bits, on = _scalar(bits, w), _scalar(on, w)
-    _check(w, clip_factor, bits, on, multiple)
-    impl = resolve("fake_quant", impl, w)
+    options = (floor, multiple, full_range, clip_mask, dtype, impl)
+    return fake_quant_all([w], [clip_factor], [bits], on, *options)[0]
+
+
+def fake_quant_all(
+    ws: Sequence[Tensor],
+    clip_factors: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    on: Tensor,
+    floor: float = 0.0,
+    multiple: int = 1,
+    full_range: bool = False,
+    clip_mask: bool = False,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """`fake_quant` of several matrices of one dtype and device, in one launch where that helps.
+
+    Args:
+        ws, clip_factors, bits: one a matrix, as in `fake_quant`; bits as tensors.
+        on, floor, multiple, full_range, clip_mask, dtype, impl: for all.
+    """
+    if multiple < 1:
+        raise ValueError(f"fake_quant: multiple={multiple}: it has to be 1 or more")
+    for arguments in zip(ws, clip_factors, bits, strict=True):
+        _check(*arguments, on)
+    check_alike("fake_quant", **{f"matrix {i}": w for i, w in enumerate(ws)})
+    impl, dtype = resolve("fake_quant", impl, ws[0]), dtype or ws[0].dtype
+    options = (floor, multiple, full_range, clip_mask, dtype)
     if impl == "reference":
-        if bits.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_bits(bits.item())
-        return reference(w, clip_factor, bits, on, floor, multiple, full_range, clip_mask)
-    return _forward(w, clip_factor, bits, on, floor, multiple, full_range, clip_mask, impl)[0]
+        if on.device.type == "cpu" and not torch.compiler.is_compiling():
+            for k in bits:
+                check_bits(k.item())
+        each = zip(ws, clip_factors, bits, strict=True)
+        return [reference(*arguments, on, *options) for arguments in each]
+    return _forward(ws, clip_factors, bits, on, *options, impl)[: len(ws)]
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -210,25 +168,32 @@ def fake_quant(
 
 @torch.library.custom_op("pgolf::fake_quant", mutates_args=())
 def _forward(
-    w: Tensor,
-    clip_factor: Tensor,
-    bits: Tensor,
+    ws: Sequence[Tensor],
+    clip_factors: Sequence[Tensor],
+    bits: Sequence[Tensor],
     on: Tensor,
     floor: float,
     multiple: int,
     full_range: bool,
     clip_mask: bool,
+    dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
+    """The values, then, if the gradient needs them, the steps."""
     forward = launcher("fake_quant", impl, "forward")
-    factors = clip_factor.contiguous()
-    return forward(unit_stride(w), factors, bits, on, floor, multiple, full_range)
+    values, scales = forward(
+        [unit_stride(w) for w in ws],
+        [factor.contiguous() for factor in clip_factors],
+        bits, on, floor, multiple, full_range, dtype, clip_mask,
+    )  # fmt: skip
+    return [*values, *scales]
 
 
 @_forward.register_fake
-def _(w, clip_factor, bits, on, floor, multiple, full_range, clip_mask, impl):
-    dtype = torch.promote_types(w.dtype, torch.float32)
-    return w.new_empty(w.shape), w.new_empty(w.shape[:1], dtype=dtype)
+def _(ws, clip_factors, bits, on, floor, multiple, full_range, clip_mask, dtype, impl):
+    wide = torch.promote_types(ws[0].dtype, torch.float32)
+    scales = [w.new_empty(w.shape[:1], dtype=wide) for w in ws] if clip_mask else []
+    return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *scales]
 
 
 @torch.library.custom_op("pgolf::fake_quant_backward", mutates_args=())
@@ -251,18 +216,22 @@ def _(dout, w, scale, bits, on, multiple, full_range, impl):
     return w.new_empty(w.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    w, _, bits, on, _, ctx.multiple, ctx.full_range, ctx.clip_mask, ctx.impl = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ws, _, bits, on, _, ctx.multiple, ctx.full_range, ctx.clip_mask, _, ctx.impl = inputs
+    ctx.count, ctx.dtype = len(ws), ws[0].dtype
     if ctx.clip_mask:
-        ctx.save_for_backward(w, output[1], bits, on)
+        ctx.save_for_backward(on, *ws, *output[ctx.count :], *bits)
 
 
-def _gradient(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple:
-    dw = dout
+def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
+    n = ctx.count
+    dws = [None if dout is None else dout.to(ctx.dtype) for dout in douts[:n]]
     if ctx.clip_mask:
-        w, scale, bits, on = ctx.saved_tensors
-        dw = _backward(dout, w, scale, bits, on, ctx.multiple, ctx.full_range, ctx.impl)
-    return dw, *(None,) * 8
+        on, *rest = ctx.saved_tensors
+        saved = zip(dws, rest[:n], rest[n : 2 * n], rest[2 * n :], strict=True)
+        options = (on, ctx.multiple, ctx.full_range, ctx.impl)
+        dws = [dw if dw is None else _backward(dw, *tensors, *options) for dw, *tensors in saved]
+    return dws, [None] * n, [None] * n, *(None,) * 7
 
 
 _forward.register_autograd(_gradient, setup_context=_setup_context)
@@ -272,23 +241,29 @@ _forward.register_autograd(_gradient, setup_context=_setup_context)
 
 
 def _cpu_forward(
-    w: Tensor,
-    clip_factor: Tensor,
-    bits: Tensor,
+    ws: Sequence[Tensor],
+    clip_factors: Sequence[Tensor],
+    bits: Sequence[Tensor],
     on: Tensor,
     floor: float,
     multiple: int,
     full_range: bool,
-) -> tuple[Tensor, Tensor]:
-    check_bits(bits.item())
-    value = torch.empty(w.shape, dtype=w.dtype)
-    scale = torch.empty(w.shape[:1], dtype=torch.promote_types(w.dtype, torch.float32))
-    extension.load().fake_quant(
-        w.data_ptr(), clip_factor.data_ptr(), value.data_ptr(), scale.data_ptr(),
-        DTYPE_CODES[w.dtype], *w.shape, w.stride(0), int(bits), bool(on > 0),
-        floor, multiple, full_range, torch.get_num_threads(),
-    )  # fmt: skip
-    return value, scale
+    dtype: torch.dtype,
+    with_scales: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    values, scales, switch = [], [], bool(on.item() > 0)
+    for w, factor, k in zip(ws, clip_factors, map(Tensor.item, bits), strict=True):
+        check_bits(k)
+        value = torch.empty(w.shape, dtype=w.dtype)
+        scale = torch.empty(w.shape[:1], dtype=torch.promote_types(w.dtype, torch.float32))
+        extension.load().fake_quant(
+            w.data_ptr(), factor.data_ptr(), value.data_ptr(), scale.data_ptr(),
+            DTYPE_CODES[w.dtype], *w.shape, w.stride(0), int(k), switch,
+            floor, multiple, full_range, torch.get_num_threads(),
+        )  # fmt: skip
+        values.append(value.to(dtype))
+        scales.append(scale)
+    return values, scales if with_scales else []
 
 
 def _cpu_backward(
@@ -329,6 +304,7 @@ def samples() -> list[Sample]:
         Sample("3x100 int5 full range", make(3, 100, 5, full_range=True, clip_mask=True)),
         Sample("9x17 int8/4 sliced", make(9, 17, 8, sliced=True, multiple=4, clip_mask=True)),
         Sample("4x40 int7 floor", make(4, 40, 7, floor=1.0)),
+        Sample("6x48 to bf16", make(6, 48, 5, dtype=torch.bfloat16)),
         Sample("4x40 off", make(4, 40, 6, on=False, clip_mask=True)),
         Sample("0x16", make(0, 16, 6)),
         Sample("512x512 int6", make(512, 512, 6), bench=True),
@@ -346,12 +322,14 @@ def cost(
     multiple: int = 1,
     full_range: bool = False,
     clip_mask: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Work, Work]:
-    """Forward reads w once and writes values and steps; backward works only with a clip mask."""
-    scale = w.size(0) * torch.promote_types(w.dtype, torch.float32).itemsize
-    masked = Work(0, nbytes(w, w, bits, on) + scale, nbytes(w))
+    """Forward reads w once and writes the values; with a clip mask, steps too, and a backward."""
+    values = w.numel() * (dtype or w.dtype).itemsize
+    steps = w.size(0) * torch.promote_types(w.dtype, torch.float32).itemsize
+    masked = Work(0, nbytes(w, w, bits, on) + steps, nbytes(w))
     return (
-        Work(0, nbytes(w, clip_factor, bits, on), nbytes(w) + scale),
+        Work(0, nbytes(w, clip_factor, bits, on), values + steps * clip_mask),
         masked if clip_mask else Work(0, 0, 0),
     )
 
@@ -373,7 +351,7 @@ OPERATOR = register(
                 "cuda",
                 (torch.float32, torch.bfloat16),
                 {
-                    "forward": lazily("fake_quant", "fake_quant"),
+                    "forward": lazily("fake_quant", "fake_quant_all"),
                     "backward": lazily("fake_quant", "fake_quant_backward"),
                 },
                 no_triton,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pgolf.ops.fake_quant import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_scale
 from pgolf.quant.policy import TensorPlan
 
 CHUNK = 1 << 21  # elements worked on at a time: bounds the memory, and stays near the caches

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from pgolf.config import ModelConfig
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
-from pgolf.ops.fake_quant import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_scale
 
 from .test_gpt_spec import randomised
 

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.ops.fake_quant import fake_quant, row_codes, row_scale
+from pgolf.ops import fake_quant, fake_quant_all
+from pgolf.ops.int_grid import row_codes, row_scale
+
+from ..triton.interpreter import repair
+
+repair()
 
 BITS = (4, 5, 6, 7, 8)
 ONE, ZERO = torch.ones(()), torch.zeros(())
@@ -207,3 +212,31 @@ def test_steps_round_as_fp16_does() -> None:
     ]
     x = torch.cat(around).clamp(2.0**-24, 65504)
     assert torch.equal(row_scale(x * 7, 4), x.half().float())
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("clip_mask", [False, True])
+def test_several_matrices_are_each_alone(impl: str, clip_mask: bool) -> None:
+    """In one call, with bits of their own; more than one launch of the Triton kernel takes."""
+    shapes = [(3, 8), (5, 40), (1, 8), (4, 16), (2, 33), (6, 8), (7, 24), (2, 8), (3, 48), (1, 1)]
+    ws = [weights(*shape).requires_grad_() for shape in shapes]
+    factors = [torch.linspace(0.5, 1, rows) for rows, _ in shapes]
+    bits = [torch.tensor(float(4 + i % 5)) for i in range(len(shapes))]
+    options = dict(clip_mask=clip_mask, dtype=torch.bfloat16)
+    together = fake_quant_all(ws, factors, bits, ONE, **options, impl=impl)
+    upstream = [torch.randn_like(value) for value in together]
+    gradients = torch.autograd.grad(together, ws, upstream)
+    for w, factor, k, value, up, gradient in zip(
+        ws, factors, bits, together, upstream, gradients, strict=True
+    ):
+        alone = fake_quant(w, factor, k, ONE, **options, impl="reference")
+        assert value.dtype is torch.bfloat16 and torch.equal(value, alone)
+        assert torch.equal(gradient, torch.autograd.grad(alone, w, up)[0])
+
+
+def test_matrices_that_nothing_flows_back_to() -> None:
+    ws = [weights(3, 8).requires_grad_(), weights(4, 8).requires_grad_()]
+    bits = [torch.tensor(6.0)] * 2
+    first, _ = fake_quant_all(ws, [torch.ones(3), torch.ones(4)], bits, ONE, clip_mask=True)
+    first.sum().backward()
+    assert (ws[0].grad == 1).all() and (ws[1].grad is None or not ws[1].grad.any())

@@ -142,6 +142,6 @@ def test_fake_quant(data, dtype, rows, columns, bits, on, mask) -> None:
     full = data.draw(st.booleans())
 
     def call(w, impl):
-        return fake_quant(w, factor, bits, on, floor, multiple, full, mask, impl)
+        return fake_quant(w, factor, bits, on, floor, multiple, full, mask, impl=impl)
 
     agree(call, [w], 0, scalar_like(dtype))  # to the bit

@@ -129,15 +129,17 @@ def test_opcheck(operator: Operator, impl: str, sample: Sample) -> None:
     for func, args, kwargs in recorder.calls:
         names = [a.name for a in func._schema.arguments]
         first = func is recorder.calls[0][0]
-        args = tuple(
-            a.detach().requires_grad_(first and n in operator.differentiable)
-            if isinstance(a, Tensor) and a.numel()  # opcheck cannot copy an empty view
-            else a.new_empty(a.shape)
-            if isinstance(a, Tensor)
-            else a
-            for n, a in zip(names, args, strict=False)
-        )
-        torch.library.opcheck(func, args, kwargs)
+
+        def fresh(name: str, value: object, first: bool = first) -> object:
+            if isinstance(value, list):
+                return [fresh(name.removesuffix("s"), item) for item in value]
+            if not isinstance(value, Tensor):
+                return value
+            if not value.numel():  # opcheck cannot copy an empty view
+                return value.new_empty(value.shape)
+            return value.detach().requires_grad_(first and name in operator.differentiable)
+
+        torch.library.opcheck(func, tuple(map(fresh, names, args)), kwargs)
 
 
 def one_each(with_reference: bool) -> list:
