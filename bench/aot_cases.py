@@ -114,7 +114,12 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _fake_quant() -> Iterator[Case]:
-    from pgolf.triton_kernels.fake_quant import fake_quant, fake_quant_backward
+    from pgolf.triton_kernels.fake_quant import (
+        MATRICES,
+        fake_quant,
+        fake_quant_all,
+        fake_quant_backward,
+    )
 
     scalar = _meta(dtype=torch.float32)
     grids = [(shape, 1, False) for shape in WEIGHTS] + [(WEIGHTS[0], 4, True)]
@@ -129,3 +134,13 @@ def _fake_quant() -> Iterator[Case]:
 
             grid = f", full range of multiples of {multiple}" if full_range else ""
             yield Case(f"{name} {rows}x{columns}{grid}", name, both)
+    # One layer's weights and more, from fp32 to bf16 as the model uses them: no scales.
+    ws = [_meta(*WEIGHTS[i % 2], dtype=torch.float32) for i in range(MATRICES)]
+    clips = [_meta(w.size(0), dtype=torch.float32) for w in ws]
+    scalars = [scalar] * MATRICES
+    yield Case(
+        f"fp32 to bf16, {MATRICES} matrices", "bf16",
+        lambda: fake_quant_all(
+            ws, clips, scalars, scalar, 0.0, 1, False, torch.bfloat16, with_scales=False
+        ),
+    )  # fmt: skip

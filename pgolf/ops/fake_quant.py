@@ -160,7 +160,9 @@ def fake_quant_all(
                 check_bits(k.item())
         each = zip(ws, clip_factors, bits, strict=True)
         return [reference(*arguments, on, *options) for arguments in each]
-    return _forward(ws, clip_factors, bits, on, *options, impl)[: len(ws)]
+    if torch.compiler.is_compiling():
+        return _forward(ws, clip_factors, bits, on, *options, impl)[: len(ws)]
+    return list(_Eager.apply(on, options, impl, *ws, *clip_factors, *bits))
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -216,14 +218,14 @@ def _(dout, w, scale, bits, on, multiple, full_range, impl):
     return w.new_empty(w.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ws, _, bits, on, _, ctx.multiple, ctx.full_range, ctx.clip_mask, _, ctx.impl = inputs
     ctx.count, ctx.dtype = len(ws), ws[0].dtype
     if ctx.clip_mask:
         ctx.save_for_backward(on, *ws, *output[ctx.count :], *bits)
 
 
-def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
+def _weight_gradients(ctx: Any, douts: Sequence[Tensor | None]) -> list[Tensor | None]:
     n = ctx.count
     dws = [None if dout is None else dout.to(ctx.dtype) for dout in douts[:n]]
     if ctx.clip_mask:
@@ -231,10 +233,33 @@ def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
         saved = zip(dws, rest[:n], rest[n : 2 * n], rest[2 * n :], strict=True)
         options = (on, ctx.multiple, ctx.full_range, ctx.impl)
         dws = [dw if dw is None else _backward(dw, *tensors, *options) for dw, *tensors in saved]
-    return dws, [None] * n, [None] * n, *(None,) * 7
+    return dws
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
+    nothing = [None] * ctx.count
+    return _weight_gradients(ctx, douts), nothing, nothing, *(None,) * 7
+
+
+_forward.register_autograd(_gradient, setup_context=_remember)
+
+
+class _Eager(torch.autograd.Function):
+    """The same gradient without torch.library's autograd layer, which takes lists apart slowly:
+    0.1 ms a call, a third of the time of quantising 1536 x 512 weights on two cores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, on: Tensor, options: tuple, impl: str, *tensors: Tensor) -> tuple:
+        n = len(tensors) // 3
+        inputs = (tensors[:n], tensors[n : 2 * n], tensors[2 * n :], on, *options, impl)
+        output = _forward(*inputs)
+        _remember(ctx, inputs, output)
+        return tuple(output[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple:
+        return None, None, None, *_weight_gradients(ctx, douts), *(None,) * (2 * ctx.count)
 
 
 # --- implementations ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .runner import judge, run, run_original  # noqa: E402
 
 SURVIVORS = Path(__file__).with_name("survivors.json")  # kernel -> mutant -> why it is no mistake
 SEED = 1
-COUNT = 32
+COUNT = 40
 SHARE = 0.9  # of those that run have to be noticed
 # What is refused because of types or shapes proves nothing about the checks.
 REFUSED = ("InterpreterError", "CompilationError", "SyntaxError", "NameError")

@@ -176,6 +176,27 @@ def fake_quant_in_general() -> None:
     t.test_strided_rows(FP32)
 
 
+def fake_quant_of_several_matrices() -> None:
+    """One launch: other widths, strides, bits and scales, and rows longer than a block."""
+    small_tiles("fake_quant", BLOCK=128)
+    from pgolf.triton_kernels.fake_quant import fake_quant_all
+    from tests.triton import test_fake_quant as t
+
+    on = torch.tensor(1.0)
+    for shapes in ([(3, 70), (5, 20), (2, 128)], [(3, 70), (1, 300), (4, 7)]):
+        inputs = [t.weights(*shape, FP32, seed) for seed, shape in enumerate(shapes)]
+        ws, clips = zip(*inputs, strict=True)
+        bits = [torch.tensor(4.0 + i) for i in range(3)]
+        with t.GuardZones() as zones:
+            ws, clips, bits = ([zones.input(x) for x in some] for some in (ws, clips, bits))
+            values, scales = fake_quant_all(ws, clips, bits, on, 0.0, 1, False, BF16, True)
+        for i, (value, scale) in enumerate(zip(values, scales, strict=True)):
+            wanted, step, _ = t.defined(ws[i], clips[i], 4 + i, 0.0, 1, False)
+            assert t.same_bits(value, wanted.to(BF16)) and t.same_bits(scale, step)
+        again, none = fake_quant_all(ws, clips, bits, on, 0.0, 1, False, BF16, False)
+        assert none == [] and all(map(torch.equal, again, values))
+
+
 def fake_quant_of_long_rows() -> None:
     from tests.triton import test_fake_quant as t
 
@@ -218,6 +239,6 @@ CHECKS = {
         newton_schulz_touches_nothing_else,
         newton_schulz_triangle_with_a_gpus_square_root,
     ],
-    "fake_quant_forward_kernel": FAKE_QUANT,
+    "fake_quant_forward_kernel": [*FAKE_QUANT, fake_quant_of_several_matrices],
     "fake_quant_backward_kernel": FAKE_QUANT,
 }
