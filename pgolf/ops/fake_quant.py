@@ -384,7 +384,7 @@ OPERATOR = register(
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("triton", "fewer bytes than compiled (python -m bench count)")],
+            "cuda": [("triton", "fewer launches than compiled (python -m bench count)")],
         },
         samples=samples,
         cost=cost,

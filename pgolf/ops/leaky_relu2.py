@@ -229,7 +229,8 @@ OPERATOR = register(
             )
         },
         preferred={
-            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cpu": [("cpu", "C++, faster than eager (python -m bench ops)")],
+            "cpu compiled": [("reference", "torch.compile is as fast in fp32, faster in bf16")],
             "cuda": [("reference", "a lone pointwise kernel would only break Inductor's fusion")],
         },
         samples=samples,

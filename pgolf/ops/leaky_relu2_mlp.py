@@ -240,7 +240,8 @@ OPERATOR = register(
             ),
         },
         preferred={
-            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cpu": [("cpu", "C++, faster than eager (python -m bench ops)")],
+            "cpu compiled": [("reference", "torch.compile is as fast in fp32, faster in bf16")],
             "cuda": [("triton", "fewer bytes than compiled (python -m bench count)")],
         },
         samples=samples,

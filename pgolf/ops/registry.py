@@ -95,7 +95,8 @@ class Operator:
         reference: the same function in plain torch.
         differentiable: names of the arguments that have gradients.
         implementations: by name, apart from the reference.
-        preferred: device type -> (implementation, reason), the order in which `auto` tries them.
+        preferred: device type -> (implementation, reason), the order in which `auto` tries them;
+            'cpu compiled' is the order under torch.compile where that is another one.
         samples: arguments for tests and benchmarks.
         cost: least work (forward, backward) for a sample's arguments.
     """
@@ -164,7 +165,9 @@ def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> 
 
 
 @functools.cache
-def choose(name: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
+def choose(
+    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool = False
+) -> Choice:
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
     'auto' is the environment's choice (PGOLF_OPS) if there is one, else the first implementation in
@@ -188,7 +191,10 @@ def choose(name: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
             raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
         return Choice(impl, reason)
     rejected = []
-    for candidate, why in operator.preferred.get(device, ()):
+    order = operator.preferred.get(device, ())
+    if compiled:
+        order = operator.preferred.get(f"{device} compiled", order)
+    for candidate, why in order:
         if candidate == "reference":
             return Choice(candidate, why)
         problem = _problem(operator, candidate, device, dtype)
@@ -198,29 +204,32 @@ def choose(name: str, impl: str, device: str, dtype: torch.dtype) -> Choice:
     return Choice("reference", "; ".join(rejected) or f"nothing faster is known on {device}")
 
 
-def choose_all(text: str, device: str, dtype: torch.dtype) -> dict[str, Choice]:
-    """The choice of every operator for a run.
+def choose_all(
+    text: str, device: str, dtype: torch.dtype, compiled: bool
+) -> dict[str, Choice]:
+    """The choice of every operator for a run, whose model torch.compile compiles or not.
 
     Raises:
         ConfigError: `text` is malformed, or asks for what cannot run here.
     """
     wanted = parse(text)
     try:
-        return {n: choose(n, wanted.get(n, "auto"), device, dtype) for n in OPERATORS}
+        return {n: choose(n, wanted.get(n, "auto"), device, dtype, compiled) for n in OPERATORS}
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
 
 
 @torch.compiler.assume_constant_result
-def _resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    return choose(name, impl, device, dtype).impl
+def _resolve(name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool) -> str:
+    return choose(name, impl, device, dtype, compiled).impl
 
 
 def resolve(name: str, impl: str, tensor: Tensor) -> str:
     """The implementation that runs for `tensor`; a constant under torch.compile."""
     if impl == "reference":
         return impl
-    return _resolve(name, impl, tensor.device.type, tensor.dtype)
+    compiled = torch.compiler.is_compiling()
+    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled)
 
 
 def launcher(name: str, impl: str, function: str) -> Callable:

@@ -28,7 +28,7 @@ from pgolf.train.finish import pack_to_budget, score_artifact, write_result
 from pgolf.train.interrupt import Interrupt
 from pgolf.train.ranks import Ranks
 from pgolf.train.run_folder import RunFolder
-from pgolf.train.trainer import Trainer
+from pgolf.train.trainer import Trainer, compiles
 
 DEFAULT_DATA = Path("data")
 
@@ -92,7 +92,9 @@ def build(
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
-    ops = registry.choose_all(config.run.ops, ranks.device.type, dtype)
+    ops = registry.choose_all(
+        config.run.ops, ranks.device.type, dtype, compiles(config, ranks.device)
+    )
     model = GPT(
         config.model,
         dtype,

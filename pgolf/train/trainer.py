@@ -45,6 +45,12 @@ def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) 
     )
 
 
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the model of a run goes through torch.compile."""
+    wanted = config.run.compile
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
+
+
 class Trainer:
     """One run's state and its loop.
 
@@ -74,9 +80,7 @@ class Trainer:
         self.qat_plans = self._prepare_qat()
         self.optimizers = Optimizers(model, config.optim)
         self.averager = Averager(model, self.schedule)
-        self.compiled = config.run.compile == "on" or (
-            config.run.compile == "auto" and ranks.device.type == "cuda"
-        )
+        self.compiled = compiles(config, ranks.device)
         self.forward = (
             torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
         )

@@ -86,10 +86,26 @@ def test_decided_once(monkeypatch) -> None:
 
 
 def test_a_run_chooses_for_all_operators(no_interpreter) -> None:
-    chosen = choose_all("xsa=reference", "cpu", F32)
+    chosen = choose_all("xsa=reference", "cpu", F32, False)
     assert chosen.keys() == OPERATORS.keys() and chosen["xsa"] == ("reference", "as asked")
     with pytest.raises(ConfigError, match="ops=triton: .*triton runs on cuda tensors"):
-        choose_all("triton", "cpu", F32)
+        choose_all("triton", "cpu", F32, False)
+
+
+def test_auto_under_compile_has_an_order_of_its_own(monkeypatch) -> None:
+    operator = OPERATORS["leaky_relu2_mlp"]
+    assert choose(operator.name, "auto", "cpu", F32, compiled=True).impl == "reference"
+    assert choose(operator.name, "auto", "cpu", F32, compiled=False).impl == "cpu"
+    assert choose(operator.name, "cpu", "cpu", F32, compiled=True).impl == "cpu", "as asked"
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda: leaky_relu2_mlp(H, UP, DOWN, 0.5), backend=backend, fullgraph=True)()
+    assert "pgolf" not in graphs[0]
 
 
 def test_an_implementation_that_is_not_here(monkeypatch, no_interpreter) -> None:
