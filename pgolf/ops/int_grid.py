@@ -26,7 +26,8 @@ def _round_fp16(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
     subnormal = (x + 0.75) - 0.75  # fp32 between 0.5 and 1 is spaced as fp16 below 2^-14
-    return torch.where(x < 2.0**-14, subnormal, normal)
+    # A GPU's NaN, 0x7FFFFFFF, would overflow to -0.
+    return torch.where(x.isnan(), x, torch.where(x < 2.0**-14, subnormal, normal))
 
 
 def _qmax(bits: int | Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ With m = max(|v|, 1e-12), s = 1/m^2, a = y . v and b = dz . v the gradients are
 
     dy = dz - s b v,   dv = sum over the heads of g of  -s (a dz + b y) + 2 (s a) (s b) v
 
-where the last term is absent below the floor, where m is a constant.
+where the last term is absent where |v| is at the floor or below, as m is a constant there.
 Shapes: y, z (N, T, H, d), v (N, T, G, d). Strides are free; the results are contiguous.
 """
 

@@ -49,7 +49,15 @@ def test_kernels_are_clean(sanitized):
         TESTS / f"test_{name}.py"
         for name in ("cpu_kernels", "cpu_kernel_arguments", "cpu_kernel_threads")
     ]
-    result = pytest_in(*sanitized, *files, TESTS / "test_pack_bits.py")
+    passes(pytest_in(*sanitized, *files, TESTS / "test_pack_bits.py"))
+
+
+def test_operators_are_clean_on_500_layouts_each(sanitized):
+    root, env = sanitized
+    passes(pytest_in(root, {**env, "PGOLF_FUZZ_EXAMPLES": "500"}, TESTS / "test_fuzz.py"))
+
+
+def passes(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout and " failed" not in result.stdout
 

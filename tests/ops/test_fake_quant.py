@@ -240,3 +240,10 @@ def test_matrices_that_nothing_flows_back_to() -> None:
     first, _ = fake_quant_all(ws, [torch.ones(3), torch.ones(4)], bits, ONE, clip_mask=True)
     first.sum().backward()
     assert (ws[0].grad == 1).all() and (ws[1].grad is None or not ws[1].grad.any())
+
+
+def test_every_nan_stays_a_nan_in_the_step() -> None:
+    """0x7FFFFFFF is what a GPU makes of an invalid operation."""
+    for pattern in (0x7FFFFFFF, 0x7FC00000, -1, -0x400000):
+        clip = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
+        assert clip.isnan() and row_scale(clip, 6).isnan()
