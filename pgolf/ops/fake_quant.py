@@ -20,16 +20,14 @@ from pgolf import extension
 from pgolf.ops.int_grid import grid
 from pgolf.ops.registry import (
     DTYPE_CODES,
-    Implementation,
     Operator,
     Sample,
     Work,
     check_alike,
+    in_cpp,
+    in_triton,
     launcher,
-    lazily,
     nbytes,
-    no_extension,
-    no_triton,
     register,
     resolve,
     unit_stride,
@@ -366,20 +364,11 @@ OPERATOR = register(
         reference=reference,
         differentiable=("w",),
         implementations={
-            "cpu": Implementation(
-                "cpu",
-                (torch.float32, torch.bfloat16, torch.float64),
-                {"forward": _cpu_forward, "backward": _cpu_backward},
-                lambda: no_extension("fake_quant", "fake_quant_backward"),
+            "cpu": in_cpp(
+                "fake_quant", "fake_quant_backward", forward=_cpu_forward, backward=_cpu_backward
             ),
-            "triton": Implementation(
-                "cuda",
-                (torch.float32, torch.bfloat16),
-                {
-                    "forward": lazily("fake_quant", "fake_quant_all"),
-                    "backward": lazily("fake_quant", "fake_quant_backward"),
-                },
-                no_triton,
+            "triton": in_triton(
+                "fake_quant", forward="fake_quant_all", backward="fake_quant_backward"
             ),
         },
         preferred={

@@ -18,17 +18,18 @@ from torch import Tensor
 from pgolf import extension
 from pgolf.ops.registry import (
     DTYPE_CODES,
-    Implementation,
     Operator,
     Sample,
     Work,
     check_alike,
+    in_cpp,
     launcher,
     nbytes,
-    no_extension,
     register,
     resolve,
 )
+
+CPP = ("leaky_relu2", "leaky_relu2_backward")  # functions of pgolf._C
 
 
 def reference(x: Tensor, slope: float, rstd: Tensor | None = None) -> Tensor:
@@ -173,10 +174,6 @@ def cpu_backward(
     return dpre
 
 
-def no_cpu() -> str:
-    return no_extension("leaky_relu2", "leaky_relu2_backward")
-
-
 def samples() -> list[Sample]:
     """Inputs of the activation alone."""
 
@@ -220,14 +217,7 @@ OPERATOR = register(
         call=leaky_relu2,
         reference=reference,
         differentiable=("x", "rstd"),
-        implementations={
-            "cpu": Implementation(
-                "cpu",
-                (torch.float32, torch.bfloat16, torch.float64),
-                {"forward": cpu_forward, "backward": cpu_backward},
-                no_cpu,
-            )
-        },
+        implementations={"cpu": in_cpp(*CPP, forward=cpu_forward, backward=cpu_backward)},
         preferred={
             "cpu": [("cpu", "C++, faster than eager (python -m bench ops)")],
             "cpu compiled": [("reference", "torch.compile is as fast in fp32, faster in bf16")],

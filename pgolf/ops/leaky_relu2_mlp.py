@@ -18,33 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.leaky_relu2 import (
+    CPP,
     as_rows,
     bits_bytes,
     check_rows,
     cpu_backward,
     cpu_forward,
-    no_cpu,
     packed,
     rstd_gradient,
     words,
 )
 from pgolf.ops.leaky_relu2 import reference as activation
 from pgolf.ops.registry import (
-    Implementation,
     Operator,
     Sample,
     Work,
     check_alike,
+    in_cpp,
+    in_triton,
     launcher,
-    lazily,
     nbytes,
-    no_triton,
     register,
     resolve,
     unit_stride,
 )
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def reference(
@@ -223,21 +220,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("h", "w_up", "w_down", "rstd"),
         implementations={
-            "cpu": Implementation(
-                "cpu",
-                (*KERNEL_DTYPES, torch.float64),
-                {"up": _cpu_up, "down_dgrad": _cpu_down_dgrad},
-                no_cpu,
-            ),
-            "triton": Implementation(
-                "cuda",
-                KERNEL_DTYPES,
-                {
-                    "up": lazily("leaky_relu2_mlp", "up"),
-                    "down_dgrad": lazily("leaky_relu2_mlp", "down_dgrad"),
-                },
-                no_triton,
-            ),
+            "cpu": in_cpp(*CPP, up=_cpu_up, down_dgrad=_cpu_down_dgrad),
+            "triton": in_triton("leaky_relu2_mlp", up="up", down_dgrad="down_dgrad"),
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager (python -m bench ops)")],

@@ -17,15 +17,13 @@ from torch import Tensor
 from pgolf import extension
 from pgolf.ops.registry import (
     DTYPE_CODES,
-    Implementation,
     Operator,
     Sample,
     Work,
     check_alike,
+    in_cpp,
+    in_triton,
     launcher,
-    lazily,
-    no_extension,
-    no_triton,
     register,
     resolve,
     unit_stride,
@@ -198,18 +196,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=(),
         implementations={
-            "cpu": Implementation(
-                "cpu",
-                (torch.float32, torch.bfloat16, torch.float64),
-                {"forward": _cpu_forward},
-                lambda: no_extension("newton_schulz_normalize"),
-            ),
-            "triton": Implementation(
-                "cuda",
-                (torch.float32, torch.bfloat16),
-                {"forward": lazily("newton_schulz", "newton_schulz")},
-                no_triton,
-            ),
+            "cpu": in_cpp("newton_schulz_normalize", forward=_cpu_forward),
+            "triton": in_triton("newton_schulz", forward="newton_schulz"),
         },
         preferred={
             "cpu": [("cpu", "C++ norm before torch's matmuls (python -m bench ops)")],

@@ -5,6 +5,7 @@ other implementation runs behind an opaque operator of torch.library.
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,16 +238,25 @@ def launcher(name: str, impl: str, function: str) -> Callable:
     return OPERATORS[name].implementations[impl].functions[function]
 
 
-def lazily(module: str, function: str) -> Callable:
-    """A function of pgolf.triton_kernels that is imported when it is first called."""
+def in_cpp(*needed: str, **functions: Callable) -> Implementation:
+    """C++ kernels behind `functions`, which call what is `needed` of pgolf._C."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    return Implementation("cpu", dtypes, functions, lambda: no_extension(*needed))
 
-    @functools.cache
-    def load() -> Callable:
-        import importlib
 
-        return getattr(importlib.import_module(f"pgolf.triton_kernels.{module}"), function)
+def in_triton(module: str, **functions: str) -> Implementation:
+    """Launchers of a module of pgolf.triton_kernels, which is imported when one is first called."""
 
-    return lambda *args, **kwargs: load()(*args, **kwargs)
+    def lazily(function: str) -> Callable:
+        @functools.cache
+        def load() -> Callable:
+            return getattr(importlib.import_module(f"pgolf.triton_kernels.{module}"), function)
+
+        return lambda *args, **kwargs: load()(*args, **kwargs)
+
+    dtypes = (torch.float32, torch.bfloat16)
+    launchers = {name: lazily(function) for name, function in functions.items()}
+    return Implementation("cuda", dtypes, launchers, no_triton)
 
 
 def check_alike(operator: str, **tensors: Tensor | None) -> None:

@@ -20,16 +20,14 @@ from torch import Tensor
 from pgolf import extension
 from pgolf.ops.registry import (
     DTYPE_CODES,
-    Implementation,
     Operator,
     Sample,
     Work,
     check_alike,
+    in_cpp,
+    in_triton,
     launcher,
-    lazily,
     nbytes,
-    no_extension,
-    no_triton,
     register,
     resolve,
     unit_stride,
@@ -195,21 +193,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("y", "v"),
         implementations={
-            "cpu": Implementation(
-                "cpu",
-                (torch.float32, torch.bfloat16, torch.float64),
-                {"forward": _cpu_forward, "backward": _cpu_backward},
-                lambda: no_extension("xsa", "xsa_backward"),
-            ),
-            "triton": Implementation(
-                "cuda",
-                (torch.float32, torch.bfloat16),
-                {
-                    "forward": lazily("xsa", "xsa"),
-                    "backward": lazily("xsa", "xsa_backward"),
-                },
-                no_triton,
-            ),
+            "cpu": in_cpp("xsa", "xsa_backward", forward=_cpu_forward, backward=_cpu_backward),
+            "triton": in_triton("xsa", forward="xsa", backward="xsa_backward"),
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
