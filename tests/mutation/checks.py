@@ -137,6 +137,10 @@ def newton_schulz_one_triangle() -> None:
         t.test_one_triangle_of_a_product_that_is_not_symmetric(patch)
         row = next(i for i, c in enumerate(t.PRODUCTS) if c.blocks["SYMMETRIC"])
         t.test_symmetric_products(row, False, patch)
+        p, out = t.random_matrices(1, 40, 20), torch.zeros(1, 40, 120)[:, :, ::3]
+        patch.setattr(t.ns, "pick", t.everywhere(t.PRODUCTS[row]))
+        t.ns._product(p, p.mT, None, out, 1.0, 0.0, symmetric=True)
+        torch.testing.assert_close(out, p @ p.mT)
 
 
 def newton_schulz_triangle_with_a_gpus_square_root() -> None:
@@ -200,7 +204,8 @@ def fake_quant_of_several_matrices() -> None:
 def fake_quant_of_long_rows() -> None:
     from tests.triton import test_fake_quant as t
 
-    t.check(*t.weights(2, 300, FP32))
+    t.check(*t.weights(2, 300, FP32), multiple=4)
+    t.check(*t.weights(2, 300, FP32), on=0.0, multiple=4)
 
 
 def fake_quant_at_the_edges() -> None:
