@@ -373,6 +373,7 @@ OPERATOR = register(
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cpu compiled": [("reference", "torch.compile fuses it with the cast to bf16")],
             "cuda": [("triton", "fewer launches than compiled (python -m bench count)")],
         },
         samples=samples,
