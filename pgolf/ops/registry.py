@@ -42,9 +42,12 @@ def no_triton() -> str:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed; it comes with torch's CUDA builds"
-    if interpreting() or torch.cuda.is_available():
+    if interpreting():
         return ""
-    return "torch sees no GPU here"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"needs sm_80, this GPU is sm_{major}{minor}"
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,15 @@ def test_an_implementation_that_is_not_here(monkeypatch, no_interpreter) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="impl=triton: torch sees no GPU here"):
         choose("xsa", "triton", "cuda", F32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    choose.cache_clear()
+    with pytest.raises(RuntimeError, match="impl=triton: needs sm_80, this GPU is sm_75"):
+        choose("xsa", "triton", "cuda", F32)
+    assert choose("xsa", "auto", "cuda", F32).impl == "reference"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    choose.cache_clear()
+    assert choose("xsa", "auto", "cuda", F32).impl == "triton"
 
 
 def test_an_older_build_without_a_kernel_says_so(monkeypatch) -> None:
