@@ -1,7 +1,7 @@
 // pgolf._C: checks the arguments, lets go of the GIL and calls a launcher.
 //
-// Pointers arrive as integers (tensor.data_ptr()) with the size of every buffer beside them, so
-// that nothing here depends on torch and a wrong size is an exception, not a write out of bounds.
+// Pointers arrive as integers (tensor.data_ptr()), so that nothing here depends on torch. The size of
+// a buffer follows from the shape beside it, or is given and checked (pack_bits).
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

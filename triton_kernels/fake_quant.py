@@ -5,10 +5,10 @@
     code  = round_half_even(w / s), to a multiple if asked for, clamped to -qmax..qmax
     value = code s
 
-The grid's definition is pgolf.ops.fake_quant's. To agree with it to the bit, divisions are rounded
-correctly (`/` is not on a GPU) and no sum follows a product, which a GPU would fuse. NaN in a row
-or infinity reaches the whole row, as NaN. bits and on are 0-d tensors, read on the device, so that a
-change needs neither a new kernel nor a synchronisation; k other than 4 to 8 gives NaN everywhere.
+The grid's definition is pgolf.ops.int_grid's. To agree with it to the bit, divisions are rounded
+correctly (`/` is not on a GPU) and no sum follows a product, which a GPU would fuse. A NaN or an
+infinity makes its whole row NaN. bits and on are 0-d tensors, read on the device, so that a change
+needs neither a new kernel nor a synchronisation; k other than 4 to 8 gives NaN everywhere.
 Shapes: w, value, dout, dw (R, C), clip_factor and scale (R,).
 """
 
@@ -106,7 +106,7 @@ def fake_quant_row(
 
     qmax, known = largest_code(bits)
     qmax = tl.where(known, qmax, float("nan"))
-    replace = (tl.load(on) != 0.0) | (known == 0)
+    replace = (tl.load(on) > 0.0) | (known == 0)
     step = row_scale(amax, tl.load(clip_factor + row), qmax, floor)
     if scale is not None:
         tl.store(scale + row, step)
@@ -151,7 +151,7 @@ def fake_quant_backward_kernel(
     codes = unclamped_codes(ws.to(tl.float32), tl.load(scale + row), MULTIPLE)
     qmax, known = largest_code(bits)
     lowest = -qmax - 1.0 if FULL_RANGE else -qmax
-    passes = ((codes >= lowest) & (codes <= qmax)) | (tl.load(on) == 0.0)
+    passes = ((codes >= lowest) & (codes <= qmax)) | ((tl.load(on) > 0.0) == 0)
     gradient = tl.where(passes, gradient, 0.0)
     gradient = tl.where(known, gradient, float("nan"))
     dw_at = dw + row.to(tl.int64) * columns + column

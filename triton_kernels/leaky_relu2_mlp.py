@@ -6,7 +6,7 @@
 Each is one GEMM whose epilogue works on the fp32 accumulator. post and one sign bit an element are
 all that the backward needs of the hidden layer: element f of a row is bit f % 32 of word f // 32.
 
-Two variants of each: persistent with TMA descriptors (bf16, sm_90 to sm_110), and with pointers,
+Two variants of each: persistent with TMA descriptors (bf16, sm_90 and the like), and with pointers,
 for GPUs without TMA or with too little shared memory for it, for fp32 and for unaligned shapes.
 """
 
@@ -290,6 +290,8 @@ def _tma_obstacle(*operands: Tensor) -> str:
             return f"{what} is empty"
         if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
             return f"{what} is not aligned to 16 bytes row by row"
+        if x.stride(0) < x.size(1):
+            return f"{what} has rows that overlap"
     return ""
 
 

@@ -10,6 +10,7 @@ launch: alone it would only add launches to what torch.compile fuses anyway.
 Shapes: w (R, C), clip_factor (R,), steps (R,); bits and on 0-d.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def reference(
     wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
     value, _, inside = grid(wide, clip_factor.to(wide.dtype), bits, floor, multiple, full_range)
     value = torch.where(on > 0, value.to(w.dtype), w.detach())
-    through = torch.where(inside | (on <= 0), w, w.detach()) if clip_mask else w
+    through = torch.where(inside | ~(on > 0), w, w.detach()) if clip_mask else w
     # The bracket is 0 where w is finite: the value comes out to the bit, w keeps the gradient.
     return (value + (through - through.detach())).to(dtype or w.dtype)
 
@@ -114,7 +115,7 @@ def fake_quant(
         impl: 'auto', 'reference', 'cpu' (C++) or 'triton' (fp32, bf16).
 
     Returns:
-        (R, C) contiguous. A row with a weight that is not finite is NaN.
+        (R, C) contiguous. While on, a row with a weight that is not finite is NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices or bits do not fit; says which and what would.
@@ -145,8 +146,14 @@ def fake_quant_all(
         ws, clip_factors, bits: one a matrix, as in `fake_quant`; bits as tensors.
         on, floor, multiple, full_range, clip_mask, dtype, impl: for all.
     """
+    if not ws:
+        raise ValueError("fake_quant: the list of matrices is empty: it needs one at least")
     if multiple < 1:
         raise ValueError(f"fake_quant: multiple={multiple}: it has to be 1 or more")
+    if not 0 <= floor < math.inf:  # NaN too
+        raise ValueError(f"fake_quant: floor={floor}: it has to be 0 or more and finite")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"fake_quant: dtype={dtype}: it has to be a float dtype")
     for arguments in zip(ws, clip_factors, bits, strict=True):
         _check(*arguments, on)
     check_alike("fake_quant", **{f"matrix {i}": w for i, w in enumerate(ws)})

@@ -166,6 +166,11 @@ def cpu_backward(
     rstd: Tensor | None,
     in_place: bool = False,
 ) -> Tensor:
+    if dpost.shape != post.shape or dpost.dtype != post.dtype:
+        raise ValueError(
+            f"leaky_relu2: the gradient is {dpost.dtype} {tuple(dpost.shape)}, the result "
+            f"{post.dtype} {tuple(post.shape)}: they have to be alike"
+        )
     dpre = dpost if in_place else torch.empty_like(dpost)
     extension.load().leaky_relu2_backward(
         dpost.data_ptr(), post.data_ptr(), bits.data_ptr(), _address(rstd), dpre.data_ptr(),

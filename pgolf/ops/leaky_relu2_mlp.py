@@ -41,6 +41,7 @@ from pgolf.ops.registry import (
     register,
     resolve,
     unit_stride,
+    without_autocast,
 )
 
 
@@ -102,8 +103,9 @@ def _mlp(
     h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = launcher("leaky_relu2_mlp", impl, "up")
-    post, bits = up(unit_stride(h), w_up.contiguous(), slope, packed(rstd))
-    return post @ w_down.t(), post, bits
+    with without_autocast(h):
+        post, bits = up(unit_stride(h), w_up.contiguous(), slope, packed(rstd))
+        return post @ w_down.t(), post, bits
 
 
 @_mlp.register_fake
@@ -123,7 +125,8 @@ def _down_dgrad(
     impl: str,
 ) -> Tensor:
     dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
-    return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
+    with without_autocast(dout):
+        return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
 
 
 @_down_dgrad.register_fake
@@ -139,16 +142,17 @@ def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
     h, w_up, w_down, rstd, post, bits = ctx.saved_tensors
     need_h, need_up, need_down, need_rstd = ctx.needs_input_grad[:4]
-    dpre = _down_dgrad(dout, w_down, post, bits, rstd, ctx.slope, ctx.impl)
-    dh = dpre @ w_up if need_h or need_rstd else None
-    return (
-        dh if need_h else None,
-        dpre.t() @ h if need_up else None,
-        dout.t() @ post if need_down else None,
-        rstd_gradient(h, dh, rstd) if need_rstd else None,
-        None,
-        None,
-    )
+    with without_autocast(dout):
+        dpre = _down_dgrad(dout, w_down, post, bits, rstd, ctx.slope, ctx.impl)
+        dh = dpre @ w_up if need_h or need_rstd else None
+        return (
+            dh if need_h else None,
+            dpre.t() @ h if need_up else None,
+            dout.t() @ post if need_down else None,
+            rstd_gradient(h, dh, rstd) if need_rstd else None,
+            None,
+            None,
+        )
 
 
 _mlp.register_autograd(_mlp_gradient, setup_context=_mlp_context)

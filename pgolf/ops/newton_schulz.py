@@ -9,6 +9,7 @@ Tall matrices are worked on transposed, so that A is the smaller Gram matrix.
 Shapes: G (B, R, C), a batch of one shape.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,7 @@ from pgolf.ops.registry import (
     register,
     resolve,
     unit_stride,
+    without_autocast,
 )
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -59,11 +61,12 @@ def reference(
     safety: float = 1.0,
 ) -> Tensor:
     """`newton_schulz` in plain torch."""
-    x = g.to(torch.promote_types(g.dtype, torch.float32))
-    if row_norm:
-        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
-    x = (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
-    return _iterate(x, coefficients)
+    with without_autocast(g):
+        x = g.to(torch.promote_types(g.dtype, torch.float32))
+        if row_norm:
+            x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+        x = (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
+        return _iterate(x, coefficients)
 
 
 def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -106,21 +109,21 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements")
     if any(len(triple) != 3 for triple in coefficients):
         raise ValueError(f"newton_schulz: coefficients {coefficients}: every step has three")
-    if not safety > 0:  # NaN too
-        raise ValueError(f"newton_schulz: safety={safety}: it has to be above 0")
+    if not 0 < safety < math.inf:  # NaN too
+        raise ValueError(f"newton_schulz: safety={safety}: it has to be above 0 and finite")
     check_alike("newton_schulz", g=g)
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64")
-    impl = resolve("newton_schulz", impl, g)
-    if impl == "reference":
-        batch = g if g.dim() == 3 else g[None]
+    asked, impl = impl, resolve("newton_schulz", impl, g)
+    unable = impl != "reference" and dtype not in OPERATOR.implementations[impl].dtypes
+    batch = g if g.dim() == 3 else g[None]
+    if impl == "reference" or (unable and asked == "auto"):
         return reference(batch, coefficients, dtype, row_norm, safety).view(g.shape)
-    if dtype not in OPERATOR.implementations[impl].dtypes:
+    if unable:
         raise ValueError(
             f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'"
         )
     flat = [float(value) for triple in coefficients for value in triple]
-    batch = g if g.dim() == 3 else g[None]
     return _orthogonalise(batch, flat, dtype, row_norm, safety, impl).view(g.shape)
 
 
@@ -129,7 +132,8 @@ def _orthogonalise(
     g: Tensor, flat: Sequence[float], dtype: torch.dtype, row_norm: bool, safety: float, impl: str
 ) -> Tensor:
     triples = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
-    return launcher("newton_schulz", impl, "forward")(g, triples, dtype, row_norm, safety)
+    with without_autocast(g):
+        return launcher("newton_schulz", impl, "forward")(g, triples, dtype, row_norm, safety)
 
 
 @_orthogonalise.register_fake

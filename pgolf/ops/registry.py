@@ -39,9 +39,9 @@ def interpreting() -> bool:
 def no_triton() -> str:
     """Why the Triton kernels cannot run here; '' if they can."""
     try:
-        import triton  # noqa: F401
+        import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:
-        return "triton is not installed; it comes with torch's CUDA builds"
+        return "there is no triton of 3.5 or newer; it comes with torch's CUDA builds"
     if interpreting():
         return ""
     if not torch.cuda.is_available():
@@ -260,6 +260,11 @@ def in_triton(module: str, **functions: str) -> Implementation:
     dtypes = (torch.float32, torch.bfloat16)
     launchers = {name: lazily(function) for name, function in functions.items()}
     return Implementation("cuda", dtypes, launchers, no_triton)
+
+
+def without_autocast(*tensors: Tensor) -> torch.autocast:
+    """Keep torch's autocast out of an operator's own matmuls: the caller has chosen the dtype."""
+    return torch.autocast(tensors[0].device.type, enabled=False)
 
 
 def check_alike(operator: str, **tensors: Tensor | None) -> None:

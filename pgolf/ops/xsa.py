@@ -11,6 +11,7 @@ where the last term is absent where |v| is at the floor or below, as m is a cons
 Shapes: y, z (N, T, H, d), v (N, T, G, d). Strides are free; the results are contiguous.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ from pgolf.ops.registry import (
 )
 
 NORM_FLOOR = 1e-12
-MAX_HEAD_DIM = 256  # of the Triton kernels
+# What the kernels take: of a head's size, and of query heads to one value head.
+LIMITS = {"triton": (256, math.inf), "cpu": (math.inf, 256)}
 
 
 def reference(y: Tensor, v: Tensor) -> Tensor:
@@ -81,13 +83,16 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
         RuntimeError: `impl` is not there on this machine.
     """
     _check(y, v)
-    impl = resolve("xsa", impl, y)
-    if impl == "reference":
+    asked, impl = impl, resolve("xsa", impl, y)
+    size, share = y.size(3), y.size(2) // v.size(2)
+    longest, most = LIMITS.get(impl, (math.inf, math.inf))
+    unable = size > longest or share > most
+    if impl == "reference" or (unable and asked == "auto"):
         return reference(y, v)
-    if impl == "triton" and y.size(3) > MAX_HEAD_DIM:
+    if unable:
         raise ValueError(
-            f"xsa: heads of {y.size(3)} are too long for impl=triton, whose limit is "
-            f"{MAX_HEAD_DIM}: use impl='reference'"
+            f"xsa: heads of {size}, {share} to a value head, are too many for impl={impl}, whose "
+            f"limits are {longest} and {most}: use impl='reference'"
         )
     return _forward(y, v, impl)
 

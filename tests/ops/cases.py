@@ -54,8 +54,10 @@ every_case = over(cases())
 class Call:
     """One call of an operator: arguments by name, of which some want gradients."""
 
-    def __init__(self, operator: Operator, sample: Sample, dtype: torch.dtype):
-        args, named = sample.build(CPU, dtype)
+    def __init__(
+        self, operator: Operator, sample: Sample, dtype: torch.dtype, device: torch.device = CPU
+    ):
+        args, named = sample.build(device, dtype)
         self.operator = operator
         self.arguments = dict(inspect.signature(operator.call).bind(*args, **named).arguments)
         self.wanted = [n for n in operator.differentiable if n in self.arguments]
@@ -96,4 +98,4 @@ def strided_like(out: Tensor) -> Tensor:
     """An output gradient of out's shape that is not contiguous in any dimension."""
     g = torch.Generator().manual_seed(1)
     wide = torch.randn(*out.shape[:-1], 2 * out.size(-1), generator=g, dtype=torch.float64)
-    return wide.to(torch.bfloat16).to(out.dtype)[..., ::2]
+    return wide.to(torch.bfloat16).to(out.device, out.dtype)[..., ::2]

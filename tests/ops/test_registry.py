@@ -8,7 +8,15 @@ import torch
 
 from pgolf import extension
 from pgolf.errors import ConfigError
-from pgolf.ops import fake_quant, leaky_relu2, leaky_relu2_mlp, newton_schulz, registry, xsa
+from pgolf.ops import (
+    fake_quant,
+    fake_quant_all,
+    leaky_relu2,
+    leaky_relu2_mlp,
+    newton_schulz,
+    registry,
+    xsa,
+)
 from pgolf.ops.registry import OPERATORS, choose, choose_all, parse
 
 F32 = torch.float32
@@ -194,6 +202,7 @@ REFUSED = {
     "g is (8,): it has to be (B, R, C)": lambda i: newton_schulz(UP[:, 0], impl=i),
     "its matrices have no elements": lambda i: newton_schulz(UP[:, :0], impl=i),
     "every step has three": lambda i: newton_schulz(UP, [(1.0, 2.0)], impl=i),
+    "safety=inf": lambda i: newton_schulz(UP, safety=float("inf"), impl=i),
     "safety=0": lambda i: newton_schulz(UP, safety=0.0, impl=i),
     "dtype=torch.float16": lambda i: newton_schulz(UP, dtype=torch.float16, impl=i),
     "w is (8,): it has to be (rows, columns)": lambda i: fake_quant(W[0], ONES, 6, 1, impl=i),
@@ -208,6 +217,13 @@ REFUSED = {
     "bits is on meta, w on cpu": lambda i: fake_quant(
         W, ONES, torch.ones((), device="meta"), 1, impl=i
     ),
+    "floor=nan: it has to be 0 or more": lambda i: fake_quant(
+        W, ONES, 6, 1, floor=float("nan"), impl=i
+    ),
+    "dtype=torch.int32: it has to be a float dtype": lambda i: fake_quant(
+        W, ONES, 6, 1, dtype=torch.int32, impl=i
+    ),
+    "the list of matrices is empty": lambda i: fake_quant_all([], [], [], ONES[0], impl=i),
     "multiple=0: it has to be 1 or more": lambda i: fake_quant(W, ONES, 6, 1, multiple=0, impl=i),
 }
 
@@ -222,10 +238,41 @@ def test_refused(message: str, impl: str) -> None:
     assert str(caught.value).startswith(tuple(f"{name}: " for name in OPERATORS))
 
 
-def test_heads_that_are_too_long_for_triton() -> None:
-    y = torch.ones(1, 1, 2, 300)
-    with pytest.raises(ValueError, match="heads of 300 are too long for impl=triton"):
-        xsa(y, y, "triton")
+@pytest.mark.parametrize(
+    ("impl", "shape"), [("triton", (1, 1, 2, 300)), ("cpu", (1, 1, 300, 8))], ids=["size", "share"]
+)
+def test_heads_beyond_a_kernels_limits(impl: str, shape: tuple) -> None:
+    """An error by name, the reference where nobody asked for the kernel."""
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    v = y[:, :, :1]
+    with pytest.raises(ValueError, match=f"xsa: heads of {shape[3]}, .* for impl={impl}"):
+        xsa(y, v, impl)
+    torch.testing.assert_close(xsa(y, v), xsa(y, v, "reference"))
+
+
+def test_newton_schulz_falls_back_for_a_dtype_that_kernels_do_not_iterate_in(monkeypatch) -> None:
+    monkeypatch.setenv(registry.VARIABLE, "newton_schulz=triton")
+    g = torch.randn(3, 5)
+    expected = newton_schulz(g, dtype=torch.float64, impl="reference")
+    assert torch.equal(newton_schulz(g, dtype=torch.float64), expected)
+    with pytest.raises(ValueError, match="impl=triton cannot iterate in it"):
+        newton_schulz(g, dtype=torch.float64, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_autocast_stays_outside(impl: str) -> None:
+    """The dtype is the caller's, forward and backward, whatever autocast says around them."""
+    leaves = [t.clone().requires_grad_() for t in (H, UP, DOWN)]
+    plain = leaky_relu2_mlp(*leaves, 0.5, impl=impl)
+    gradients = torch.autograd.grad(plain, leaves, torch.ones_like(plain))
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out = leaky_relu2_mlp(*leaves, 0.5, impl=impl)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            ns = newton_schulz(UP, dtype=F32, impl=impl)
+        assert torch.equal(out, plain) and all(map(torch.equal, again, gradients))
+        assert ns.dtype == F32 and torch.equal(ns, newton_schulz(UP, dtype=F32, impl=impl))
 
 
 def test_bits_out_of_range_are_nan_where_a_kernel_cannot_raise() -> None:
