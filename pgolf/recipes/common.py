@@ -32,6 +32,8 @@ SEED_VALUES = (
     V("nesterov", True, "C"),
     V("ns_steps", 5, "C"),
     V("ns_dtype", "bf16", "C"),
+    V("ns_coefficients", "classic", "C"),
+    V("ns_row_norm", False, "C"),
     V("momentum", 0.99, "C"),
     V("momentum_start", 0.92, "C"),
     V("momentum_warmup", 0.22, "I", "1500 steps of about 6,800"),

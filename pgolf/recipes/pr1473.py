@@ -48,6 +48,7 @@ RECIPE = Recipe(
             V("qat_start", 0.913, "I", "learning-rate multiplier below 0.15"),
             V("qat_start_lr", 0.15, "C"),
             V("qat_lr_scale", 1.0, "C"),
+            V("qat_clip_mask", False, "C", "the gradient passes clipped weights"),
         ),
     ),
     corrections=(
