@@ -13,8 +13,8 @@ using RangeFunction = void (*)(const void* context, int64_t begin, int64_t end);
 
 // Calls function(context, begin, end) on ranges that cover [0, count) and stay in the caches (each
 // of 64 KiB of memory traffic, which is bytes_per_item for an item), on at most `threads` threads
-// and on fewer where there is too little to share. The function must not throw. Works in the child of a fork, and when called on several threads at once
-// (then only one of the callers has helpers).
+// and on fewer where there is too little to share. The function must not throw. Works in the child
+// of a fork, and when called on several threads at once (then only one of the callers has helpers).
 void parallel_for(int64_t count, int64_t bytes_per_item, int threads, RangeFunction function,
                   const void* context);
 

@@ -228,8 +228,8 @@ OPERATOR = register(
             "triton": in_triton("leaky_relu2_mlp", up="up", down_dgrad="down_dgrad"),
         },
         preferred={
-            "cpu": [("cpu", "C++, faster than eager (python -m bench ops)")],
-            "cpu compiled": [("reference", "torch.compile is as fast in fp32, faster in bf16")],
+            "cpu": [("cpu", "C++ between matmuls, faster than eager (python -m bench step)")],
+            "cpu compiled": [("reference", "torch.compile is level (python -m bench step)")],
             "cuda": [("triton", "fewer bytes than compiled (python -m bench count)")],
         },
         samples=samples,

@@ -204,7 +204,7 @@ OPERATOR = register(
             "triton": in_triton("newton_schulz", forward="newton_schulz"),
         },
         preferred={
-            "cpu": [("cpu", "C++ norm before torch's matmuls (python -m bench ops)")],
+            "cpu": [("cpu", "C++ norm before the matmuls, level with torch (python -m bench ops)")],
             "cuda": [("triton", "three launches a step (python -m bench count)")],
         },
         samples=samples,
