@@ -250,8 +250,8 @@ _forward.register_autograd(_gradient, setup_context=_remember)
 
 
 class _Eager(torch.autograd.Function):
-    """The same gradient without torch.library's autograd layer, which takes lists apart slowly:
-    0.1 ms a call, a third of the time of quantising 1536 x 512 weights on two cores.
+    """The same gradient without torch.library's autograd layer, which takes lists apart slowly: a
+    good part of the time that quantising the weights of a small model takes.
     """
 
     @staticmethod
