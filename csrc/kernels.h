@@ -10,14 +10,10 @@ namespace pgolf {
 // The codes by which Python names an element type.
 enum class Dtype { fp32 = 0, bf16 = 1, fp64 = 2 };
 
-namespace cpu {
-
 struct XsaShape {
   int64_t batch, time, heads, groups, size;  // N, T, H, G, d: y is (N, T, H, d), v (N, T, G, d)
   Dtype dtype;
 };
-
-constexpr int kMaxHeadsPerGroup = 256;
 
 // A tensor (N, T, heads, d) with any strides, in elements; elements of a row lie side by side.
 struct Heads {
@@ -56,6 +52,10 @@ struct Rows {
   int64_t row_stride;
 };
 
+namespace cpu {
+
+constexpr int kMaxHeadsPerGroup = 256;
+
 // The launchers, compiled for one instruction set. Outputs are contiguous; `threads` is the most
 // that may run, and no result depends on it.
 struct Kernels {
@@ -88,9 +88,16 @@ const Kernels& kernels();
 }  // namespace cpu
 
 namespace cuda {
+
+constexpr int64_t kMaxXsaSize = 256;
+
 const char* pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits, void* stream);
 const char* unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits,
                         void* stream);
+const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream);
+const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
+                         void* stream);
+
 }  // namespace cuda
 
 }  // namespace pgolf

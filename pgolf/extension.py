@@ -2,15 +2,22 @@
 
 A missing extension is no error: every operator has a reference. One that is there and does not load
 is announced, because otherwise a slow run would be the only sign.
+
+PGOLF_CUDA_MODULE names another build of the module, whose CUDA half is taken instead: the tests run
+the kernels without a GPU through one whose CUDA is emulated, and count the launches of one that is
+linked to the shared CUDA runtime.
 """
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 _NAME = "pgolf._C"
+CUDA_VARIABLE = "PGOLF_CUDA_MODULE"
 _REMEDY = "rebuild with `pip install -v .` (PGOLF_BUILD=cpu or cuda makes a failure an error)"
 
 
@@ -40,3 +47,28 @@ def load() -> ModuleType | None:
 def why_missing() -> str:
     """Why `load()` is None, with the remedy; empty if it is not."""
     return _attempt()[1]
+
+
+@functools.cache
+def _other(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pgolf.other._C", path)
+    if spec is None or not Path(path).is_file():
+        raise ImportError(f"{CUDA_VARIABLE}={path}: there is no such extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda() -> ModuleType | None:
+    """The module whose CUDA kernels are taken, or None: pgolf._C if it was built with CUDA.
+
+    Raises:
+        ImportError: the one that PGOLF_CUDA_MODULE names is not there or does not load.
+    """
+    module = _other(path) if (path := os.environ.get(CUDA_VARIABLE)) else load()
+    return module if module is not None and module.build_info()["cuda"] else None
+
+
+def emulates_cuda() -> bool:
+    """Whether the CUDA kernels run on CPU tensors."""
+    return bool(os.environ.get(CUDA_VARIABLE)) and cuda().build_info()["cudart"] == "emulated"

@@ -30,6 +30,17 @@ inline Dtype checked_dtype(const std::string& name, int code) {
   return static_cast<Dtype>(code);
 }
 
+// Of CUDA kernels, which have no fp64.
+inline Dtype checked_cuda_dtype(const std::string& name, int code) {
+  if (code < 0 || code > 1) refuse(name, code, "it has to be 0 (fp32) or 1 (bf16)");
+  return static_cast<Dtype>(code);
+}
+
+// What a launcher returned.
+inline void check_launch(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA error: ") + error);
+}
+
 inline int checked_threads(int threads) {
   if (threads < 1) refuse("threads", threads, "it has to be at least 1");
   return threads;

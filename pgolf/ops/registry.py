@@ -31,6 +31,21 @@ def no_extension(*functions: str) -> str:
     return f"this build of pgolf._C has no {absent[0]}: pip install -v ." if absent else ""
 
 
+def no_cuda(*functions: str) -> str:
+    """Why the CUDA kernels cannot run here; '' if they can."""
+    module = extension.cuda()
+    if module is None:
+        return extension.why_missing() or (
+            "this build of pgolf._C has no CUDA kernels: PGOLF_BUILD=cuda pip install -v ."
+        )
+    absent = [name for name in functions if not hasattr(module, f"{name}_cuda")]
+    if absent:
+        return f"this build of pgolf._C has no {absent[0]}_cuda: pip install -v ."
+    if extension.emulates_cuda() or torch.cuda.is_available():
+        return ""
+    return "torch sees no GPU here"
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,15 +74,17 @@ class Implementation:
         dtypes: of its matrices.
         functions: its launchers by name.
         missing: why it cannot run on this machine; '' if it can.
+        emulated: whether kernels for a GPU run on CPU tensors in this process.
     """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
     functions: Mapping[str, Callable]
     missing: Callable[[], str]
+    emulated: Callable[[], bool] = lambda: False
 
     def runs_on(self, device: str) -> bool:
-        return device == self.device or (self.device == "cuda" and interpreting())
+        return device == self.device or (self.device == "cuda" and self.emulated())
 
 
 class Work(NamedTuple):
@@ -241,10 +258,37 @@ def launcher(name: str, impl: str, function: str) -> Callable:
     return OPERATORS[name].implementations[impl].functions[function]
 
 
+# How the launchers of an operator call the compiled half: run(function, like, *args), where `like`
+# is a tensor on the device where the kernel is to run.
+Run = Callable[..., None]
+
+
+def run_cpp(function: str, like: Tensor, *args: Any) -> None:
+    """Call a C++ kernel of pgolf._C on torch's number of threads."""
+    getattr(extension.load(), function)(*args, torch.get_num_threads())
+
+
+def run_cuda(function: str, like: Tensor, *args: Any) -> None:
+    """Launch a CUDA kernel of pgolf._C on the device of `like`, in its current stream."""
+    launch = getattr(extension.cuda(), f"{function}_cuda")
+    if not like.is_cuda:  # emulated
+        return launch(*args, 0)
+    with torch.cuda.device(like.device):
+        launch(*args, torch.cuda.current_stream().cuda_stream)
+
+
 def in_cpp(*needed: str, **functions: Callable) -> Implementation:
     """C++ kernels behind `functions`, which call what is `needed` of pgolf._C."""
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
     return Implementation("cpu", dtypes, functions, lambda: no_extension(*needed))
+
+
+def in_cuda(*needed: str, **functions: Callable) -> Implementation:
+    """CUDA kernels behind `functions`, which launch what is `needed` of pgolf._C."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return Implementation(
+        "cuda", dtypes, functions, lambda: no_cuda(*needed), extension.emulates_cuda
+    )
 
 
 def in_triton(module: str, **functions: str) -> Implementation:
@@ -259,7 +303,7 @@ def in_triton(module: str, **functions: str) -> Implementation:
 
     dtypes = (torch.float32, torch.bfloat16)
     launchers = {name: lazily(function) for name, function in functions.items()}
-    return Implementation("cuda", dtypes, launchers, no_triton)
+    return Implementation("cuda", dtypes, launchers, no_triton, interpreting)
 
 
 def without_autocast(*tensors: Tensor) -> torch.autocast:

@@ -12,31 +12,35 @@ Shapes: y, z (N, T, H, d), v (N, T, G, d). Strides are free; the results are con
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf import extension
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
+    Run,
     Sample,
     Work,
     check_alike,
     in_cpp,
+    in_cuda,
     in_triton,
     launcher,
     nbytes,
     register,
     resolve,
+    run_cpp,
+    run_cuda,
     unit_stride,
 )
 
 NORM_FLOOR = 1e-12
 # What the kernels take: of a head's size, and of query heads to one value head.
-LIMITS = {"triton": (256, math.inf), "cpu": (math.inf, 256)}
+LIMITS = {"triton": (256, math.inf), "cuda": (256, math.inf), "cpu": (math.inf, 256)}
 
 
 def reference(y: Tensor, v: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     Args:
         y: (N, T, H, d) outputs of attention.
         v: (N, T, G, d) values, H a multiple of G, of y's dtype and device.
-        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64) or 'triton' (fp32, bf16; d <= 256).
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64), 'triton' or
+            'cuda' (fp32, bf16; d <= 256).
 
     Returns:
         (N, T, H, d), contiguous.
@@ -135,23 +140,27 @@ _forward.register_autograd(_gradient, setup_context=_setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _cpu_forward(y: Tensor, v: Tensor) -> Tensor:
-    z = torch.empty(y.shape, dtype=y.dtype)
-    extension.load().xsa(
-        y.data_ptr(), v.data_ptr(), z.data_ptr(), DTYPE_CODES[y.dtype], *y.shape[:3],
-        v.size(2), y.size(3), y.stride()[:3], v.stride()[:3], torch.get_num_threads(),
-    )  # fmt: skip
-    return z
+def _launchers(run: Run) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
+    def forward(y: Tensor, v: Tensor) -> Tensor:
+        z = y.new_empty(y.shape)
+        run(
+            "xsa", y, y.data_ptr(), v.data_ptr(), z.data_ptr(), DTYPE_CODES[y.dtype],
+            *y.shape[:3], v.size(2), y.size(3), y.stride()[:3], v.stride()[:3],
+        )  # fmt: skip
+        return z
 
-def _cpu_backward(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dy, dv = torch.empty(y.shape, dtype=y.dtype), torch.empty(v.shape, dtype=v.dtype)
-    extension.load().xsa_backward(
-        dz.data_ptr(), y.data_ptr(), v.data_ptr(), dy.data_ptr(), dv.data_ptr(),
-        DTYPE_CODES[y.dtype], *y.shape[:3], v.size(2), y.size(3),
-        dz.stride()[:3], y.stride()[:3], v.stride()[:3], torch.get_num_threads(),
-    )  # fmt: skip
-    return dy, dv
+    def backward(dz: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        dy, dv = y.new_empty(y.shape), v.new_empty(v.shape)
+        run(
+            "xsa_backward", y, dz.data_ptr(), y.data_ptr(), v.data_ptr(), dy.data_ptr(),
+            dv.data_ptr(), DTYPE_CODES[y.dtype], *y.shape[:3], v.size(2), y.size(3),
+            dz.stride()[:3], y.stride()[:3], v.stride()[:3],
+        )  # fmt: skip
+        return dy, dv
+
+    return {"forward": forward, "backward": backward}
 
 
 def samples() -> list[Sample]:
@@ -198,7 +207,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("y", "v"),
         implementations={
-            "cpu": in_cpp("xsa", "xsa_backward", forward=_cpu_forward, backward=_cpu_backward),
+            "cpu": in_cpp("xsa", "xsa_backward", **_launchers(run_cpp)),
+            "cuda": in_cuda("xsa", "xsa_backward", **_launchers(run_cuda)),
             "triton": in_triton("xsa", forward="xsa", backward="xsa_backward"),
         },
         preferred={

@@ -1,0 +1,18 @@
+// One function a file of this folder: it adds the operator's functions to the module, `NAME` for the
+// CPU, whose last argument is the most threads to use, and `NAME_cuda` for a GPU, whose last argument
+// is the stream. They let go of the GIL and throw what checks.h says.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"  // written by setup.py: PGOLF_CUDA says whether there are CUDA kernels
+
+namespace pgolf::bindings {
+
+void bind_fake_quant(pybind11::module_& m);
+void bind_leaky_relu2(pybind11::module_& m);
+void bind_newton_schulz(pybind11::module_& m);
+void bind_pack_bits(pybind11::module_& m);
+void bind_xsa(pybind11::module_& m);
+
+}  // namespace pgolf::bindings

@@ -1,0 +1,146 @@
+// What the CUDA kernels share on the device: 16-byte accesses, groups of lanes, sums over them.
+//
+// A row of numbers lies across a group of kLanes lanes of a warp (a power of two), kVector elements
+// at a time: element (chunk kLanes + lane) kVector + i is number chunk kVector + i of its lane.
+// Groups do not wait for each other, so those of one warp may take different ways.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace pgolf::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kAccessBytes = 16;  // the widest that a lane moves at once
+
+// kCount elements that are read or written by one instruction.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T at[kCount];
+};
+
+__device__ inline int this_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+// This thread's place in its group, and the mask of the group's lanes in the warp.
+template <int kLanes>
+__device__ inline int group_lane() {
+  return this_lane() % kLanes;
+}
+template <int kLanes>
+__device__ inline unsigned group_mask() {
+  constexpr unsigned kAll = kLanes == kWarp ? ~0u : (1u << (kLanes % kWarp)) - 1;
+  return kAll << (this_lane() - group_lane<kLanes>());
+}
+
+// The sum over a group, the same bits in each of its lanes.
+template <int kLanes, typename F>
+__device__ inline F group_sum(F x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+  }
+  return x;
+}
+
+// The greatest of a group; NaN if there is one.
+template <int kLanes, typename F>
+__device__ inline F group_max(F x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const F other = __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+    x = other > x || other != other ? other : x;
+  }
+  return x;
+}
+
+// The numbers of one row that a lane of the group holds, in the type that T computes in. Those
+// beyond the row's size are zero.
+template <typename T, int kVector, int kLanes, int kChunks>
+struct Row {
+  using F = compute_t<T>;
+  static constexpr int kCount = kVector * kChunks;
+  F at[kCount];
+
+  // The first element of a chunk of this lane.
+  __device__ static int place(int chunk) {
+    return (chunk * kLanes + group_lane<kLanes>()) * kVector;
+  }
+
+  __device__ static Row zero() {
+    Row row;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) row.at[i] = F(0);
+    return row;
+  }
+
+  // `size` is a multiple of kVector, and `from` is aligned to kVector elements.
+  __device__ static Row load(const T* from, int size) {
+    Row row = zero();
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (place(chunk) < size) {
+        const auto loaded = *reinterpret_cast<const Vector<T, kVector>*>(from + place(chunk));
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) row.at[chunk * kVector + i] = widen(loaded.at[i]);
+      }
+    }
+    return row;
+  }
+
+  __device__ void store(T* to, int size) const {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (place(chunk) < size) {
+        Vector<T, kVector> rounded;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) rounded.at[i] = narrow<T>(at[chunk * kVector + i]);
+        *reinterpret_cast<Vector<T, kVector>*>(to + place(chunk)) = rounded;
+      }
+    }
+  }
+
+  // The inner product with another row, the same bits in every lane of the group.
+  __device__ F dot(const Row& other) const {
+    F sum = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += at[i] * other.at[i];
+    return group_sum<kLanes>(sum);
+  }
+
+  // this + factor row
+  __device__ Row plus(F factor, const Row& row) const {
+    Row result;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.at[i] = at[i] + factor * row.at[i];
+    return result;
+  }
+};
+
+// n / d and what is left, for n, d >= 0. (A GPU divides numbers of 64 bits by a long function, of 32
+// bits by a short one.)
+struct Divided {
+  int64_t quotient, rest;
+};
+__device__ inline Divided divide(int64_t n, int64_t d) {
+  if (((n | d) >> 32) == 0) {
+    const auto quotient = static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+    return {quotient, static_cast<uint32_t>(n) % static_cast<uint32_t>(d)};
+  }
+  return {n / d, n % d};
+}
+
+// The first item of a group, where a block has blockDim.x / kLanes groups, and what to add for the
+// next one: a grid covers any number of items.
+template <int kLanes>
+__device__ inline int64_t first_item() {
+  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+}
+template <int kLanes>
+__device__ inline int64_t item_step() {
+  return static_cast<int64_t>(gridDim.x) * (blockDim.x / kLanes);
+}
+
+}  // namespace pgolf::cuda
