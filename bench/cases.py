@@ -11,15 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.timing import Entry
-from pgolf.ops.registry import Operator, Sample, Work
+from pgolf.ops.registry import Operator, Result, Sample, Work, as_tuple
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("forward", "backward", "both")
 # How many times torch's own error a provider may have, in the output and in gradients.
 ALLOWED = {"output": 2.0, "gradient": 3.0}
 
-Function = Callable[..., Tensor]
-Results = tuple[Tensor, ...]  # the output and the gradients
+Function = Callable[..., Result]
+Results = tuple[Tensor, ...]  # the outputs and the gradients
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
 
     Attributes:
         leaves: the tensors whose gradients are taken; () if the operator has none.
-        upstream: gradient of the output, allocated before anything is timed.
+        upstream: gradients of the outputs, allocated before anything is timed.
     """
 
     operator: Operator
@@ -37,7 +37,7 @@ class Case:
     args: tuple
     kwargs: dict[str, Any]
     leaves: tuple[Tensor, ...]
-    upstream: Tensor
+    upstream: tuple[Tensor, ...]
 
     @property
     def shapes(self) -> list[list[int]]:
@@ -58,11 +58,11 @@ class Case:
     def entry(self, function: Function, mode: str) -> Entry:
         """What is timed. Outputs are allocated inside, as a user would; `upstream` is not."""
 
-        def forward(_: Any) -> Tensor:
+        def forward(_: Any) -> Result:
             return function(*self.args, **self.kwargs)
 
-        def backward(out: Tensor) -> Results:
-            return torch.autograd.grad(out, self.leaves, self.upstream)
+        def backward(out: Result) -> Results:
+            return torch.autograd.grad(as_tuple(out), self.leaves, self.upstream)
 
         if mode == "forward":
             return Entry(forward)
@@ -81,8 +81,8 @@ def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) 
         if isinstance(given.get(name), Tensor)
     )
     with torch.no_grad():
-        out = operator.reference(*args, **kwargs)
-        upstream = torch.randn(out.shape, device=device).to(out.dtype)
+        outputs = as_tuple(operator.reference(*args, **kwargs))
+        upstream = tuple(torch.randn(t.shape, device=device).to(t.dtype) for t in outputs)
     return Case(operator, sample, dtype, args, kwargs, leaves, upstream)
 
 
@@ -97,10 +97,10 @@ def traffic(operator: Operator, sample: Sample, dtype: str) -> int:
 
 
 def results(case: Case, function: Function) -> Results:
-    """The output and the gradients of one call."""
-    out = function(*case.args, **case.kwargs)
-    grads = torch.autograd.grad(out, case.leaves, case.upstream) if case.leaves else ()
-    return (out.detach().clone(), *grads)
+    """The outputs and the gradients of one call."""
+    outputs = as_tuple(function(*case.args, **case.kwargs))
+    grads = torch.autograd.grad(outputs, case.leaves, case.upstream) if case.leaves else ()
+    return (*(t.detach().clone() for t in outputs), *grads)
 
 
 def _widened(value: Any) -> Any:
@@ -122,20 +122,22 @@ def truth(case: Case) -> Results:
         args=tuple(map(twin, case.args)),
         kwargs={name: twin(value) for name, value in case.kwargs.items()},
         leaves=tuple(map(twin, case.leaves)),
-        upstream=case.upstream.double(),
+        upstream=tuple(t.double() for t in case.upstream),
     )
     return results(wide, case.operator.reference)
 
 
-def wrong(found: Results, yardstick: Results, exact: Results) -> str:
+def wrong(found: Results, yardstick: Results, exact: Results, outputs: int = 1) -> str:
     """What is wrong with a provider's results; '' if its error is that of its dtype.
 
     error <= k error(torch in the same dtype) + one rounding of the largest value, of the largest
-    and of the mean error, so that neither one element nor all of them can be off.
+    and of the mean error, so that neither one element nor all of them can be off. The first
+    `outputs` results are no gradients.
     """
     for i, (got, torchs, ideal) in enumerate(zip(found, yardstick, exact, strict=True)):
-        kind = "gradient" if i else "output"
-        name = f"gradient {i}" if i else "output"
+        kind = "output" if i < outputs else "gradient"
+        number = i + 1 if i < outputs else i + 1 - outputs
+        name = kind if kind == "output" and outputs == 1 else f"{kind} {number}"
         if got.shape != torchs.shape or got.dtype != torchs.dtype:
             return f"{name} is {got.dtype} {list(got.shape)}, not {torchs.dtype} {[*torchs.shape]}"
         if not got.numel():

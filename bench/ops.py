@@ -203,7 +203,9 @@ def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Functi
             print(f"  {name:<10} not here: {e}")
             continue
         try:
-            problem = cases.wrong(cases.results(case, function), yardstick, exact)
+            problem = cases.wrong(
+                cases.results(case, function), yardstick, exact, len(case.upstream)
+            )
         except Exception as e:  # one provider's failure must not end the others' run
             problem = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
         if problem:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.cases import Case, Function
+from bench.cases import DTYPES, Case, Function
 from bench.peers import PEERS, Peer
 from pgolf.errors import PgolfError
 from pgolf.ops import registry
@@ -77,7 +77,7 @@ def _peer_function(peer: Peer, case: Case) -> Function:
 
 
 def _kernel(name: str, case: Case) -> Callable:
-    device, dtype = case.upstream.device.type, case.args[0].dtype
+    device, dtype = case.upstream[0].device.type, DTYPES[case.dtype]
     if case.operator.implementations[name].device != device:
         raise Unavailable(f"runs on {case.operator.implementations[name].device}, not on {device}")
     try:

@@ -31,5 +31,6 @@ PYBIND11_MODULE(_C, m) {
   pgolf::bindings::bind_leaky_relu2(m);
   pgolf::bindings::bind_newton_schulz(m);
   pgolf::bindings::bind_pack_bits(m);
+  pgolf::bindings::bind_qk_rope(m);
   pgolf::bindings::bind_xsa(m);
 }

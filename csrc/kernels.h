@@ -52,6 +52,28 @@ struct Rows {
   int64_t row_stride;
 };
 
+struct QkRopeShape {
+  int64_t batch, time, heads, kv_heads, size;  // N, T, H, G, d: qkv is (N, T, H + 2 G, d)
+  int64_t half;                                // r/2 pairs of a head are rotated
+  double eps;
+  bool norm;
+  Dtype dtype;
+};
+
+// All contiguous; cos and sin (T, r/2) and gain (H,) are float, or double for double.
+struct QkRopeInputs {
+  const void *qkv, *cos, *sin, *gain;
+};
+
+struct QkRopeOutputs {
+  void *q, *k, *v;
+};
+
+// Where there is none its data are null.
+struct QkRopeGradients {
+  Heads dq, dk, dv;
+};
+
 namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
@@ -77,6 +99,13 @@ struct Kernels {
                      void* scale, int threads);
   void (*fake_quant_backward)(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
                               void* dw, int threads);
+  // value: (N, T, G d) that v gets added, or null.
+  void (*qk_rope)(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
+                  const QkRopeOutputs& out, int threads);
+  // partials: room for rope_blocks(N T) x H numbers of d_gain's type.
+  void (*qk_rope_backward)(const QkRopeShape& shape, const QkRopeInputs& in,
+                           const QkRopeGradients& gradients, void* dqkv, void* partials,
+                           void* d_gain, int threads);
 };
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
@@ -97,6 +126,11 @@ const char* unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int
 const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream);
 const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
                          void* stream);
+const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
+                    const QkRopeOutputs& out, void* stream);
+const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
+                             const QkRopeGradients& gradients, void* dqkv, void* partials,
+                             void* d_gain, void* stream);
 
 }  // namespace cuda
 

@@ -124,18 +124,32 @@ template <typename F>
 using Row = Lanes<F, 64 / sizeof(F)>;
 
 // The lanes of a row's end: `count` numbers, and zeros.
-template <typename F, typename T>
-static inline Row<F> load_end(const T* from, int64_t count) {
-  T padded[64 / sizeof(F)] = {};
+template <typename F, int kCount = 64 / sizeof(F), typename T>
+static inline Lanes<F, kCount> load_end(const T* from, int64_t count) {
+  T padded[kCount] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
-  return Row<F>::load(padded);
+  return Lanes<F, kCount>::load(padded);
 }
 
-template <typename F, typename T>
-static inline void store_end(Row<F> x, T* to, int64_t count) {
-  T padded[64 / sizeof(F)];
+template <typename F, int kCount, typename T>
+static inline void store_end(Lanes<F, kCount> x, T* to, int64_t count) {
+  T padded[kCount];
   x.store(padded);
   for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+// The inner product of two rows of `size` numbers.
+template <typename T>
+static inline compute_t<T> dot(const T* x, const T* y, int64_t size) {
+  using F = compute_t<T>;
+  constexpr int kLanes = 64 / sizeof(F);
+  Row<F> sums = Row<F>::filled(0);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    sums = sums + Row<F>::load(x + i) * Row<F>::load(y + i);
+  }
+  if (i < size) sums = sums + load_end<F>(x + i, size - i) * load_end<F>(y + i, size - i);
+  return sums.sum();
 }
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -20,5 +20,10 @@ void fake_quant(const FakeQuantShape& shape, Rows w, const float* clip_factor, v
                 void* scale, int threads);
 void fake_quant_backward(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
                          void* dw, int threads);
+void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
+             const QkRopeOutputs& out, int threads);
+void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
+                      const QkRopeGradients& gradients, void* dqkv, void* partials, void* d_gain,
+                      int threads);
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -51,6 +51,13 @@ static inline void stream(const void* from, void* to) {
 #endif
 }
 
+// `bytes` of whole cache lines, from one to another.
+static inline void stream_lines(const void* from, void* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    stream<kLineBytes>(static_cast<const char*>(from) + i, static_cast<char*>(to) + i);
+  }
+}
+
 // After the last of a range: before other threads are told that it is done.
 static inline void end_streaming() {
 #if defined(__SSE2__)

@@ -14,6 +14,8 @@ const Kernels kKernels = {
     newton_schulz_normalize,
     fake_quant,
     fake_quant_backward,
+    qk_rope,
+    qk_rope_backward,
 };
 
 }  // namespace pgolf::cpu::PGOLF_ISA

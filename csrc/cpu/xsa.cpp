@@ -6,45 +6,16 @@
 #include "cpu/lanes.h"
 #include "cpu/launchers.h"
 #include "cpu/stream.h"
+#include "heads.h"
 #include "host/parallel.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {
 
-// A tensor (N, T, heads, d) of known element type.
-template <typename T>
-struct Tokens {
-  const T* data;
-  int64_t batch_stride, time_stride, head_stride;
-
-  explicit Tokens(Heads x)
-      : data(static_cast<const T*>(x.data)),
-        batch_stride(x.batch_stride),
-        time_stride(x.time_stride),
-        head_stride(x.head_stride) {}
-
-  const T* token(int64_t batch, int64_t time) const {
-    return data + batch * batch_stride + time * time_stride;
-  }
-};
-
 // kSize is d where it is known when this is compiled, so that loops over it unroll; otherwise 0.
 template <int kSize>
 int64_t row_size(const XsaShape& shape) {
   return kSize ? kSize : shape.size;
-}
-
-template <typename T>
-compute_t<T> dot(const T* x, const T* y, int64_t size) {
-  using F = compute_t<T>;
-  constexpr int kLanes = 64 / sizeof(F);
-  Row<F> sums = Row<F>::filled(0);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    sums = sums + Row<F>::load(x + i) * Row<F>::load(y + i);
-  }
-  if (i < size) sums = sums + load_end<F>(x + i, size - i) * load_end<F>(y + i, size - i);
-  return sums.sum();
 }
 
 template <typename F, typename T>
@@ -102,8 +73,8 @@ void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, T* z, int64
   const bool streamed =
       worth_streaming(z, shape.batch * shape.time * shape.heads, size * int64_t{sizeof(T)});
   for (int64_t token = begin; token < end; ++token) {
-    const T* y_row = y.token(token / shape.time, token % shape.time);
-    const T* v_row = v.token(token / shape.time, token % shape.time);
+    const T* y_row = y.row(token / shape.time, token % shape.time);
+    const T* v_row = v.row(token / shape.time, token % shape.time);
     T* z_row = z + token * shape.heads * size;
     for (int64_t g = 0; g < shape.groups; ++g, v_row += v.head_stride) {
       const auto s = xsa_norm(dot(v_row, v_row, size)).inverse;
@@ -162,9 +133,9 @@ void backward_tokens(const XsaShape& shape, Tokens<T> dz, Tokens<T> y, Tokens<T>
   to.dy += begin * shape.heads * size;
   to.dv += begin * shape.groups * size;
   for (int64_t token = begin; token < end; ++token) {
-    const T* dz_row = dz.token(token / shape.time, token % shape.time);
-    const T* y_row = y.token(token / shape.time, token % shape.time);
-    const T* v_row = v.token(token / shape.time, token % shape.time);
+    const T* dz_row = dz.row(token / shape.time, token % shape.time);
+    const T* y_row = y.row(token / shape.time, token % shape.time);
+    const T* v_row = v.row(token / shape.time, token % shape.time);
     for (int64_t g = 0; g < shape.groups; ++g) {
       backward_group(dz_row, y_row, v_row, dz.head_stride, y.head_stride, per_group, size, to);
       dz_row += per_group * dz.head_stride;

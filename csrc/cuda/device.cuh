@@ -76,16 +76,19 @@ struct Row {
     return row;
   }
 
+  // The chunk's elements, from an address that is aligned to kVector of them.
+  __device__ void load_chunk(int chunk, const T* from) {
+    const auto loaded = *reinterpret_cast<const Vector<T, kVector>*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) at[chunk * kVector + i] = widen(loaded.at[i]);
+  }
+
   // `size` is a multiple of kVector, and `from` is aligned to kVector elements.
   __device__ static Row load(const T* from, int size) {
     Row row = zero();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (place(chunk) < size) {
-        const auto loaded = *reinterpret_cast<const Vector<T, kVector>*>(from + place(chunk));
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) row.at[chunk * kVector + i] = widen(loaded.at[i]);
-      }
+      if (place(chunk) < size) row.load_chunk(chunk, from + place(chunk));
     }
     return row;
   }

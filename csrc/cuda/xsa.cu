@@ -5,28 +5,14 @@
 #include <cuda_runtime.h>
 
 #include "cuda/device.cuh"
+#include "cuda/head_lanes.h"
 #include "cuda/launch.h"
+#include "heads.h"
 
 namespace pgolf::cuda {
 namespace {
 
-// A tensor (N, T, heads, d) of known element type.
-template <typename T>
-struct Tokens {
-  const T* data;
-  int64_t batch_stride, time_stride, head_stride;
-
-  explicit Tokens(Heads x)
-      : data(static_cast<const T*>(x.data)),
-        batch_stride(x.batch_stride),
-        time_stride(x.time_stride),
-        head_stride(x.head_stride) {}
-
-  __device__ const T* row(Divided batch_and_time, int64_t head) const {
-    return data + batch_and_time.quotient * batch_stride + batch_and_time.rest * time_stride +
-           head * head_stride;
-  }
-};
+static_assert(kMaxXsaSize == kMaxHeadSize);
 
 template <typename T, int kVector, int kLanes, int kChunks>
 __global__ void __launch_bounds__(kThreads)
@@ -38,10 +24,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t item = first_item<kLanes>(); item < items; item += item_step<kLanes>()) {
     const Divided token_group = divide(item, shape.groups);
     const Divided place = divide(token_group.quotient, shape.time);
-    const Lanes value = Lanes::load(v.row(place, token_group.rest), size);
+    const Lanes value = Lanes::load(v.row(place.quotient, place.rest, token_group.rest), size);
     const auto inverse = xsa_norm(value.dot(value)).inverse;
     for (int64_t h = 0; h < per_group; ++h) {
-      const Lanes head = Lanes::load(y.row(place, token_group.rest * per_group + h), size);
+      const int64_t at = token_group.rest * per_group + h;
+      const Lanes head = Lanes::load(y.row(place.quotient, place.rest, at), size);
       const auto along = inverse * head.dot(value);
       head.plus(-along, value).store(z + (item * per_group + h) * size, size);
     }
@@ -59,14 +46,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t item = first_item<kLanes>(); item < items; item += item_step<kLanes>()) {
     const Divided token_group = divide(item, shape.groups);
     const Divided place = divide(token_group.quotient, shape.time);
-    const Lanes value = Lanes::load(v.row(place, token_group.rest), size);
+    const Lanes value = Lanes::load(v.row(place.quotient, place.rest, token_group.rest), size);
     const XsaNorm<F> norm = xsa_norm(value.dot(value));
     Lanes sum = Lanes::zero();
     F along_v = 0;
     for (int64_t h = 0; h < per_group; ++h) {
       const int64_t head = token_group.rest * per_group + h;
-      const Lanes upstream = Lanes::load(dz.row(place, head), size);
-      const Lanes output = Lanes::load(y.row(place, head), size);
+      const Lanes upstream = Lanes::load(dz.row(place.quotient, place.rest, head), size);
+      const Lanes output = Lanes::load(y.row(place.quotient, place.rest, head), size);
       const F sa = norm.inverse * output.dot(value);
       const F sb = norm.inverse * upstream.dot(value);
       along_v += F(2) * sa * sb;
@@ -78,38 +65,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// body(vector, lanes, chunks) with the constants that fit heads of `size` elements.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-template <typename T, typename Body>
-const char* with_lanes(int64_t size, bool vectors, const Body& body) {
-  constexpr int kVector = kAccessBytes / sizeof(T);
-  static_assert(kMaxXsaSize == 8 * kWarp);
-  if (!vectors) return body(Constant<1>{}, Constant<kWarp>{}, Constant<8>{});
-  if (size <= 8 * kVector) return body(Constant<kVector>{}, Constant<8>{}, Constant<1>{});
-  if (size <= 16 * kVector) return body(Constant<kVector>{}, Constant<16>{}, Constant<1>{});
-  constexpr int kChunks = kMaxXsaSize / (kVector * kWarp);
-  return body(Constant<kVector>{}, Constant<kWarp>{}, Constant<kChunks>{});
-}
-
-// Distances between rows in bytes.
-template <typename T>
-int64_t row_bytes(Heads x) {
-  return (x.batch_stride | x.time_stride | x.head_stride) * int64_t{sizeof(T)};
-}
-
 }  // namespace
 
 const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream) {
   if (shape.heads == 0 || shape.size == 0) return nullptr;
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool vectors = aligned({y.data, v.data, z}, {row_bytes<T>(y), row_bytes<T>(v),
+    const bool vectors = aligned({y.data, v.data, z}, {head_bytes<T>(y), head_bytes<T>(v),
                                                        shape.size * int64_t{sizeof(T)}});
-    return with_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
+    return with_head_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
       constexpr int kLanes = decltype(lanes)::value;
       const int64_t items = shape.batch * shape.time * shape.groups;
       return launch(xsa_forward_rows<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
@@ -125,9 +89,9 @@ const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const bool vectors = aligned({dz.data, y.data, v.data, dy, dv},
-                                 {row_bytes<T>(dz), row_bytes<T>(y), row_bytes<T>(v),
+                                 {head_bytes<T>(dz), head_bytes<T>(y), head_bytes<T>(v),
                                   shape.size * int64_t{sizeof(T)}});
-    return with_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
+    return with_head_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
       constexpr int kLanes = decltype(lanes)::value;
       const int64_t items = shape.batch * shape.time * shape.groups;
       return launch(xsa_backward_rows<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,

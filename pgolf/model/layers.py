@@ -76,7 +76,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
-        self.config, self.exclusive, self.xsa_impl = config, exclusive, ops["xsa"]
+        self.config, self.exclusive = config, exclusive
+        self.qk_rope_impl, self.xsa_impl = ops["qk_rope"], ops["xsa"]
         head = config.dim // config.heads
         self.c_q = Matrix(config.dim, config.dim)
         self.c_k = Matrix(config.kv_heads * head, config.dim)
@@ -99,12 +100,11 @@ class Attention(nn.Module):
         """h (N, T, D) normed; weights cast; value (N, T, G d) is added to v."""
         c = self.config
         batch, time, _ = h.shape
-        w_q, w_k, w_v, w_out = weights
-        q = F.linear(h, w_q).view(batch, time, c.heads, -1)
-        k = F.linear(h, w_k).view(batch, time, c.kv_heads, -1)
-        v = F.linear(h, w_v)
-        v = (v if value is None else v + value).view(batch, time, c.kv_heads, -1)
-        q, k = qk_rope(q, k, *rope, self.q_gain, c.norm_eps, c.qk_norm)
+        *w_qkv, w_out = weights
+        q, k, v = qk_rope(
+            F.linear(h, torch.cat(w_qkv)), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
+            c.qk_norm, value, self.qk_rope_impl,
+        )  # fmt: skip
         y = attention(q, k, v, backend)
         if self.exclusive:
             y = xsa(y, v, self.xsa_impl)

@@ -6,6 +6,15 @@ from pgolf.ops.fake_quant import fake_quant, fake_quant_all
 from pgolf.ops.leaky_relu2 import leaky_relu2
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.newton_schulz import newton_schulz
+from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.xsa import xsa
 
-__all__ = ["fake_quant", "fake_quant_all", "leaky_relu2", "leaky_relu2_mlp", "newton_schulz", "xsa"]
+__all__ = [
+    "fake_quant",
+    "fake_quant_all",
+    "leaky_relu2",
+    "leaky_relu2_mlp",
+    "newton_schulz",
+    "qk_rope",
+    "xsa",
+]

@@ -107,6 +107,15 @@ class Sample:
     bench: bool = False
 
 
+# What an operator returns.
+Result = Tensor | tuple[Tensor, ...]
+
+
+def as_tuple(result: Result) -> tuple[Tensor, ...]:
+    """The results of an operator, where there is one, too."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
 @dataclass(frozen=True)
 class Operator:
     """Everything about one operator that tests, benchmarks and choices iterate over.
@@ -123,8 +132,8 @@ class Operator:
     """
 
     name: str
-    call: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    call: Callable[..., Result]
+    reference: Callable[..., Result]
     differentiable: tuple[str, ...]
     implementations: Mapping[str, Implementation]
     preferred: Mapping[str, Sequence[tuple[str, str]]]

@@ -1,5 +1,6 @@
 """`python -m bench ops` on a toy operator: what is timed, what is refused, what is written."""
 
+import inspect
 import dataclasses
 import json
 import math
@@ -142,7 +143,7 @@ def test_gate_takes_the_error_of_the_dtype_and_no_more() -> None:
     assert exact[0].dtype == torch.float64 and len(exact) == 2
     torch.testing.assert_close(exact[0], 0.5 * case.args[0].detach().double() ** 3)
     torch.testing.assert_close(
-        exact[1], 1.5 * case.args[0].detach().double() ** 2 * case.upstream.double()
+        exact[1], 1.5 * case.args[0].detach().double() ** 2 * case.upstream[0].double()
     )
     rounded = tuple(t.to(torch.bfloat16) for t in exact)
     assert cases.wrong(yardstick, yardstick, exact) == ""
@@ -195,13 +196,14 @@ def test_real_operators_fit_the_frame(operator: Operator) -> None:
     """Arguments, leaves and the check, on the first small sample; C++ where it is built."""
     case = cases.build(operator, operator.samples()[0], CPU, "fp32")
     exact, yardstick = cases.truth(case), cases.results(case, operator.reference)
-    assert len(exact) == 1 + len(case.leaves) == 1 + len(operator.differentiable) - (
-        "rstd" in operator.differentiable and "rstd" not in case.kwargs
-    )
+    given = inspect.signature(operator.reference).bind(*case.args, **case.kwargs).arguments
+    assert len(case.leaves) == sum(given.get(n) is not None for n in operator.differentiable)
+    assert len(exact) == len(case.upstream) + len(case.leaves)
     assert all(t.dtype == torch.float64 for t in exact)
     if not operator.implementations["cpu"].missing():
         function = providers.find("cpu", case)
-        assert cases.wrong(cases.results(case, function), yardstick, exact) == ""
+        found = cases.results(case, function)
+        assert cases.wrong(found, yardstick, exact, len(case.upstream)) == ""
 
 
 def test_each_mode_runs_what_it_says() -> None:

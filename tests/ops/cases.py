@@ -1,14 +1,14 @@
 """Every operator x implementation x sample, and what tests need to run one of them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.ops.registry import OPERATORS, Operator, Result, Sample, as_tuple
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ class Call:
         args, named = sample.build(device, dtype)
         self.operator = operator
         self.arguments = dict(inspect.signature(operator.call).bind(*args, **named).arguments)
-        self.wanted = [n for n in operator.differentiable if n in self.arguments]
+        self.wanted = [n for n in operator.differentiable if self.arguments.get(n) is not None]
 
     def in_double(self) -> "Call":
         """The same numbers in float64; the dtype that a result is asked for becomes float64 too."""
@@ -68,7 +68,7 @@ class Call:
         twin.operator, twin.wanted = self.operator, self.wanted
         keep = {"clip_factor", "bits", "on"}  # float32 by definition
         twin.arguments = {
-            n: a.double() if isinstance(a, Tensor) and n not in keep else a
+            n: a.double() if is_floating(a) and n not in keep else a
             for n, a in self.arguments.items()
         }
         if "dtype" in twin.arguments:
@@ -79,23 +79,36 @@ class Call:
         """The differentiable arguments, detached; strides are kept."""
         return [self.arguments[n].detach().requires_grad_() for n in self.wanted]
 
-    def on(self, *leaves: Tensor, function: Callable | None = None, **options: Any) -> Tensor:
+    def on(self, *leaves: Tensor, function: Callable | None = None, **options: Any) -> Result:
         """Call with these in place of the differentiable arguments."""
         arguments = {**self.arguments, **dict(zip(self.wanted, leaves, strict=True))}
         return (function or self.operator.call)(**arguments, **options)
 
-    def run(self, impl: str, upstream: Tensor | None = None) -> list[Tensor]:
-        """[result, gradient, ...] of an implementation."""
+    def run(self, impl: str) -> list[Tensor]:
+        """[result, ..., gradient, ...] of an implementation."""
         leaves = self.leaves()
         out = self.on(*leaves, impl=impl)
-        if not leaves:
-            return [out]
-        upstream = strided_like(out) if upstream is None else upstream.to(out.dtype)
-        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+        results = [t.detach() for t in as_tuple(out)]
+        return [*results, *gradients(out, leaves)] if leaves else results
+
+    def results(self) -> int:
+        """How many of what `run` returns come before the gradients."""
+        return len(as_tuple(self.on(*self.leaves(), impl="reference")))
 
 
-def strided_like(out: Tensor) -> Tensor:
+def is_floating(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def gradients(out: Result, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of leaves, for gradients of all results that are not contiguous."""
+    results = as_tuple(out)
+    upstream = [strided_like(t, seed) for seed, t in enumerate(results, 1)]
+    return torch.autograd.grad(results, leaves, upstream)
+
+
+def strided_like(out: Tensor, seed: int = 1) -> Tensor:
     """An output gradient of out's shape that is not contiguous in any dimension."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     wide = torch.randn(*out.shape[:-1], 2 * out.size(-1), generator=g, dtype=torch.float64)
     return wide.to(torch.bfloat16).to(out.device, out.dtype)[..., ::2]

@@ -32,9 +32,9 @@ def test_on_a_gpu(operator, impl, sample, dtype) -> None:
     if operator.name == "fake_quant":
         assert all(map(torch.equal, got, theirs))
         return
-    truth = call.in_double().run("reference")
+    truth, results = call.in_double().run("reference"), call.results()
     for i, (mine, yardstick, exact) in enumerate(zip(got, theirs, truth, strict=True)):
         if exact.numel():
             floor = 4 * torch.finfo(mine.dtype).eps * exact.abs().max()
             limit = (yardstick.double() - exact).abs().max()
-            assert (mine.double() - exact).abs().max() <= (3 if i else 2) * limit + floor
+            assert (mine.double() - exact).abs().max() <= (3 if i >= results else 2) * limit + floor

@@ -1,0 +1,48 @@
+// qk_rope: per-head RMS norm, partial rotation and gain. The formulas, for CPU and GPU; F is float or
+// double. For one head x of d elements, of which the first r are rotated in pairs (j, j + r/2):
+//
+//   y = gain R n,   n = rstd x,   rstd = 1 / sqrt(|x|^2 / d + eps)   (without norm: rstd = 1)
+//
+// and with w = R^T dy and s = w . n
+//
+//   d_gain = the sum of s over all tokens,   dx = gain rstd (w - n s / d)   (without norm: gain w)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace pgolf {
+
+constexpr int64_t kMaxRopeSize = 256;  // of a head
+
+// Sums for d_gain are taken over this many tokens by themselves, then over those sums: the result
+// depends neither on threads nor on the size of a GPU.
+constexpr int64_t kRopeTokensPerBlock = 64;
+constexpr int64_t rope_blocks(int64_t tokens) {
+  return tokens / kRopeTokensPerBlock + (tokens % kRopeTokensPerBlock != 0);
+}
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline F rope_rstd(F squares, int64_t size, F eps, bool norm) {
+  return norm ? F(1) / std::sqrt(squares / static_cast<F>(size) + eps) : F(1);
+}
+
+// dx = of_w w + of_x x. Without norm x has no part in it: it must not be multiplied by zero, as it
+// may be infinite.
+template <typename F>
+struct RopeGradient {
+  F of_w, of_x;
+  F gain;  // s, what this head adds to d_gain
+};
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline RopeGradient<F> rope_gradient(F w_dot_x, F rstd, F gain,
+                                                              int64_t size) {
+  const F s = w_dot_x * rstd;
+  const F of_w = gain * rstd;
+  return {of_w, -of_w * (s / static_cast<F>(size) * rstd), s};
+}
+
+}  // namespace pgolf
