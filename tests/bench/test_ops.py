@@ -1,7 +1,7 @@
 """`python -m bench ops` on a toy operator: what is timed, what is refused, what is written."""
 
-import inspect
 import dataclasses
+import inspect
 import json
 import math
 from collections import Counter
