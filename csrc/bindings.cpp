@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "pgolf's C++ and CUDA kernels; use them through pgolf.ops";
   m.def("build_info", &build_info, "What this module was built with, and why.");
   m.def("cpu_isa", &pgolf::cpu::isa, "The instruction set of the CPU kernels in this process.");
+  pgolf::bindings::bind_embed_smear(m);
   pgolf::bindings::bind_fake_quant(m);
   pgolf::bindings::bind_leaky_relu2(m);
   pgolf::bindings::bind_newton_schulz(m);

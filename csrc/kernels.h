@@ -74,6 +74,35 @@ struct QkRopeGradients {
   Heads dq, dk, dv;
 };
 
+struct EmbedSmearShape {
+  int64_t batch, time, vocab, width;  // N, T, V, D
+  double eps;
+  Dtype table_dtype, x_dtype;  // fp64 both or none
+};
+
+// Contiguous. Null where there is none: bigram (N, T, D) of x's type, scale (1,) (then it is 1) and
+// gate (D,) in float, or double for double, starts (N, T).
+struct EmbedSmearInputs {
+  const int64_t* ids;  // (N, T)
+  const void *table, *bigram, *scale, *gate;
+  const bool* starts;
+};
+
+// Tokens sorted by id, stable, and where each id begins in that order: (V + 1,).
+struct TokenOrder {
+  const int64_t *order, *bounds;
+};
+
+// dbigram is null where there is no bigram. sums (D + 1,): of the gate's columns and of the scale.
+struct EmbedSmearGradients {
+  void *dtable, *dbigram, *sums;
+};
+
+// Room for smear_chunks x 2 x D and for smear_blocks x (D + 1) numbers, in the type of sums.
+struct EmbedSmearScratch {
+  void *pieces, *partials;
+};
+
 namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
@@ -106,6 +135,13 @@ struct Kernels {
   void (*qk_rope_backward)(const QkRopeShape& shape, const QkRopeInputs& in,
                            const QkRopeGradients& gradients, void* dqkv, void* partials,
                            void* d_gain, int threads);
+  // rstd: (N, T) float, or double for double.
+  void (*embed_smear)(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x, void* rstd,
+                      int threads);
+  void (*embed_smear_backward)(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
+                               const TokenOrder& tokens, const void* dx, const void* rstd,
+                               const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
+                               int threads);
 };
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
@@ -131,6 +167,13 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
 const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              const QkRopeGradients& gradients, void* dqkv, void* partials,
                              void* d_gain, void* stream);
+// Ids that the table does not have give rows of NaN, and no gradient of the table.
+const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x,
+                        void* rstd, void* stream);
+const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
+                                 const TokenOrder& tokens, const void* dx, const void* rstd,
+                                 const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
+                                 void* stream);
 
 }  // namespace cuda
 

@@ -9,6 +9,7 @@
 
 namespace pgolf::bindings {
 
+void bind_embed_smear(pybind11::module_& m);
 void bind_fake_quant(pybind11::module_& m);
 void bind_leaky_relu2(pybind11::module_& m);
 void bind_newton_schulz(pybind11::module_& m);

@@ -138,17 +138,50 @@ static inline void store_end(Lanes<F, kCount> x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
-// The inner product of two rows of `size` numbers.
-template <typename T>
-static inline compute_t<T> dot(const T* x, const T* y, int64_t size) {
-  using F = compute_t<T>;
-  constexpr int kLanes = 64 / sizeof(F);
-  Row<F> sums = Row<F>::filled(0);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    sums = sums + Row<F>::load(x + i) * Row<F>::load(y + i);
+// A full register's worth of a row, and its end.
+template <typename F>
+struct FullLanes {
+  template <typename T>
+  Row<F> load(const T* from) const {
+    return Row<F>::load(from);
   }
-  if (i < size) sums = sums + load_end<F>(x + i, size - i) * load_end<F>(y + i, size - i);
+  template <typename T>
+  void store(Row<F> x, T* to) const {
+    x.store(to);
+  }
+};
+template <typename F>
+struct EndLanes {
+  int64_t count;
+
+  template <typename T>
+  Row<F> load(const T* from) const {
+    return load_end<F>(from, count);
+  }
+  template <typename T>
+  void store(Row<F> x, T* to) const {
+    store_end(x, to, count);
+  }
+};
+
+// body(i, lanes) all along rows of `size` numbers: lanes.load(x + i) and lanes.store(result, y + i)
+// move those that begin at i.
+template <typename F, typename Body>
+static inline void each_lanes(int64_t size, const Body& body) {
+  constexpr int kLanes = 64 / sizeof(F);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, FullLanes<F>{});
+  if (i < size) body(i, EndLanes<F>{size - i});
+}
+
+// The inner product of two rows of `size` numbers.
+template <typename T, typename U>
+static inline compute_t<T> dot(const T* x, const U* y, int64_t size) {
+  using F = compute_t<T>;
+  Row<F> sums = Row<F>::filled(0);
+  each_lanes<F>(size, [&](int64_t i, auto lanes) {
+    sums = sums + lanes.load(x + i) * lanes.load(y + i);
+  });
   return sums.sum();
 }
 

@@ -25,5 +25,11 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
 void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                       const QkRopeGradients& gradients, void* dqkv, void* partials, void* d_gain,
                       int threads);
+void embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x, void* rstd,
+                 int threads);
+void embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
+                          const TokenOrder& tokens, const void* dx, const void* rstd,
+                          const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
+                          int threads);
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -73,21 +73,6 @@ struct Turn {
   }
 };
 
-// to[i] = what(i, load) for a row of `size`, where load(x + i) is the lanes that are to be stored.
-template <typename T, typename What>
-void each_lanes(T* to, int64_t size, const What& what) {
-  using F = compute_t<T>;
-  constexpr int kLanes = 64 / sizeof(F);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    what(i, [](const T* from) { return Row<F>::load(from); }).store(to + i);
-  }
-  if (i < size) {
-    const int64_t left = size - i;
-    store_end(what(i, [left](const T* from) { return load_end<F>(from, left); }), to + i, left);
-  }
-}
-
 // to = factor R x
 template <typename T>
 void turn_head(const T* x, Turn<compute_t<T>> turn, compute_t<T> factor, int64_t size, T* to) {
@@ -98,8 +83,8 @@ void turn_head(const T* x, Turn<compute_t<T>> turn, compute_t<T> factor, int64_t
     store_pairs<F>(turned.second * Pairs<F>::filled(factor), to + turn.half + j, count);
   });
   const int64_t r = 2 * turn.half;
-  each_lanes(to + r, size - r, [&](int64_t i, const auto& load) {
-    return load(x + r + i) * Row<F>::filled(factor);
+  each_lanes<F>(size - r, [&](int64_t i, auto lanes) {
+    lanes.store(lanes.load(x + r + i) * Row<F>::filled(factor), to + r + i);
   });
 }
 
@@ -132,35 +117,13 @@ void turn_back(const T* dy, const T* x, Turn<compute_t<T>> turn, RopeGradient<co
     store_pairs<F>(combine(w.second, pair.second), to + turn.half + j, count);
   });
   const int64_t r = 2 * turn.half;
-  each_lanes(to + r, size - r, [&](int64_t i, const auto& load) {
-    return combine(load(dy + r + i), load(x + r + i));
+  each_lanes<F>(size - r, [&](int64_t i, auto lanes) {
+    lanes.store(combine(lanes.load(dy + r + i), lanes.load(x + r + i)), to + r + i);
   });
 }
 
-// The heads of a contiguous output, written around the caches where that is worth it.
 template <typename T>
-class Writer {
- public:
-  Writer(void* to, int64_t heads, int64_t size)
-      : to_(static_cast<T*>(to)),
-        size_(size),
-        streamed_(worth_streaming(to, heads, size * int64_t{sizeof(T)})) {}
-
-  // fill(address) writes the head.
-  template <typename Fill>
-  void head(int64_t index, const Fill& fill) const {
-    T* const target = to_ + index * size_;
-    if (!streamed_) return fill(target);
-    alignas(kLineBytes) T head[kMaxRopeSize];
-    fill(head);
-    stream_lines(head, target, size_ * int64_t{sizeof(T)});
-  }
-
- private:
-  T* to_;
-  int64_t size_;
-  bool streamed_;
-};
+using HeadWriter = RowWriter<T, kMaxRopeSize>;
 
 template <typename T>
 struct Operator {
@@ -194,11 +157,11 @@ struct Operator {
     return rope_rstd(squares, shape.size, static_cast<F>(shape.eps), shape.norm);
   }
 
-  void forward(int64_t token, const T* value, const Writer<T>& q, const Writer<T>& k,
-               const Writer<T>& v) const {
+  void forward(int64_t token, const T* value, const HeadWriter<T>& q, const HeadWriter<T>& k,
+               const HeadWriter<T>& v) const {
     const int64_t size = shape.size, groups = shape.kv_heads;
-    const auto turned = [&](const Writer<T>& to, int64_t at, const T* x, F factor) {
-      to.head(at, [&](T* y) { turn_head(x, turn(token), rstd(x) * factor, size, y); });
+    const auto turned = [&](const HeadWriter<T>& to, int64_t at, const T* x, F factor) {
+      to.row(at, [&](T* y) { turn_head(x, turn(token), rstd(x) * factor, size, y); });
     };
     for (int64_t h = 0; h < shape.heads; ++h) {
       turned(q, token * shape.heads + h, head(token, h), gain[h]);
@@ -207,12 +170,12 @@ struct Operator {
       const int64_t at = token * groups + g;
       turned(k, at, head(token, shape.heads + g), F(1));
       const T* x = head(token, shape.heads + groups + g);
-      v.head(at, [&](T* y) {
+      v.row(at, [&](T* y) {
         if (value == nullptr) {
           std::copy(x, x + size, y);
         } else {
-          each_lanes(y, size, [&](int64_t i, const auto& load) {
-            return load(x + i) + load(value + at * size + i);
+          each_lanes<F>(size, [&](int64_t i, auto lanes) {
+            lanes.store(lanes.load(x + i) + lanes.load(value + at * size + i), y + i);
           });
         }
       });
@@ -220,9 +183,9 @@ struct Operator {
   }
 
   // The gradient of head `index` of qkv; returns what it adds to d_gain.
-  F backward_head(int64_t token, int64_t index, const T* dy, F factor, const Writer<T>& to) const {
+  F backward_head(int64_t token, int64_t index, const T* dy, F factor, const HeadWriter<T>& to) const {
     F sum = 0;
-    to.head(token * heads() + index, [&](T* dx) {
+    to.row(token * heads() + index, [&](T* dx) {
       if (dy == nullptr) {
         std::fill(dx, dx + shape.size, T{});
         return;
@@ -243,7 +206,7 @@ struct Operator {
   }
 
   // gains: (H,) what the token adds to d_gain is added to it.
-  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, const Writer<T>& to,
+  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, const HeadWriter<T>& to,
                 F* gains) const {
     const int64_t batch = token / shape.time, time = token % shape.time;
     const auto row = [&](const Tokens<T>& x, int64_t h) {
@@ -257,7 +220,7 @@ struct Operator {
     }
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
       const T* dy = row(dv, g);
-      to.head(token * heads() + shape.heads + shape.kv_heads + g, [&](T* dx) {
+      to.row(token * heads() + shape.heads + shape.kv_heads + g, [&](T* dx) {
         if (dy) {
           std::copy(dy, dy + shape.size, dx);
         } else {
@@ -275,9 +238,9 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Operator<T> op(shape, in);
-    const Writer<T> q(out.q, op.tokens() * shape.heads, shape.size);
-    const Writer<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
-    const Writer<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
+    const HeadWriter<T> q(out.q, op.tokens() * shape.heads, shape.size);
+    const HeadWriter<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
+    const HeadWriter<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
     parallel_for(op.tokens(), 2 * op.token_bytes(), threads, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         op.forward(token, static_cast<const T*>(value), q, k, v);
@@ -295,7 +258,7 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     using F = compute_t<T>;
     const Operator<T> op(shape, in);
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
-    const Writer<T> to(dqkv, op.tokens() * op.heads(), shape.size);
+    const HeadWriter<T> to(dqkv, op.tokens() * op.heads(), shape.size);
     const int64_t blocks = rope_blocks(op.tokens());
     F* const sums = static_cast<F*>(partials);
     const int64_t bytes = 3 * op.token_bytes() * kRopeTokensPerBlock;

@@ -58,6 +58,31 @@ static inline void stream_lines(const void* from, void* to, int64_t bytes) {
   }
 }
 
+// The rows of a contiguous output, written around the caches where that is worth it.
+template <typename T, int64_t kMaxSize>
+class RowWriter {
+ public:
+  RowWriter(void* to, int64_t rows, int64_t size)
+      : to_(static_cast<T*>(to)),
+        size_(size),
+        streamed_(worth_streaming(to, rows, size * int64_t{sizeof(T)})) {}
+
+  // fill(address) writes the row there.
+  template <typename Fill>
+  void row(int64_t index, const Fill& fill) const {
+    T* const target = to_ + index * size_;
+    if (!streamed_) return fill(target);
+    alignas(kLineBytes) T row[kMaxSize];
+    fill(row);
+    stream_lines(row, target, size_ * int64_t{sizeof(T)});
+  }
+
+ private:
+  T* to_;
+  int64_t size_;
+  bool streamed_;
+};
+
 // After the last of a range: before other threads are told that it is done.
 static inline void end_streaming() {
 #if defined(__SSE2__)

@@ -16,6 +16,8 @@ const Kernels kKernels = {
     fake_quant_backward,
     qk_rope,
     qk_rope_backward,
+    embed_smear,
+    embed_smear_backward,
 };
 
 }  // namespace pgolf::cpu::PGOLF_ISA

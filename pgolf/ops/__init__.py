@@ -2,6 +2,7 @@
 of implementations. The functions named here can be used alone: `from pgolf.ops import xsa`.
 """
 
+from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.fake_quant import fake_quant, fake_quant_all
 from pgolf.ops.leaky_relu2 import leaky_relu2
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
@@ -10,6 +11,7 @@ from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.xsa import xsa
 
 __all__ = [
+    "embed_smear",
     "fake_quant",
     "fake_quant_all",
     "leaky_relu2",

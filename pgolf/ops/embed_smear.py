@@ -1,15 +1,47 @@
 """Token embedding with hashed bigrams, its norm, and SmearGate.
 
     bigram row of position t = ((36313 id[t]) xor (27191 id[t-1])) mod (B - 1);  B - 1 at t = 0
-    x_t = (1 - g) x_t + g x_{t-1},  g = sigmoid(gate),  x_{-1} = 0         (SmearGate, seed form)
+    e = table[id] + scale * bigram,   n = e rstd,   rstd = 1 / sqrt(mean(e^2) + eps)
+    x_t = (1 - g) n_t + g n_{t-1},  g = sigmoid(gate),  n_{-1} = 0         (SmearGate, seed form)
 
-Both come from the contest's public records; the hash constants are theirs.
-Shapes: ids (N, T) int64, x (N, T, D), gate (D,).
+Both come from the contest's public records; the hash constants are theirs. With d = dx and
+u_t = d_{t+1} where t + 1 sees t, else 0, the gradients are
+
+    dn = (1 - g) d + g u,   de = rstd (dn - n mean(dn n)),   dbigram = scale de
+    dtable[i] = sum of de over the tokens i,   d_scale = sum of de . bigram,
+    d_gate = g (1 - g) sum of n (u - d)
+
+Shapes: ids (N, T) int64, table (V, D), x and bigram (N, T, D), gate (D,).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pgolf import extension
+from pgolf.ops.registry import (
+    DTYPE_CODES,
+    Operator,
+    Run,
+    Sample,
+    Work,
+    in_cpp,
+    in_cuda,
+    launcher,
+    nbytes,
+    register,
+    resolve,
+    run_cpp,
+    run_cuda,
+)
+from pgolf.ops.residual_norm import rms_norm
+
+MAX_WIDTH = 768  # of a row, for the kernels
+# Of positions that are sorted by id, as csrc/embed_smear.h has them.
+CHUNK, CHUNKS_PER_BLOCK = 32, 4
 
 
 def bigram_rows(ids: Tensor, buckets: int) -> Tensor:
@@ -30,3 +62,318 @@ def smear(x: Tensor, gate: Tensor, starts: Tensor | None = None) -> Tensor:
     if starts is not None:
         previous = previous.masked_fill(starts[..., None], 0)
     return (1 - g) * x + g * previous
+
+
+def reference(
+    ids: Tensor,
+    table: Tensor,
+    bigram: Tensor | None = None,
+    bigram_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    starts: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`embed_smear` in plain torch."""
+    x = F.embedding(ids, table).to(dtype)
+    if bigram is not None:
+        x = x + (bigram if bigram_scale is None else bigram * bigram_scale.to(dtype))
+    x = rms_norm(x, eps)
+    return x if gate is None else smear(x, gate, starts)
+
+
+def _check(
+    ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
+    gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"embed_smear: ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 (N, T)"
+        )
+    if table.dim() != 2 or not table.is_floating_point() or not table.size(1):
+        raise ValueError(
+            f"embed_smear: table is {table.dtype} {tuple(table.shape)}: it has to be (V, D) of a "
+            "float dtype"
+        )
+    if not dtype.is_floating_point:
+        raise ValueError(f"embed_smear: dtype={dtype}: it has to be a float dtype")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"embed_smear: eps={eps}: it has to be 0 or more, and finite")
+    width, wide = table.size(1), torch.promote_types(dtype, torch.float32)
+    for name, t, shape, expected in (
+        ("bigram", bigram, (*ids.shape, width), dtype),
+        ("bigram_scale", bigram_scale, (), wide),
+        ("gate", gate, (width,), wide),
+        ("starts", starts, ids.shape, torch.bool),
+    ):
+        if t is not None and (t.shape != torch.Size(shape) or t.dtype != expected):
+            raise ValueError(
+                f"embed_smear: {name} is {t.dtype} {tuple(t.shape)}: it has to be {expected} "
+                f"{tuple(shape)}"
+            )
+        if t is not None and t.device != table.device:
+            raise ValueError(
+                f"embed_smear: {name} is on {t.device} and table on {table.device}: move one"
+            )
+    if ids.device != table.device:
+        raise ValueError(
+            f"embed_smear: ids is on {ids.device} and table on {table.device}: move one"
+        )
+
+
+def embed_smear(
+    ids: Tensor,
+    table: Tensor,
+    bigram: Tensor | None = None,
+    bigram_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    starts: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
+
+    The gradient of the table is deterministic: tokens are sorted by id, and the order of every sum
+    is fixed.
+
+    Args:
+        ids: (N, T) int64. One that the table does not have is an error on a CPU; on a GPU, where
+            nobody looks, its row of x is NaN and the table gets no gradient from it.
+        table: (V, D), in fp32 or bf16 for the kernels whatever dtype is (fp64 with an fp64 dtype).
+        bigram: (N, T, D) of `dtype`, projected to the width of the table.
+        bigram_scale: () factor of bigram in fp32 (fp64 for an fp64 dtype); None is 1.
+        gate: (D,) in fp32 (fp64 for an fp64 dtype); None: no smearing.
+        starts: (N, T) bool, positions that see zeros instead of the one before; None: only t = 0.
+        eps: added to the mean square of a row before the root.
+        dtype: of x.
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 768) or 'cuda' (fp32, bf16;
+            D <= 768).
+
+    Returns:
+        x (N, T, D), contiguous.
+
+    Raises:
+        ValueError, RuntimeError: as `xsa`; IndexError by torch, from the reference, for ids.
+    """
+    _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
+    asked, impl = impl, resolve("embed_smear", impl, table)
+    unable = (
+        table.size(1) > MAX_WIDTH
+        or dtype not in DTYPE_CODES
+        or (dtype == torch.float64) != (table.dtype == torch.float64)
+    )
+    if impl == "reference" or (unable and asked == "auto"):
+        return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
+    if unable:
+        raise ValueError(
+            f"embed_smear: a table (V, {table.size(1)}) of {table.dtype} for x in {dtype} is "
+            f"nothing for impl={impl}: rows of at most {MAX_WIDTH}, fp32 and bf16, or fp64 both; "
+            "use impl='reference'"
+        )
+    return _forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl)[0]
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+def _results(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for x and the rstd of each token."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x = table.new_empty((*ids.shape, table.size(1)), dtype=dtype)
+    return x, table.new_empty(ids.shape, dtype=wide)
+
+
+def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tensor, ...]:
+    """Room for those of table and bigram (without one, for nothing) and the sums (D + 1,)."""
+    dbigram = table.new_empty(0) if bigram is None else bigram.new_empty(bigram.shape)
+    return table.new_empty(table.shape), dbigram, rstd.new_empty(table.size(1) + 1)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@torch.library.custom_op("pgolf::embed_smear", mutates_args=())
+def _forward(
+    ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
+    gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = _contiguous(ids, table, bigram, bigram_scale, gate, starts)
+    return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
+
+
+@_forward.register_fake
+def _(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl):
+    return _results(ids, table, dtype)
+
+
+@torch.library.custom_op("pgolf::embed_smear_backward", mutates_args=())
+def _backward(
+    dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
+    bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None, eps: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = _contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
+    return launcher("embed_smear", impl, "backward")(*inputs, eps)
+
+
+@_backward.register_fake
+def _(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, eps, impl):
+    return _gradients(table, bigram, rstd)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.eps, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
+    rstd, ids, table, bigram, bigram_scale, gate, starts = ctx.saved_tensors
+    inputs = (ids, table, bigram, bigram_scale, gate, starts)
+    dtable, dbigram, sums = _backward(dx, rstd, *inputs, ctx.eps, ctx.impl)
+    return (
+        None,
+        dtable,
+        None if bigram is None else dbigram,
+        None if bigram_scale is None else sums[-1],
+        None if gate is None else sums[:-1],
+        *(None,) * 4,
+    )
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _order_cpp(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Tokens by id, stable, and where each id begins (rows + 1,): a counting sort."""
+    order, bounds = ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
+    extension.load().token_order(
+        ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr()
+    )
+    return order, bounds
+
+
+def _order_torch(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same by torch, for any device; ids that are no rows lie outside of the bounds."""
+    by_id, order = torch.sort(ids.flatten(), stable=True)
+    return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """What the kernels call table_dtype, x_dtype, n, t, vocab and width."""
+    return DTYPE_CODES[table.dtype], DTYPE_CODES[dtype], *ids.shape, *table.shape
+
+
+def _launchers(run: Run, order_of: Callable) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
+
+    def forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype):
+        x, rstd = _results(ids, table, dtype)
+        run(
+            "embed_smear", table,
+            *_addresses(ids, table, bigram, bigram_scale, gate, starts, x, rstd),
+            *_shape(ids, table, dtype), eps,
+        )  # fmt: skip
+        return x, rstd
+
+    def backward(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, eps):
+        dtable, dbigram, sums = _gradients(table, bigram, rstd)
+        chunks = -(-ids.numel() // CHUNK)
+        pieces = rstd.new_empty((2 * chunks, table.size(1)))
+        partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
+        order, bounds = order_of(ids, table.size(0))
+        run(
+            "embed_smear_backward", table,
+            *_addresses(ids, table, bigram, bigram_scale, gate, starts),
+            *_addresses(order, bounds, dx, rstd, dtable, dbigram, sums, pieces),
+            pieces.size(0), partials.data_ptr(), partials.size(0),
+            *_shape(ids, table, dx.dtype), eps,
+        )  # fmt: skip
+        return dtable, dbigram, sums
+
+    return {"forward": forward, "backward": backward}
+
+
+def samples() -> list[Sample]:
+    """With and without bigrams and gate; one id for all tokens, and all others never seen."""
+
+    def make(
+        batch: int, time: int, rows: int, width: int, bigrams: bool = True, gated: bool = True,
+        starts: bool = False, same: bool = False, table_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(time)
+            wide = torch.promote_types(dtype, torch.float32)
+            table = torch.randn(rows, width, generator=g).double()
+            bigram = torch.randn(batch, time, width, generator=g).double()
+            ids = torch.randint(rows, (batch, time), generator=g)
+            ids = torch.full_like(ids, rows // 2) if same else ids
+            own = dtype if table_dtype is None or dtype == torch.float64 else table_dtype
+            named = {"dtype": dtype}
+            if bigrams:
+                named["bigram"] = bigram.to(device, dtype)
+                named["bigram_scale"] = torch.tensor(0.3).to(device, wide)
+            if gated:
+                named["gate"] = torch.linspace(-2, 1, width).to(device, wide)
+            if starts:
+                named["starts"] = (torch.rand(batch, time, generator=g) < 0.3).to(device)
+            return (ids.to(device), table.to(device, own)), named
+
+        return build
+
+    shapes = {
+        "2x70 of 5x64": make(2, 70, 5, 64, starts=True),
+        "1x40 of 9x516 fp32 table": make(1, 40, 9, 516, table_dtype=torch.float32),
+        "3x50 of 4x33, one id": make(3, 50, 4, 33, same=True),
+        "2x9 of 300x48 alone": make(2, 9, 300, 48, bigrams=False, gated=False),
+        "0 tokens": make(1, 0, 3, 16),
+    }
+    big = {f"{t} tokens": make(t // 2048, 2048, 1024, 512) for t in (8192, 98304)}
+    return [Sample(label, build) for label, build in shapes.items()] + [
+        Sample(label, build, bench=True) for label, build in big.items()
+    ]
+
+
+def cost(
+    ids: Tensor, table: Tensor, bigram: Tensor | None = None, bigram_scale: Tensor | None = None,
+    gate: Tensor | None = None, starts: Tensor | None = None, eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Work, Work]:  # fmt: skip
+    """Least work: every tensor once, of the table no more rows than tokens, and rstd is kept."""
+    x_bytes = ids.numel() * table.size(1) * dtype.itemsize
+    rstd = ids.numel() * torch.promote_types(dtype, torch.float32).itemsize
+    rows = min(nbytes(table), ids.numel() * table.size(1) * table.element_size())
+    read = nbytes(ids, bigram, bigram_scale, gate, starts) + rows
+    return (
+        Work(0, read, x_bytes + rstd),
+        Work(0, read + x_bytes + rstd, nbytes(table, bigram, bigram_scale, gate)),
+    )
+
+
+_FUNCTIONS = ("embed_smear", "embed_smear_backward")
+OPERATOR = register(
+    Operator(
+        name="embed_smear",
+        call=embed_smear,
+        reference=reference,
+        differentiable=("table", "bigram", "bigram_scale", "gate"),
+        implementations={
+            "cpu": in_cpp(*_FUNCTIONS, "token_order", **_launchers(run_cpp, _order_cpp)),
+            "cuda": in_cuda(*_FUNCTIONS, **_launchers(run_cuda, _order_torch)),
+        },
+        preferred={
+            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cuda": [("cuda", "every number once forward; the table's gradient is deterministic")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

@@ -9,6 +9,7 @@ from pgolf.ops.qk_rope import cost, qk_rope, rope_table, rotate
 from pgolf.ops.registry import OPERATORS, nbytes
 
 from .cases import implementations
+from .guards import guarded
 
 LENGTH, HEADS, GROUPS, SIZE = 5, 4, 2, 8
 
@@ -237,6 +238,14 @@ def test_any_address(impl: str) -> None:
     assert all(t.data_ptr() % 16 for t in off)
     upstream = gradients_of(args)
     close(results(impl, (*off, *args[4:]), upstream), results(impl, args, upstream))
+
+
+@every_kernel
+@pytest.mark.parametrize(("size", "dims"), [(64, 16), (33, 6)])
+def test_nothing_is_written_outside(impl: str, size: int, dims: int) -> None:
+    args = arguments(35, 3, 1, size, dims)
+    with guarded():
+        results(impl, args, gradients_of(args))
 
 
 @every_kernel

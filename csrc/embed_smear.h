@@ -1,0 +1,66 @@
+// embed_smear: token embedding, norm and smear gate. The formulas, for CPU and GPU; F is float or
+// double. With e_t the row of token t (and scale times its bigram), g = sigmoid(gate) and c_t = 1
+// where t sees t - 1 (not at the start of a row or of a document)
+//
+//   n = rstd e,   rstd = 1 / sqrt(|e|^2 / D + eps),   x_t = (1 - g) n_t + g c_t n_{t-1}
+//
+// and the other way round, with d_t = dx_t and u_t = c_{t+1} d_{t+1}
+//
+//   dn_t = (1 - g) d_t + g u_t,   de = rstd (dn - n (dn . n) / D),   d_gate = g (1 - g) sum n (u - d)
+//
+// Rows of the table get the sum of de over their tokens. Tokens are sorted by id and cut into chunks
+// of positions. Of the pieces of a chunk, one an id, those amid it are whole sums; the first and the
+// last may go on in the neighbours and become two rows of partial sums. What an id has of these is
+// added up in order: no result depends on threads or on the size of a GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace pgolf {
+
+constexpr int64_t kMaxSmearWidth = 768;      // D
+constexpr int64_t kSmearChunk = 32;          // positions
+constexpr int64_t kSmearChunksPerBlock = 4;  // chunks with one row of sums for gate and scale
+
+constexpr int64_t smear_chunks(int64_t positions) {
+  return positions / kSmearChunk + (positions % kSmearChunk != 0);
+}
+constexpr int64_t smear_blocks(int64_t positions) {
+  const int64_t chunks = smear_chunks(positions);
+  return chunks / kSmearChunksPerBlock + (chunks % kSmearChunksPerBlock != 0);
+}
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline F smear_rstd(F squares, int64_t width, F eps) {
+  return F(1) / std::sqrt(squares / static_cast<F>(width) + eps);
+}
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline F sigmoid(F x) {
+  return F(1) / (F(1) + std::exp(-x));
+}
+
+// Where the partial sums of an id are, whose sorted positions are [begin, end).
+struct SmearPieces {
+  int64_t first_chunk, last_chunk;
+  bool whole;  // amid one chunk: its sum is complete and has no partial sums
+
+  // The row of partial sums (chunks x 2) that holds the piece in a chunk.
+  PGOLF_HOST_DEVICE int64_t row(int64_t chunk, int64_t begin) const {
+    return 2 * chunk + (begin > chunk * kSmearChunk ? 1 : 0);
+  }
+};
+
+PGOLF_HOST_DEVICE static inline SmearPieces smear_pieces(int64_t begin, int64_t end,
+                                                         int64_t positions) {
+  const int64_t first = begin / kSmearChunk, last = (end - 1) / kSmearChunk;
+  const int64_t after = (last + 1) * kSmearChunk;
+  const bool whole = first == last && begin > first * kSmearChunk &&
+                     end < (after < positions ? after : positions);
+  return {first, last, whole};
+}
+
+}  // namespace pgolf
