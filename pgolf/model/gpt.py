@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.fields import resolve_layers
 from pgolf.model.layers import BigramHash, Block, SmearGate, Table, ValueEmbedding
-from pgolf.ops.embed_smear import smear
+from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.registry import OPERATORS
 from pgolf.ops.residual_norm import rms_norm
@@ -84,13 +84,16 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """First residual state (N, T, D): normed and smeared."""
         c = self.config
-        x = self.tok_emb(ids).to(self.compute_dtype)
+        bigram = scale = gate = starts = None
         if self.bigram is not None:
-            x = x + self.bigram(ids, x.dtype)
-        x = rms_norm(x, c.norm_eps)
+            bigram, scale = self.bigram(ids, self.compute_dtype), self.bigram.scale
         if self.smear is not None:
-            x = smear(x, self.smear.gate, ids == c.bos_id if c.smear == "bos_masked" else None)
-        return x
+            gate = self.smear.gate
+            starts = ids == c.bos_id if c.smear == "bos_masked" else None
+        return embed_smear(
+            ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
+            self.ops["embed_smear"],
+        )  # fmt: skip
 
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""

@@ -169,7 +169,10 @@ class Table(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """Embedding of the hashed pair (previous id, id), projected to the residual width."""
+    """Embedding of the hashed pair (previous id, id), projected to the residual width.
+
+    `scale` is applied where it is added to the tokens' embedding.
+    """
 
     def __init__(self, buckets: int, width: int, dim: int, dtype: torch.dtype):
         super().__init__()
@@ -179,7 +182,7 @@ class BigramHash(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         e = self.embed(bigram_rows(ids, self.embed.weight.size(0))).to(dtype)
-        return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
+        return e if self.proj is None else self.proj(e)
 
 
 class ValueEmbedding(nn.Module):
@@ -197,7 +200,7 @@ class ValueEmbedding(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Holds the gate of `pgolf.ops.embed_smear.smear`."""
+    """Holds the gate of `pgolf.ops.embed_smear`."""
 
     def __init__(self, dim: int):
         super().__init__()
