@@ -177,11 +177,13 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<kVector, kChunks>))
     const float mean = dn.dot(n) / static_cast<float>(width);
     const Lanes de = Lanes::zero().plus(rstd, dn.plus(-mean, n));
     Floats sum = Floats::load(piece_sums[warp], width);
+    float along_bigram = 0;
 #pragma unroll
     for (int i = 0; i < R::kCount; ++i) {
       sum.at[i] += de.at[i];
-      scale_sum += de.at[i] * bigram.at[i];
+      along_bigram += de.at[i] * bigram.at[i];
     }
+    scale_sum += along_bigram;
     sum.store(piece_sums[warp], width);
     if (dbigram) Lanes::zero().plus(args.scale(), de).store(dbigram + token * width, width);
   }

@@ -5,8 +5,14 @@ import hashlib
 import torch
 from torch import Tensor
 
+from pgolf.ops.registry import OPERATORS
+
+from .cases import Call
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+# Called through their Python side; tests of their own compare numbers of threads.
+ROW_OPERATORS = ("embed_smear", "qk_rope")
 GUARD = 64  # elements on either side of an output
 PATTERN = 0xA5
 
@@ -190,11 +196,14 @@ def samples(kernels, threads: int) -> list[Tensor]:
         factor = torch.full((701,), 0.8)
         results += fake_quant(kernels, pre, factor, 6, threads=threads)
         results += [fake_quant_backward(kernels, dpost, pre, results[-1], 6, threads=threads)]
+        for name in ROW_OPERATORS:
+            small = [s for s in OPERATORS[name].samples() if not s.bench]
+            results += [t for s in small for t in Call(OPERATORS[name], s, dtype).run("cpu")]
     return results
 
 
 def digest(tensors: list[Tensor]) -> str:
     state = hashlib.sha256()
     for tensor in tensors:
-        state.update(tensor.contiguous().view(torch.uint8).numpy())
+        state.update(tensor.flatten().view(torch.uint8).numpy())
     return state.hexdigest()

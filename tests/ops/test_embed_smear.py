@@ -211,7 +211,7 @@ def test_table_and_x_may_differ(impl: str, table: torch.dtype, dtype: torch.dtyp
     assert [t.dtype for t in mine] == [dtype, table, dtype, torch.float32, torch.float32]
     for got, ideal in zip(mine, truth, strict=True):
         error = (got.double() - ideal).abs().max()
-        assert error <= 8 * torch.finfo(got.dtype).eps * ideal.abs().max()
+        assert error <= 20 * torch.finfo(got.dtype).eps * ideal.abs().max()  # terms cancel
 
 
 @every_kernel

@@ -12,8 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pgolf.ops import fake_quant, leaky_relu2, leaky_relu2_mlp, newton_schulz, xsa
+from pgolf.ops import (
+    embed_smear,
+    fake_quant,
+    leaky_relu2,
+    leaky_relu2_mlp,
+    newton_schulz,
+    qk_rope,
+    xsa,
+)
 from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS
+from pgolf.ops.qk_rope import rope_table
 
 EXAMPLES = int(os.environ.get("PGOLF_FUZZ_EXAMPLES", 40))
 fuzz = settings(
@@ -59,11 +68,17 @@ def outcome(call, leaves: list[Tensor], impl: str, upstream: Tensor | None):
 
 
 def agree(
-    call, leaves: list[Tensor], slack: float, upstream: Tensor | None, least: float = 1e-30
+    call,
+    leaves: list[Tensor],
+    slack: float,
+    upstream: Tensor | None,
+    least: float = 1e-30,
+    rounded_to: torch.dtype | None = None,
 ) -> None:
     """The C++ form answers as the reference does, to within `slack` roundings of the result.
 
-    `least` is the size of what cancels in a result that is smaller than that.
+    `least` is the size of what cancels in a result that is smaller than that; `rounded_to` is the
+    dtype in which the reference computes results of a finer one, too.
     """
     mine, theirs = (outcome(call, leaves, impl, upstream) for impl in ("cpu", "reference"))
     if isinstance(theirs, str):
@@ -75,7 +90,7 @@ def agree(
         scale = b.double().abs().max().item() if b.numel() else 0.0
         assert torch.isfinite(a).all()
         difference = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        assert difference <= slack * torch.finfo(a.dtype).eps * max(scale, least)
+        assert difference <= slack * torch.finfo(rounded_to or a.dtype).eps * max(scale, least)
 
 
 def scalar_like(dtype: torch.dtype) -> Tensor:
@@ -145,3 +160,40 @@ def test_fake_quant(data, dtype, rows, columns, bits, on, mask) -> None:
         return fake_quant(w, factor, bits, on, floor, multiple, full, mask, impl=impl)
 
     agree(call, [w], 0, scalar_like(dtype))  # to the bit
+
+
+@fuzz
+@given(st.data(), dtypes, st.integers(0, 3), lengths, st.integers(0, 5), st.integers(0, 3))
+def test_qk_rope(data, dtype, batch, time, heads, groups) -> None:
+    size, dims = data.draw(st.tuples(st.integers(1, 40), st.integers(0, 21)))
+    odd = data.draw(st.sampled_from([0, 0, 0, 1]))
+    norm, valued = data.draw(st.tuples(st.booleans(), st.booleans()))
+    qkv = data.draw(tensors((batch, time, (heads + 2 * groups) * size + odd), dtype))
+    value = data.draw(tensors((batch, time, groups * size), dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    gain = data.draw(tensors((heads,), wide))
+    table = [t.to(wide) for t in rope_table(time + odd, 2 * dims, 100.0)]
+
+    def call(qkv, gain, value, impl):
+        added = value if valued else None
+        results = qk_rope(qkv, *table, gain, heads, groups, 1e-3, norm, added, impl)
+        return torch.cat([t.flatten() for t in results]) + 0 * value.sum()
+
+    agree(call, [qkv, gain, value], 16, scalar_like(dtype), least=20, rounded_to=dtype)
+
+
+@fuzz
+@given(st.data(), dtypes, st.integers(0, 3), st.integers(0, 40), st.integers(1, 5))
+def test_embed_smear(data, dtype, batch, time, rows) -> None:
+    width, odd = data.draw(st.tuples(st.integers(0, 70), st.sampled_from([0, 0, 0, 1])))
+    ids = data.draw(tensors((batch, time), torch.float32)).abs().mul(2).long().clamp(max=rows - 1)
+    table = data.draw(tensors((rows, width), dtype))
+    bigram = data.draw(tensors((batch, time, width + odd), dtype))
+    starts = data.draw(tensors((batch, time), torch.float32)) > 1
+    wide = torch.promote_types(dtype, torch.float32)
+    gate, scale = data.draw(tensors((width,), wide)), torch.tensor(0.5, dtype=wide)
+
+    def call(table, bigram, scale, gate, impl):
+        return embed_smear(ids, table, bigram, scale, gate, starts, 1e-3, dtype, impl)
+
+    agree(call, [table, bigram, scale, gate], 16, scalar_like(dtype), 20, rounded_to=dtype)

@@ -1,0 +1,130 @@
+"""What the kernels of qk_rope and embed_smear refuse, on the CPU and on a GPU alike."""
+
+import pytest
+import torch
+
+from pgolf import extension
+
+TOKENS = {"n": 1, "t": 2}
+ROPE = {**TOKENS, "dtype": 0, "h": 2, "g": 1, "d": 8, "half": 2, "eps": 1e-6, "norm": True}
+SMEAR = {**TOKENS, "table_dtype": 0, "x_dtype": 0, "vocab": 3, "width": 8, "eps": 1e-6}
+STRIDES = dict.fromkeys(("dq_strides", "dk_strides", "dv_strides"), (32, 16, 8))
+# Sizes and numbers, pointers that have to be there, pointers that may be null.
+KERNELS = {
+    "qk_rope": (ROPE, "qkv cos sin gain q k v", "value"),
+    "qk_rope_backward": (
+        {**ROPE, **STRIDES, "partial_rows": 1},
+        "qkv cos sin gain dqkv partials d_gain",
+        "dq dk dv",
+    ),
+    "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts"),
+    "embed_smear_backward": (
+        {**SMEAR, "piece_rows": 2, "partial_rows": 1},
+        "ids table order bounds dx rstd dtable sums pieces partials",
+        "bigram scale gate starts dbigram",
+    ),
+}
+HUGE = 2**62
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+def callers(name: str) -> list:
+    """Functions of the arguments without threads or stream."""
+    if extension.load() is None:
+        pytest.skip(extension.why_missing())
+    found = [lambda **a: getattr(extension.load(), name)(**a, threads=1)]
+    if extension.emulates_cuda():
+        found.append(lambda **a: getattr(extension.cuda(), f"{name}_cuda")(**a, stream=0))
+    return found
+
+
+def arguments(name: str) -> tuple[dict, list[torch.Tensor]]:
+    """Good ones, and the memory behind their pointers: zeros, which are ids and an order, too."""
+    numbers, needed, optional = KERNELS[name]
+    memory = [torch.zeros(256) for _ in needed.split()]
+    pointers = dict(zip(needed.split(), (m.data_ptr() for m in memory), strict=True))
+    return {**numbers, **pointers, **dict.fromkeys(optional.split(), 0)}, memory
+
+
+def refusal(call, given: dict) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(**given)
+    return str(caught.value)
+
+
+@every_kernel
+def test_good_arguments_and_missing_pointers(name: str) -> None:
+    given, _memory = arguments(name)
+    for call in callers(name):
+        call(**given)
+        for pointer in KERNELS[name][1].split():
+            message = refusal(call, given | {pointer: 0})
+            assert message.startswith(f"{pointer} is a null pointer: it has to hold "), message
+
+
+@every_kernel
+def test_sizes(name: str) -> None:
+    given, _memory = arguments(name)
+    for call in callers(name):
+        for size in {"n", "t", "h", "g", "d", "vocab", "width"} & given.keys():
+            assert refusal(call, given | {size: -1}) == f"{size} is -1: a size is not negative"
+            message = refusal(call, given | {size: HUGE})
+            assert "with the other sizes it makes more" in message or "may have" in message
+        for rows in {"partial_rows", "piece_rows"} & given.keys():
+            assert refusal(call, given | {rows: 3}).startswith(f"{rows} is 3: it has to be ")
+        for strides in STRIDES.keys() & given.keys():
+            message = refusal(call, given | {strides: (32, -1, 8)})
+            assert message == f"{strides} is -1: a stride is not negative"
+        call(**given | dict.fromkeys({"t", "partial_rows", "piece_rows"} & given.keys(), 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("qk_rope", {"d": 257}, "d is 257: heads may have at most 256 elements"),
+        ("qk_rope", {"half": 5}, "half is 5: heads of 8 elements"),
+        ("qk_rope_backward", {"half": -1}, "half is -1"),
+        ("qk_rope", {"eps": -1.0}, "eps is -1.0"),
+        ("qk_rope_backward", {"eps": float("nan")}, "eps is nan"),
+        ("qk_rope", {"dtype": 3}, "dtype is 3: it has to be 0 (fp32)"),
+        ("embed_smear", {"width": 769}, "width is 769: rows may have 1 to 768"),
+        ("embed_smear_backward", {"width": 0}, "width is 0: rows may have 1 to 768"),
+        ("embed_smear", {"eps": float("inf")}, "eps is inf"),
+        ("embed_smear", {"x_dtype": 4}, "x_dtype is 4"),
+    ],
+)
+def test_wrong_values(name: str, wrong: dict, message: str) -> None:
+    given, _memory = arguments(name)
+    for call in callers(name):
+        assert refusal(call, given | wrong).startswith(message)
+
+
+def test_fp64_is_for_both_or_none_and_not_for_a_gpu() -> None:
+    given, _memory = arguments("embed_smear")
+    on_cpu, *on_gpu = callers("embed_smear")
+    message = refusal(on_cpu, given | {"table_dtype": 2})
+    assert message == "table_dtype is 2: both or none of table_dtype and x_dtype may be 2 (fp64)"
+    for call in on_gpu:
+        both = given | {"table_dtype": 2, "x_dtype": 2}
+        assert refusal(call, both) == "table_dtype is 2: it has to be 0 (fp32) or 1 (bf16)"
+
+
+def test_token_order() -> None:
+    """A stable counting sort, and where each id begins."""
+    if extension.load() is None:
+        pytest.skip(extension.why_missing())
+    ids = torch.tensor([3, 0, 3, 1, 0, 3])
+    order, bounds = torch.empty(6, dtype=torch.int64), torch.empty(6, dtype=torch.int64)
+
+    def sort(rows: int, count: int = 6) -> None:
+        addresses = order.data_ptr(), bounds.data_ptr()
+        extension.load().token_order(ids.data_ptr(), count, rows, *addresses)
+
+    sort(5)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5] and bounds.tolist() == [0, 2, 3, 3, 6, 6]
+    sort(5, count=0)
+    assert bounds.tolist() == [0] * 6
+    with pytest.raises(ValueError, match=r"ids\[0\] is 3: the table has 3 rows"):
+        sort(3)
+    with pytest.raises(ValueError, match="count is -1: a size is not negative"):
+        sort(5, count=-1)
