@@ -6,12 +6,13 @@
 //
 // and the other way round, with d_t = dx_t and u_t = c_{t+1} d_{t+1}
 //
-//   dn_t = (1 - g) d_t + g u_t,   de = rstd (dn - n (dn . n) / D),   d_gate = g (1 - g) sum n (u - d)
+//   dn_t = (1 - g) d_t + g u_t,   de = rstd (dn - n (dn . n) / D),
+//   d_gate = g (1 - g) times the sum of n (u - d)
 //
-// Rows of the table get the sum of de over their tokens. Tokens are sorted by id and cut into chunks
-// of positions. Of the pieces of a chunk, one an id, those amid it are whole sums; the first and the
-// last may go on in the neighbours and become two rows of partial sums. What an id has of these is
-// added up in order: no result depends on threads or on the size of a GPU.
+// Rows of the table get the sum of de over their tokens. Tokens are sorted by id and cut into
+// chunks of positions. Of the pieces of a chunk, one an id, those amid it are whole sums; the first
+// and the last may go on in the neighbours and become two rows of partial sums. What an id has of
+// these is added up in order: no result depends on threads or on the size of a GPU.
 #pragma once
 
 #include <cmath>

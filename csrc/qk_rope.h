@@ -1,5 +1,5 @@
-// qk_rope: per-head RMS norm, partial rotation and gain. The formulas, for CPU and GPU; F is float or
-// double. For one head x of d elements, of which the first r are rotated in pairs (j, j + r/2):
+// qk_rope: per-head RMS norm, partial rotation and gain. The formulas, for CPU and GPU; F is float
+// or double. For one head x of d elements, the first r are rotated in pairs (j, j + r/2):
 //
 //   y = gain R n,   n = rstd x,   rstd = 1 / sqrt(|x|^2 / d + eps)   (without norm: rstd = 1)
 //

@@ -88,44 +88,45 @@ void turn_head(const T* x, Turn<compute_t<T>> turn, compute_t<T> factor, int64_t
   });
 }
 
-// w . x with w = R^T dy
-template <typename T>
-compute_t<T> turned_dot(const T* dy, const T* x, Turn<compute_t<T>> turn, int64_t size) {
-  using F = compute_t<T>;
-  Pairs<F> sums = Pairs<F>::filled(0);
-  turn.each([&](int64_t j, int64_t count) {
-    const Halves<F> w = turn.back(dy, j, count), pair = turn.load(x, j, count);
-    sums = sums + (w.first * pair.first + w.second * pair.second);
-  });
-  const int64_t r = 2 * turn.half;
-  return sums.sum() + dot(dy + r, x + r, size - r);
-}
+// What the gradient of a head is made of: w = R^T dy and x, widened, and their inner products.
+template <typename F>
+struct Widened {
+  alignas(64) F w[kMaxRopeSize];
+  alignas(64) F x[kMaxRopeSize];
+  F along, squares;  // w . x and x . x
 
-// to = of_w w + of_x x with w = R^T dy; without kWithX the last term is left out.
-template <bool kWithX, typename T>
-void turn_back(const T* dy, const T* x, Turn<compute_t<T>> turn, RopeGradient<compute_t<T>> factors,
-               int64_t size, T* to) {
-  using F = compute_t<T>;
-  const auto combine = [&](auto w, auto x_lanes) {
-    using L = decltype(w);
-    if constexpr (!kWithX) return w * L::filled(factors.of_w);
-    return w * L::filled(factors.of_w) + x_lanes * L::filled(factors.of_x);
-  };
-  turn.each([&](int64_t j, int64_t count) {
-    const Halves<F> w = turn.back(dy, j, count), pair = turn.load(x, j, count);
-    store_pairs<F>(combine(w.first, pair.first), to + j, count);
-    store_pairs<F>(combine(w.second, pair.second), to + turn.half + j, count);
-  });
-  const int64_t r = 2 * turn.half;
-  each_lanes<F>(size - r, [&](int64_t i, auto lanes) {
-    lanes.store(combine(lanes.load(dy + r + i), lanes.load(x + r + i)), to + r + i);
-  });
-}
+  template <typename T>
+  void load(const T* dy, const T* from, Turn<F> turn, int64_t size) {
+    Pairs<F> pair_along = Pairs<F>::filled(0), pair_squares = Pairs<F>::filled(0);
+    turn.each([&](int64_t j, int64_t count) {
+      const Halves<F> back = turn.back(dy, j, count), pair = turn.load(from, j, count);
+      pair_along = pair_along + (back.first * pair.first + back.second * pair.second);
+      pair_squares = pair_squares + (pair.first * pair.first + pair.second * pair.second);
+      store_pairs(back.first, w + j, count);
+      store_pairs(back.second, w + turn.half + j, count);
+      store_pairs(pair.first, x + j, count);
+      store_pairs(pair.second, x + turn.half + j, count);
+    });
+    const int64_t r = 2 * turn.half;
+    Row<F> row_along = Row<F>::filled(0), row_squares = Row<F>::filled(0);
+    each_lanes<F>(size - r, [&](int64_t i, auto lanes) {
+      const Row<F> same = lanes.load(dy + r + i), head = lanes.load(from + r + i);
+      row_along = row_along + same * head;
+      row_squares = row_squares + head * head;
+      lanes.store(same, w + r + i);
+      lanes.store(head, x + r + i);
+    });
+    along = pair_along.sum() + row_along.sum();
+    squares = pair_squares.sum() + row_squares.sum();
+  }
+};
 
 template <typename T>
 using HeadWriter = RowWriter<T, kMaxRopeSize>;
 
-template <typename T>
+// kSize and kHalf are d and r/2 where they are known when this is compiled, so that loops unroll;
+// otherwise 0.
+template <typename T, int kSize, int kHalf>
 struct Operator {
   using F = compute_t<T>;
   QkRopeShape shape;
@@ -141,27 +142,29 @@ struct Operator {
         sin(static_cast<const F*>(in.sin)),
         gain(static_cast<const F*>(in.gain)) {}
 
+  int64_t size() const { return kSize ? kSize : shape.size; }
+  int64_t half() const { return kSize ? kHalf : shape.half; }
   int64_t tokens() const { return shape.batch * shape.time; }
   int64_t heads() const { return shape.heads + 2 * shape.kv_heads; }  // of a token's qkv
-  int64_t token_bytes() const { return heads() * shape.size * int64_t{sizeof(T)}; }
+  int64_t token_bytes() const { return heads() * size() * int64_t{sizeof(T)}; }
 
   const T* head(int64_t token, int64_t index) const {
-    return qkv + (token * heads() + index) * shape.size;
+    return qkv + (token * heads() + index) * size();
   }
   Turn<F> turn(int64_t token) const {
-    const int64_t first = token % shape.time * shape.half;
-    return {cos + first, sin + first, shape.half};
+    const int64_t first = token % shape.time * half();
+    return {cos + first, sin + first, half()};
   }
-  F rstd(const T* x) const {
-    const F squares = shape.norm ? dot(x, x, shape.size) : F(0);
-    return rope_rstd(squares, shape.size, static_cast<F>(shape.eps), shape.norm);
+  F rstd(F squares) const {
+    return rope_rstd(squares, size(), static_cast<F>(shape.eps), shape.norm);
   }
 
   void forward(int64_t token, const T* value, const HeadWriter<T>& q, const HeadWriter<T>& k,
                const HeadWriter<T>& v) const {
-    const int64_t size = shape.size, groups = shape.kv_heads;
+    const int64_t groups = shape.kv_heads;
     const auto turned = [&](const HeadWriter<T>& to, int64_t at, const T* x, F factor) {
-      to.row(at, [&](T* y) { turn_head(x, turn(token), rstd(x) * factor, size, y); });
+      const F scale = factor * rstd(shape.norm ? dot(x, x, size()) : F(0));
+      to.row(at, [&](T* y) { turn_head(x, turn(token), scale, size(), y); });
     };
     for (int64_t h = 0; h < shape.heads; ++h) {
       turned(q, token * shape.heads + h, head(token, h), gain[h]);
@@ -172,10 +175,10 @@ struct Operator {
       const T* x = head(token, shape.heads + groups + g);
       v.row(at, [&](T* y) {
         if (value == nullptr) {
-          std::copy(x, x + size, y);
+          std::copy(x, x + size(), y);
         } else {
-          each_lanes<F>(size, [&](int64_t i, auto lanes) {
-            lanes.store(lanes.load(x + i) + lanes.load(value + at * size + i), y + i);
+          each_lanes<F>(size(), [&](int64_t i, auto lanes) {
+            lanes.store(lanes.load(x + i) + lanes.load(value + at * size() + i), y + i);
           });
         }
       });
@@ -183,24 +186,24 @@ struct Operator {
   }
 
   // The gradient of head `index` of qkv; returns what it adds to d_gain.
-  F backward_head(int64_t token, int64_t index, const T* dy, F factor, const HeadWriter<T>& to) const {
+  F backward_head(int64_t token, int64_t index, const T* dy, F factor,
+                  const HeadWriter<T>& to) const {
     F sum = 0;
     to.row(token * heads() + index, [&](T* dx) {
       if (dy == nullptr) {
-        std::fill(dx, dx + shape.size, T{});
+        std::fill(dx, dx + size(), T{});
         return;
       }
-      const T* x = head(token, index);
-      const Turn<F> here = turn(token);
-      const bool keeps_x = shape.norm || index < shape.heads;  // others have no use for x
-      const F along = keeps_x ? turned_dot(dy, x, here, shape.size) : F(0);
-      const auto factors = rope_gradient(along, rstd(x), factor, shape.size);
+      Widened<F> in;
+      const bool needs_x = shape.norm || index < shape.heads;
+      in.load(dy, needs_x ? head(token, index) : dy, turn(token), size());  // (dy is at hand)
+      const auto factors = rope_gradient(in.along, rstd(in.squares), factor, size());
+      const Row<F> of_w = Row<F>::filled(factors.of_w), of_x = Row<F>::filled(factors.of_x);
+      each_lanes<F>(size(), [&](int64_t i, auto lanes) {
+        const Row<F> scaled = of_w * lanes.load(in.w + i);
+        lanes.store(shape.norm ? scaled + of_x * lanes.load(in.x + i) : scaled, dx + i);
+      });
       sum = factors.gain;
-      if (shape.norm) {
-        turn_back<true>(dy, x, here, factors, shape.size, dx);
-      } else {
-        turn_back<false>(dy, x, here, factors, shape.size, dx);
-      }
     });
     return sum;
   }
@@ -222,22 +225,31 @@ struct Operator {
       const T* dy = row(dv, g);
       to.row(token * heads() + shape.heads + shape.kv_heads + g, [&](T* dx) {
         if (dy) {
-          std::copy(dy, dy + shape.size, dx);
+          std::copy(dy, dy + size(), dx);
         } else {
-          std::fill(dx, dx + shape.size, T{});
+          std::fill(dx, dx + size(), T{});
         }
       });
     }
   }
 };
 
+// body(operator) for the type and the sizes.
+template <typename Body>
+void with_operator(const QkRopeShape& shape, const QkRopeInputs& in, const Body& body) {
+  with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (shape.size == 64 && shape.half == 8) return body(element, Operator<T, 64, 8>(shape, in));
+    return body(element, Operator<T, 0, 0>(shape, in));
+  });
+}
+
 }  // namespace
 
 void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
              const QkRopeOutputs& out, int threads) {
-  with_element(shape.dtype, [&](auto element) {
+  with_operator(shape, in, [&](auto element, const auto& op) {
     using T = decltype(element);
-    const Operator<T> op(shape, in);
     const HeadWriter<T> q(out.q, op.tokens() * shape.heads, shape.size);
     const HeadWriter<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
     const HeadWriter<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
@@ -253,10 +265,9 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
 void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                       const QkRopeGradients& gradients, void* dqkv, void* partials, void* d_gain,
                       int threads) {
-  with_element(shape.dtype, [&](auto element) {
+  with_operator(shape, in, [&](auto element, const auto& op) {
     using T = decltype(element);
     using F = compute_t<T>;
-    const Operator<T> op(shape, in);
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
     const HeadWriter<T> to(dqkv, op.tokens() * op.heads(), shape.size);
     const int64_t blocks = rope_blocks(op.tokens());

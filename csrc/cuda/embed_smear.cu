@@ -1,6 +1,7 @@
 // embed_smear on a GPU: the formulas of embed_smear.h, a warp a row. Forward, a warp takes some
-// tokens in a row, so that it has the one before at hand. Backward, it takes a chunk of tokens sorted
-// by id: the sums of a piece stay in registers, and what the next token's gradient adds is read anew.
+// tokens in a row, so that it has the one before at hand. Backward, it takes a chunk of tokens that
+// are sorted by id: the sums of a piece stay in shared memory, and the gradient of the next token,
+// which lies elsewhere in that order, is read anew.
 #include "embed_smear.h"
 
 #include <cuda_runtime.h>
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kBlock) embed_smear_forward(Inputs args, X* x,
   }
 }
 
-// Registers for the rows at hand, without spills: on an SM 3 blocks leave 168 a thread, 2 leave 255.
+// Registers for the rows at hand, without spills: 3 blocks an SM leave 168 a thread, 2 leave 255.
 template <int kVector, int kChunks>
 constexpr int kBlocksPerSm = kVector == 1 || kVector * kChunks > 16 ? 2 : 3;
 
@@ -251,7 +252,7 @@ const char* with_rows(const EmbedSmearShape& shape, bool vectors, const Body& bo
   });
 }
 
-// Rows of 16 bytes times the number of elements of a vector, in the narrowest type, at such addresses.
+// Whether rows can be moved in vectors: in the narrower type, too, one begins every 16 bytes.
 bool aligned_rows(const EmbedSmearShape& shape, std::initializer_list<const void*> addresses) {
   return aligned(addresses, {shape.width * 2});
 }

@@ -41,8 +41,8 @@ struct Inputs {
   }
 };
 
-// The rotation R of one token, for the elements of this lane: x cos + partner sin, where sin has its
-// sign, and where nothing is rotated the partner is 0 and cos 1.
+// The rotation R of one token, for the elements of this lane: x cos + partner sin, where sin has
+// its sign, and where nothing is rotated the partner is 0 and cos 1.
 template <typename T, int kVector, int kLanes, int kChunks>
 struct Turn {
   using Lanes = Row<T, kVector, kLanes, kChunks>;

@@ -259,6 +259,16 @@ def test_a_nan_stays_in_its_head(impl: str) -> None:
     assert d_gain.isnan().tolist() == [False, True, False, False]
 
 
+@every_kernel
+def test_without_norm_a_nan_stays_in_its_pair(impl: str) -> None:
+    args = arguments(2, 2, 1, 16, 8)
+    args[0].view(2, 2, 4, 16)[1, 0, 0, 5] = float("nan")
+    q, k, v, dqkv, d_gain = results(impl, args, gradients_of(args), norm=False)
+    assert q.isnan().nonzero().tolist() == [[1, 0, 0, 1], [1, 0, 0, 5]]
+    assert not any(t.isnan().any() for t in (k, v, dqkv))
+    assert d_gain.isnan().tolist() == [True, False]
+
+
 @pytest.mark.skipif("cpu" not in KERNELS, reason="no C++ kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
