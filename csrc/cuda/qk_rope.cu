@@ -56,7 +56,7 @@ struct Turn {
       const int place = Lanes::place(chunk);
 #pragma unroll
       for (int i = 0; i < kVector; i += kAtOnce) {
-        Vector<float, kAtOnce> c, s;
+        Vector<float, kAtOnce> c = {}, s = {};
         if (place < 2 * half) {
           const int64_t at = time * half + (place < half ? place : place - half) + i;
           c = *reinterpret_cast<const Vector<float, kAtOnce>*>(in.cos + at);
@@ -66,7 +66,7 @@ struct Turn {
         for (int j = 0; j < kAtOnce; ++j) {
           const int to = chunk * kVector + i + j;
           cos[to] = place < 2 * half ? c.at[j] : 1.0f;
-          sin[to] = place < half ? s.at[j] : place < 2 * half ? -s.at[j] : 0.0f;
+          sin[to] = place < half ? s.at[j] : -s.at[j];
         }
       }
     }
