@@ -17,7 +17,21 @@ namespace {
 template <typename F>
 using Buffer = F[kMaxSmearWidth];
 
-// Table elements are T, those of x and of bigrams X.
+// e of a token, lanes at a time. Table elements are T, those of x and of bigrams X.
+template <typename T, typename X>
+struct Embedding {
+  using F = compute_t<X>;
+  const T* row;
+  const X* bigram;  // or null
+  Row<F> scale;
+
+  template <typename L>
+  Row<F> at(int64_t i, L lanes) const {
+    const Row<F> e = lanes.load(row + i);
+    return bigram ? e + scale * lanes.load(bigram + i) : e;
+  }
+};
+
 template <typename T, typename X>
 struct Operator {
   using F = compute_t<X>;
@@ -41,23 +55,21 @@ struct Operator {
     return in.gate && token % shape.time != 0 && !(in.starts && in.starts[token]);
   }
 
-  // e of a token.
-  void embed(int64_t token, F* e) const {
+  Embedding<T, X> embedding(int64_t token) const {
     const T* const row = static_cast<const T*>(in.table) + in.ids[token] * shape.width;
-    const X* const added = bigram(token);
-    if (added == nullptr) {
-      each_lanes<F>(shape.width,
-                    [&](int64_t i, auto lanes) { lanes.store(lanes.load(row + i), e + i); });
-      return;
-    }
-    const Row<F> factor = Row<F>::filled(scale);
-    each_lanes<F>(shape.width, [&](int64_t i, auto lanes) {
-      lanes.store(lanes.load(row + i) + factor * lanes.load(added + i), e + i);
-    });
+    return {row, bigram(token), Row<F>::filled(scale)};
   }
 
-  F rstd(const F* e) const {
-    return smear_rstd(dot(e, e, shape.width), shape.width, static_cast<F>(shape.eps));
+  // Writes e of a token; returns its rstd.
+  F embed(int64_t token, F* e) const {
+    const Embedding<T, X> from = embedding(token);
+    Row<F> squares = Row<F>::filled(0);
+    each_lanes<F>(shape.width, [&](int64_t i, auto lanes) {
+      const Row<F> here = from.at(i, lanes);
+      squares = squares + here * here;
+      lanes.store(here, e + i);
+    });
+    return smear_rstd(squares.sum(), shape.width, static_cast<F>(shape.eps));
   }
 
   void forward(int64_t begin, int64_t end, const RowWriter<X, kMaxSmearWidth>& x, F* rstds) const {
@@ -65,13 +77,9 @@ struct Operator {
     F* e = buffers[0];
     F* before = buffers[1];
     F rstd_before = 0;
-    if (begin < end && joined(begin)) {
-      embed(begin - 1, before);
-      rstd_before = rstd(before);
-    }
+    if (begin < end && joined(begin)) rstd_before = embed(begin - 1, before);
     for (int64_t token = begin; token < end; ++token) {
-      embed(token, e);
-      const F own = rstds[token] = rstd(e);
+      const F own = rstds[token] = embed(token, e);
       x.row(token, [&](X* to) { blend(e, own, before, rstd_before, joined(token), to); });
       std::swap(e, before);
       rstd_before = own;
@@ -106,30 +114,36 @@ struct Backward {
 
   int64_t id_at(int64_t position) const { return op.in.ids[tokens.order[position]]; }
 
-  // n, dn and what the token adds to the sums of the gate.
-  void through_gate(int64_t token, F* n, F* dn, F* gate_sums) const {
+  // n, dn and what the token adds to the sums of the gate; returns n . dn.
+  F through_gate(int64_t token, F* n, F* dn, F* gate_sums) const {
     const int64_t width = op.shape.width;
     const X* const d = dx + token * width;
     const bool seen = token + 1 < op.tokens() && op.joined(token + 1);  // by the next
-    op.embed(token, n);
+    const Embedding<T, X> from = op.embedding(token);
     const Row<F> rstd = Row<F>::filled(rstds[token]);
+    Row<F> products = Row<F>::filled(0);
     each_lanes<F>(width, [&](int64_t i, auto lanes) {
-      const Row<F> own = rstd * lanes.load(n + i), upstream = lanes.load(d + i);
+      const Row<F> own = rstd * from.at(i, lanes), upstream = lanes.load(d + i);
+      Row<F> result = upstream;
+      if (op.in.gate) {
+        const Row<F> g = lanes.load(op.gate + i);
+        const Row<F> next = seen ? lanes.load(d + width + i) : Row<F>::filled(0);
+        result = (Row<F>::filled(1) - g) * upstream + g * next;
+        lanes.store(lanes.load(gate_sums + i) + own * (next - upstream), gate_sums + i);
+      }
+      products = products + own * result;
       lanes.store(own, n + i);
-      if (!op.in.gate) return lanes.store(upstream, dn + i);
-      const Row<F> g = lanes.load(op.gate + i);
-      const Row<F> next = seen ? lanes.load(d + width + i) : Row<F>::filled(0);
-      lanes.store((Row<F>::filled(1) - g) * upstream + (seen ? g * next : next), dn + i);
-      lanes.store(lanes.load(gate_sums + i) + own * (next - upstream), gate_sums + i);
+      lanes.store(result, dn + i);
     });
+    return products.sum();
   }
 
   // Adds de of a token to `sum`, writes its dbigram; returns what it adds to the sum of the scale.
   F add_token(int64_t token, F* sum, F* gate_sums) const {
     alignas(64) Buffer<F> n, dn;
     const int64_t width = op.shape.width;
-    through_gate(token, n, dn, gate_sums);
-    const Row<F> mean = Row<F>::filled(dot(dn, n, width) / static_cast<F>(width));
+    const F along = through_gate(token, n, dn, gate_sums);
+    const Row<F> mean = Row<F>::filled(along / static_cast<F>(width));
     const Row<F> rstd = Row<F>::filled(rstds[token]), scale = Row<F>::filled(op.scale);
     const X* const bigram = op.bigram(token);
     Row<F> along_bigram = Row<F>::filled(0);
