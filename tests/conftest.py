@@ -7,10 +7,35 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU, Triton kernels run in Triton's interpreter, which has to be known before the first
-# import of triton.
-if not torch.cuda.is_available():
+from .simt.emulator import Missing, emulated_module
+
+
+def emulate_gpu() -> str:
+    """Let kernels run without a GPU; what is emulated, or what is missing for it.
+
+    Triton kernels run in Triton's interpreter, which has to be known before the first import of
+    triton, CUDA kernels in the emulator, which pgolf.extension loads. Seed 2 is a random order of
+    threads: a missing barrier shows.
+    """
+    if torch.cuda.is_available():
+        return "nothing, there is a GPU"
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("PGOLF_EMULATOR_SEED", "2")
+    if os.environ.get("PGOLF_CUDA_MODULE"):
+        return "Triton, and CUDA as PGOLF_CUDA_MODULE says"
+    try:
+        os.environ["PGOLF_CUDA_MODULE"] = str(emulated_module())
+    except Missing as missing:
+        return f"Triton; not CUDA, whose tests are left out: {missing}"
+    return "Triton and CUDA"
+
+
+EMULATED = emulate_gpu()
+
+
+def pytest_report_header() -> str:
+    return f"emulated: {EMULATED}"
+
 
 # No test depends on wall time, and the machines that run them are small and shared.
 settings.register_profile("pgolf", deadline=None)

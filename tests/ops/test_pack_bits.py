@@ -1,13 +1,8 @@
 """pack_bits: the reference against Python's integers, and every implementation against it.
 
-The CUDA kernel's source runs on the CPU here, through a stand-in for CUDA's header: this shows that
-its indexing is right, and is no run on a GPU; the test marked gpu is.
+The CUDA kernel's source runs on the CPU here, in the emulator of tests/simt: this shows that its
+indexing is right, and is no run on a GPU; the test marked gpu is.
 """
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +12,6 @@ from hypothesis import strategies as st
 from pgolf import extension
 from pgolf.ops import pack_bits as op
 
-ROOT = Path(__file__).resolve().parents[2]
 GUARD = 64  # bytes on either side of a buffer that a kernel must not touch
 # Empty, around one group of eight, around the 256 threads x 8 codes of a CUDA block, and ragged.
 COUNTS = (0, 1, 7, 8, 9, 15, 16, 2047, 2048, 2049, 6151)
@@ -125,34 +119,17 @@ def extension_kernels():
 
 
 @pytest.fixture(scope="module")
-def cuda_source_kernels(tmp_path_factory):
-    """csrc/cuda/pack_bits.cu, compiled by the C++ compiler."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("simt")
-    (folder / "entry.cpp").write_text(
-        '#include "cuda/pack_bits.cu"\n'
-        'extern "C" const char* pack(const int8_t* codes, uint8_t* packed, int64_t n, int bits)'
-        " { return pgolf::cuda::pack_bits(codes, packed, n, bits, nullptr); }\n"
-        'extern "C" const char* unpack(const uint8_t* packed, int8_t* codes, int64_t n, int bits)'
-        " { return pgolf::cuda::unpack_bits(packed, codes, n, bits, nullptr); }\n"
-    )
-    headers = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'build' / 'simt'}"]
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(
-        [*command, *headers, str(folder / "entry.cpp"), "-o", str(folder / "entry.so")], check=True
-    )
-    library = ctypes.CDLL(str(folder / "entry.so"))
-    for function in (library.pack, library.unpack):
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        function.restype = ctypes.c_char_p
+def emulated_kernels():
+    """csrc/cuda/pack_bits.cu on the CPU."""
+    if not extension.emulates_cuda():
+        pytest.skip("CUDA kernels are not emulated here: there is a GPU, or no C++ compiler")
+    module = extension.cuda()
 
-    def pack(codes, count, packed, size, bits):
-        assert library.pack(codes, packed, count, bits) is None
+    def pack(*arguments):
+        module.pack_bits_cuda(*arguments, 0)
 
-    def unpack(packed, size, codes, count, bits):
-        assert library.unpack(packed, codes, count, bits) is None
+    def unpack(*arguments):
+        module.unpack_bits_cuda(*arguments, 0)
 
     return pack, unpack
 
@@ -192,8 +169,8 @@ def test_extension_by_pointer(extension_kernels, count, bits):
 
 @every_size
 @every_width
-def test_cuda_source_on_the_cpu(cuda_source_kernels, count, bits):
-    check_kernels(cuda_source_kernels, count, bits)
+def test_emulated_kernels_by_pointer(emulated_kernels, count, bits):
+    check_kernels(emulated_kernels, count, bits)
 
 
 def test_extension_refuses_what_would_overrun(extension_kernels):

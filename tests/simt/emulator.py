@@ -1,0 +1,216 @@
+"""Builds modules whose CUDA kernels run on the CPU: csrc/cuda/*.cu compiled by the C++ compiler.
+
+    emulated_module()    pgolf's bindings with emulated kernels, which PGOLF_CUDA_MODULE may name
+    Build(...)           the same of other sources, flags or folders
+
+The emulator itself is the C++ beside this file; machine.h says which mistakes it finds. A module is
+built once for each content of its sources, in build/; objects that did not change stay.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+KEPT = 8  # modules of older sources
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off".split()
+# Of kernels: what makes a GPU stop is an error of the emulator, see checks.cpp.
+CHECKS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
+
+
+class Missing(Exception):
+    """Nothing can be built here: there is no compiler, no ninja or no Python.h."""
+
+
+def compiler() -> tuple[str, ...]:
+    """The C++ compiler as a command.
+
+    Raises:
+        Missing: there is none, or it could not build a module for this Python.
+    """
+    command = tuple(shlex.split(os.environ.get("CXX", ""))) or ("g++",)
+    if not shutil.which(command[0]):
+        raise Missing(f"no C++ compiler {command[0]} on PATH (apt-get install g++)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise Missing("no Python.h (apt-get install python3-dev)")
+    return command
+
+
+@dataclass(frozen=True)
+class Build:
+    """A shared library of kernels and what calls them, linked with the emulator.
+
+    Attributes:
+        kernels: .cu files.
+        others: .cpp files.
+        folder: for its objects, its ninja file and the library; no other build may use it.
+        flags: for the compiler and the linker, beside the usual ones.
+        checks: for kernels.
+    """
+
+    kernels: Sequence[Path]
+    others: Sequence[Path]
+    folder: Path
+    flags: Sequence[str] = ()
+    checks: Sequence[str] = CHECKS
+
+    @property
+    def library(self) -> Path:
+        return self.folder / "_C.so"
+
+    def ninja_text(self) -> str:
+        """A rule for kernels, one for everything else, and the link in the order of machine.cpp."""
+        import pybind11
+
+        includes = [HERE / "include", self.folder, CSRC]
+        system = [pybind11.get_include(), sysconfig.get_path("include")]
+        command = [*compiler(), *FLAGS, *self.flags]
+        command += [f"-I{path}" for path in includes]
+        command += [word for path in system for word in ("-isystem", str(path))]
+        command, one = shlex.join(command), "-MMD -MF $out.d -c $in -o $out"
+        rules = {
+            "bindings": f"{command} -O0 {one}",  # where there is little to run and much to compile
+            "emulator": f"{command} -O2 -Wall -Wextra {one}",
+            # Warnings are nvcc's task, to which unrolling and the like are known.
+            "kernel": f"{command} -O1 -w -x c++ {shlex.join(self.checks)} {one}",
+            "link": f"{shlex.join([*compiler(), *self.flags])} -shared $in -lpthread -ldl -o $out",
+        }
+        lines = [f"builddir = {self.folder}"]
+        for name, line in rules.items():
+            lines += [f"rule {name}", f"  command = {line}", f"  description = {name} $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc"] * (name != "link")
+        begin, end = HERE / "shared_begin.cpp", HERE / "shared_end.cpp"
+        rest = [p for p in emulator_sources(self.checks) if p not in (begin, end)]
+        objects = []
+        for source in [begin, *self.kernels, end, *rest, *self.others]:
+            rule = "emulator" if source.parent == HERE else "bindings"
+            rule = "kernel" if source in self.kernels else rule
+            objects.append(self.folder / f"{len(objects)}-{source.name}.o")
+            lines.append(f"build {objects[-1]}: {rule} {source}")
+        lines.append(f"build {self.library}: link {' '.join(map(str, objects))}")
+        return "\n".join(lines) + "\n"
+
+    def run(self, jobs: int | None = None) -> Path:
+        """Compile what changed; the library.
+
+        Raises:
+            RuntimeError: with what the compiler said.
+        """
+        file = self.folder / "build.ninja"
+        _write_if_changed(file, self.ninja_text())
+        command = [_ninja(), "-f", str(file), *(["-j", str(jobs)] if jobs else [])]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+        return self.library
+
+
+def emulator_sources(checks: Sequence[str] = CHECKS) -> list[Path]:
+    """The emulator's own files; without its handlers where the sanitizers bring theirs."""
+    names = {"checks.cpp"} if not checks else set()
+    return [p for p in sorted(HERE.glob("*.cpp")) if p.name not in {*names, "no_cpu.cpp"}]
+
+
+def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] = CHECKS) -> Build:
+    """pgolf's CUDA kernels behind pgolf's bindings; writes the header that setup.py writes."""
+    import pybind11
+
+    values = {
+        "COMPILER": _version(),
+        "NVCC": "",
+        "CUDART": "emulated",
+        "ARCHS": "",
+        "PYBIND11": pybind11.__version__,
+        "REASON": "the tests run CUDA kernels without a GPU",
+    }
+    lines = [f"#define PGOLF_{name} {json.dumps(value)}" for name, value in values.items()]
+    _write_if_changed(folder / "build_info.h", "\n".join([*lines, "#define PGOLF_CUDA 1", ""]))
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    bindings = [CSRC / "bindings.cpp", *sorted((CSRC / "bindings").glob("*.cpp"))]
+    return Build(kernels, [*bindings, HERE / "no_cpu.cpp"], folder, flags, checks)
+
+
+def emulated_module() -> Path:
+    """The module for the sources as they are, built if it is not there.
+
+    Several processes may call this at once.
+
+    Raises:
+        Missing: there is nothing to build it with.
+        RuntimeError: with what the compiler said.
+    """
+    folder = ROOT / "build"
+    target = folder / f"emulated-{_content()}" / "_C.so"
+    if target.exists():
+        return target
+    with _locked(folder / "emulator.lock"):
+        if not target.exists():
+            library = pgolf_build(folder / "emulator-objects").run()
+            target.parent.mkdir(exist_ok=True)
+            half = target.with_suffix(".half")
+            shutil.copy2(library, half)
+            half.replace(target)
+            _forget_old(folder)
+    return target
+
+
+def _content() -> str:
+    """A hash of everything that the module depends on."""
+    import pybind11
+
+    state = hashlib.sha256()
+    words = [_version(), sysconfig.get_config_var("SOABI"), pybind11.__version__, *FLAGS, *CHECKS]
+    state.update("\n".join([*map(str, words), *compiler()]).encode())
+    for root in (CSRC, HERE):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".cu", ".cuh", ".cpp", ".h") or path.name == Path(__file__).name:
+                state.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def _version() -> str:
+    text = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
+    return (text.splitlines() or ["?"])[0]
+
+
+def _ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        ninja = None
+    found = shutil.which("ninja", path=ninja.BIN_DIR if ninja else None) or shutil.which("ninja")
+    if not found:
+        raise Missing(f"no ninja for {sys.executable}: pip install ninja")
+    return found
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _forget_old(folder: Path) -> None:
+    built = [path.parent for path in folder.glob("emulated-*/_C.so")]
+    for old in sorted(built, key=lambda p: p.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
