@@ -103,6 +103,36 @@ struct EmbedSmearScratch {
   void *pieces, *partials;
 };
 
+struct ResidualNormShape {
+  int64_t rows, width;  // T, D
+  double scale, eps;
+  Dtype dtype;
+};
+
+// Contiguous, null where there is none: x, branch, skip and x0 (T, D), and in float, or double for
+// double, branch_scale and skip_weight (D,) and mix (2, D). For the gradient x is total, or null
+// where the gradient of mix is not wanted; branch and skip are there if their factors are.
+struct ResidualNormInputs {
+  const void *x, *branch, *branch_scale, *skip, *skip_weight, *x0, *mix;
+};
+
+// (T, D); total and x_in are null where they are not wanted. rstd: (T,) float, or double for double.
+struct ResidualNormOutputs {
+  void *total, *x_in, *h, *rstd;
+};
+
+// What the gradient starts from: what the forward pass made, and gradients, null where there is none.
+struct ResidualNormUpstream {
+  const void *x_in, *rstd, *d_total, *d_x_in, *dh;
+};
+
+// (T, D), null where there is none: dbranch and dskip only where they differ from dx. parameters
+// (P, D) and partials (residual_blocks(T), P, D) are float, or double for double; see
+// residual_norm.h for what P is.
+struct ResidualNormGradients {
+  void *dx, *dbranch, *dskip, *dx0, *parameters, *partials;
+};
+
 namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
@@ -142,6 +172,11 @@ struct Kernels {
                                const TokenOrder& tokens, const void* dx, const void* rstd,
                                const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
                                int threads);
+  void (*residual_norm)(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                        const ResidualNormOutputs& out, int threads);
+  void (*residual_norm_backward)(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                                 const ResidualNormUpstream& upstream,
+                                 const ResidualNormGradients& out, int threads);
 };
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
@@ -174,6 +209,11 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
                                  const TokenOrder& tokens, const void* dx, const void* rstd,
                                  const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
                                  void* stream);
+const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                          const ResidualNormOutputs& out, void* stream);
+const char* residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                                   const ResidualNormUpstream& upstream,
+                                   const ResidualNormGradients& out, void* stream);
 
 }  // namespace cuda
 

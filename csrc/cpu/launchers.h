@@ -31,5 +31,10 @@ void embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& 
                           const TokenOrder& tokens, const void* dx, const void* rstd,
                           const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
                           int threads);
+void residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                   const ResidualNormOutputs& out, int threads);
+void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                            const ResidualNormUpstream& upstream,
+                            const ResidualNormGradients& out, int threads);
 
 }  // namespace pgolf::cpu::PGOLF_ISA

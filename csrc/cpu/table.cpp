@@ -18,6 +18,8 @@ const Kernels kKernels = {
     qk_rope_backward,
     embed_smear,
     embed_smear_backward,
+    residual_norm,
+    residual_norm_backward,
 };
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -117,7 +117,7 @@ class GPT(nn.Module):
                 middle = x
         if self.backout is not None:
             x = x - self.backout.to(x.dtype) * middle
-        return rms_norm(x, c.norm_eps)
+        return rms_norm(x, c.norm_eps, "reference")
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (.., V) in fp32 of features x (.., D)."""

@@ -151,9 +151,10 @@ class Block(nn.Module):
         self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
     ) -> Tensor:
         weights = cast_all([*self.attn.matrices(), *self.mlp.matrices()], x.dtype)
-        x, h = residual_norm(x, x0, self.resid_mix, self.norm_scale, self.eps)
-        x = x + self.attn_scale.to(x.dtype) * self.attn(h, weights[:-2], rope, value, backend)
-        x, h = residual_norm(x, x0, None, self.norm_scale, self.eps)
+        norm = {"scale": self.norm_scale, "eps": self.eps, "impl": "reference"}
+        x, h = residual_norm(x, x0=x0, mix=self.resid_mix, **norm)
+        branch = self.attn(h, weights[:-2], rope, value, backend)
+        x, h = residual_norm(x, branch=branch, branch_scale=self.attn_scale, **norm)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(h, weights[-2:])
 
 

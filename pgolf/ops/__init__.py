@@ -8,6 +8,7 @@ from pgolf.ops.leaky_relu2 import leaky_relu2
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.qk_rope import qk_rope
+from pgolf.ops.residual_norm import residual_norm, rms_norm
 from pgolf.ops.xsa import xsa
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "leaky_relu2_mlp",
     "newton_schulz",
     "qk_rope",
+    "residual_norm",
+    "rms_norm",
     "xsa",
 ]

@@ -78,7 +78,7 @@ def reference(
     x = F.embedding(ids, table).to(dtype)
     if bigram is not None:
         x = x + (bigram if bigram_scale is None else bigram * bigram_scale.to(dtype))
-    x = rms_norm(x, eps)
+    x = rms_norm(x, eps, "reference")
     return x if gate is None else smear(x, gate, starts)
 
 

@@ -75,7 +75,7 @@ def reference(
     packed = qkv.unflatten(-1, (total, qkv.size(-1) // total))
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=-2)
     if norm:
-        q, k = rms_norm(q, eps), rms_norm(k, eps)
+        q, k = rms_norm(q, eps, "reference"), rms_norm(k, eps, "reference")
     q = rotate(q, cos, sin) * gain.to(q.dtype)[:, None]
     return q, rotate(k, cos, sin), v if value is None else v + value.reshape(v.shape)
 

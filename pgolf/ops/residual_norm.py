@@ -1,31 +1,451 @@
-"""RMS norm and the residual stream around it.
+"""What a layer adds to the residual stream, the mix with the first embedding, and the RMS norm.
 
-    rms_norm(x)   = x / sqrt(mean(x^2) + eps)                      (arXiv 1910.07467)
-    residual_norm = x_in = mix[0] * x + mix[1] * x0,  h = scale * rms_norm(x_in)
+    total = x + branch_scale branch + skip_weight skip           x_in = mix0 total + mix1 x0
+    h = scale x_in rstd,   rstd = 1 / sqrt(mean(x_in^2) + eps)                   (arXiv 1910.07467)
 
-Statistics are taken in fp32 whatever the dtype of x. Shapes: x, x0 (..., D), mix (2, D).
+With n = x_in rstd and G = d_x_in + scale rstd (dh - n mean(dh n)), the gradient of x_in,
+
+    d = d_total + mix0 G,   dx = d,   dbranch = branch_scale d,   dskip = skip_weight d
+    dx0 = mix1 G,   d_branch_scale = sum d branch,   d_skip_weight = sum d skip,
+    d_mix = (sum G total, sum G x0), the sums over all tokens
+
+Shapes: x, branch, skip and x0 (..., D), the scales (D,), mix (2, D). Statistics are fp32 whatever
+the dtype of x (fp64 for fp64). The reference rounds parameters to x's dtype and every step's
+result; the kernels compute in fp32 and round each result once, h from the x_in that is not rounded.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.registry import (
+    DTYPE_CODES,
+    Operator,
+    Run,
+    Sample,
+    Work,
+    check_alike,
+    in_cpp,
+    in_cuda,
+    launcher,
+    nbytes,
+    register,
+    resolve,
+    run_cpp,
+    run_cuda,
+)
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x (..., D) with unit mean square over the last dimension; no weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+MAX_WIDTH = 4096  # D, for the kernels
+ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h
+
+
+def reference(
+    x: Tensor,
+    *,
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_weight: Tensor | None = None,
+    x0: Tensor | None = None,
+    mix: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float,
+    keep_total: bool = False,
+) -> tuple[Tensor, ...]:
+    """`residual_norm` in plain torch."""
+    total = x
+    for added, factor in ((branch, branch_scale), (skip, skip_weight)):
+        if added is not None:
+            total = total + (added if factor is None else factor.to(x.dtype) * added)
+    x_in = total
+    if mix is not None:
+        mix = mix.to(x.dtype)
+        x_in = mix[0] * total + mix[1] * x0
+    h = F.rms_norm(x_in, (x.size(-1),), eps=eps)
+    h = h if scale == 1.0 else h * scale
+    return (total, x_in, h) if keep_total else (x_in, h)
+
+
+def _check(
+    x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
+) -> None:  # fmt: skip
+    if x.dim() == 0 or not x.size(-1):
+        raise ValueError(f"residual_norm: x is {tuple(x.shape)}: it has to be (..., D), D >= 1")
+    check_alike("residual_norm", x=x, branch=branch, skip=skip, x0=x0)
+    for name, t in (("branch", branch), ("skip", skip), ("x0", x0)):
+        if t is not None and t.shape != x.shape:
+            raise ValueError(
+                f"residual_norm: {name} is {tuple(t.shape)} and x {tuple(x.shape)}: they have to "
+                "be the same"
+            )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, t, shape, of, there in (
+        ("branch_scale", branch_scale, (x.size(-1),), "branch", branch),
+        ("skip_weight", skip_weight, (x.size(-1),), "skip", skip),
+        ("mix", mix, (2, x.size(-1)), "x0", x0),
+    ):
+        if t is None:
+            continue
+        if there is None:
+            raise ValueError(f"residual_norm: there is {name} and no {of}: give both")
+        if t.shape != shape or t.dtype != wide or t.device != x.device:
+            raise ValueError(
+                f"residual_norm: {name} is {t.dtype} {tuple(t.shape)} on {t.device}: it has to be "
+                f"{wide} {shape} on {x.device}"
+            )
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"residual_norm: eps={eps}: it has to be 0 or more, and finite")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"residual_norm: scale={scale}: it has to be finite")
 
 
 def residual_norm(
-    x: Tensor, x0: Tensor, mix: Tensor | None, scale: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Mix the first embedding x0 into x and norm the result: (x_in, h), both (..., D).
+    x: Tensor,
+    *,
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_weight: Tensor | None = None,
+    x0: Tensor | None = None,
+    mix: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float,
+    keep_total: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Add a branch and a skip to the residual stream, mix x0 in, and norm the result.
 
     Args:
-        mix: (2, D) learned weights of x and x0, cast to x's dtype; None leaves x as it is.
+        x: (..., D) residual stream.
+        branch: (..., D) output of attention or MLP; None adds nothing.
+        branch_scale: (D,) factors of branch; None is 1.
+        skip: (..., D) state of an earlier layer; None adds nothing.
+        skip_weight: (D,) factors of skip; None is 1.
+        x0: (..., D) first embedding; without `mix` it has no part.
+        mix: (2, D) factors of the sum and of x0; None leaves the sum as it is. All parameters are
+            fp32 (fp64 for an fp64 x), the other tensors of x's dtype.
         scale: constant factor of h, 1/sqrt(layer + 1) in the seeds.
+        eps: added to the mean square of a row before the root.
+        keep_total: whether the sum before the mix, which a U-Net skip wants, is a result too.
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 4096) or 'cuda' (fp32, bf16;
+            D <= 4096).
+
+    Returns:
+        (x_in, h), or (total, x_in, h) with keep_total, each (..., D), contiguous. Without a mix
+        total is x_in itself; with nothing added either, both are x.
+
+    Raises:
+        ValueError, RuntimeError: as `xsa`.
     """
-    if mix is not None:
-        mix = mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-    h = rms_norm(x, eps)
-    return x, h if scale == 1.0 else h * scale
+    _check(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps)
+    impl = _resolve(x, impl)
+    if impl == "reference":
+        return reference(
+            x, branch=branch, branch_scale=branch_scale, skip=skip, skip_weight=skip_weight,
+            x0=x0, mix=mix, scale=scale, eps=eps, keep_total=keep_total,
+        )  # fmt: skip
+    adds, mixes = branch is not None or skip is not None, mix is not None
+    learns = mixes and mix.requires_grad and torch.is_grad_enabled()
+    stores_total = adds and mixes and (keep_total or learns)
+    total, x_in, h, _ = _forward(
+        x, branch, branch_scale, skip, skip_weight, x0 if mixes else None, mix, scale, eps,
+        stores_total, impl,
+    )  # fmt: skip
+    if not adds:
+        total = x
+        x_in = x_in if mixes else x
+    elif not mixes:
+        total = x_in
+    return (total, x_in, h) if keep_total else (x_in, h)
+
+
+def rms_norm(x: Tensor, eps: float, impl: str = "auto") -> Tensor:
+    """x (..., D) with unit mean square over the last dimension; no weight.
+
+    Args:
+        impl: as `residual_norm`, of which this is the norm alone.
+    """
+    return residual_norm(x, eps=eps, impl=impl)[1]
+
+
+def _resolve(x: Tensor, impl: str) -> str:
+    """The implementation that runs; rows beyond the kernels' limit are left to the reference."""
+    asked, impl = impl, resolve("residual_norm", impl, x)
+    if impl == "reference" or x.size(-1) <= MAX_WIDTH:
+        return impl
+    if asked == "auto":
+        return "reference"
+    raise ValueError(
+        f"residual_norm: rows of {x.size(-1)} are too many elements for impl={impl}, whose limit "
+        f"is {MAX_WIDTH}: use impl='reference'"
+    )
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+def _or_empty(like: Tensor, there: bool) -> Tensor:
+    """Room for a result of this shape, or for none."""
+    return like.new_empty(like.shape if there else (0,))
+
+
+def _wide(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for numbers of the type that kernels compute in."""
+    return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _results(
+    x: Tensor, branch: Tensor | None, skip: Tensor | None, mix: Tensor | None, stores_total: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for total, x_in, h and rstd; x_in is empty where it would be x."""
+    changes = any(t is not None for t in (branch, skip, mix))
+    return (
+        _or_empty(x, stores_total), _or_empty(x, changes), x.new_empty(x.shape),
+        _wide(x, x.shape[:-1]),
+    )  # fmt: skip
+
+
+def _gradients(
+    x_in: Tensor, total: Tensor | None, branch_scale: Tensor | None, skip_weight: Tensor | None,
+    mix: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for dx, dbranch, dskip, dx0 and the gradients of parameters.
+
+    dbranch and dskip are empty where they would be dx. Rows of the last: of branch_scale, of
+    skip_weight, two of mix, where these are (of mix, where total is).
+    """
+    scaled, weighted, mixed = (t is not None for t in (branch_scale, skip_weight, mix))
+    rows = scaled + weighted + 2 * (mixed and total is not None)
+    return (
+        x_in.new_empty(x_in.shape), _or_empty(x_in, scaled), _or_empty(x_in, weighted),
+        _or_empty(x_in, mixed), _wide(x_in, (rows, x_in.size(-1))),
+    )  # fmt: skip
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@torch.library.custom_op("pgolf::residual_norm", mutates_args=())
+def _forward(
+    x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
+    stores_total: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = _contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
+    return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, stores_total)
+
+
+@_forward.register_fake
+def _(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl):
+    return _results(x, branch, skip, mix, stores_total)
+
+
+@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
+def _backward(
+    d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
+    total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = _contiguous(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
+    )
+    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps)
+
+
+@_backward.register_fake
+def _(
+    d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+    scale, eps, impl,
+):  # fmt: skip
+    return _gradients(x_in, total, branch_scale, skip_weight, mix)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl = inputs
+    total, x_in, _, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.settings = scale, eps, impl
+    ctx.adds = branch is not None, skip is not None
+    changes = any(ctx.adds) or mix is not None
+    if mix is None:
+        total = None
+    elif not any(ctx.adds):
+        total = x
+    elif not stores_total:
+        total = None
+    ctx.save_for_backward(
+        x_in if changes else x, rstd, total,
+        None if branch_scale is None else branch, branch_scale,
+        None if skip_weight is None else skip, skip_weight, x0, mix,
+    )  # fmt: skip
+
+
+def _gradient(
+    ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
+) -> tuple:
+    x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix = ctx.saved_tensors
+    dx, dbranch, dskip, dx0, parameters = _backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        *ctx.settings,
+    )  # fmt: skip
+    d_branch_scale = None if branch_scale is None else parameters[0]
+    d_skip_weight = None if skip_weight is None else parameters[int(branch_scale is not None)]
+    d_mix = None if mix is None or total is None else parameters[-2:]
+    # What is added with a factor of 1 has the gradient of x: one tensor for all.
+    return (
+        dx,
+        (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
+        (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
+        None if mix is None else dx0, d_mix, None, None, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    """0 for what is not there or empty."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _launchers(run: Run) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
+
+    def shape(x: Tensor) -> tuple[int, int, int]:
+        return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1)
+
+    def forward(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total):
+        results = _results(x, branch, skip, mix, stores_total)
+        inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
+        run("residual_norm", x, *_addresses(*inputs, *results), *shape(x), scale, eps)
+        return results
+
+    def backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        scale, eps,
+    ):  # fmt: skip
+        gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
+        *_, parameters = gradients
+        blocks = -(-rstd.numel() // ROWS_PER_BLOCK)
+        if not blocks:  # an empty tensor has no address by which it could be known to be there
+            parameters.zero_()
+            return gradients
+        partials = parameters.new_empty((blocks, *parameters.shape))
+        run(
+            "residual_norm_backward", x_in,
+            *_addresses(
+                total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
+                d_x_in, dh, *gradients, partials,
+            ),
+            blocks, *shape(x_in), scale, eps,
+        )  # fmt: skip
+        return gradients
+
+    return {"forward": forward, "backward": backward}
+
+
+def samples() -> list[Sample]:
+    """What the model's layers ask for; D is ragged in some."""
+
+    def make(
+        tokens: int, width: int, branch: bool = False, scaled: bool = False, skip: bool = False,
+        mixed: bool = False, keep_total: bool = False, scale: float = 1.0,
+    ):  # fmt: skip
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(width)
+            wide = torch.promote_types(dtype, torch.float32)
+
+            def state() -> Tensor:
+                return torch.randn(1, tokens, width, generator=g).double().to(device, dtype)
+
+            def parameter(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=g).double().to(device, wide)
+
+            named: dict[str, Any] = {"scale": scale, "eps": 1e-6, "keep_total": keep_total}
+            x = state()
+            if branch:
+                named["branch"] = state()
+            if scaled:
+                named["branch_scale"] = parameter(width)
+            if skip:
+                named |= {"skip": state(), "skip_weight": parameter(width)}
+            if mixed:
+                named |= {"x0": state(), "mix": parameter(2, width)}
+            return (x,), named
+
+        return build
+
+    small = {
+        "first": make(5, 64, mixed=True),
+        "attention": make(7, 40, branch=True, scale=0.5),
+        "scaled": make(3, 33, branch=True, scaled=True),
+        "mlp": make(70, 24, branch=True, mixed=True, scale=0.5),
+        "skip": make(3, 528, branch=True, skip=True, mixed=True),
+        "all": make(9, 17, True, True, True, True, keep_total=True, scale=0.25),
+        "0 tokens": make(0, 16, branch=True, mixed=True),
+    }
+    big = {}
+    for tokens in (8192, 98304):
+        big[f"attention {tokens} tokens"] = make(tokens, 512, branch=True, scale=0.5)
+        big[f"mlp {tokens} tokens"] = make(tokens, 512, branch=True, mixed=True, scale=0.5)
+    return [Sample(label, build) for label, build in small.items()] + [
+        Sample(label, build, bench=True) for label, build in big.items()
+    ]
+
+
+def cost(
+    x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
+    skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
+    mix: Tensor | None = None, scale: float = 1.0, eps: float, keep_total: bool = False,
+) -> tuple[Work, Work]:  # fmt: skip
+    """Least work: every tensor once; kept are rstd and, for the gradient of mix, total.
+
+    That writes and reads total where summing it up again would read x and branch: as many bytes,
+    and none where a skip wants it anyway. The gradient reads those of total, x_in and h, and x_in;
+    what parameters need for theirs; it writes one tensor for all that is added with a factor of 1.
+    """
+    row, rstd = nbytes(x), x.numel() // x.size(-1) * (8 if x.dtype == torch.float64 else 4)
+    parameters = nbytes(branch_scale, skip_weight, mix)
+    adds, mixes = branch is not None or skip is not None, mix is not None
+    again = nbytes(
+        None if branch_scale is None else branch, None if skip_weight is None else skip,
+        x0 if mixes else None,
+    )  # fmt: skip
+    read = nbytes(x, branch, skip, x0 if mixes else None) + parameters
+    written = row * ((adds or mixes) + (adds and mixes)) + row + rstd
+    upstream = row * (2 + (keep_total and mixes))
+    return (
+        Work(0, read, written),
+        Work(
+            0, upstream + row + rstd + row * mixes + again + parameters, row + again + parameters
+        ),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="residual_norm",
+        call=residual_norm,
+        reference=reference,
+        differentiable=("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
+        implementations={
+            "cpu": in_cpp("residual_norm", "residual_norm_backward", **_launchers(run_cpp)),
+            "cuda": in_cuda("residual_norm", "residual_norm_backward", **_launchers(run_cuda)),
+        },
+        preferred={
+            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cuda": [("cuda", "every tensor once, forward one launch, backward two at most")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

@@ -1,0 +1,209 @@
+// residual_norm on the CPU: the formulas of residual_norm.h, row by row, so that each tensor comes
+// from memory once. Sums are in float for float and bf16, in double for double.
+#include "residual_norm.h"
+
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+#include "cpu/lanes.h"
+#include "cpu/launchers.h"
+#include "cpu/stream.h"
+#include "host/parallel.h"
+
+namespace pgolf::cpu::PGOLF_ISA {
+namespace {
+
+// A tensor (T, D) that is written, around the caches where that is worth it, or none.
+template <typename T>
+class Output {
+ public:
+  Output(void* to, const ResidualNormShape& shape)
+      : to_(static_cast<T*>(to)),
+        streamed_(worth_streaming(to, shape.rows, shape.width * int64_t{sizeof(T)})) {}
+
+  explicit operator bool() const { return to_ != nullptr; }
+
+  template <typename F, typename Lanes>
+  void store(const Lanes& lanes, Row<F> x, int64_t at) const {
+    if (!streamed_) return lanes.store(x, to_ + at);
+    T narrowed[64 / sizeof(F)];  // (rows that are streamed have no other end)
+    x.store(narrowed);
+    stream<sizeof(narrowed)>(narrowed, to_ + at);
+  }
+
+ private:
+  T* to_;
+  bool streamed_;
+};
+
+// x + factors y, where no y is nothing and no factors are 1.
+template <typename F, typename T, typename Lanes>
+Row<F> added(Row<F> x, const Lanes& lanes, const T* y, int64_t at, const F* factors, int64_t col) {
+  if (y == nullptr) return x;
+  const Row<F> term = lanes.load(y + at);
+  return x + (factors ? lanes.load(factors + col) * term : term);
+}
+
+template <typename T>
+struct Inputs {
+  using F = compute_t<T>;
+  const T *x, *branch, *skip, *x0;
+  const F *branch_scale, *skip_weight, *mix;
+
+  explicit Inputs(const ResidualNormInputs& in)
+      : x(static_cast<const T*>(in.x)),
+        branch(static_cast<const T*>(in.branch)),
+        skip(static_cast<const T*>(in.skip)),
+        x0(static_cast<const T*>(in.x0)),
+        branch_scale(static_cast<const F*>(in.branch_scale)),
+        skip_weight(static_cast<const F*>(in.skip_weight)),
+        mix(static_cast<const F*>(in.mix)) {}
+};
+
+template <typename T>
+struct Forward {
+  using F = compute_t<T>;
+  ResidualNormShape shape;
+  Inputs<T> in;
+  Output<T> total, x_in, h;
+  F* rstd;
+
+  Forward(const ResidualNormShape& s, const ResidualNormInputs& i, const ResidualNormOutputs& out)
+      : shape(s),
+        in(i),
+        total(out.total, s),
+        x_in(out.x_in, s),
+        h(out.h, s),
+        rstd(static_cast<F*>(out.rstd)) {}
+
+  void row(int64_t index) const {
+    const int64_t width = shape.width, first = index * width;
+    alignas(64) F mixed[kMaxResidualWidth];
+    Row<F> squares = Row<F>::filled(0);
+    each_lanes<F>(width, [&](int64_t col, auto lanes) {
+      const int64_t at = first + col;
+      Row<F> x = lanes.load(in.x + at);
+      x = added(x, lanes, in.branch, at, in.branch_scale, col);
+      x = added(x, lanes, in.skip, at, in.skip_weight, col);
+      if (total) total.store(lanes, x, at);
+      if (in.mix) {
+        x = lanes.load(in.mix + col) * x + lanes.load(in.mix + width + col) * lanes.load(in.x0 + at);
+      }
+      if (x_in) x_in.store(lanes, x, at);
+      squares = squares + x * x;
+      x.store(mixed + col);  // whole lanes: there is room, and zeros follow the end
+    });
+    rstd[index] = residual_rstd(squares.sum(), width, static_cast<F>(shape.eps));
+    const Row<F> factor = Row<F>::filled(static_cast<F>(shape.scale) * rstd[index]);
+    each_lanes<F>(width, [&](int64_t col, auto lanes) {
+      h.store(lanes, factor * Row<F>::load(mixed + col), first + col);
+    });
+  }
+};
+
+template <typename T>
+struct Backward {
+  using F = compute_t<T>;
+  ResidualNormShape shape;
+  Inputs<T> in;
+  const T *x_in, *d_total, *d_x_in, *dh;
+  const F* rstd;
+  Output<T> dx, dbranch, dskip, dx0;
+
+  Backward(const ResidualNormShape& s, const ResidualNormInputs& i, const ResidualNormUpstream& up,
+           const ResidualNormGradients& out)
+      : shape(s),
+        in(i),
+        x_in(static_cast<const T*>(up.x_in)),
+        d_total(static_cast<const T*>(up.d_total)),
+        d_x_in(static_cast<const T*>(up.d_x_in)),
+        dh(static_cast<const T*>(up.dh)),
+        rstd(static_cast<const F*>(up.rstd)),
+        dx(out.dx, s),
+        dbranch(out.dbranch, s),
+        dskip(out.dskip, s),
+        dx0(out.dx0, s) {}
+
+  // What the token adds to the gradients of parameters is added to sums (P, D).
+  void row(int64_t index, F* sums) const {
+    const int64_t width = shape.width, first = index * width;
+    const F along = dh ? dot(dh + first, x_in + first, width) : F(0);
+    const auto norm = norm_gradient(along, rstd[index], static_cast<F>(shape.scale), width);
+    each_lanes<F>(width, [&](int64_t col, auto lanes) {
+      const int64_t at = first + col;
+      F* sum = sums + col;
+      const auto add_to_next_sum = [&](Row<F> x) {
+        lanes.store(lanes.load(sum) + x, sum);
+        sum += width;
+      };
+      // The gradient of x_in, G.
+      Row<F> g = d_x_in ? lanes.load(d_x_in + at) : Row<F>::filled(0);
+      if (dh) {
+        g = g + (Row<F>::filled(norm.of_dh) * lanes.load(dh + at) +
+                 Row<F>::filled(norm.of_x) * lanes.load(x_in + at));
+      }
+      Row<F> d = in.mix ? lanes.load(in.mix + col) * g : g;
+      if (d_total) d = d + lanes.load(d_total + at);
+      dx.store(lanes, d, at);
+      if (in.branch_scale) {
+        dbranch.store(lanes, lanes.load(in.branch_scale + col) * d, at);
+        add_to_next_sum(d * lanes.load(in.branch + at));
+      }
+      if (in.skip_weight) {
+        dskip.store(lanes, lanes.load(in.skip_weight + col) * d, at);
+        add_to_next_sum(d * lanes.load(in.skip + at));
+      }
+      if (in.mix) dx0.store(lanes, lanes.load(in.mix + width + col) * g, at);
+      if (in.mix && in.x) {
+        add_to_next_sum(g * lanes.load(in.x + at));
+        add_to_next_sum(g * lanes.load(in.x0 + at));
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                   const ResidualNormOutputs& out, int threads) {
+  with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Forward<T> op(shape, in, out);
+    const int64_t bytes = 4 * shape.width * int64_t{sizeof(T)};
+    parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) op.row(row);
+      end_streaming();
+    });
+  });
+}
+
+void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
+                            const ResidualNormUpstream& upstream, const ResidualNormGradients& out,
+                            int threads) {
+  with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    using F = compute_t<T>;
+    const Backward<T> op(shape, in, upstream, out);
+    const int64_t blocks = residual_blocks(shape.rows);
+    const int64_t numbers = residual_parameters(in) * shape.width;
+    F* const partials = static_cast<F*>(out.partials);
+    const int64_t bytes = 5 * kResidualRowsPerBlock * shape.width * int64_t{sizeof(T)};
+    parallel_for(blocks, bytes, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        F* const sums = partials + block * numbers;
+        std::fill(sums, sums + numbers, F(0));
+        const int64_t first = block * kResidualRowsPerBlock;
+        const int64_t last = std::min(first + kResidualRowsPerBlock, shape.rows);
+        for (int64_t row = first; row < last; ++row) op.row(row, sums);
+      }
+      end_streaming();
+    });
+    for (int64_t i = 0; i < numbers; ++i) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += partials[block * numbers + i];
+      static_cast<F*>(out.parameters)[i] = static_cast<F>(sum);
+    }
+  });
+}
+
+}  // namespace pgolf::cpu::PGOLF_ISA
