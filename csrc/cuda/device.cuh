@@ -1,8 +1,9 @@
 // What the CUDA kernels share on the device: 16-byte accesses, groups of lanes, sums over them.
 //
-// A row of numbers lies across a group of kLanes lanes of a warp (a power of two), kVector elements
-// at a time: element (chunk kLanes + lane) kVector + i is number chunk kVector + i of its lane.
-// Groups do not wait for each other, so those of one warp may take different ways.
+// A row of numbers lies across a group of kLanes lanes (a power of two), kVector elements at a time:
+// element (chunk kLanes + lane) kVector + i is number chunk kVector + i of its lane. Groups within a
+// warp do not wait for each other, so those of one warp may take different ways; a group of more
+// lanes is a whole block of kLanes threads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +28,7 @@ __device__ inline int this_lane() { return static_cast<int>(threadIdx.x) % kWarp
 // This thread's place in its group, and the mask of the group's lanes in the warp.
 template <int kLanes>
 __device__ inline int group_lane() {
-  return this_lane() % kLanes;
+  return static_cast<int>(threadIdx.x) % kLanes;
 }
 template <int kLanes>
 __device__ inline unsigned group_mask() {
@@ -35,9 +36,23 @@ __device__ inline unsigned group_mask() {
   return kAll << (this_lane() - group_lane<kLanes>());
 }
 
+// The sum of what the kWarps warps of a block have, the same bits in each of its threads.
+template <int kWarps, typename F>
+__device__ inline F sum_of_warps(F x) {
+  __shared__ F sums[kWarps];
+  __syncthreads();  // the sums before these have been read
+  if (this_lane() == 0) sums[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  F sum = sums[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) sum += sums[i];
+  return sum;
+}
+
 // The sum over a group, the same bits in each of its lanes.
 template <int kLanes, typename F>
 __device__ inline F group_sum(F x) {
+  if constexpr (kLanes > kWarp) return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
     x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
@@ -105,6 +120,26 @@ struct Row {
     }
   }
 
+  // Floats (parameters, whatever T is) at the places of a row's elements. `from` is aligned to
+  // kVector elements of T.
+  __device__ static Row load_floats(const float* from, int size) {
+    constexpr int kAtOnce = kVector < 4 ? kVector : 4;
+    Row row = zero();
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (place(chunk) < size) {
+#pragma unroll
+        for (int i = 0; i < kVector; i += kAtOnce) {
+          const float* const first = from + place(chunk) + i;
+          const auto loaded = *reinterpret_cast<const Vector<float, kAtOnce>*>(first);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) row.at[chunk * kVector + i + j] = loaded.at[j];
+        }
+      }
+    }
+    return row;
+  }
+
   // The inner product with another row, the same bits in every lane of the group.
   __device__ F dot(const Row& other) const {
     F sum = 0;
@@ -118,6 +153,22 @@ struct Row {
     Row result;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) result.at[i] = at[i] + factor * row.at[i];
+    return result;
+  }
+
+  // this factors, element by element
+  __device__ Row times(const Row& factors) const {
+    Row result;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.at[i] = at[i] * factors.at[i];
+    return result;
+  }
+
+  // this + factors row, element by element
+  __device__ Row plus(const Row& factors, const Row& row) const {
+    Row result;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.at[i] = at[i] + factors.at[i] * row.at[i];
     return result;
   }
 };
