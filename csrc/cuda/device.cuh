@@ -32,6 +32,7 @@ __device__ inline int group_lane() {
 }
 template <int kLanes>
 __device__ inline unsigned group_mask() {
+  static_assert(kLanes <= kWarp);
   constexpr unsigned kAll = kLanes == kWarp ? ~0u : (1u << (kLanes % kWarp)) - 1;
   return kAll << (this_lane() - group_lane<kLanes>());
 }
@@ -52,12 +53,15 @@ __device__ inline F sum_of_warps(F x) {
 // The sum over a group, the same bits in each of its lanes.
 template <int kLanes, typename F>
 __device__ inline F group_sum(F x) {
-  if constexpr (kLanes > kWarp) return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
+  if constexpr (kLanes > kWarp) {
+    return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
+  } else {
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+    }
+    return x;
   }
-  return x;
 }
 
 // The greatest of a group; NaN if there is one.

@@ -27,7 +27,6 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
-    check_alike,
     in_cpp,
     in_cuda,
     launcher,
@@ -69,33 +68,30 @@ def reference(
     return (total, x_in, h) if keep_total else (x_in, h)
 
 
-def _check(
-    x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-) -> None:  # fmt: skip
-    if x.dim() == 0 or not x.size(-1):
-        raise ValueError(f"residual_norm: x is {tuple(x.shape)}: it has to be (..., D), D >= 1")
-    check_alike("residual_norm", x=x, branch=branch, skip=skip, x0=x0)
-    for name, t in (("branch", branch), ("skip", skip), ("x0", x0)):
-        if t is not None and t.shape != x.shape:
-            raise ValueError(
-                f"residual_norm: {name} is {tuple(t.shape)} and x {tuple(x.shape)}: they have to "
-                "be the same"
-            )
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for name, t, shape, of, there in (
-        ("branch_scale", branch_scale, (x.size(-1),), "branch", branch),
-        ("skip_weight", skip_weight, (x.size(-1),), "skip", skip),
-        ("mix", mix, (2, x.size(-1)), "x0", x0),
+def _check(x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float) -> None:
+    if not x.is_floating_point() or x.dim() == 0 or not x.size(-1):
+        raise ValueError(
+            f"residual_norm: x is {x.dtype} {tuple(x.shape)}: it has to be of a float dtype and "
+            "(..., D), D >= 1"
+        )
+    width, wide = x.size(-1), torch.promote_types(x.dtype, torch.float32)
+    for name, of, shape, dtype in (
+        ("branch", "", x.shape, x.dtype),
+        ("branch_scale", "branch", (width,), wide),
+        ("skip", "", x.shape, x.dtype),
+        ("skip_weight", "skip", (width,), wide),
+        ("x0", "", x.shape, x.dtype),
+        ("mix", "x0", (2, width), wide),
     ):
+        t = others[name]
         if t is None:
             continue
-        if there is None:
+        if of and others[of] is None:
             raise ValueError(f"residual_norm: there is {name} and no {of}: give both")
-        if t.shape != shape or t.dtype != wide or t.device != x.device:
+        if t.shape != torch.Size(shape) or t.dtype != dtype or t.device != x.device:
             raise ValueError(
-                f"residual_norm: {name} is {t.dtype} {tuple(t.shape)} on {t.device}: it has to be "
-                f"{wide} {shape} on {x.device}"
+                f"residual_norm: {name} is {t.dtype} {tuple(t.shape)} on {t.device}: for this x it "
+                f"has to be {dtype} {tuple(shape)} on {x.device}"
             )
     if not 0 <= eps < float("inf"):
         raise ValueError(f"residual_norm: eps={eps}: it has to be 0 or more, and finite")
@@ -141,20 +137,20 @@ def residual_norm(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    _check(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps)
+    others = {
+        "branch": branch, "branch_scale": branch_scale, "skip": skip, "skip_weight": skip_weight,
+        "x0": x0, "mix": mix,
+    }  # fmt: skip
+    _check(x, others, scale, eps)
     impl = _resolve(x, impl)
     if impl == "reference":
-        return reference(
-            x, branch=branch, branch_scale=branch_scale, skip=skip, skip_weight=skip_weight,
-            x0=x0, mix=mix, scale=scale, eps=eps, keep_total=keep_total,
-        )  # fmt: skip
+        return reference(x, **others, scale=scale, eps=eps, keep_total=keep_total)
     adds, mixes = branch is not None or skip is not None, mix is not None
+    if not mixes:
+        others["x0"] = None
     learns = mixes and mix.requires_grad and torch.is_grad_enabled()
     stores_total = adds and mixes and (keep_total or learns)
-    total, x_in, h, _ = _forward(
-        x, branch, branch_scale, skip, skip_weight, x0 if mixes else None, mix, scale, eps,
-        stores_total, impl,
-    )  # fmt: skip
+    total, x_in, h, _ = _forward(x, *others.values(), scale, eps, stores_total, impl)
     if not adds:
         total = x
         x_in = x_in if mixes else x
@@ -273,12 +269,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.settings = scale, eps, impl
     ctx.adds = branch is not None, skip is not None
     changes = any(ctx.adds) or mix is not None
-    if mix is None:
-        total = None
-    elif not any(ctx.adds):
-        total = x
-    elif not stores_total:
-        total = None
+    if not stores_total:
+        total = None if mix is None or any(ctx.adds) else x
     ctx.save_for_backward(
         x_in if changes else x, rstd, total,
         None if branch_scale is None else branch, branch_scale,
@@ -356,47 +348,35 @@ def _launchers(run: Run) -> dict[str, Callable]:
 def samples() -> list[Sample]:
     """What the model's layers ask for; D is ragged in some."""
 
-    def make(
-        tokens: int, width: int, branch: bool = False, scaled: bool = False, skip: bool = False,
-        mixed: bool = False, keep_total: bool = False, scale: float = 1.0,
-    ):  # fmt: skip
+    def make(tokens: int, width: int, *parts: str, **options: Any):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(width)
             wide = torch.promote_types(dtype, torch.float32)
+            parameters = {"branch_scale": (width,), "skip_weight": (width,), "mix": (2, width)}
 
-            def state() -> Tensor:
-                return torch.randn(1, tokens, width, generator=g).double().to(device, dtype)
+            def made(name: str) -> Tensor:
+                shape = parameters.get(name, (1, tokens, width))
+                values = torch.randn(shape, generator=g).double()
+                return values.to(device, wide if name in parameters else dtype)
 
-            def parameter(*shape: int) -> Tensor:
-                return torch.randn(*shape, generator=g).double().to(device, wide)
-
-            named: dict[str, Any] = {"scale": scale, "eps": 1e-6, "keep_total": keep_total}
-            x = state()
-            if branch:
-                named["branch"] = state()
-            if scaled:
-                named["branch_scale"] = parameter(width)
-            if skip:
-                named |= {"skip": state(), "skip_weight": parameter(width)}
-            if mixed:
-                named |= {"x0": state(), "mix": parameter(2, width)}
-            return (x,), named
+            return (made("x"),), {name: made(name) for name in parts} | {"eps": 1e-6} | options
 
         return build
 
+    scaled, skip, mix = ("branch", "branch_scale"), ("skip", "skip_weight"), ("x0", "mix")
     small = {
-        "first": make(5, 64, mixed=True),
-        "attention": make(7, 40, branch=True, scale=0.5),
-        "scaled": make(3, 33, branch=True, scaled=True),
-        "mlp": make(70, 24, branch=True, mixed=True, scale=0.5),
-        "skip": make(3, 528, branch=True, skip=True, mixed=True),
-        "all": make(9, 17, True, True, True, True, keep_total=True, scale=0.25),
-        "0 tokens": make(0, 16, branch=True, mixed=True),
+        "first": make(5, 64, *mix),
+        "attention": make(7, 40, "branch", scale=0.5),
+        "scaled": make(3, 33, *scaled),
+        "mlp": make(70, 24, "branch", *mix, scale=0.5),
+        "skip": make(3, 528, "branch", *skip, *mix),
+        "all": make(9, 17, *scaled, *skip, *mix, scale=0.25, keep_total=True),
+        "0 tokens": make(0, 16, "branch", *mix),
     }
     big = {}
     for tokens in (8192, 98304):
-        big[f"attention {tokens} tokens"] = make(tokens, 512, branch=True, scale=0.5)
-        big[f"mlp {tokens} tokens"] = make(tokens, 512, branch=True, mixed=True, scale=0.5)
+        big[f"attention {tokens} tokens"] = make(tokens, 512, "branch", scale=0.5)
+        big[f"mlp {tokens} tokens"] = make(tokens, 512, "branch", *mix, scale=0.5)
     return [Sample(label, build) for label, build in small.items()] + [
         Sample(label, build, bench=True) for label, build in big.items()
     ]
@@ -416,11 +396,10 @@ def cost(
     row, rstd = nbytes(x), x.numel() // x.size(-1) * (8 if x.dtype == torch.float64 else 4)
     parameters = nbytes(branch_scale, skip_weight, mix)
     adds, mixes = branch is not None or skip is not None, mix is not None
-    again = nbytes(
-        None if branch_scale is None else branch, None if skip_weight is None else skip,
-        x0 if mixes else None,
-    )  # fmt: skip
-    read = nbytes(x, branch, skip, x0 if mixes else None) + parameters
+    x0 = x0 if mixes else None
+    learned = (branch_scale, branch), (skip_weight, skip), (mix, x0)
+    again = sum(nbytes(t) for parameter, t in learned if parameter is not None)
+    read = nbytes(x, branch, skip, x0) + parameters
     written = row * ((adds or mixes) + (adds and mixes)) + row + rstd
     upstream = row * (2 + (keep_total and mixes))
     return (

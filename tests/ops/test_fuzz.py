@@ -19,10 +19,12 @@ from pgolf.ops import (
     leaky_relu2_mlp,
     newton_schulz,
     qk_rope,
+    residual_norm,
     xsa,
 )
 from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS
 from pgolf.ops.qk_rope import rope_table
+from pgolf.ops.registry import as_tuple
 
 EXAMPLES = int(os.environ.get("PGOLF_FUZZ_EXAMPLES", 40))
 fuzz = settings(
@@ -56,15 +58,16 @@ def tensors(draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def outcome(call, leaves: list[Tensor], impl: str, upstream: Tensor | None):
-    """[result, gradients] or the message of the ValueError."""
+    """[results, gradients] or the message of the ValueError."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     try:
-        out = call(*leaves, impl)
+        out = as_tuple(call(*leaves, impl))
     except ValueError as e:
         return str(e)
     if upstream is None:
-        return [out]
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.expand(out.shape))]
+        return [*out]
+    upstreams = [upstream.expand(t.shape) for t in out]
+    return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, upstreams)]
 
 
 def agree(
@@ -197,3 +200,22 @@ def test_embed_smear(data, dtype, batch, time, rows) -> None:
         return embed_smear(ids, table, bigram, scale, gate, starts, 1e-3, dtype, impl)
 
     agree(call, [table, bigram, scale, gate], 16, scalar_like(dtype), 20, rounded_to=dtype)
+
+
+@fuzz
+@given(st.data(), dtypes, lengths, st.integers(0, 40), st.booleans(), st.booleans())
+def test_residual_norm(data, dtype, rows, width, scaled, mixed) -> None:
+    odd = data.draw(st.sampled_from([0, 0, 0, 1]))
+    x = data.draw(tensors((rows, 2, width), dtype))
+    branch = data.draw(tensors((rows, 2, width + odd), dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    a = data.draw(tensors((width,), wide)) if scaled else None
+    mix = data.draw(tensors((2, width), wide)) if mixed else None
+
+    def call(x, branch, impl):
+        return residual_norm(
+            x, branch=branch, branch_scale=a, x0=x if mixed else None, mix=mix, scale=0.5,
+            eps=0.01, impl=impl,
+        )  # fmt: skip
+
+    agree(call, [x, branch], 8, scalar_like(dtype), least=8)
