@@ -314,7 +314,7 @@ def test_a_table_that_takes_too_long_says_so(register, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--op", "toys"], "no operator is named 'toys'; there are embed_smear,"),
+        (["--op", "toys"], "no operator is named 'toys'; there are "),
         (["--providers", "tpu"], "no provider is named 'tpu'; there are eager, compiled, cpu"),
         (["--plot", "1.png", "--op", "xsa", "toy"], "--plot 1.png is one file for 2 operators"),
         (["--sample", "nothing like it"], "no sample is left"),
