@@ -48,7 +48,9 @@ class GlobalMemory:
         """
         if tensor.numel():
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            self.add_bytes(tensor.data_ptr(), (last + 1) * tensor.element_size())
+            size = tensor.element_size()
+            start = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * size
+            self.add_bytes(start, (last + 1) * size)
 
     def add_bytes(self, start: int, size: int) -> None:
         """Memory of this process; it has to stay where it is as long as kernels run."""

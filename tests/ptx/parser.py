@@ -106,10 +106,6 @@ class Module:
             start = end
         self._shared = shared_arrays(outside + ptx[start:])
 
-    def names(self) -> list[str]:
-        """In the order of the text."""
-        return list(self._entries)
-
     def kernel(self, name: str = "") -> Kernel:
         """The kernel of this name, or the only one there is."""
         if not name:
@@ -117,6 +113,11 @@ class Module:
         parameters, body = self._entries[name]
         seen = {n: array for n, array in self._shared.items() if n in body}
         return _kernel(name, parameters, body, seen)
+
+
+def kernel_names(ptx: str) -> list[str]:
+    """The kernels of a PTX text, in its order."""
+    return re.findall(r"\.entry\s+([\w$]+)\s*\(", ptx)
 
 
 def _without_comments(ptx: str) -> str:
