@@ -44,9 +44,7 @@ def _pair(warp, ins, lanes, to: str, modes: set[str]) -> None:
             halves = round_bf16(upper), round_bf16(lower)
         else:
             halves = [canonical(x.astype(np.float16)).view(np.uint16) for x in (upper, lower)]
-    warp.write(
-        ins.operands[0], halves[0].astype(np.uint32) << np.uint32(16) | halves[1], lanes
-    )
+    warp.write(ins.operands[0], halves[0].astype(np.uint32) << np.uint32(16) | halves[1], lanes)
 
 
 def _to_float(ins, value, from_float: bool, to: str, modes: set[str]) -> np.ndarray:

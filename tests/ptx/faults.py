@@ -31,3 +31,7 @@ class NoEnd(Fault):
 
 class Unsupported(Exception):
     """PTX that the interpreter does not know. It says nothing about the kernel."""
+
+
+class Missing(Exception):
+    """Something that a check needs is not on this machine."""

@@ -8,7 +8,15 @@ import numpy as np
 
 from . import integer
 from .faults import Unsupported
-from .formats import canonical, disturbed, flush, fused_multiply_add, round_bf16, widen_bf16
+from .formats import (
+    canonical,
+    disturbed,
+    exact_multiply_add,
+    flush,
+    fused_multiply_add,
+    round_bf16,
+    widen_bf16,
+)
 from .table import instruction
 
 ROUNDINGS = "rn rz rm rp"
@@ -53,7 +61,7 @@ def _exact(name: str, modes: tuple[str, ...], values: tuple[np.ndarray, ...]) ->
     nearest = not {"rz", "rm", "rp"} & set(modes)
     if name == "fma":
         if a.dtype == np.float64:
-            raise Unsupported("fma.f64, whose product is not exact in float64")
+            return exact_multiply_add(a, b, values[2])
         return fused_multiply_add(a, b, values[2])
     if a.dtype == np.float64 or nearest and a.dtype == np.float32 and "bf16" not in modes:
         return {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name](a, b)

@@ -4,6 +4,8 @@ Registers hold bits. A value of a type is a numpy array of that type; bf16 and t
 does not know, are held as float32.
 """
 
+from fractions import Fraction
+
 import numpy as np
 
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # bytes -> what a register holds
@@ -57,6 +59,16 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     even = total.view(np.int64) & 1 == 0
     towards = np.where(lost > 0, np.inf, -np.inf)
     return np.where(np.isfinite(total) & (lost != 0) & even, np.nextafter(total, towards), total)
+
+
+def exact_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c of float64, rounded once; slow."""
+    result = a * b + c
+    for i in np.flatnonzero(np.isfinite(result)):
+        exact = Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i])
+        if exact:  # a zero keeps the sign that it has
+            result[i] = float(exact)
+    return result
 
 
 def flush(x: np.ndarray) -> np.ndarray:

@@ -84,9 +84,7 @@ class Program:
 class Block:
     """The warps of one block, and what they share."""
 
-    def __init__(
-        self, program: Program, index: int, place: tuple[int, ...], shared: SharedMemory
-    ):
+    def __init__(self, program: Program, index: int, place: tuple[int, ...], shared: SharedMemory):
         self.program, self.index, self.place, self.shared = program, index, place, shared
         threads = int(np.prod(program.block))
         self.wgmmas: dict[int, list] = {}  # of each group of four warps, to compare them

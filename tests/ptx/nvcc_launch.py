@@ -1,10 +1,9 @@
 """Runs the CUDA kernels of pgolf on CPU tensors through the PTX that nvcc emitted for sm_90.
 
-The object files that `python setup.py build_ext --inplace` left in build/ are linked once more, to a
-runtime that hands every launch to the interpreter. So the arguments are those of the launchers.
+The object files that `python setup.py build_ext --inplace` left in build/ are linked once more, to
+a runtime that hands every launch to the interpreter. So the arguments are those of the launchers.
 """
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -13,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,7 +83,8 @@ class Runner:
     """Takes the launches of the linked module.
 
     Attributes:
-        emitted: the PTX.
+        module: the linked one.
+        emitted: its PTX.
         ran: names of the kernels that were launched, in order.
         change: what is run in place of a kernel, for mutants.
     """
@@ -102,7 +102,8 @@ class Runner:
         self._hook = _HOOK(self._launched)  # kept, or ctypes would free it
         os.environ[extension.CUDA_VARIABLE] = str(path)
         ctypes.CDLL(str(path)).pgolf_ptx_set_hook(self._hook)
-        self._take_calls(extension.cuda())
+        self.module = extension.cuda()
+        self._take_calls(self.module)
 
     def _take_calls(self, module: ModuleType) -> None:
         """Say that CUDA is emulated, and know what a fault and memory belong to."""

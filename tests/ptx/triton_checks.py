@@ -170,6 +170,11 @@ def _tiled(prefix: str, warps: int, check: Callable[[], None]) -> Callable[[], N
     return run
 
 
+def checks(quick: bool) -> dict[str, Callable[[], None]]:
+    """All of them, which are quick."""
+    return CHECKS
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "xsa fp32": _run(check_xsa, FP32, 32),
     "xsa bf16": _run(check_xsa, BF16, 80),

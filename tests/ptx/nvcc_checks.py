@@ -1,0 +1,130 @@
+"""What nvcc's PTX for sm_90 has to compute: checks run by `python -m tests.ptx nvcc`.
+
+Every operator of the registry that has CUDA kernels is checked by its own small samples, with the
+test of accuracy that all implementations have to pass: a new one needs nothing here.
+"""
+
+import functools
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pgolf.ops.pack_bits import reference_pack
+from pgolf.ops.registry import OPERATORS, Operator, Sample
+
+from .faults import Missing, Race
+from .machine import launch
+from .memory import GlobalMemory
+from .nvcc_launch import Runner, why_not
+from .parser import Module
+
+FOLDER = tempfile.TemporaryDirectory()  # as long as the process lives
+
+
+@functools.cache
+def runner() -> Runner:
+    """Made before an operator is asked whether its CUDA kernels run here."""
+    return Runner(Path(FOLDER.name))
+
+
+def check_operator(operator: Operator, sample: Sample, dtype: torch.dtype) -> None:
+    """Results and gradients against float64, and that kernels of nvcc computed them."""
+    before = len(runner().ran)
+    from tests.ops.test_operators import test_accuracy
+
+    missing = operator.implementations["cuda"].missing()
+    assert not missing, missing
+    test_accuracy(operator, "cuda", sample, dtype)
+    assert len(runner().ran) > before
+
+
+def check_pack_bits() -> None:
+    """Codes of every width, whose last group is not full."""
+    for bits in range(4, 9):
+        codes = (torch.arange(13) * 37 % 2**bits - 2 ** (bits - 1)).to(torch.int8)
+        packed = reference_pack(codes, bits)
+        got = torch.full_like(packed, 0x55)
+        size, count = packed.numel(), codes.numel()
+        module = runner().module
+        module.pack_bits_cuda(codes.data_ptr(), count, got.data_ptr(), size, bits, 0)
+        assert torch.equal(got, packed), bits
+        back = torch.full_like(codes, 0x55)
+        module.unpack_bits_cuda(got.data_ptr(), size, back.data_ptr(), count, bits, 0)
+        assert torch.equal(back, codes), bits
+
+
+@functools.cache
+def block_sum_ptx() -> str:
+    source = Path(__file__).with_name("block_sum.cu")
+    path = Path(FOLDER.name) / "block_sum.ptx"
+    subprocess.run(["nvcc", "-arch=sm_90", "-ptx", source, "-o", path], check=True)
+    return path.read_text()
+
+
+def block_sums(ptx: str, columns: int, shared: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the kernel computes, what it should) for three rows."""
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+    sums, memory = torch.full((3,), torch.nan), GlobalMemory()
+    memory.add(x)
+    memory.add(sums)
+    rows = struct.pack("<Qif", x.data_ptr(), columns, 0.5)
+    arguments = [rows, struct.pack("<Q", sums.data_ptr())]
+    launch(Module(ptx).kernel("block_sum"), (3,), (128,), arguments, memory, shared, seed)
+    return sums, 0.5 * x.double().sum(1)
+
+
+def check_a_block_reduction() -> None:
+    """Structs as parameters, shared memory of both kinds, and the barriers between its uses."""
+    ptx = block_sum_ptx()
+    for seed in range(2):
+        got, exact = block_sums(ptx, 300, 1200, seed)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+    barriers = [match.span() for match in re.finditer(r"bar\.sync\s+0;", ptx)]
+    assert len(barriers) == 2
+    for start, end in barriers:
+        try:
+            block_sums(ptx[:start] + ptx[end:], 300, 1200, seed=0)
+        except Race:
+            continue
+        raise AssertionError(f"the barrier at {start} is not missed")
+
+
+def division_of(kernels: str) -> Callable[[], None]:
+    """Every kernel with this in its name divides, and with correct rounding only."""
+
+    def check() -> None:
+        found = [name for name in runner().emitted.names() if kernels in name]
+        assert found, f"no kernel is called {kernels}"
+        texts = [str([i.text for i in runner().emitted.kernel(n).instructions]) for n in found]
+        for name, text in zip(found, texts, strict=True):
+            assert "div.rn.f32" in text, name
+            assert not re.search(r"div\.(full|approx)|rcp\.approx", text), name
+
+    return check
+
+
+def checks(quick: bool) -> dict[str, Callable[[], None]]:
+    """By operator, sample and dtype; the quick ones are two of an operator, one of each dtype.
+
+    Raises:
+        Missing: nvcc's kernels cannot be run on this machine.
+    """
+    if why := why_not():
+        raise Missing(why)
+    runner()
+    found = {"pack_bits": check_pack_bits, "block reduction": check_a_block_reduction}
+    for operator in OPERATORS.values():
+        if "cuda" not in operator.implementations:
+            continue
+        samples = [s for s in operator.samples() if not s.bench and not s.label.startswith("0")]
+        for i, sample in enumerate(samples):
+            for j, dtype in enumerate(operator.implementations["cuda"].dtypes):
+                if i == j or not quick:
+                    name = f"{operator.name} {sample.label} {dtype}"
+                    found[name] = functools.partial(check_operator, operator, sample, dtype)
+    return found
