@@ -12,7 +12,7 @@ from .cases import Call
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # Called through their Python side; tests of their own compare numbers of threads.
-ROW_OPERATORS = ("embed_smear", "qk_rope")
+ROW_OPERATORS = ("embed_smear", "qk_rope", "residual_norm")
 GUARD = 64  # elements on either side of an output
 PATTERN = 0xA5
 

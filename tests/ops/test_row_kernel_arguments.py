@@ -1,4 +1,4 @@
-"""What the kernels of qk_rope and embed_smear refuse, on the CPU and on a GPU alike."""
+"""What the kernels of rows refuse, on the CPU and on a GPU alike."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from pgolf import extension
 TOKENS = {"n": 1, "t": 2}
 ROPE = {**TOKENS, "dtype": 0, "h": 2, "g": 1, "d": 8, "half": 2, "eps": 1e-6, "norm": True}
 SMEAR = {**TOKENS, "table_dtype": 0, "x_dtype": 0, "vocab": 3, "width": 8, "eps": 1e-6}
+RESIDUAL = {"rows": 2, "width": 8, "dtype": 0, "scale": 1.0, "eps": 1e-6}
 STRIDES = dict.fromkeys(("dq_strides", "dk_strides", "dv_strides"), (32, 16, 8))
 # Sizes and numbers, pointers that have to be there, pointers that may be null.
 KERNELS = {
@@ -23,7 +24,18 @@ KERNELS = {
         "ids table order bounds dx rstd dtable sums pieces partials",
         "bigram scale gate starts dbigram",
     ),
+    "residual_norm": (
+        RESIDUAL, "x h rstd", "branch branch_scale skip skip_weight x0 mix total x_in",
+    ),
+    "residual_norm_backward": (
+        {**RESIDUAL, "partial_rows": 1},
+        "total branch branch_scale skip skip_weight x0 mix x_in rstd dx dbranch dskip dx0 "
+        "parameters partials",
+        "d_total d_x_in dh",
+    ),
 }
+# Without one of these the kernel has less to do, and no reason to refuse.
+MAY_BE_NULL = {"residual_norm_backward": ("total", "branch_scale", "skip_weight", "mix")}
 HUGE = 2**62
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -57,7 +69,7 @@ def test_good_arguments_and_missing_pointers(name: str) -> None:
     given, _memory = arguments(name)
     for call in callers(name):
         call(**given)
-        for pointer in KERNELS[name][1].split():
+        for pointer in set(KERNELS[name][1].split()) - set(MAY_BE_NULL.get(name, ())):
             message = refusal(call, given | {pointer: 0})
             assert message.startswith(f"{pointer} is a null pointer: it has to hold "), message
 
@@ -66,7 +78,7 @@ def test_good_arguments_and_missing_pointers(name: str) -> None:
 def test_sizes(name: str) -> None:
     given, _memory = arguments(name)
     for call in callers(name):
-        for size in {"n", "t", "h", "g", "d", "vocab", "width"} & given.keys():
+        for size in {"n", "t", "h", "g", "d", "vocab", "rows", "width"} & KERNELS[name][0].keys():
             assert refusal(call, given | {size: -1}) == f"{size} is -1: a size is not negative"
             message = refusal(call, given | {size: HUGE})
             assert "with the other sizes it makes more" in message or "may have" in message
@@ -75,7 +87,8 @@ def test_sizes(name: str) -> None:
         for strides in STRIDES.keys() & given.keys():
             message = refusal(call, given | {strides: (32, -1, 8)})
             assert message == f"{strides} is -1: a stride is not negative"
-        call(**given | dict.fromkeys({"t", "partial_rows", "piece_rows"} & given.keys(), 0))
+        tokens = {"t", "rows", "partial_rows", "piece_rows"}
+        call(**given | dict.fromkeys(tokens & given.keys(), 0))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +103,11 @@ def test_sizes(name: str) -> None:
         ("embed_smear", {"width": 769}, "width is 769: rows may have 1 to 768"),
         ("embed_smear_backward", {"width": 0}, "width is 0: rows may have 1 to 768"),
         ("embed_smear", {"eps": float("inf")}, "eps is inf"),
+        ("residual_norm", {"width": 4097}, "width is 4097: it may be at most 4096"),
+        ("residual_norm", {"scale": float("inf")}, "scale is inf: it has to be finite"),
+        ("residual_norm_backward", {"eps": -1.0}, "eps is -1.0"),
+        ("residual_norm", {"mix": 64}, "x0 is a null pointer"),
+        ("residual_norm", {"skip_weight": 64}, "skip is a null pointer"),
         ("embed_smear", {"x_dtype": 4}, "x_dtype is 4"),
     ],
 )
