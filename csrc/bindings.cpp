@@ -34,5 +34,6 @@ PYBIND11_MODULE(_C, m) {
   pgolf::bindings::bind_pack_bits(m);
   pgolf::bindings::bind_qk_rope(m);
   pgolf::bindings::bind_residual_norm(m);
+  pgolf::bindings::bind_softcap_cross_entropy(m);
   pgolf::bindings::bind_xsa(m);
 }

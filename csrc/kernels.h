@@ -133,6 +133,13 @@ struct ResidualNormGradients {
   void *dx, *dbranch, *dskip, *dx0, *parameters, *partials;
 };
 
+struct LossShape {
+  int64_t rows, cols;
+  double cap, factor;
+  bool gradient;  // otherwise z is only read
+  Dtype dtype;    // of z
+};
+
 namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
@@ -177,6 +184,9 @@ struct Kernels {
   void (*residual_norm_backward)(const ResidualNormShape& shape, const ResidualNormInputs& in,
                                  const ResidualNormUpstream& upstream,
                                  const ResidualNormGradients& out, int threads);
+  // z (rows, cols) becomes its gradient; losses are float, or double for double.
+  void (*softcap_cross_entropy)(const LossShape& shape, void* z, const int64_t* targets,
+                                void* losses, int threads);
 };
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
@@ -214,6 +224,8 @@ const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInpu
 const char* residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
                                    const ResidualNormUpstream& upstream,
                                    const ResidualNormGradients& out, void* stream);
+const char* softcap_cross_entropy(const LossShape& shape, void* z, const int64_t* targets,
+                                  void* losses, void* stream);
 
 }  // namespace cuda
 

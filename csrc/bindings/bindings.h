@@ -16,6 +16,7 @@ void bind_newton_schulz(pybind11::module_& m);
 void bind_pack_bits(pybind11::module_& m);
 void bind_qk_rope(pybind11::module_& m);
 void bind_residual_norm(pybind11::module_& m);
+void bind_softcap_cross_entropy(pybind11::module_& m);
 void bind_xsa(pybind11::module_& m);
 
 }  // namespace pgolf::bindings

@@ -80,6 +80,12 @@ struct Lanes {
   Lanes operator-(Lanes x) const { return {all - x.all}; }
   Lanes operator*(Lanes x) const { return {all * x.all}; }
 
+  // f of the registers.
+  template <typename Function>
+  Lanes map(const Function& f) const {
+    return {f(all)};
+  }
+
   F sum() const {
     Lanes<F, kCount / 2> low, high;
     std::memcpy(&low, &all, sizeof(low));
@@ -108,6 +114,11 @@ struct Lanes<F, kCount, false> {
   Lanes operator+(Lanes x) const { return {low + x.low, high + x.high}; }
   Lanes operator-(Lanes x) const { return {low - x.low, high - x.high}; }
   Lanes operator*(Lanes x) const { return {low * x.low, high * x.high}; }
+
+  template <typename Function>
+  Lanes map(const Function& f) const {
+    return {low.map(f), high.map(f)};
+  }
 
   F sum() const { return (low + high).sum(); }
 };

@@ -36,5 +36,7 @@ void residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
 void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
                             const ResidualNormUpstream& upstream,
                             const ResidualNormGradients& out, int threads);
+void softcap_cross_entropy(const LossShape& shape, void* z, const int64_t* targets, void* losses,
+                           int threads);
 
 }  // namespace pgolf::cpu::PGOLF_ISA

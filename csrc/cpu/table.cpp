@@ -20,6 +20,7 @@ const Kernels kKernels = {
     embed_smear_backward,
     residual_norm,
     residual_norm_backward,
+    softcap_cross_entropy,
 };
 
 }  // namespace pgolf::cpu::PGOLF_ISA

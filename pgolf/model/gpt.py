@@ -134,6 +134,7 @@ class GPT(nn.Module):
             targets.reshape(-1),
             self.config.softcap,
             reduction="none" if last else "mean",
+            impl=self.ops["softcap_cross_entropy"],
         )
         return losses.view(targets.shape) if last else losses
 

@@ -9,6 +9,7 @@ from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.newton_schulz import newton_schulz
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
+from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
 from pgolf.ops.xsa import xsa
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "qk_rope",
     "residual_norm",
     "rms_norm",
+    "softcap_cross_entropy",
     "xsa",
 ]

@@ -2,13 +2,42 @@
 
     z = x W^T;   logits = c tanh(z / c)  (c = 0: logits = z);   loss = -log softmax(logits)[target]
 
-The cap is Gemma 2's (arXiv 2408.00118). Cap and softmax are in fp32. Losses are in nats.
-Shapes: x (N, D), w (V, D), targets (N,).
+The cap is Gemma 2's (arXiv 2408.00118). Cap and softmax are in fp32. Losses are in nats. With
+p = softmax(logits) the gradient of a loss is
+
+    dz = (p - onehot(target)) (1 - (logits / c)^2),   dx = dz W,   dW = dz^T x
+
+The kernels write dz over z, row by row while the losses are taken, so that the largest tensor of
+the model is there once; the three products stay with torch.
+Shapes: x (N, D), w (V, D), targets (N,), z and dz (N, V).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pgolf.ops.registry import (
+    DTYPE_CODES,
+    Operator,
+    Run,
+    Sample,
+    Work,
+    check_alike,
+    in_cpp,
+    in_cuda,
+    launcher,
+    nbytes,
+    register,
+    resolve,
+    run_cpp,
+    run_cuda,
+    without_autocast,
+)
+
+MAX_COLUMNS = {"cuda": 8192}  # a row lies in a block's registers
 
 
 def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
@@ -18,8 +47,193 @@ def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
-def softcap_cross_entropy(
+def reference(
     x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
 ) -> Tensor:
-    """Mean loss, or with reduction='none' the loss of every target, in fp32."""
+    """`softcap_cross_entropy` in plain torch."""
     return F.cross_entropy(softcap_logits(x, w, cap), targets, reduction=reduction)
+
+
+def _check(x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str) -> None:
+    if x.dim() != 2 or w.dim() != 2 or x.size(1) != w.size(1) or not w.size(0):
+        raise ValueError(
+            f"softcap_cross_entropy: x is {tuple(x.shape)} and w {tuple(w.shape)}: they have to be "
+            "(N, D) and (V, D), V at least 1"
+        )
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"softcap_cross_entropy: targets is {targets.dtype} {tuple(targets.shape)}: it has to "
+            f"be int64 ({x.size(0)},)"
+        )
+    if targets.device != x.device:
+        raise ValueError(
+            f"softcap_cross_entropy: targets is on {targets.device} and x on {x.device}: move one"
+        )
+    if not 0 <= cap < float("inf"):  # NaN too
+        raise ValueError(f"softcap_cross_entropy: cap={cap}: it has to be 0 (none) or more")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"softcap_cross_entropy: reduction={reduction!r}: 'mean' or 'none'")
+    check_alike("softcap_cross_entropy", x=x, w=w)
+
+
+def softcap_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    cap: float,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Mean loss, or with reduction='none' the loss of every target, in fp32.
+
+    Args:
+        x: (N, D) features.
+        w: (V, D) output matrix, of x's dtype and device.
+        targets: (N,) int64, in [0, V). One that is not is an error on a CPU; on a GPU, where nobody
+            looks, its loss and gradients are NaN.
+        cap: of the logits; 0 is none.
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64) or 'cuda' (fp32, bf16; V <= 8192).
+
+    Raises:
+        ValueError, RuntimeError: as `xsa`.
+    """
+    _check(x, w, targets, cap, reduction)
+    asked, impl = impl, resolve("softcap_cross_entropy", impl, x)
+    unable = w.size(0) > MAX_COLUMNS.get(impl, w.size(0))
+    if impl == "reference" or (unable and asked == "auto"):
+        return reference(x, w, targets, cap, reduction)
+    if unable:
+        raise ValueError(
+            f"softcap_cross_entropy: {w.size(0)} columns are too many for impl={impl}, which takes "
+            f"{MAX_COLUMNS[impl]}: use impl='reference'"
+        )
+    gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    return _forward(x, w, targets, cap, reduction == "mean", gradient, impl)[0]
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
+def _forward(
+    x: Tensor, w: Tensor, targets: Tensor, cap: float, mean: bool, gradient: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(x):
+        z = F.linear(x, w)
+    factor = 1 / max(1, x.size(0)) if mean else 1.0
+    rows = launcher("softcap_cross_entropy", impl, "rows")
+    losses = rows(z, targets.contiguous(), cap, factor, gradient)
+    return losses.mean() if mean else losses, z if gradient else z.new_empty(0)
+
+
+@_forward.register_fake
+def _(x, w, targets, cap, mean, gradient, impl):
+    losses = x.new_empty(() if mean else x.shape[:1], dtype=_wide(x.dtype))
+    return losses, x.new_empty((x.size(0), w.size(0)) if gradient else 0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, w = inputs[:2]
+    ctx.save_for_backward(x, w, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple:
+    """g is a factor of each row, or of all: of products with x and dx, never of the larger dz."""
+    x, w, dz = ctx.saved_tensors
+    wants_x, wants_w = ctx.needs_input_grad[:2]
+    if g is None:
+        return (None,) * 7
+    g = g.to(x.dtype)[..., None] if g.dim() else g.to(x.dtype)
+    dx = (dz @ w) * g if wants_x else None
+    dw = dz.mT @ (x * g) if wants_w else None
+    return dx, dw, *(None,) * 5
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _launchers(run: Run) -> dict[str, Callable]:
+    """The rows in the compiled half, by `run_cpp` or `run_cuda`."""
+
+    def rows(z: Tensor, targets: Tensor, cap: float, factor: float, gradient: bool) -> Tensor:
+        """The losses of z (N, V), which becomes its gradient times `factor` if that is wanted."""
+        losses = z.new_empty(z.shape[:1], dtype=_wide(z.dtype))
+        run(
+            "softcap_cross_entropy", z, z.data_ptr(), targets.data_ptr(), losses.data_ptr(),
+            DTYPE_CODES[z.dtype], *z.shape, cap, factor, gradient,
+        )  # fmt: skip
+        return losses
+
+    return {"rows": rows}
+
+
+def samples() -> list[Sample]:
+    """With a cap and without, rows of any length; the bench sizes end in the contest's tables.
+
+    The bench sample with 16 features is there for the rows themselves: its products are small.
+    """
+
+    def make(rows: int, width: int, columns: int, cap: float, scale: float = 1.0, **named: str):
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(rows + columns)
+            x = torch.randn(rows, width, generator=g, dtype=torch.float64) * scale
+            w = torch.randn(columns, width, generator=g, dtype=torch.float64)
+            targets = torch.randint(columns, (rows,), generator=g).to(device)
+            return (x.to(device, dtype), w.to(device, dtype), targets, cap), named
+
+        return build
+
+    return [
+        Sample("7x16 to 40", make(7, 16, 40, 30.0)),
+        Sample("5x8 to 1024, losses", make(5, 8, 1024, 30.0, 4.0, reduction="none")),
+        Sample("3x24 to 1037, no cap", make(3, 24, 1037, 0.0, reduction="none")),
+        Sample("2x8 to 2056, saturated", make(2, 8, 2056, 5.0, 8.0)),
+        Sample("1x8 to 1", make(1, 8, 1, 30.0)),
+        Sample("0x8 to 12", make(0, 8, 12, 30.0, reduction="none")),
+        Sample("8192x16 to 1024", make(8192, 16, 1024, 30.0, 0.5), bench=True),
+        Sample("8192x512 to 1024", make(8192, 512, 1024, 30.0, 0.1), bench=True),
+        Sample("98304x512 to 1024", make(98304, 512, 1024, 30.0, 0.1), bench=True),
+        Sample("8192x512 to 8192", make(8192, 512, 8192, 30.0, 0.1), bench=True),
+    ]
+
+
+def cost(
+    x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+) -> tuple[Work, Work]:
+    """Forward: a product, then z is read and dz written; backward: two products with dz."""
+    z = x.size(0) * w.size(0) * x.element_size()
+    flops = 2 * x.size(0) * w.numel()
+    wide = _wide(x.dtype).itemsize
+    losses = (x.size(0) if reduction == "none" else 1) * wide
+    return (
+        Work(flops, nbytes(x, w, targets) + z, 2 * z + losses),
+        Work(2 * flops, nbytes(x, w) + 2 * z + losses, nbytes(x, w)),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="softcap_cross_entropy",
+        call=softcap_cross_entropy,
+        reference=reference,
+        differentiable=("x", "w"),
+        implementations={
+            "cpu": in_cpp("softcap_cross_entropy", **_launchers(run_cpp)),
+            "cuda": in_cuda("softcap_cross_entropy", **_launchers(run_cuda)),
+        },
+        preferred={
+            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
+            "cuda": [("cuda", "fewer bytes than compiled (python -m bench count)")],
+        },
+        samples=samples,
+        cost=cost,
+    )
+)

@@ -110,5 +110,7 @@ def gradients(out: Result, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def strided_like(out: Tensor, seed: int = 1) -> Tensor:
     """An output gradient of out's shape that is not contiguous in any dimension."""
     g = torch.Generator().manual_seed(seed)
-    wide = torch.randn(*out.shape[:-1], 2 * out.size(-1), generator=g, dtype=torch.float64)
-    return wide.to(torch.bfloat16).to(out.device, out.dtype)[..., ::2]
+    columns = out.size(-1) if out.dim() else 1
+    wide = torch.randn(*out.shape[:-1], 2 * columns, generator=g, dtype=torch.float64)
+    strided = wide.to(torch.bfloat16).to(out.device, out.dtype)[..., ::2]
+    return strided if out.dim() else strided[0]

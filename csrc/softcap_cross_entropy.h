@@ -1,0 +1,33 @@
+// softcap_cross_entropy: one row of logits, for CPU and GPU; F is float or double.
+//
+//   t = tanh(z / cap),  l = cap t   (cap 0: l = z, and t = 0 below)
+//   loss = log(sum exp(l - m)) + m - l[target],   m = max l
+//   dz = factor (exp(l - m) / sum - [target]) (1 - t^2)
+//
+// tanh rises, so m is the l of the greatest z. A target outside of the row makes loss and dz NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace pgolf {
+
+// Columns of a row that a GPU's block holds in registers; longer rows are for the CPU alone.
+constexpr int64_t kMaxLossColumns = 8192;
+
+// What is to be known of a row before its gradients.
+template <typename F>
+struct LossRow {
+  F greatest;  // m
+  F scale;     // factor / sum
+  F loss;
+};
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline LossRow<F> loss_row(F greatest, F sum, F target_logit, F factor) {
+  return {greatest, factor / sum, std::log(sum) + greatest - target_logit};
+}
+
+}  // namespace pgolf
