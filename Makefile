@@ -11,6 +11,9 @@ python := .venv/bin/python
 # Threads that wait must not spin: on few cores they take the time of those that work.
 export OMP_WAIT_POLICY = PASSIVE
 
+# A process for each core, which tests/conftest.py holds to one thread.
+parallel := -n auto
+
 .PHONY: help setup demo test prove clean
 
 help:
@@ -28,11 +31,11 @@ demo: setup
 
 test: setup
 	@$(python) -m ruff check .
-	@$(python) -m pytest -m "not slow and not gpu"
+	@$(python) -m pytest $(parallel) --dist worksteal -m "not slow and not gpu"
 
-# pytest exits with 5 where it selected no test.
+# Tests of one file share what they build. pytest exits with 5 where it selected no test.
 prove: setup
-	@$(python) -m pytest -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
+	@$(python) -m pytest $(parallel) --dist loadfile -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
 
 clean:
 	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis

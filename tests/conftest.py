@@ -32,6 +32,12 @@ def emulate_gpu() -> str:
 
 EMULATED = emulate_gpu()
 
+# One process for each core fills them: threads would only wait for each other. Tests of threads ask
+# for theirs.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
+
 
 def pytest_report_header() -> str:
     return f"emulated: {EMULATED}"

@@ -45,13 +45,14 @@ def log(checkout: Path) -> list[str]:
 
 
 BUILD = "setup.py -q build_ext --inplace"
-QUICK = "-m pytest -m not slow and not gpu"
+QUICK = "-m pytest -n auto --dist worksteal -m not slow and not gpu"
+PROOFS = "-m pytest -n auto --dist loadfile -m slow"
 
 
 def test_ci_runs_both_from_any_folder(checkout, tmp_path_factory):
     result = run([str(checkout / ".ci" / "run")], tmp_path_factory.mktemp("elsewhere"))
     assert result.returncode == 0, result.stderr
-    assert log(checkout) == [BUILD, "-m ruff check .", QUICK, BUILD, "-m pytest -m slow"]
+    assert log(checkout) == [BUILD, "-m ruff check .", QUICK, BUILD, PROOFS]
 
 
 def test_demo(checkout):
