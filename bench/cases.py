@@ -11,7 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.timing import Entry
-from pgolf.ops.registry import Operator, Result, Sample, Work, as_tuple
+from pgolf.ops.registry import (
+    Operator,
+    Result,
+    Sample,
+    Work,
+    as_tuple,
+    tensors_in,
+    with_tensors,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("forward", "backward", "both")
@@ -29,6 +37,7 @@ class Case:
     Attributes:
         leaves: the tensors whose gradients are taken; () if the operator has none.
         upstream: gradients of the outputs, allocated before anything is timed.
+        outputs: how many there are, arguments that are changed in place among them.
     """
 
     operator: Operator
@@ -38,6 +47,11 @@ class Case:
     kwargs: dict[str, Any]
     leaves: tuple[Tensor, ...]
     upstream: tuple[Tensor, ...]
+    outputs: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(t for a in self.args for t in tensors_in(a)).device
 
     @property
     def shapes(self) -> list[list[int]]:
@@ -81,9 +95,23 @@ def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) 
         if isinstance(given.get(name), Tensor)
     )
     with torch.no_grad():
-        outputs = as_tuple(operator.reference(*args, **kwargs))
-        upstream = tuple(torch.randn(t.shape, device=device).to(t.dtype) for t in outputs)
-    return Case(operator, sample, dtype, args, kwargs, leaves, upstream)
+        outputs = _fresh(operator, operator.reference, args, kwargs)
+        upstream = tuple(
+            torch.randn(t.shape, device=device).to(t.dtype) for t in outputs if leaves
+        )
+    return Case(operator, sample, dtype, args, kwargs, leaves, upstream, len(outputs))
+
+
+def _fresh(operator: Operator, function: Function, args: tuple, kwargs: dict) -> Results:
+    """Outputs of a call that changes copies of what it changes; those are outputs too."""
+    given = inspect.signature(operator.reference).bind(*args, **kwargs).arguments
+    changed = [n for n in operator.mutates if n in given]
+    given |= {n: with_tensors(given[n], torch.clone) for n in changed}
+    # (Peers know the arguments by their places.)
+    positional = tuple(given.values())[: len(args)]
+    named = {n: given[n] for n in kwargs}
+    outputs = as_tuple(function(*positional, **named))
+    return (*outputs, *(t for n in changed for t in tensors_in(given[n])))
 
 
 def traffic(operator: Operator, sample: Sample, dtype: str) -> int:
@@ -98,16 +126,17 @@ def traffic(operator: Operator, sample: Sample, dtype: str) -> int:
 
 def results(case: Case, function: Function) -> Results:
     """The outputs and the gradients of one call."""
-    outputs = as_tuple(function(*case.args, **case.kwargs))
+    outputs = _fresh(case.operator, function, case.args, case.kwargs)
     grads = torch.autograd.grad(outputs, case.leaves, case.upstream) if case.leaves else ()
     return (*(t.detach().clone() for t in outputs), *grads)
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        wide = value.detach().double() if value.is_floating_point() else value
-        return wide.requires_grad_(value.requires_grad)
-    return torch.float64 if isinstance(value, torch.dtype) else value
+    def widen(t: Tensor) -> Tensor:
+        wide = t.detach().double() if t.is_floating_point() else t
+        return wide.requires_grad_(t.requires_grad)
+
+    return torch.float64 if isinstance(value, torch.dtype) else with_tensors(value, widen)
 
 
 def truth(case: Case) -> Results:
@@ -142,7 +171,7 @@ def wrong(found: Results, yardstick: Results, exact: Results, outputs: int = 1) 
             return f"{name} is {got.dtype} {list(got.shape)}, not {torchs.dtype} {[*torchs.shape]}"
         if not got.numel():
             continue
-        rounding = torch.finfo(got.dtype).eps / 2
+        rounding = torch.finfo(got.dtype).eps / 2 if got.is_floating_point() else 0.0
         for measure in (Tensor.max, Tensor.mean):
             error, allowed = (measure((t.double() - ideal).abs()).item() for t in (got, torchs))
             limit = ALLOWED[kind] * allowed + rounding * measure(ideal.abs()).item()

@@ -204,7 +204,7 @@ def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Functi
             continue
         try:
             problem = cases.wrong(
-                cases.results(case, function), yardstick, exact, len(case.upstream)
+                cases.results(case, function), yardstick, exact, case.outputs
             )
         except Exception as e:  # one provider's failure must not end the others' run
             problem = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"

@@ -1,7 +1,7 @@
 """Public kernels that compute the same functions, where they are installed.
 
 A peer is called through its own public interface and has to pass the same check as our kernels.
-None of them runs without a GPU.
+Only torch's own run without a GPU.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import torch_optim
 from pgolf.ops.newton_schulz import CLASSIC
 from pgolf.ops.registry import Operator, Sample
 
@@ -41,7 +42,8 @@ class Peer:
         """Why it cannot run here; '' if it can."""
         if importlib.util.find_spec(self.module) is None:
             return f"not installed: pip install {self.package}"
-        return "" if torch.cuda.is_available() else "torch sees no GPU here"
+        runs = self.module == "torch" or torch.cuda.is_available()
+        return "" if runs else "torch sees no GPU here"
 
 
 def _relu2(x: Tensor, slope: float) -> Callable[..., Tensor]:
@@ -74,7 +76,10 @@ def _newton_schulz_unfit(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
+    normalized: bool = False,
 ) -> str:
+    if normalized:
+        return "it normalises"
     if row_norm or safety != 1.0:
         return "no row norm and no safety factor"
     return "" if dtype == torch.bfloat16 else "it iterates in fp16, which is no match for fp32"
@@ -88,6 +93,9 @@ PEERS = [
          _newton_schulz("StandardNewtonSchulz"), _newton_schulz_unfit),
     Peer("gram", "newton_schulz", "gram-newton-schulz", "gram_newton_schulz",
          _newton_schulz("GramNewtonSchulz"), _newton_schulz_unfit),
+    # torch's own AdamW with what it takes beside it
+    Peer("fused", "param_update", "torch", "torch", torch_optim.peer(True), lambda *_, **__: ""),
+    Peer("foreach", "param_update", "torch", "torch", torch_optim.peer(False), lambda *_, **__: ""),
 ]  # fmt: skip
 
 

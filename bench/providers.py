@@ -77,7 +77,7 @@ def _peer_function(peer: Peer, case: Case) -> Function:
 
 
 def _kernel(name: str, case: Case) -> Callable:
-    device, dtype = case.upstream[0].device.type, DTYPES[case.dtype]
+    device, dtype = case.device.type, DTYPES[case.dtype]
     if case.operator.implementations[name].device != device:
         raise Unavailable(f"runs on {case.operator.implementations[name].device}, not on {device}")
     try:

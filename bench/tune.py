@@ -138,7 +138,7 @@ class _Checked:
         return cases.results(self.case, kernel)
 
     def wrong(self) -> str:
-        return cases.wrong(self.run(), self.yardstick, self.exact, len(self.case.upstream))
+        return cases.wrong(self.run(), self.yardstick, self.exact, self.case.outputs)
 
 
 def walk_all(table: Table, built: list[_Checked], timer: Timer) -> list[Tuned]:

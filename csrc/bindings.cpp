@@ -29,9 +29,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &pgolf::cpu::isa, "The instruction set of the CPU kernels in this process.");
   pgolf::bindings::bind_embed_smear(m);
   pgolf::bindings::bind_fake_quant(m);
+  pgolf::bindings::bind_grad_norm(m);
   pgolf::bindings::bind_leaky_relu2(m);
+  pgolf::bindings::bind_muon_momentum(m);
   pgolf::bindings::bind_newton_schulz(m);
   pgolf::bindings::bind_pack_bits(m);
+  pgolf::bindings::bind_param_update(m);
   pgolf::bindings::bind_qk_rope(m);
   pgolf::bindings::bind_residual_norm(m);
   pgolf::bindings::bind_softcap_cross_entropy(m);

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#include "element.h"
+#include "param_update.h"
+
 namespace pgolf {
 
 // The codes by which Python names an element type.
@@ -140,6 +143,45 @@ struct LossShape {
   Dtype dtype;    // of z
 };
 
+// Tensors of passes over many of them (multi_tensor.h); contiguous, fp32 or bf16.
+struct GradientTensor {
+  const void* data;
+  int64_t count;
+  int64_t first_item;  // chunks
+  Dtype dtype;
+};
+
+struct MomentumMatrix {
+  const void* grad;
+  void* momentum;
+  void* x;  // the direction
+  int64_t rows, cols;
+  int64_t first_row;   // of all matrices' rows
+  int64_t first_item;  // rows, or blocks of them
+  Dtype grad_dtype, momentum_dtype;
+};
+
+struct MuonMomentumShape {
+  int64_t matrices;
+  int64_t rows;  // of all of them
+  bool nesterov, row_norm;
+  double safety;
+  Dtype x_dtype;
+};
+
+struct UpdateTensor {
+  void* param;
+  const void* source;         // AdamW: the gradient; Muon: the orthogonalised direction
+  void *exp_avg, *exp_avg_sq;  // AdamW: the moments; Muon: null
+  float* average;              // or null
+  bf16* copy;                  // of the new parameter, or null
+  int64_t count;
+  int64_t first_item;  // chunks
+  float scale;         // Muon: of the direction
+  int32_t group;       // row of the scalars
+  Dtype param_dtype, source_dtype, state_dtype;
+};
+
 namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
@@ -187,6 +229,15 @@ struct Kernels {
   // z (rows, cols) becomes its gradient; losses are float, or double for double.
   void (*softcap_cross_entropy)(const LossShape& shape, void* z, const int64_t* targets,
                                 void* losses, int threads);
+  // partials: room for two doubles a chunk.
+  void (*grad_norm)(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
+                    float* norm, int64_t* bad, int threads);
+  // squares: room for a double a row.
+  void (*muon_momentum)(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
+                        const UpdateScalars* scalars, const float* norm, double* squares,
+                        int threads);
+  void (*param_update)(const UpdateTensor* tensors, int count, int64_t chunks,
+                       const UpdateScalars* scalars, const float* norm, int threads);
 };
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
@@ -226,6 +277,13 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                                    const ResidualNormGradients& out, void* stream);
 const char* softcap_cross_entropy(const LossShape& shape, void* z, const int64_t* targets,
                                   void* losses, void* stream);
+const char* grad_norm(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
+                      float* norm, int64_t* bad, void* stream);
+const char* muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
+                          const UpdateScalars* scalars, const float* norm, double* squares,
+                          void* stream);
+const char* param_update(const UpdateTensor* tensors, int count, int64_t chunks,
+                         const UpdateScalars* scalars, const float* norm, void* stream);
 
 }  // namespace cuda
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "host_device.h"
 
@@ -17,6 +18,23 @@ PGOLF_HOST_DEVICE static inline double row_norm_divisor(double squares) {
 
 PGOLF_HOST_DEVICE static inline double matrix_norm_divisor(double squares, double safety) {
   return safety * std::sqrt(squares) + kNewtonSchulzFloor;
+}
+
+// From the sum of squares of each of a matrix's rows to the factor that the row is multiplied with.
+static inline void squares_to_factors(double* rows, int64_t count, bool row_norm, double safety) {
+  double total = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    if (row_norm) {
+      const double divisor = row_norm_divisor(rows[r]);
+      total += rows[r] / divisor / divisor;
+      rows[r] = divisor;
+    } else {
+      total += rows[r];
+      rows[r] = 1;
+    }
+  }
+  const double matrix = matrix_norm_divisor(total, safety);
+  for (int64_t r = 0; r < count; ++r) rows[r] = 1 / (rows[r] * matrix);
 }
 
 }  // namespace pgolf

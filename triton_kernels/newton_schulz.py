@@ -137,6 +137,7 @@ def newton_schulz(
     dtype: torch.dtype,
     row_norm: bool = False,
     safety: float = 1.0,
+    normalized: bool = False,
 ) -> Tensor:
     """Orthogonalise each matrix of g.
 
@@ -146,17 +147,20 @@ def newton_schulz(
         dtype: bf16 or fp32, of every stored matrix; sums are fp32.
         row_norm: divide each row by its norm first.
         safety: factor on the Frobenius norm.
+        normalized: g is X already.
 
     Returns:
         (B, R, C) contiguous in `dtype`.
     """
-    b, r, c = g.shape
-    x = torch.empty((b, r, c), dtype=dtype, device=g.device)
+    x = torch.empty(g.shape, dtype=dtype, device=g.device)
     if x.numel() == 0:
         return x
     with on_device_of(g):
+        if normalized:
+            first = g.to(dtype).contiguous()
+            return _iterate(first, x, coefficients) if coefficients else x.copy_(first)
         _normalize(g, x, row_norm, safety)
-        return _iterate(x, coefficients) if coefficients else x
+        return _iterate(x, x, coefficients) if coefficients else x
 
 
 def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> None:
@@ -181,19 +185,24 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> None:
     )  # fmt: skip
 
 
-def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """The iterations on X (b, r, c), whose memory serves as one of the two buffers."""
+def _iterate(
+    x: Tensor, room: Tensor, coefficients: Sequence[tuple[float, float, float]]
+) -> Tensor:
+    """The iterations on X (b, r, c), which is not written unless it is `room`, one of the buffers.
+
+    Both are contiguous.
+    """
     b, r, c = x.shape
     side = min(r, c)
     gram = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
     poly = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
-    after = torch.empty((b, r, c), dtype=x.dtype, device=x.device)
+    after, spare = torch.empty((b, r, c), dtype=x.dtype, device=x.device), room
     for ca, cb, cc in coefficients:
         wide, wide_after = (x.mT, after.mT) if r > c else (x, after)
         _product(wide, wide.mT, None, gram, 1.0, 0.0, symmetric=True)
         _product(gram, gram, gram, poly, cc, cb, symmetric=True)
         _product(poly, wide, wide, wide_after, 1.0, ca, symmetric=False)
-        x, after = after, x
+        x, after, spare = after, spare, after
     return x
 
 

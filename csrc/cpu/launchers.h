@@ -38,5 +38,11 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
                             const ResidualNormGradients& out, int threads);
 void softcap_cross_entropy(const LossShape& shape, void* z, const int64_t* targets, void* losses,
                            int threads);
+void grad_norm(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
+               float* norm, int64_t* bad, int threads);
+void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
+                   const UpdateScalars* scalars, const float* norm, double* squares, int threads);
+void param_update(const UpdateTensor* tensors, int count, int64_t chunks,
+                  const UpdateScalars* scalars, const float* norm, int threads);
 
 }  // namespace pgolf::cpu::PGOLF_ISA

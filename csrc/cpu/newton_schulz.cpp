@@ -3,34 +3,12 @@
 // one fixed order: lanes of a row, then rows of a matrix.
 #include "newton_schulz.h"
 
-#include "cpu/dispatch.h"
-#include "cpu/lanes.h"
 #include "cpu/launchers.h"
+#include "cpu/numbers.h"
 #include "host/parallel.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {
-
-template <typename T>
-double sum_of_squares(const T* row, int64_t count) {
-  constexpr int kSums = 16;
-  double sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    for (int j = 0; j < kSums; ++j) {
-      const double x = widen(row[i + j]);
-      sums[j] += x * x;
-    }
-  }
-  for (int j = 0; i < count; ++i, ++j) {
-    const double x = widen(row[i]);
-    sums[j] += x * x;
-  }
-  for (int width = kSums / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-  }
-  return sums[0];
-}
 
 template <typename T, typename X>
 void multiply(const T* from, double factor, X* to, int64_t count) {
@@ -44,23 +22,6 @@ template <typename T>
 const T* row_of(const NewtonSchulzShape& shape, const void* g, int64_t row) {
   return static_cast<const T*>(g) + row / shape.rows * shape.batch_stride +
          row % shape.rows * shape.row_stride;
-}
-
-// From each row's sum of squares to the factor that the row is multiplied with.
-void squares_to_factors(const NewtonSchulzShape& shape, double* rows) {
-  double total = 0;
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    if (shape.row_norm) {
-      const double divisor = row_norm_divisor(rows[r]);
-      total += rows[r] / divisor / divisor;
-      rows[r] = divisor;
-    } else {
-      total += rows[r];
-      rows[r] = 1;
-    }
-  }
-  const double matrix = matrix_norm_divisor(total, shape.safety);
-  for (int64_t r = 0; r < shape.rows; ++r) rows[r] = 1 / (rows[r] * matrix);
 }
 
 }  // namespace
@@ -77,7 +38,9 @@ void newton_schulz_normalize(const NewtonSchulzShape& shape, const void* g, void
         squares[r] = sum_of_squares(row_of<T>(shape, g, r), shape.cols);
       }
     });
-    for (int64_t b = 0; b < shape.batch; ++b) squares_to_factors(shape, squares + b * shape.rows);
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      squares_to_factors(squares + b * shape.rows, shape.rows, shape.row_norm, shape.safety);
+    }
     with_element(shape.x_dtype, [&](auto to) {
       using X = decltype(to);
       parallel_for(rows, bytes, threads, [&](int64_t begin, int64_t end) {

@@ -21,6 +21,9 @@ const Kernels kKernels = {
     residual_norm,
     residual_norm_backward,
     softcap_cross_entropy,
+    grad_norm,
+    muon_momentum,
+    param_update,
 };
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -59,14 +59,20 @@ def reference(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
+    normalized: bool = False,
 ) -> Tensor:
     """`newton_schulz` in plain torch."""
     with without_autocast(g):
-        x = g.to(torch.promote_types(g.dtype, torch.float32))
-        if row_norm:
-            x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
-        x = (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
+        x = g.to(dtype) if normalized else normalize(g, dtype, row_norm, safety)
         return _iterate(x, coefficients)
+
+
+def normalize(g: Tensor, dtype: torch.dtype, row_norm: bool, safety: float) -> Tensor:
+    """X before the first step, of matrices (B, R, C)."""
+    x = g.to(torch.promote_types(g.dtype, torch.float32))
+    if row_norm:
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    return (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
 
 
 def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -87,6 +93,7 @@ def newton_schulz(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
+    normalized: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Orthogonalise each matrix of g.
@@ -97,6 +104,7 @@ def newton_schulz(
         dtype: of the iteration and the result; sums are in fp32.
         row_norm: divide each row by its norm first.
         safety: factor of the Frobenius norm, for coefficients that need singular values below 1.
+        normalized: g is X already, as `muon_momentum` makes it: row_norm and safety went into it.
         impl: 'auto', 'reference', 'cpu' (C++ before torch's matmuls) or 'triton' (fp32, bf16).
 
     Raises:
@@ -118,32 +126,48 @@ def newton_schulz(
     unable = impl != "reference" and dtype not in OPERATOR.implementations[impl].dtypes
     batch = g if g.dim() == 3 else g[None]
     if impl == "reference" or (unable and asked == "auto"):
-        return reference(batch, coefficients, dtype, row_norm, safety).view(g.shape)
+        out = reference(batch, coefficients, dtype, row_norm, safety, normalized)
+        return out.view(g.shape)
     if unable:
         raise ValueError(
             f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'"
         )
     flat = [float(value) for triple in coefficients for value in triple]
-    return _orthogonalise(batch, flat, dtype, row_norm, safety, impl).view(g.shape)
+    return _orthogonalise(batch, flat, dtype, row_norm, safety, normalized, impl).view(g.shape)
 
 
 @torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
 def _orthogonalise(
-    g: Tensor, flat: Sequence[float], dtype: torch.dtype, row_norm: bool, safety: float, impl: str
+    g: Tensor,
+    flat: Sequence[float],
+    dtype: torch.dtype,
+    row_norm: bool,
+    safety: float,
+    normalized: bool,
+    impl: str,
 ) -> Tensor:
     triples = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
+    forward = launcher("newton_schulz", impl, "forward")
     with without_autocast(g):
-        return launcher("newton_schulz", impl, "forward")(g, triples, dtype, row_norm, safety)
+        return forward(g, triples, dtype, row_norm, safety, normalized)
 
 
 @_orthogonalise.register_fake
-def _(g, flat, dtype, row_norm, safety, impl):
+def _(g, flat, dtype, row_norm, safety, normalized, impl):
     return g.new_empty(g.shape, dtype=dtype)
 
 
 def _cpu_forward(
-    g: Tensor, coefficients: Coefficients, dtype: torch.dtype, row_norm: bool, safety: float
+    g: Tensor,
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    row_norm: bool,
+    safety: float,
+    normalized: bool,
 ) -> Tensor:
+    if normalized:
+        x = _iterate(g.to(dtype), coefficients)
+        return x if coefficients else x.clone()
     g = unit_stride(g)
     x = torch.empty(g.shape, dtype=dtype)
     extension.load().newton_schulz_normalize(
@@ -156,11 +180,11 @@ def _cpu_forward(
 def samples() -> list[Sample]:
     """Square, wide and tall batches; the bench sizes are the banks of PR 1473."""
 
-    def make(shape: tuple[int, int, int], **options):
+    def make(shape: tuple[int, int, int], scale: float = 1.0, **options):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(sum(shape))
-            matrix = torch.randn(shape, generator=g, dtype=torch.float64).to(device, dtype)
-            return (matrix,), {"dtype": dtype, **options}
+            matrix = scale * torch.randn(shape, generator=g, dtype=torch.float64)
+            return (matrix.to(device, dtype),), {"dtype": dtype, **options}
 
         return build
 
@@ -170,6 +194,7 @@ def samples() -> list[Sample]:
     return (
         [Sample(label, make(shape)) for label, shape in small.items()]
         + [Sample("2x33x70 polar express", make((2, 33, 70), **polar))]
+        + [Sample("2x24x8 normalised", make((2, 24, 8), 1 / 8, normalized=True))]
         + [Sample(f"{label} bank", make(shape), bench=True) for label, shape in banks.items()]
     )
 
@@ -180,6 +205,7 @@ def cost(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
+    normalized: bool = False,
 ) -> tuple[Work, Work]:
     """Every step is three GEMMs that read their operands and write their result; no backward."""
     batch, small, large = g.size(0), *sorted(g.shape[1:])
@@ -187,8 +213,9 @@ def cost(
     x, gram = batch * small * large * item, batch * small * small * item
     flops = 2 * batch * small * small * (2 * large + small) * steps
     prepare = 2 * g.numel() * g.element_size()  # for the norm, and to divide by it
+    prepare, prepared = (0, 0) if normalized else (prepare, x)
     return (
-        Work(flops, prepare + steps * (2 * x + 2 * gram), x + steps * (x + 2 * gram)),
+        Work(flops, prepare + steps * (2 * x + 2 * gram), prepared + steps * (x + 2 * gram)),
         Work(0, 0, 0),
     )
 

@@ -108,12 +108,27 @@ class Sample:
 
 
 # What an operator returns.
-Result = Tensor | tuple[Tensor, ...]
+Result = Tensor | Sequence[Tensor] | None
 
 
 def as_tuple(result: Result) -> tuple[Tensor, ...]:
-    """The results of an operator, where there is one, too."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    """The results of an operator, where there is one, or none, too."""
+    return (result,) if isinstance(result, Tensor) else tuple(result or ())
+
+
+def tensors_in(argument: Any) -> tuple[Tensor, ...]:
+    """The tensors of an argument that is one, or a list of them; none for anything else."""
+    if isinstance(argument, Tensor):
+        return (argument,)
+    items = argument if isinstance(argument, list | tuple) else ()
+    return tuple(t for t in items if isinstance(t, Tensor))
+
+
+def with_tensors(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with each of its tensors changed."""
+    if isinstance(argument, list | tuple):
+        return [change(t) if isinstance(t, Tensor) else t for t in argument]
+    return change(argument) if isinstance(argument, Tensor) else argument
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class Operator:
             'cpu compiled' is the order under torch.compile where that is another one.
         samples: arguments for tests and benchmarks.
         cost: least work (forward, backward) for a sample's arguments.
+        mutates: names of the arguments that it changes in place.
     """
 
     name: str
@@ -139,6 +155,7 @@ class Operator:
     preferred: Mapping[str, Sequence[tuple[str, str]]]
     samples: Callable[[], list[Sample]]
     cost: Callable[..., tuple[Work, Work]]
+    mutates: tuple[str, ...] = ()
 
 
 OPERATORS: dict[str, Operator] = {}

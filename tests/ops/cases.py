@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import OPERATORS, Operator, Result, Sample, as_tuple
+from pgolf.ops.registry import (
+    OPERATORS,
+    Operator,
+    Result,
+    Sample,
+    as_tuple,
+    tensors_in,
+    with_tensors,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,7 +36,7 @@ def takes(operator: Operator, impl: str, dtype: torch.dtype) -> bool:
 
 def is_empty(sample: Sample) -> bool:
     """Whether the first argument has no elements."""
-    return not sample.build(CPU, torch.float32)[0][0].numel()
+    return not sum(t.numel() for t in tensors_in(sample.build(CPU, torch.float32)[0][0]))
 
 
 def cases(with_reference: bool = False) -> Iterator[Any]:
@@ -68,7 +76,7 @@ class Call:
         twin.operator, twin.wanted = self.operator, self.wanted
         keep = {"clip_factor", "bits", "on"}  # float32 by definition
         twin.arguments = {
-            n: a.double() if is_floating(a) and n not in keep else a
+            n: a if n in keep else with_tensors(a, in_double)
             for n, a in self.arguments.items()
         }
         if "dtype" in twin.arguments:
@@ -80,9 +88,20 @@ class Call:
         return [self.arguments[n].detach().requires_grad_() for n in self.wanted]
 
     def on(self, *leaves: Tensor, function: Callable | None = None, **options: Any) -> Result:
-        """Call with these in place of the differentiable arguments."""
+        """Call with these in place of the differentiable arguments.
+
+        What the operator changes in place is copied first, and comes after its results.
+        """
         arguments = {**self.arguments, **dict(zip(self.wanted, leaves, strict=True))}
-        return (function or self.operator.call)(**arguments, **options)
+        changed = {
+            n: with_tensors(arguments[n], torch.clone)
+            for n in self.operator.mutates
+            if n in arguments
+        }
+        out = (function or self.operator.call)(**{**arguments, **changed}, **options)
+        if not changed:
+            return out
+        return (*as_tuple(out), *(t for a in changed.values() for t in tensors_in(a)))
 
     def run(self, impl: str) -> list[Tensor]:
         """[result, ..., gradient, ...] of an implementation."""
@@ -96,8 +115,13 @@ class Call:
         return len(as_tuple(self.on(*self.leaves(), impl="reference")))
 
 
-def is_floating(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.is_floating_point()
+def in_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def floating_in(argument: Any) -> list[Tensor]:
+    """The tensors of floats that an argument is or holds."""
+    return [t for t in tensors_in(argument) if t.is_floating_point()]
 
 
 def gradients(out: Result, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

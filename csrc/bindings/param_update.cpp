@@ -1,0 +1,107 @@
+// param_update for Python.
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "bindings/tensors.h"
+
+namespace py = pybind11;
+
+namespace pgolf::bindings {
+namespace {
+
+struct Updates {
+  std::vector<UpdateTensor> tensors;
+  int64_t chunks = 0;
+
+  int count() const { return static_cast<int>(tensors.size()); }
+};
+
+// Columns as in `bind_param_update`. An address of 0 says that a tensor has no such companion.
+Updates checked_updates(const Addresses& params, const Addresses& sources,
+                        const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
+                        const Addresses& averages, const Addresses& copies, const Sizes& counts,
+                        const Codes& param_dtypes, const Codes& source_dtypes,
+                        const Codes& state_dtypes, const std::vector<float>& scales,
+                        const Codes& groups, Address scalars, int rows, Address norm) {
+  for (const Addresses* column : {&sources, &exp_avgs, &exp_avg_sqs, &averages, &copies}) {
+    check_length("a column of addresses", *column, params.size());
+  }
+  for (const Codes* column : {&param_dtypes, &source_dtypes, &state_dtypes, &groups}) {
+    check_length("a column of codes", *column, params.size());
+  }
+  check_length("counts", counts, params.size());
+  check_length("scales", scales, params.size());
+  check_pointer("scalars", scalars, 1);
+  check_pointer("norm", norm, 1);
+  Updates list;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t first = list.chunks, count = counts[i];
+    list.chunks = checked_chunks(first, count);
+    const Dtype param_dtype = checked_element("params", params[i], count, param_dtypes[i]);
+    const Dtype source_dtype = checked_element("sources", sources[i], count, source_dtypes[i]);
+    const Dtype state_dtype = checked_cuda_dtype("state_dtypes", state_dtypes[i]);
+    if (exp_avgs[i] || exp_avg_sqs[i]) {
+      checked_element("exp_avgs", exp_avgs[i], count, state_dtypes[i]);
+      checked_element("exp_avg_sqs", exp_avg_sqs[i], count, state_dtypes[i]);
+    }
+    if (averages[i]) checked_element("averages", averages[i], count, 0);
+    if (copies[i]) checked_element("copies", copies[i], count, 1);
+    if (groups[i] < 0 || groups[i] >= rows) {
+      refuse("groups", groups[i], "scalars has " + std::to_string(rows) + " rows");
+    }
+    list.tensors.push_back({pointer<void>(params[i]), pointer<const void>(sources[i]),
+                            pointer<void>(exp_avgs[i]), pointer<void>(exp_avg_sqs[i]),
+                            pointer<float>(averages[i]), pointer<bf16>(copies[i]), count, first,
+                            scales[i], groups[i], param_dtype, source_dtype, state_dtype});
+  }
+  return list;
+}
+
+void param_update(const Addresses& params, const Addresses& sources, const Addresses& exp_avgs,
+                  const Addresses& exp_avg_sqs, const Addresses& averages, const Addresses& copies,
+                  const Sizes& counts, const Codes& param_dtypes, const Codes& source_dtypes,
+                  const Codes& state_dtypes, const std::vector<float>& scales, const Codes& groups,
+                  Address scalars, int rows, Address norm, int threads) {
+  const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, copies,
+                                       counts, param_dtypes, source_dtypes, state_dtypes, scales,
+                                       groups, scalars, rows, norm);
+  cpu::kernels().param_update(list.tensors.data(), list.count(), list.chunks,
+                              pointer<UpdateScalars>(scalars), pointer<float>(norm),
+                              checked_threads(threads));
+}
+
+#if PGOLF_CUDA
+void param_update_cuda(const Addresses& params, const Addresses& sources,
+                       const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
+                       const Addresses& averages, const Addresses& copies, const Sizes& counts,
+                       const Codes& param_dtypes, const Codes& source_dtypes,
+                       const Codes& state_dtypes, const std::vector<float>& scales,
+                       const Codes& groups, Address scalars, int rows, Address norm,
+                       Address stream) {
+  const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, copies,
+                                       counts, param_dtypes, source_dtypes, state_dtypes, scales,
+                                       groups, scalars, rows, norm);
+  check_launch(cuda::param_update(list.tensors.data(), list.count(), list.chunks,
+                                  pointer<UpdateScalars>(scalars), pointer<float>(norm),
+                                  pointer<void>(stream)));
+}
+#endif
+
+}  // namespace
+
+void bind_param_update(py::module_& m) {
+  using A = py::arg;
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("param_update", &param_update, unlocked, A("params"), A("sources"), A("exp_avgs"),
+        A("exp_avg_sqs"), A("averages"), A("copies"), A("counts"), A("param_dtypes"),
+        A("source_dtypes"), A("state_dtypes"), A("scales"), A("groups"), A("scalars"), A("rows"),
+        A("norm"), A("threads"));
+#if PGOLF_CUDA
+  m.def("param_update_cuda", &param_update_cuda, unlocked, A("params"), A("sources"),
+        A("exp_avgs"), A("exp_avg_sqs"), A("averages"), A("copies"), A("counts"),
+        A("param_dtypes"), A("source_dtypes"), A("state_dtypes"), A("scales"), A("groups"),
+        A("scalars"), A("rows"), A("norm"), A("stream"));
+#endif
+}
+
+}  // namespace pgolf::bindings

@@ -1,0 +1,70 @@
+// What Muon does before Newton-Schulz, on the CPU: a row at a time, then its scale.
+#include <algorithm>
+
+#include "cpu/launchers.h"
+#include "cpu/numbers.h"
+#include "host/parallel.h"
+#include "multi_tensor.h"
+#include "newton_schulz.h"
+
+namespace pgolf::cpu::PGOLF_ISA {
+namespace {
+
+// Writes the row's direction and new momentum; the sum of the direction's squares.
+double direct_row(const MuonMomentumShape& shape, const MomentumMatrix& t, float clip,
+                  float momentum, int64_t row) {
+  double squares = 0;
+  for (int64_t at = row * t.cols, end = at + t.cols; at < end; at += kRun) {
+    const int64_t count = std::min(kRun, end - at);
+    float x[kRun], buffer[kRun];
+    load_run(t.grad, t.grad_dtype, at, count, x);
+    load_run(t.momentum, t.momentum_dtype, at, count, buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      x[i] = muon_direction(x[i], clip, momentum, shape.nesterov, buffer[i]);
+    }
+    store_run(buffer, t.momentum, t.momentum_dtype, at, count);
+    store_run(x, t.x, shape.x_dtype, at, count);
+    squares += sum_of_squares(x, count);
+  }
+  return squares;
+}
+
+void scale_row(const MomentumMatrix& t, Dtype dtype, float factor, int64_t row) {
+  for (int64_t at = row * t.cols, end = at + t.cols; at < end; at += kRun) {
+    const int64_t count = std::min(kRun, end - at);
+    float x[kRun];
+    load_run(t.x, dtype, at, count, x);
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+    store_run(x, t.x, dtype, at, count);
+  }
+}
+
+}  // namespace
+
+void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
+                   const UpdateScalars* scalars, const float* norm, double* squares, int threads) {
+  if (shape.rows == 0) return;
+  const int count = static_cast<int>(shape.matrices);
+  const float clip = clip_factor(scalars->max_norm, *norm), momentum = scalars->momentum;
+  const int64_t bytes = matrices[0].cols * 16;  // about: the matrices differ
+  const auto each_row = [&](const auto& body) {
+    parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const MomentumMatrix& t = matrices[tensor_of(matrices, count, row)];
+        body(t, row - t.first_item, squares[row]);
+      }
+    });
+  };
+  each_row([&](const MomentumMatrix& t, int64_t row, double& sum) {
+    sum = direct_row(shape, t, clip, momentum, row);
+  });
+  for (int i = 0; i < count; ++i) {
+    squares_to_factors(squares + matrices[i].first_item, matrices[i].rows, shape.row_norm,
+                       shape.safety);
+  }
+  each_row([&](const MomentumMatrix& t, int64_t row, double& factor) {
+    scale_row(t, shape.x_dtype, static_cast<float>(factor), row);
+  });
+}
+
+}  // namespace pgolf::cpu::PGOLF_ISA

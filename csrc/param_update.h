@@ -1,0 +1,77 @@
+// The arithmetic of one optimiser step, for CPU and GPU, in float whatever the tensors hold. The
+// numbers that change from step to step come from memory, so that a CUDA graph can hold the step.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace pgolf {
+
+// What param_update and muon_momentum read for a group of parameters: a row of their `scalars`.
+struct UpdateScalars {
+  float lr, weight_decay;
+  float momentum;              // Muon's
+  float rate1, rate2;          // AdamW: 1 - beta1, 1 - beta2
+  float bias1, bias2;          // AdamW: 1 - beta1^step, 1 - beta2^step
+  float eps;                   // AdamW's
+  float average_rate;          // of the moving average, 1 - its decay; 0: it is left alone
+  float max_norm;              // of all gradients together; infinity: no limit
+};
+
+// As torch.nn.utils.clip_grad_norm_ has it; a NaN stays one.
+PGOLF_HOST_DEVICE static inline float clip_factor(float max_norm, float norm) {
+  const float factor = max_norm / (norm + 1e-6f);
+  return factor > 1.0f ? 1.0f : factor;
+}
+
+// What is the same for all parameters of a group.
+struct AdamWStep {
+  float clip, decay, rate1, rate2, size, root, eps;
+};
+
+PGOLF_HOST_DEVICE static inline AdamWStep adamw_step(const UpdateScalars& s, float norm) {
+  return {clip_factor(s.max_norm, norm), s.lr * s.weight_decay, s.rate1, s.rate2,
+          s.lr / s.bias1, 1.0f / std::sqrt(s.bias2), s.eps};
+}
+
+// One parameter with its gradient and moments (torch.optim.AdamW). In this order, each operation
+// rounded: the clipped gradient; the decayed parameter; m + rate1 (g - m); v + rate2 (g g - v);
+// sqrt(v) root + eps; size m divided by that, taken from the parameter.
+PGOLF_HOST_DEVICE static inline void adamw_update(const AdamWStep& s, float grad, float& param,
+                                                  float& m, float& v) {
+  const float g = grad * s.clip;
+  const float decayed = param - s.decay * param;
+  m = m + s.rate1 * (g - m);
+  v = v + s.rate2 * (g * g - v);
+  const float divisor = std::sqrt(v) * s.root + s.eps;
+  param = decayed - s.size * m / divisor;
+}
+
+struct MuonStep {
+  float decay, size;
+};
+
+PGOLF_HOST_DEVICE static inline MuonStep muon_step(const UpdateScalars& s, float scale) {
+  return {s.lr * s.weight_decay, s.lr * scale};
+}
+
+// One parameter and its orthogonalised direction: the decayed parameter, minus size x.
+PGOLF_HOST_DEVICE static inline float muon_update(const MuonStep& s, float param, float x) {
+  return (param - s.decay * param) - s.size * x;
+}
+
+// Nesterov's direction, or the momentum itself, after the gradient went into the momentum.
+PGOLF_HOST_DEVICE static inline float muon_direction(float grad, float clip, float momentum,
+                                                     bool nesterov, float& buffer) {
+  const float g = grad * clip;
+  buffer = momentum * buffer + g;
+  return nesterov ? g + momentum * buffer : buffer;
+}
+
+// The average, moved towards the new parameter; at rate 1 it becomes the parameter, whatever it was.
+PGOLF_HOST_DEVICE static inline float moved_average(float average, float param, float rate) {
+  return rate == 1.0f ? param : average + rate * (param - average);
+}
+
+}  // namespace pgolf

@@ -1,0 +1,343 @@
+"""One optimiser step of all parameters in one pass: AdamW and Muon, averages, bf16 copies.
+
+AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, as torch.optim.AdamW), g the clipped gradient:
+
+    m <- m + (1 - beta1)(g - m);   v <- v + (1 - beta2)(g^2 - v)
+    p <- p (1 - lr wd) - lr / bias1 m / (sqrt(v / bias2) + eps)
+
+Muon, X the direction that `newton_schulz` made of an (R, C) parameter:
+
+    p <- p (1 - lr wd) - lr sqrt(max(1, R / C)) X
+
+Then the average follows, a <- a + rate (p - a), and p is copied to bf16 for the next forward pass.
+Every tensor is read once and written once. Learning rates and all else that changes from step to
+step are rows of `scalars`, on the device; at rate 0 averages are neither read nor written.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.multi_tensor import (
+    KERNEL_DTYPES,
+    Tensors,
+    adamw_row,
+    addresses,
+    check_lists,
+    check_numbers,
+    check_same_shapes,
+    clip_factor,
+    codes,
+    named,
+    scalars_row,
+    sizes,
+    widened,
+)
+from pgolf.ops.registry import (
+    Operator,
+    Run,
+    Sample,
+    Work,
+    in_cpp,
+    in_cuda,
+    launcher,
+    nbytes,
+    register,
+    resolve,
+    run_cpp,
+    run_cuda,
+)
+
+
+def muon_scale(param: Tensor) -> float:
+    """sqrt(max(1, R / C))."""
+    return max(1.0, param.size(0) / param.size(1)) ** 0.5
+
+
+def reference(
+    params: Tensors,
+    sources: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    norm: Tensor,
+    scalars: Tensor,
+    groups: Sequence[int],
+    averages: Tensors = (),
+    copies: Tensors = (),
+    copy_of: Sequence[int] = (),
+) -> None:
+    """`param_update` in plain torch."""
+    rows = [named(row) for row in scalars.unbind(0)]
+    for i, (param, source) in enumerate(zip(params, sources, strict=True)):
+        s, p, x = rows[groups[i]], widened(param), widened(source)
+        decayed = p * (1 - s["lr"] * s["weight_decay"])
+        if i < len(exp_avgs):
+            g = x * clip_factor(s["max_norm"], norm)
+            m, v = widened(exp_avgs[i]), widened(exp_avg_sqs[i])
+            m = m + s["rate1"] * (g - m)
+            v = (1 - s["rate2"]) * v + s["rate2"] * g * g
+            exp_avgs[i].copy_(m)
+            exp_avg_sqs[i].copy_(v)
+            divisor = v.sqrt() / s["bias2"].sqrt() + s["eps"]
+            param.copy_(decayed - s["lr"] / s["bias1"] * m / divisor)
+        else:
+            param.copy_(decayed - s["lr"] * muon_scale(param) * x)
+        if averages:
+            rate, p, average = s["average_rate"], widened(param), averages[i]
+            moved = torch.where(rate == 1, p, average + rate * (p - average))
+            average.copy_(torch.where(rate == 0, average, moved))
+    for i, copy in zip(copy_of, copies, strict=True):
+        copy.copy_(params[i])
+
+
+def _check(
+    params: Tensors,
+    sources: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    scalars: Tensor,
+    groups: Sequence[int],
+    averages: Tensors,
+    copies: Tensors,
+    copy_of: Sequence[int],
+) -> None:
+    name = "param_update"
+    check_lists(
+        name, params=params, sources=sources, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+        averages=averages, copies=copies,
+    )  # fmt: skip
+    check_same_shapes(name, ("params", "sources"), params, sources)
+    check_same_shapes(name, ("params", "exp_avgs"), params[: len(exp_avgs)], exp_avgs)
+    check_same_shapes(name, ("exp_avgs", "exp_avg_sqs"), exp_avgs, exp_avg_sqs)
+    if averages:
+        check_same_shapes(name, ("params", "averages"), params, averages)
+    if len(groups) != len(params) or not all(0 <= g < scalars.size(0) for g in groups):
+        raise ValueError(
+            f"{name}: groups is {list(groups)}: one of the {scalars.size(0)} rows of scalars for "
+            f"each of {len(params)} params"
+        )
+    if not all(0 <= i < len(params) for i in copy_of) or len(set(copy_of)) < len(copy_of):
+        raise ValueError(f"{name}: copy_of is {list(copy_of)}: each a param, and another one")
+    check_same_shapes(name, ("copied params", "copies"), [params[i] for i in copy_of], copies)
+    wide = params[0].dtype == torch.float64
+    for i, t in enumerate(averages):
+        if t.dtype != (torch.float64 if wide else torch.float32):
+            raise ValueError(f"{name}: averages[{i}] is {t.dtype}: it has to be float32")
+    for i, t in enumerate(copies):
+        if t.dtype != (torch.float64 if wide else torch.bfloat16):
+            raise ValueError(f"{name}: copies[{i}] is {t.dtype}: it has to be bfloat16")
+    for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
+        if m.dtype != v.dtype:
+            raise ValueError(f"{name}: exp_avgs[{i}] is {m.dtype}, exp_avg_sqs[{i}] {v.dtype}")
+    for i, p in enumerate(params[len(exp_avgs) :], len(exp_avgs)):
+        if p.dim() != 2 or not p.numel():
+            raise ValueError(
+                f"{name}: params[{i}] is {tuple(p.shape)}: without moments it is Muon's, (R, C)"
+            )
+
+
+@torch.no_grad()
+def param_update(
+    params: Tensors,
+    sources: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    norm: Tensor,
+    scalars: Tensor,
+    groups: Sequence[int],
+    averages: Tensors = (),
+    copies: Tensors = (),
+    copy_of: Sequence[int] = (),
+    impl: str = "auto",
+) -> None:
+    """Update parameters, moments, averages and copies in place.
+
+    Args:
+        params: fp32 or bf16; those of AdamW first, as many as there are moments, then Muon's.
+        sources: gradients of the first, directions X of the others; of either dtype.
+        exp_avgs, exp_avg_sqs: AdamW's moments, fp32 or bf16.
+        norm: 0-d, of all gradients, from `grad_norm`.
+        scalars: (groups, 10) numbers of the step, see `multi_tensor.COLUMNS`.
+        groups: row of `scalars` of each parameter.
+        averages: fp32, one for each parameter, or none.
+        copies: bf16, for the parameters whose indices are in `copy_of`.
+        impl: 'auto', 'reference', 'cpu' (C++) or 'cuda'.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; says which and what would.
+        RuntimeError: `impl` is not there on this machine.
+    """
+    sources = [t.contiguous() for t in sources]
+    lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages, copies)]
+    params, exp_avgs, exp_avg_sqs, averages, copies = lists
+    _check(
+        params, sources, exp_avgs, exp_avg_sqs, scalars, groups, averages, copies, copy_of
+    )
+    check_numbers("param_update", params[0], True, scalars, norm)
+    impl = resolve("param_update", impl, params[0])
+    if impl == "reference":
+        reference(
+            params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages, copies, copy_of
+        )
+    else:
+        _update(
+            params, sources, exp_avgs, exp_avg_sqs, norm, scalars, list(groups), averages, copies,
+            list(copy_of), impl,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "pgolf::param_update",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages", "copies"),
+)
+def _update(
+    params: list[Tensor],
+    sources: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    norm: Tensor,
+    scalars: Tensor,
+    groups: list[int],
+    averages: list[Tensor],
+    copies: list[Tensor],
+    copy_of: list[int],
+    impl: str,
+) -> None:
+    launcher("param_update", impl, "forward")(
+        params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages, copies, copy_of
+    )
+
+
+@_update.register_fake
+def _(*args) -> None:
+    return None
+
+
+def _launchers(run: Run) -> dict[str, Callable]:
+    def forward(
+        params: Tensors,
+        sources: Tensors,
+        exp_avgs: Tensors,
+        exp_avg_sqs: Tensors,
+        norm: Tensor,
+        scalars: Tensor,
+        groups: Sequence[int],
+        averages: Tensors,
+        copies: Tensors,
+        copy_of: Sequence[int],
+    ) -> None:
+        muon = [0] * (len(params) - len(exp_avgs))
+        copied = [0] * len(params)
+        for i, copy in zip(copy_of, copies, strict=True):
+            copied[i] = copy.data_ptr()
+        scales = [0.0] * len(exp_avgs) + [muon_scale(p) for p in params[len(exp_avgs) :]]
+        run(
+            "param_update", params[0], addresses(params), addresses(sources),
+            addresses(exp_avgs) + muon, addresses(exp_avg_sqs) + muon,
+            addresses(averages) or [0] * len(params), copied, sizes(params), codes(params),
+            codes(sources), codes(exp_avgs) + muon, scales, groups, scalars.data_ptr(),
+            scalars.size(0), norm.data_ptr(),
+        )  # fmt: skip
+
+    return {"forward": forward}
+
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def _sample(
+    adamw: Shapes, muon: Shapes, rate: float, state: torch.dtype | None = None, norm: float = 5.0
+):
+    """Arguments for parameters of these shapes, of which every other one has a bf16 copy.
+
+    Gradients are clipped to a norm of 3.
+    """
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+        g = torch.Generator().manual_seed(len(adamw) + len(muon))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def random(shapes: Shapes, to: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+            made = [torch.randn(s, generator=g, dtype=torch.float64) * scale for s in shapes]
+            return [t.to(device, to) for t in made]
+
+        params, sources = random([*adamw, *muon], dtype), random([*adamw, *muon], dtype, 0.1)
+        moments = random(adamw, state or dtype, 0.1)
+        squares = [t.abs() for t in random(adamw, state or dtype, 0.01)]
+        averages = random([*adamw, *muon], wide) if rate else []
+        copy_of = list(range(0, len(params), 2))
+        copied = torch.float64 if dtype == torch.float64 else torch.bfloat16
+        copies = [torch.zeros_like(params[i], dtype=copied) for i in copy_of]
+        common = {"weight_decay": 0.1, "average_rate": rate, "max_norm": 3.0}
+        rows = [
+            adamw_row(3, 0.02, (0.9, 0.95), 1e-8, **common),
+            adamw_row(3, 0.01, (0.9, 0.95), 1e-8, **common),
+            scalars_row(lr=0.05, **common),
+        ]
+        groups = [i % 2 for i in range(len(adamw))] + [2] * len(muon)
+        scalars = torch.tensor(rows, dtype=wide, device=device)
+        length = torch.tensor(norm, dtype=wide, device=device)
+        return (params, sources, moments, squares, length, scalars, groups), {
+            "averages": averages,
+            "copies": copies,
+            "copy_of": copy_of,
+        }
+
+    return build
+
+
+def samples() -> list[Sample]:
+    """Mixed lists, tails of all lengths; the bench sizes are PR 1473's parameters."""
+    small = [(5, 7), (), (4097,), (64,)]
+    tables = [(1024, 512), (3072, 112), (1024, 128), (512, 112), (256, 128), (5, 512), (512,)]
+    scalars = [(512,), (512,), (2, 512), (8,)] * 11 + [()] * 4
+    blocks = [(512, 512)] * 22 + [(256, 512)] * 22 + [(1536, 512)] * 11 + [(512, 1536)] * 11
+    return [
+        Sample("both kinds", _sample(small, [(6, 2), (3, 33)], 0.25)),
+        Sample("no averages", _sample([(9,), (0,)], [(2, 8)], 0.0)),
+        Sample("fp32 state, new averages", _sample([(31, 3)], [], 1.0, torch.float32)),
+        Sample("pr1473 AdamW", _sample([*tables, *scalars], [], 0.003, norm=1.0), bench=True),
+        Sample("pr1473 all", _sample([*tables, *scalars], blocks, 0.003, norm=1.0), bench=True),
+    ]
+
+
+def cost(
+    params: Tensors,
+    sources: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    norm: Tensor,
+    scalars: Tensor,
+    groups: Sequence[int],
+    averages: Tensors = (),
+    copies: Tensors = (),
+    copy_of: Sequence[int] = (),
+) -> tuple[Work, Work]:
+    """Sources are read, copies written, the rest read and written."""
+    both = nbytes(*params, *exp_avgs, *exp_avg_sqs, *averages)
+    return Work(0, both + nbytes(*sources), both + nbytes(*copies)), Work(0, 0, 0)
+
+
+OPERATOR = register(
+    Operator(
+        name="param_update",
+        call=param_update,
+        reference=reference,
+        differentiable=(),
+        implementations={
+            "cpu": dataclasses.replace(
+                in_cpp("param_update", **_launchers(run_cpp)), dtypes=KERNEL_DTYPES
+            ),
+            "cuda": in_cuda("param_update", **_launchers(run_cuda)),
+        },
+        preferred={
+            "cpu": [("cpu", "one pass in C++ (python -m bench ops param_update)")],
+            "cuda": [("cuda", "one launch for all parameters (python -m bench count)")],
+        },
+        samples=samples,
+        cost=cost,
+        mutates=("params", "exp_avgs", "exp_avg_sqs", "averages", "copies"),
+    )
+)
