@@ -174,7 +174,7 @@ def wrong(found: Results, yardstick: Results, exact: Results, outputs: int = 1) 
         rounding = torch.finfo(got.dtype).eps / 2 if got.is_floating_point() else 0.0
         for measure in (Tensor.max, Tensor.mean):
             error, allowed = (measure((t.double() - ideal).abs()).item() for t in (got, torchs))
-            limit = ALLOWED[kind] * allowed + rounding * measure(ideal.abs()).item()
+            limit = ALLOWED[kind] * allowed + rounding * measure(ideal.double().abs()).item()
             if not error <= limit:  # NaN is wrong too
                 which = "largest" if measure is Tensor.max else "mean"
                 return f"{name}: {which} error {error:.3g}, allowed {limit:.3g}"

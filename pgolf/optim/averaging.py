@@ -11,25 +11,42 @@ from pgolf.optim.schedule import Clock, Schedule
 
 
 class Averager:
-    """Follows a model's weights as the schedule says and gives the weights to export."""
+    """Follows a model's weights as the schedule says and gives the weights to export.
 
-    def __init__(self, model: GPT, schedule: Schedule):
+    Args:
+        fused: whether the optimiser step moves the EMA, by `ema_rate`, in the tensors `room`.
+    """
+
+    def __init__(self, model: GPT, schedule: Schedule, fused: bool = False):
         self.kind = schedule.config.average.averaging
         self.schedule = schedule
         self.params = dict(model.named_parameters())
         # With schedule=iterations the EMA starts from the initial weights, as published.
         start_now = "ema" in self.kind and not schedule.by_share
-        self.ema: dict[str, Tensor] = self._copy() if start_now else {}
+        self.fused = fused and "ema" in self.kind
+        self.room: dict[str, Tensor] = self._copy() if self.fused else {}
+        self.ema: dict[str, Tensor] = (self.room or self._copy()) if start_now else {}
         self.swa: dict[str, Tensor] = {}
         self.snapshots = 0
 
     def _copy(self) -> dict[str, Tensor]:
         return {n: p.detach().to(torch.float32, copy=True) for n, p in self.params.items()}
 
+    def ema_rate(self, before: Clock, after: Clock) -> float:
+        """How far the step that begins is to move `room` to its weights; 0: not, 1: all the way.
+
+        `after` is what the clock will show, as far as one knows: its time is an estimate.
+        """
+        decay = self.schedule.ema_decay(before, after) if self.fused else None
+        if decay is None:
+            return 0.0
+        started, self.ema = bool(self.ema), self.room
+        return 1.0 - decay if started else 1.0
+
     @torch.no_grad()
     def update(self, before: Clock, after: Clock) -> None:
         """Take in the weights after a step."""
-        if "ema" in self.kind:
+        if "ema" in self.kind and not self.fused:
             decay = self.schedule.ema_decay(before, after)
             if decay == 0.0 or (decay is not None and not self.ema):
                 self.ema = self._copy()
@@ -64,3 +81,7 @@ class Averager:
 
     def load_state_dict(self, state: dict) -> None:
         self.ema, self.swa, self.snapshots = state["ema"], state["swa"], state["snapshots"]
+        if self.fused and self.ema:
+            for name, average in self.room.items():
+                average.copy_(self.ema[name])
+            self.ema = self.room

@@ -1,9 +1,13 @@
 """Which parameter goes to which optimiser."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from pgolf.config import OptimConfig
 from pgolf.model.gpt import DTYPES, GPT
+from pgolf.optim import fused
 from pgolf.optim.muon import Muon
 
 SIDE_PROJECTIONS = ("bigram.proj.weight", "ve_shared.proj.weight")
@@ -19,13 +23,33 @@ def kind_of(name: str, side_proj_optimizer: str = "muon") -> str:
     return "matrix" if name.startswith("blocks.") and name.endswith(".weight") else "scalar"
 
 
-class Optimizers:
-    """Muon and AdamW of one model, stepped together."""
+def fuses(model: GPT) -> bool:
+    """Whether the optimiser step of this model goes through the operators."""
+    return any(model.ops[name] != "reference" for name in fused.OPERATORS)
 
-    def __init__(self, model: GPT, config: OptimConfig):
+
+class Optimizers:
+    """Muon and AdamW of one model, stepped together.
+
+    The step goes through the operators where the model's choices name a kernel for one of them,
+    and otherwise through torch.optim; both keep the same state.
+
+    Args:
+        averages: by parameter name, fp32: moving averages that a step through the operators moves.
+        copies: by parameter name, bf16: what such a step copies parameters to.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: OptimConfig,
+        averages: Mapping[str, Tensor] | None = None,
+        copies: Mapping[str, Tensor] | None = None,
+    ):
         self.config = config
+        named = dict(model.named_parameters())
         groups: dict[str, list] = {"matrix": [], "embed": [], "scalar": []}
-        for name, p in model.named_parameters():
+        for name, p in named.items():
             groups[kind_of(name, config.side_proj_optimizer)].append(p)
         self.params = [p for group in groups.values() for p in group]
         self.muon = Muon(
@@ -54,24 +78,43 @@ class Optimizers:
             fused=True,
         )
         self.base_lr = [[g["lr"] for g in o.param_groups] for o in (self.muon, self.adamw)]
+        self.fused, self.averages = None, []
+        if fuses(model):
+            followers = {named[n]: t for n, t in (copies or {}).items()}
+            self.fused = fused.FusedStep(self.muon, self.adamw, config, model.ops, followers)
+            by_param = {named[n]: t for n, t in (averages or {}).items()}
+            self.averages = [by_param[p] for p in self.fused.params] if by_param else []
+        elif averages or copies:
+            raise ValueError("averages and copies need a kernel for param_update")
 
-    def step(self, lr_scale: float, momentum: float) -> torch.Tensor:
-        """Clip the global gradient norm, update, drop the gradients; returns the norm (0-d)."""
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip or float("inf"))
+    def step(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> Tensor:
+        """Clip the global gradient norm, update, drop the gradients; returns the norm (0-d).
+
+        Averages move by `average_rate` towards the new parameters; 0 leaves them alone.
+        """
         for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * lr_scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
-        self.muon.step()
-        self.adamw.step()
+        if self.fused:
+            norm = self.fused.step(self.averages, average_rate)
+        else:
+            limit = self.config.grad_clip or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
+            self.muon.step()
+            self.adamw.step()
         self.muon.zero_grad(set_to_none=True)
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
     def state_dict(self) -> dict:
+        if self.fused:
+            self.fused.write_state()
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
+        if self.fused:
+            self.fused.read_state()

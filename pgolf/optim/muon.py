@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 shapes[p.shape].append(p)
             for shape, params in shapes.items():
-                updates = self._orthogonal(torch.stack([self._direction(p, group) for p in params]))
+                updates = self.orthogonal(torch.stack([self._direction(p, group) for p in params]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(
@@ -72,14 +72,18 @@ class Muon(torch.optim.Optimizer):
         buffer.mul_(group["momentum"]).add_(p.grad)
         return p.grad.add(buffer, alpha=group["momentum"]) if self.nesterov else buffer
 
-    def _orthogonal(self, stack: Tensor) -> Tensor:
-        """Newton-Schulz of (B, R, C), shared out over the ranks."""
+    def orthogonal(self, stack: Tensor, normalized: bool = False) -> Tensor:
+        """Newton-Schulz of (B, R, C), shared out over the ranks.
+
+        `normalized`: its first step is done, by `muon_momentum`.
+        """
+        options = {**self.ns_options, "normalized": normalized}
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1:
-            return newton_schulz(stack, **self.ns_options)
+            return newton_schulz(stack, **options)
         rank = dist.get_rank()
         out = torch.zeros(stack.shape, dtype=self.ns_dtype, device=stack.device)
         if rank < len(stack):
-            out[rank::world] = newton_schulz(stack[rank::world], **self.ns_options)
+            out[rank::world] = newton_schulz(stack[rank::world], **options)
         dist.all_reduce(out)
         return out

@@ -18,7 +18,7 @@ from pgolf.evaluate import Sums, evaluate
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
 from pgolf.optim.averaging import Averager
-from pgolf.optim.groups import Optimizers
+from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.quant.gptq_lite import clip_factors
@@ -78,8 +78,8 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         self.qat_switch = torch.zeros((), device=ranks.device)
         self.qat_plans = self._prepare_qat()
-        self.optimizers = Optimizers(model, config.optim)
-        self.averager = Averager(model, self.schedule)
+        self.averager = Averager(model, self.schedule, fuses(model))
+        self.optimizers = Optimizers(model, config.optim, self.averager.room)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
@@ -119,7 +119,9 @@ class Trainer:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def step(self, lr_scale: float, momentum: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, lr_scale: float, momentum: float, average_rate: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(self.accum):
@@ -130,7 +132,14 @@ class Trainer:
             (loss / self.accum).backward()
             total += loss.detach() / self.accum
         self.ranks.average_gradients(self.optimizers.params)
-        return total, self.optimizers.step(lr_scale, momentum)
+        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+
+    def _expected(self) -> Clock:
+        """The clock after the step that begins, if it takes as long as the mean step so far."""
+        c = self.clock
+        mean = c.seconds / c.step if c.step else 0.0
+        tokens = c.tokens + self.config.data.batch_tokens
+        return Clock(c.step + 1, tokens, c.seconds + mean)
 
     def warm_up(self) -> None:
         """Compile off the clock: a few real steps, then everything is put back."""
@@ -145,7 +154,7 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        self.optimizers = Optimizers(self.model, self.config.optim)
+        self.optimizers = Optimizers(self.model, self.config.optim, self.averager.room)
         self.loader.load_state_dict(cursor)
         self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
 
@@ -164,7 +173,8 @@ class Trainer:
             if self.schedule.qat(before) and not self.qat_switch:
                 self._switch_qat_on()
             lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
-            loss, norm = self.step(lr_scale, momentum)
+            average_rate = self.averager.ema_rate(before, self._expected())
+            loss, norm = self.step(lr_scale, momentum, average_rate)
             bad = ~(loss.isfinite() & norm.isfinite())
             self.clock.step += 1
             first = self.bad_step.clamp(max=self.clock.step)

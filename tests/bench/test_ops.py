@@ -199,7 +199,7 @@ def test_real_operators_fit_the_frame(operator: Operator) -> None:
     given = inspect.signature(operator.reference).bind(*case.args, **case.kwargs).arguments
     assert len(case.leaves) == sum(given.get(n) is not None for n in operator.differentiable)
     assert len(exact) == case.outputs + len(case.leaves)
-    assert all(t.dtype == torch.float64 for t in exact)
+    assert all(t.dtype == torch.float64 for t in exact if t.is_floating_point())
     if not operator.implementations["cpu"].missing():
         function = providers.find("cpu", case)
         found = cases.results(case, function)

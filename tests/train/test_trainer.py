@@ -11,6 +11,8 @@ from pgolf.config import Config, parse_overrides, with_overrides
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
+from pgolf.ops.registry import OPERATORS
+from pgolf.optim import fused
 from pgolf.train import trainer as module
 from pgolf.train.ranks import Ranks
 from pgolf.train.trainer import Trainer, micro_steps
@@ -68,13 +70,15 @@ class Batches:
         return {}
 
 
-def build(monkeypatch, *words: str) -> tuple[Trainer, Recorder, SimpleNamespace]:
+def build(
+    monkeypatch, *words: str, ops: dict | None = None
+) -> tuple[Trainer, Recorder, SimpleNamespace]:
     """A trainer whose clock moves 2 s a step, 500 s a validation and 1000 s a checkpoint."""
     clock = SimpleNamespace(now=50.0)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
-    settings = replaced(TINY, ("max_tokens=0", "max_steps=0", "max_seconds=21", *words))
+    settings = replaced(replaced(TINY, ("max_tokens=0", "max_steps=0", "max_seconds=21")), words)
     config = with_overrides(Config(recipe="demo"), parse_overrides(settings))
-    model = GPT(config.model, max_length=config.data.seq_len)
+    model = GPT(config.model, max_length=config.data.seq_len, ops=ops)
     init_weights(model, 0)
     folder = Recorder(clock)
     ranks = Ranks(0, 1, torch.device("cpu"))
@@ -109,3 +113,28 @@ def test_a_resumed_clock_goes_on(monkeypatch):
     trainer.clock = module.Clock(step=6, tokens=6 * 256, seconds=12.0)
     trainer.train(SimpleNamespace(requested=False))
     assert trainer.clock.step == 10 and trainer.clock.seconds == pytest.approx(20.0)
+
+
+@pytest.mark.skipif(
+    bool(OPERATORS["param_update"].implementations["cpu"].missing()), reason="no C++ kernels"
+)
+@pytest.mark.parametrize("schedule", ["share", "iterations"])
+def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
+    """Losses, norms and the exported average of 20 steps, with an EMA that starts in the middle."""
+    found = []
+    for ops in (dict.fromkeys(fused.OPERATORS, "cpu"), {}):
+        torch.manual_seed(0)
+        words = ("max_seconds=0", "max_steps=20", "qat_start=1", "ns_dtype=fp32", "val_every=0",
+                 "checkpoint_every=0", f"schedule={schedule}", "table_dtype=fp32")  # fmt: skip
+        trainer, folder, _ = build(monkeypatch, *words, ops=ops)
+        assert bool(trainer.optimizers.fused) == bool(ops)
+        trainer.train(SimpleNamespace(requested=False))
+        lines = [m for m in folder.lines if m["kind"] == "train"]
+        found.append((lines, trainer.averager.export()))
+    (ours, (mine, words)), (torchs, (theirs, same)) = found
+    assert len(ours) == 20 and words == same == "EMA"
+    for key in ("loss", "grad_norm"):
+        values = [m[key] for m in torchs]
+        assert [m[key] for m in ours] == pytest.approx(values, rel=1e-3), key
+    for name, average in theirs.items():
+        torch.testing.assert_close(mine[name], average, rtol=1e-2, atol=1e-4)

@@ -1,0 +1,117 @@
+"""The optimiser step through the operators: clip, Muon, AdamW, average and copies in few launches.
+
+    norm  <- grad_norm(all gradients)
+    X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
+    param_update(AdamW's parameters and gradients, Muon's parameters and X, averages, copies)
+
+What changes from step to step is written to one small tensor on the device, once a step.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.config import OptimConfig
+from pgolf.ops.grad_norm import grad_norm
+from pgolf.ops.multi_tensor import adamw_row, scalars_row
+from pgolf.ops.muon_momentum import muon_momentum
+from pgolf.ops.param_update import param_update
+from pgolf.optim.muon import Muon
+
+OPERATORS = ("grad_norm", "muon_momentum", "param_update")
+
+
+class FusedStep:
+    """Steps the parameters of a Muon and an AdamW optimiser, whose state it works on.
+
+    Args:
+        ops: operator -> implementation.
+        copies: bf16 tensors that follow some of the parameters.
+    """
+
+    def __init__(
+        self,
+        muon: Muon,
+        adamw: torch.optim.AdamW,
+        config: OptimConfig,
+        ops: Mapping[str, str],
+        copies: Mapping[nn.Parameter, Tensor],
+    ):
+        self.muon, self.adamw, self.ops = muon, adamw, ops
+        self.max_norm = config.grad_clip or float("inf")
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in muon.param_groups[0]["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.matrices = [p for alike in by_shape.values() for p in alike]
+        self.others = [p for group in adamw.param_groups for p in group["params"]]
+        self.params = [*self.others, *self.matrices]
+        self.groups = [i for i, g in enumerate(adamw.param_groups) for _ in g["params"]]
+        self.groups += [len(adamw.param_groups)] * len(self.matrices)
+        self.copy_of = [i for i, p in enumerate(self.params) if p in copies]
+        self.copies = [copies[self.params[i]] for i in self.copy_of]
+        rows = len(adamw.param_groups) + 1
+        self.scalars = torch.empty(rows, len(scalars_row()), device=self.params[0].device)
+        self.read_state()
+
+    def read_state(self) -> None:
+        """Take up the optimisers' state, which is made where there is none."""
+        for p in self.matrices:
+            state = self.muon.state[p]
+            state.setdefault("momentum_buffer", torch.zeros_like(p))
+        for p in self.others:
+            state = self.adamw.state[p]
+            state.setdefault("step", torch.zeros(()))
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(name, torch.zeros_like(p))
+        self.momenta = [self.muon.state[p]["momentum_buffer"] for p in self.matrices]
+        self.exp_avgs = [self.adamw.state[p]["exp_avg"] for p in self.others]
+        self.exp_avg_sqs = [self.adamw.state[p]["exp_avg_sq"] for p in self.others]
+        self.count = int(self.adamw.state[self.others[0]]["step"]) if self.others else 0
+
+    def write_state(self) -> None:
+        """Put the number of steps where torch's AdamW looks for it."""
+        for p in self.others:
+            self.adamw.state[p]["step"] = torch.tensor(float(self.count), device=p.device)
+
+    def _write_scalars(self, average_rate: float) -> None:
+        """The numbers of this step, from the optimisers' groups to the device."""
+        common = {"average_rate": average_rate, "max_norm": self.max_norm}
+        rows = [
+            adamw_row(
+                self.count, g["lr"], g["betas"], g["eps"], weight_decay=g["weight_decay"], **common
+            )
+            for g in self.adamw.param_groups
+        ]
+        muon = {n: self.muon.param_groups[0][n] for n in ("lr", "momentum", "weight_decay")}
+        self.scalars.copy_(torch.tensor([*rows, scalars_row(**muon, **common)]))
+
+    @torch.no_grad()
+    def step(self, averages: Sequence[Tensor] = (), average_rate: float = 0.0) -> Tensor:
+        """One update from the gradients; returns their norm (0-d).
+
+        `averages` are fp32, one for each of `params`; they move by `average_rate` towards them.
+        """
+        self.count += 1
+        self._write_scalars(average_rate)
+        missing = sum(p.grad is None for p in self.params)
+        if missing:
+            raise ValueError(f"{missing} parameters have no gradient: run a backward pass first")
+        norm, _ = grad_norm([p.grad for p in self.params], self.ops["grad_norm"])
+        directions = self._directions(norm) if self.matrices else []
+        param_update(
+            self.params, [*(p.grad for p in self.others), *directions], self.exp_avgs,
+            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.copies, self.copy_of,
+            self.ops["param_update"],
+        )  # fmt: skip
+        return norm
+
+    def _directions(self, norm: Tensor) -> list[Tensor]:
+        """Orthogonalised, one a matrix."""
+        options = self.muon.ns_options
+        stacks = muon_momentum(
+            [p.grad for p in self.matrices], self.momenta, norm, self.scalars[-1],
+            self.muon.nesterov, options["dtype"], options["row_norm"], options["safety"],
+            self.ops["muon_momentum"],
+        )  # fmt: skip
+        return [x for stack in stacks for x in self.muon.orthogonal(stack, normalized=True)]

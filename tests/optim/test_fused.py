@@ -1,0 +1,147 @@
+"""The optimiser step through the operators against torch.optim, and its state in checkpoints."""
+
+import copy
+
+import pytest
+import torch
+
+from pgolf import extension, recipes
+from pgolf.config import OptimConfig
+from pgolf.model import GPT
+from pgolf.ops import registry
+from pgolf.optim import fused
+from pgolf.optim.groups import Optimizers
+
+from .test_groups import model, randomise_gradients
+
+CPP = dict.fromkeys(fused.OPERATORS, "cpu")
+CONFIG = OptimConfig(ns_dtype="fp32", grad_clip=2.0)
+
+needs_cpp = pytest.mark.skipif(
+    bool(registry.OPERATORS["param_update"].implementations["cpu"].missing()),
+    reason="no C++ kernels",
+)
+
+
+def pair(ops: dict[str, str], **changes: object) -> tuple[GPT, Optimizers]:
+    net = model(**changes)
+    net.ops.update(ops)
+    return net, Optimizers(net, CONFIG)
+
+
+def run(optimisers: Optimizers, steps: range) -> list[float]:
+    norms = []
+    for step in steps:
+        randomise_gradients(optimisers, step, 0.1)
+        norms.append(optimisers.step(0.5 + step / 20, 0.9).item())
+        assert all(p.grad is None for p in optimisers.params)
+    return norms
+
+
+def close(first: GPT, second: GPT, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_cpp
+@pytest.mark.parametrize("one", [*fused.OPERATORS, ""])
+def test_twenty_steps_are_those_of_torch(one: str) -> None:
+    """With one kernel, the others in plain torch, and with all of them."""
+    ops = {one: "cpu"} if one else CPP
+    (torchs, theirs), (net, ours) = pair({}, table_dtype="fp32"), pair(ops, table_dtype="fp32")
+    assert ours.fused and not theirs.fused
+    assert run(ours, range(20)) == pytest.approx(run(theirs, range(20)), rel=1e-5)
+    close(net, torchs)
+
+
+@needs_cpp
+def test_tables_in_bf16_stay_near() -> None:
+    (torchs, theirs), (net, ours) = pair({}), pair(CPP)
+    run(ours, range(3))
+    run(theirs, range(3))
+    close(net, torchs, rtol=2**-6, atol=2**-11)
+    state = ours.adamw.state[net.tok_emb.weight]
+    assert state["exp_avg"].dtype is torch.bfloat16
+
+
+@needs_cpp
+@pytest.mark.parametrize("kinds", [(CPP, CPP), (CPP, {}), ({}, CPP)], ids=["ours", "out", "in"])
+def test_state_goes_on(kinds: tuple[dict, dict]) -> None:
+    """Also from the operators to torch.optim, and the other way."""
+    (before, first), (after, second) = (pair(ops, table_dtype="fp32") for ops in kinds)
+    run(first, range(3))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    after.load_state_dict(before.state_dict())
+    run(first, range(3, 6))
+    run(second, range(3, 6))
+    if kinds[0] == kinds[1]:
+        assert all(map(torch.equal, before.parameters(), after.parameters()))
+    close(before, after)
+
+
+@needs_cpp
+def test_averages_and_copies_follow() -> None:
+    net = model()
+    net.ops.update(CPP)
+    averages = {n: torch.full(p.shape, 7.0) for n, p in net.named_parameters()}
+    copies = {
+        n: torch.zeros(p.shape, dtype=torch.bfloat16)
+        for n, p in net.named_parameters()
+        if p.dim() == 2
+    }
+    optimisers = Optimizers(net, CONFIG, averages, copies)
+    exact = {n: t.double() for n, t in averages.items()}
+    for step, rate in enumerate((0.0, 1.0, 0.25)):
+        randomise_gradients(optimisers, step)
+        optimisers.step(1.0, 0.9, rate)
+        for n, p in net.named_parameters():
+            exact[n] += rate * (p.detach().double() - exact[n])
+            torch.testing.assert_close(averages[n].double(), exact[n], rtol=1e-5, atol=1e-6)
+            assert n not in copies or torch.equal(copies[n], p.detach().bfloat16()), n
+
+
+def test_a_parameter_without_gradient_is_named() -> None:
+    _, optimisers = pair({"grad_norm": "reference", "param_update": "cpu"})
+    with pytest.raises(ValueError, match="no gradient"):
+        optimisers.step(1.0, 0.9)
+
+
+class Recorder:
+    """Stands in for the module of CUDA kernels: keeps what is launched, and does nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple]] = []
+
+    def build_info(self) -> dict:
+        return {"cuda": True, "cudart": "emulated"}
+
+    def __getattr__(self, name: str):
+        return lambda *args: self.calls.append((name, args))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch):
+    stand_in = Recorder()
+    monkeypatch.setenv(extension.CUDA_VARIABLE, "a stand-in")
+    monkeypatch.setattr(extension, "cuda", lambda: stand_in)
+    yield stand_in
+    registry.choose.cache_clear()
+
+
+def test_all_of_pr1473_is_three_calls(recorder: Recorder) -> None:
+    """Two launches for the norm, two for the momentum, one for the update: all fits one list.
+
+    (csrc/cuda/multi_tensor.cuh holds 369 parameters in the arguments of a launch, 507 matrices.)
+    """
+    config = recipes.get("pr1473").config()
+    registry.choose.cache_clear()
+    net = GPT(config.model, ops=dict.fromkeys(fused.OPERATORS, "cuda"))
+    optimisers = Optimizers(net, config.optim)
+    optimisers.muon.orthogonal = lambda stack, normalized: stack
+    for p in optimisers.params:
+        p.grad = torch.empty_like(p)
+    optimisers.step(1.0, 0.9)
+    assert [name for name, _ in recorder.calls] == [f"{name}_cuda" for name in fused.OPERATORS]
+    (gradients, *_), (matrices, *_), (params, *_) = (args for _, args in recorder.calls)
+    assert len(gradients) == len(params) == len(optimisers.params) <= 369
+    assert len(matrices) == 66
