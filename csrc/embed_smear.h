@@ -18,7 +18,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
+#include "rms_norm.h"
 
 namespace pgolf {
 
@@ -32,11 +32,6 @@ constexpr int64_t smear_chunks(int64_t positions) {
 constexpr int64_t smear_blocks(int64_t positions) {
   const int64_t chunks = smear_chunks(positions);
   return chunks / kSmearChunksPerBlock + (chunks % kSmearChunksPerBlock != 0);
-}
-
-template <typename F>
-PGOLF_HOST_DEVICE static inline F smear_rstd(F squares, int64_t width, F eps) {
-  return F(1) / std::sqrt(squares / static_cast<F>(width) + eps);
 }
 
 template <typename F>

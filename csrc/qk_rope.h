@@ -8,10 +8,9 @@
 //   d_gain = the sum of s over all tokens,   dx = gain rstd (w - n s / d)   (without norm: gain w)
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
+#include "rms_norm.h"
 
 namespace pgolf {
 
@@ -26,7 +25,7 @@ constexpr int64_t rope_blocks(int64_t tokens) {
 
 template <typename F>
 PGOLF_HOST_DEVICE static inline F rope_rstd(F squares, int64_t size, F eps, bool norm) {
-  return norm ? F(1) / std::sqrt(squares / static_cast<F>(size) + eps) : F(1);
+  return norm ? rms_rstd(squares, size, eps) : F(1);
 }
 
 // dx = of_w w + of_x x. Without norm x has no part in it: it must not be multiplied by zero, as it
@@ -40,9 +39,8 @@ struct RopeGradient {
 template <typename F>
 PGOLF_HOST_DEVICE static inline RopeGradient<F> rope_gradient(F w_dot_x, F rstd, F gain,
                                                               int64_t size) {
-  const F s = w_dot_x * rstd;
-  const F of_w = gain * rstd;
-  return {of_w, -of_w * (s / static_cast<F>(size) * rstd), s};
+  const RmsGradient<F> norm = rms_gradient(w_dot_x, rstd, gain, size);
+  return {norm.of_dn, norm.of_x, w_dot_x * rstd};
 }
 
 }  // namespace pgolf

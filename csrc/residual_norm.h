@@ -10,11 +10,10 @@
 //   da = sum d branch,   dw = sum d skip,   dmix0 = sum G total,   dmix1 = sum G x0   (over tokens)
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
 #include "kernels.h"
+#include "rms_norm.h"
 
 namespace pgolf {
 
@@ -30,24 +29,6 @@ constexpr int64_t residual_blocks(int64_t rows) {
 // Rows of gradients of parameters, in this order: of a, of w, two of mix (where total is there).
 constexpr int64_t residual_parameters(const ResidualNormInputs& in) {
   return (in.branch_scale ? 1 : 0) + (in.skip_weight ? 1 : 0) + (in.mix && in.x ? 2 : 0);
-}
-
-template <typename F>
-PGOLF_HOST_DEVICE static inline F residual_rstd(F squares, int64_t width, F eps) {
-  return F(1) / std::sqrt(squares / static_cast<F>(width) + eps);
-}
-
-// What the norm adds to G: of_dh dh + of_x x_in.
-template <typename F>
-struct NormGradient {
-  F of_dh, of_x;
-};
-
-template <typename F>
-PGOLF_HOST_DEVICE static inline NormGradient<F> norm_gradient(F dh_dot_x, F rstd, F scale,
-                                                              int64_t width) {
-  const F of_dh = scale * rstd;
-  return {of_dh, -of_dh * (dh_dot_x * rstd / static_cast<F>(width) * rstd)};
 }
 
 }  // namespace pgolf

@@ -69,7 +69,7 @@ struct Operator {
       squares = squares + here * here;
       lanes.store(here, e + i);
     });
-    return smear_rstd(squares.sum(), shape.width, static_cast<F>(shape.eps));
+    return rms_rstd(squares.sum(), shape.width, static_cast<F>(shape.eps));
   }
 
   void forward(int64_t begin, int64_t end, const RowWriter<X, kMaxSmearWidth>& x, F* rstds) const {

@@ -93,7 +93,7 @@ struct Forward {
       squares = squares + x * x;
       x.store(mixed + col);  // whole lanes: there is room, and zeros follow the end
     });
-    rstd[index] = residual_rstd(squares.sum(), width, static_cast<F>(shape.eps));
+    rstd[index] = rms_rstd(squares.sum(), width, static_cast<F>(shape.eps));
     const Row<F> factor = Row<F>::filled(static_cast<F>(shape.scale) * rstd[index]);
     each_lanes<F>(width, [&](int64_t col, auto lanes) {
       h.store(lanes, factor * Row<F>::load(mixed + col), first + col);
@@ -128,7 +128,7 @@ struct Backward {
   void row(int64_t index, F* sums) const {
     const int64_t width = shape.width, first = index * width;
     const F along = dh ? dot(dh + first, x_in + first, width) : F(0);
-    const auto norm = norm_gradient(along, rstd[index], static_cast<F>(shape.scale), width);
+    const auto norm = rms_gradient(along, rstd[index], static_cast<F>(shape.scale), width);
     each_lanes<F>(width, [&](int64_t col, auto lanes) {
       const int64_t at = first + col;
       F* sum = sums + col;
@@ -139,7 +139,7 @@ struct Backward {
       // The gradient of x_in, G.
       Row<F> g = d_x_in ? lanes.load(d_x_in + at) : Row<F>::filled(0);
       if (dh) {
-        g = g + (Row<F>::filled(norm.of_dh) * lanes.load(dh + at) +
+        g = g + (Row<F>::filled(norm.of_dn) * lanes.load(dh + at) +
                  Row<F>::filled(norm.of_x) * lanes.load(x_in + at));
       }
       Row<F> d = in.mix ? lanes.load(in.mix + col) * g : g;

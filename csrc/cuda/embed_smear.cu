@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kBlock) embed_smear_forward(Inputs args, X* x,
   const auto g = R::gate(args);
   const auto normed = [&](int64_t token, float& rstd) {
     const Lanes e = R::embedding(args, args.in.ids[token], R::from_bigram(args, token));
-    rstd = smear_rstd(e.dot(e), args.shape.width, static_cast<float>(args.shape.eps));
+    rstd = rms_rstd(e.dot(e), args.shape.width, static_cast<float>(args.shape.eps));
     return Lanes::zero().plus(rstd, e);
   };
   const int64_t runs = (args.tokens() + kRun - 1) / kRun;

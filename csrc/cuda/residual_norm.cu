@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
       x = added(x, in.x0, at, in.mix + size, size);
     }
     if (out.x_in) x.store(out.x_in + at, size);
-    const float rstd = residual_rstd(x.dot(x), size, eps);
+    const float rstd = rms_rstd(x.dot(x), size, eps);
     if (group_lane<kLanes>() == 0) out.rstd[row] = rstd;
     Lanes::zero().plus(scale * rstd, x).store(out.h + at, size);
   }
@@ -114,8 +114,8 @@ __device__ Lanes mixed_gradient(const ResidualNormShape& shape, const Upstream<T
   if (!up.dh) return g;
   const Lanes dh = Lanes::load(up.dh + at, size), x_in = Lanes::load(up.x_in + at, size);
   const auto norm =
-      norm_gradient(dh.dot(x_in), up.rstd[row], static_cast<float>(shape.scale), size);
-  return g.plus(norm.of_dh, dh).plus(norm.of_x, x_in);
+      rms_gradient(dh.dot(x_in), up.rstd[row], static_cast<float>(shape.scale), size);
+  return g.plus(norm.of_dn, dh).plus(norm.of_x, x_in);
 }
 
 // Which parameters have gradients: their sums stay in registers, and those of all leave room for half
