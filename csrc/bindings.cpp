@@ -28,7 +28,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this module was built with, and why.");
   m.def("cpu_isa", &pgolf::cpu::isa, "The instruction set of the CPU kernels in this process.");
   pgolf::bindings::bind_embed_smear(m);
-  pgolf::bindings::bind_fake_quant(m);
   pgolf::bindings::bind_grad_norm(m);
   pgolf::bindings::bind_leaky_relu2(m);
   pgolf::bindings::bind_muon_momentum(m);
@@ -38,5 +37,6 @@ PYBIND11_MODULE(_C, m) {
   pgolf::bindings::bind_qk_rope(m);
   pgolf::bindings::bind_residual_norm(m);
   pgolf::bindings::bind_softcap_cross_entropy(m);
+  pgolf::bindings::bind_weight_cast(m);
   pgolf::bindings::bind_xsa(m);
 }

@@ -8,6 +8,7 @@
 
 #include "element.h"
 #include "host_device.h"
+#include "pack_bits.h"
 
 namespace pgolf {
 
@@ -20,13 +21,26 @@ struct FakeQuantGrid {
   F multiple;  // codes are rounded to a multiple of it
 };
 
+// For the number `bits` as a device holds it: where the grid has no such bits, the largest code is
+// NaN, and so is everything that follows.
 template <typename F>
-PGOLF_HOST_DEVICE static inline FakeQuantGrid<F> fake_quant_grid(int bits, double floor,
+PGOLF_HOST_DEVICE static inline FakeQuantGrid<F> fake_quant_grid(float bits, double floor,
                                                                  int64_t multiple,
                                                                  bool full_range) {
-  const F qmax = static_cast<F>((1 << (bits - 1)) - 1);
+  const bool known = bits >= kMinBits && bits <= kMaxBits && bits == static_cast<int>(bits);
+  const F qmax = known ? static_cast<F>((1 << (static_cast<int>(bits) - 1)) - 1) : F(NAN);
   return {qmax, full_range ? -qmax - 1 : -qmax, static_cast<F>(floor), static_cast<F>(multiple)};
 }
+
+// Correctly rounded, whatever nvcc's flags are.
+PGOLF_HOST_DEVICE static inline float divide_exactly(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+PGOLF_HOST_DEVICE static inline double divide_exactly(double a, double b) { return a / b; }
 
 // x between 2^-24 and 65504 to the nearest fp16 number, ties to even; NaN stays.
 PGOLF_HOST_DEVICE static inline float round_to_fp16(float x) {
@@ -43,7 +57,7 @@ template <typename F>
 PGOLF_HOST_DEVICE static inline F fake_quant_step(F amax, F factor, const FakeQuantGrid<F>& grid) {
   if (amax - amax != F(0)) return amax - amax;
   const F clip = amax * factor;
-  F step = (clip < grid.floor ? grid.floor : clip) / grid.qmax;
+  F step = divide_exactly(clip < grid.floor ? grid.floor : clip, grid.qmax);
   step = step < F(0x1p-24) ? F(0x1p-24) : step;
   step = step > F(65504) ? F(65504) : step;
   return static_cast<F>(round_to_fp16(static_cast<float>(step)));
@@ -64,9 +78,9 @@ PGOLF_HOST_DEVICE static inline F round_half_even(F x) {
 // twice.)
 template <bool kMultiples, typename F>
 PGOLF_HOST_DEVICE static inline F fake_quant_code(F w, F step, const FakeQuantGrid<F>& grid) {
-  const F code = round_half_even(w / step);
+  const F code = round_half_even(divide_exactly(w, step));
   if constexpr (kMultiples) {
-    return round_half_even(code / grid.multiple) * grid.multiple;
+    return round_half_even(divide_exactly(code, grid.multiple)) * grid.multiple;
   } else {
     return code;
   }

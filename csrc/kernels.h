@@ -39,20 +39,41 @@ struct NewtonSchulzShape {
   Dtype g_dtype, x_dtype;
 };
 
-struct FakeQuantShape {
-  int64_t rows, cols;
-  int bits;
-  bool on;
-  double floor;
-  int64_t multiple;
-  bool full_range;
-  Dtype dtype;
-};
-
 // A matrix whose rows have any stride, in elements.
 struct Rows {
   const void* data;
   int64_t row_stride;
+};
+
+// What all matrices of one weight cast share; see weight_cast.h.
+struct WeightCastShape {
+  double floor;
+  int64_t multiple;
+  bool full_range;
+  bool clip_mask;   // no gradient for weights whose code was clipped
+  const float* on;  // one number where the weights lie; may be null if no matrix has a grid
+  Dtype from, to;   // of w and dw, of out and dout; `to` is bf16 or the type that `from` computes in
+};
+
+// One matrix of it. Numbers a row are float, or double for double; out and dw are contiguous.
+struct CastMatrix {
+  int64_t rows, cols;
+  Rows w;
+  const void* scale;         // (rows,), or null: 1
+  const float* clip_factor;  // (rows,), or null: no grid
+  const float* bits;         // one number, where there is a grid
+  void* out;
+  void* step;  // (rows,) of the grid, or null where nobody asks
+};
+
+struct CastGradient {
+  int64_t rows, cols;
+  Rows dout, w;       // w may be null where there is neither a scale nor a mask
+  const void* scale;  // (rows,), or null: 1
+  const void* step;   // (rows,) as the forward pass gave it, or null: no grid
+  const float* bits;  // one number, where there is a grid
+  void* dw;
+  void* dscale;  // (rows,), or null: nobody asks
 };
 
 struct QkRopeShape {
@@ -202,11 +223,10 @@ struct Kernels {
   // squares: room for batch x rows numbers.
   void (*newton_schulz_normalize)(const NewtonSchulzShape& shape, const void* g, void* x,
                                   double* squares, int threads);
-  // scale: (rows,) float, or double for double.
-  void (*fake_quant)(const FakeQuantShape& shape, Rows w, const float* clip_factor, void* out,
-                     void* scale, int threads);
-  void (*fake_quant_backward)(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
-                              void* dw, int threads);
+  void (*weight_cast)(const WeightCastShape& shape, const CastMatrix* matrices, int64_t count,
+                      int threads);
+  void (*weight_cast_backward)(const WeightCastShape& shape, const CastGradient* matrices,
+                               int64_t count, int threads);
   // value: (N, T, G d) that v gets added, or null.
   void (*qk_rope)(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
                   const QkRopeOutputs& out, int threads);
@@ -251,6 +271,7 @@ const Kernels& kernels();
 namespace cuda {
 
 constexpr int64_t kMaxXsaSize = 256;
+constexpr int kMaxCastMatrices = 96;  // a launch; of more there are several
 
 const char* pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits, void* stream);
 const char* unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits,
@@ -258,6 +279,15 @@ const char* unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int
 const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream);
 const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
                          void* stream);
+// Bits that the grid does not have give NaN everywhere.
+const char* weight_cast(const WeightCastShape& shape, const CastMatrix* matrices, int64_t count,
+                        void* stream);
+const char* weight_cast_backward(const WeightCastShape& shape, const CastGradient* matrices,
+                                 int64_t count, void* stream);
+const char* leaky_relu2(const LeakyRelu2Shape& shape, const void* pre, void* post, uint32_t* bits,
+                        void* stream);
+const char* leaky_relu2_backward(const LeakyRelu2Shape& shape, const void* dpost, const void* post,
+                                 const uint32_t* bits, void* dpre, void* stream);
 const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
                     const QkRopeOutputs& out, void* stream);
 const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,

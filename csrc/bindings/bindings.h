@@ -10,7 +10,6 @@
 namespace pgolf::bindings {
 
 void bind_embed_smear(pybind11::module_& m);
-void bind_fake_quant(pybind11::module_& m);
 void bind_grad_norm(pybind11::module_& m);
 void bind_leaky_relu2(pybind11::module_& m);
 void bind_muon_momentum(pybind11::module_& m);
@@ -20,6 +19,7 @@ void bind_param_update(pybind11::module_& m);
 void bind_qk_rope(pybind11::module_& m);
 void bind_residual_norm(pybind11::module_& m);
 void bind_softcap_cross_entropy(pybind11::module_& m);
+void bind_weight_cast(pybind11::module_& m);
 void bind_xsa(pybind11::module_& m);
 
 }  // namespace pgolf::bindings

@@ -38,6 +38,28 @@ void leaky_relu2_backward(Address dpost, Address post, Address bits, Address rst
                                       checked_threads(threads));
 }
 
+#if PGOLF_CUDA
+void leaky_relu2_cuda(Address pre, Address post, Address bits, Address rstd, int dtype,
+                      int64_t rows, int64_t cols, double slope, Address stream) {
+  checked_cuda_dtype("dtype", dtype);
+  const auto shape = checked_leaky_relu2_shape(rstd, dtype, rows, cols, slope);
+  check_leaky_relu2_buffers({{"pre", pre}, {"post", post}}, bits, rows, cols);
+  check_launch(cuda::leaky_relu2(shape, pointer<const void>(pre), pointer<void>(post),
+                                 pointer<uint32_t>(bits), pointer<void>(stream)));
+}
+
+void leaky_relu2_backward_cuda(Address dpost, Address post, Address bits, Address rstd,
+                               Address dpre, int dtype, int64_t rows, int64_t cols, double slope,
+                               Address stream) {
+  checked_cuda_dtype("dtype", dtype);
+  const auto shape = checked_leaky_relu2_shape(rstd, dtype, rows, cols, slope);
+  check_leaky_relu2_buffers({{"dpost", dpost}, {"post", post}, {"dpre", dpre}}, bits, rows, cols);
+  check_launch(cuda::leaky_relu2_backward(shape, pointer<const void>(dpost),
+                                          pointer<const void>(post), pointer<const uint32_t>(bits),
+                                          pointer<void>(dpre), pointer<void>(stream)));
+}
+#endif
+
 }  // namespace
 
 void bind_leaky_relu2(py::module_& m) {
@@ -47,6 +69,13 @@ void bind_leaky_relu2(py::module_& m) {
         A("dtype"), A("rows"), A("cols"), A("slope"), A("threads"));
   m.def("leaky_relu2_backward", &leaky_relu2_backward, unlocked, A("dpost"), A("post"), A("bits"),
         A("rstd"), A("dpre"), A("dtype"), A("rows"), A("cols"), A("slope"), A("threads"));
+#if PGOLF_CUDA
+  m.def("leaky_relu2_cuda", &leaky_relu2_cuda, unlocked, A("pre"), A("post"), A("bits"), A("rstd"),
+        A("dtype"), A("rows"), A("cols"), A("slope"), A("stream"));
+  m.def("leaky_relu2_backward_cuda", &leaky_relu2_backward_cuda, unlocked, A("dpost"), A("post"),
+        A("bits"), A("rstd"), A("dpre"), A("dtype"), A("rows"), A("cols"), A("slope"),
+        A("stream"));
+#endif
 }
 
 }  // namespace pgolf::bindings

@@ -16,10 +16,10 @@ void leaky_relu2_backward(const LeakyRelu2Shape& shape, const void* dpost, const
                           const uint32_t* bits, void* dpre, int threads);
 void newton_schulz_normalize(const NewtonSchulzShape& shape, const void* g, void* x,
                              double* squares, int threads);
-void fake_quant(const FakeQuantShape& shape, Rows w, const float* clip_factor, void* out,
-                void* scale, int threads);
-void fake_quant_backward(const FakeQuantShape& shape, Rows dout, Rows w, const void* scale,
-                         void* dw, int threads);
+void weight_cast(const WeightCastShape& shape, const CastMatrix* matrices, int64_t count,
+                 int threads);
+void weight_cast_backward(const WeightCastShape& shape, const CastGradient* matrices,
+                          int64_t count, int threads);
 void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
              const QkRopeOutputs& out, int threads);
 void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,

@@ -13,6 +13,7 @@ from pgolf.ops.param_update import param_update
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
+from pgolf.ops.weight_cast import weight_cast, weight_cast_all
 from pgolf.ops.xsa import xsa
 
 __all__ = [
@@ -29,5 +30,7 @@ __all__ = [
     "residual_norm",
     "rms_norm",
     "softcap_cross_entropy",
+    "weight_cast",
+    "weight_cast_all",
     "xsa",
 ]

@@ -11,26 +11,29 @@ Shapes: w (R, C), clip_factor (R,), steps (R,); bits and on 0-d.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf import extension
+from pgolf.ops import row_cast
 from pgolf.ops.int_grid import grid
 from pgolf.ops.registry import (
-    DTYPE_CODES,
     Operator,
+    Run,
     Sample,
     Work,
     check_alike,
     in_cpp,
+    in_cuda,
     in_triton,
     launcher,
     nbytes,
     register,
     resolve,
+    run_cpp,
+    run_cuda,
     unit_stride,
 )
 
@@ -47,43 +50,64 @@ def reference(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`fake_quant` in plain torch."""
-    wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    wide = w.detach().to(row_cast.wide(w.dtype))
     value, _, inside = grid(wide, clip_factor.to(wide.dtype), bits, floor, multiple, full_range)
-    value = torch.where(on > 0, value.to(w.dtype), w.detach())
+    value = torch.where(on > 0, value, wide)
     through = torch.where(inside | ~(on > 0), w, w.detach()) if clip_mask else w
     # The bracket is 0 where w is finite: the value comes out to the bit, w keeps the gradient.
     return (value + (through - through.detach())).to(dtype or w.dtype)
 
 
-def _check(w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor) -> None:
+def check_matrix(name: str, w: Tensor) -> None:
     if w.dim() != 2:
-        raise ValueError(f"fake_quant: w is {tuple(w.shape)}: it has to be (rows, columns)")
+        raise ValueError(f"{name}: w is {tuple(w.shape)}: it has to be (rows, columns)")
+    check_alike(name, w=w)
+
+
+def check_grid(name: str, w: Tensor, clip_factor: Tensor, bits: Tensor, on: Tensor) -> None:
+    """Raise ValueError unless these are a grid's, for the rows of w."""
     if not w.size(1):
-        raise ValueError(f"fake_quant: w is {tuple(w.shape)}: rows of no elements have no step")
-    check_alike("fake_quant", w=w)
+        raise ValueError(f"{name}: w is {tuple(w.shape)}: rows of no elements have no step")
     if clip_factor.shape != w.shape[:1] or clip_factor.dtype != torch.float32:
         raise ValueError(
-            f"fake_quant: clip_factor is {clip_factor.dtype} {tuple(clip_factor.shape)}: for these "
+            f"{name}: clip_factor is {clip_factor.dtype} {tuple(clip_factor.shape)}: for these "
             f"rows it has to be float32 ({w.size(0)},)"
         )
-    for name, t in (("bits", bits), ("on", on)):
+    for what, t in (("bits", bits), ("on", on)):
         if t.dim() or t.dtype != torch.float32:
             raise ValueError(
-                f"fake_quant: {name} is {t.dtype} {tuple(t.shape)}: it has to be a number or a "
+                f"{name}: {what} is {t.dtype} {tuple(t.shape)}: it has to be a number or a "
                 "float32 tensor of no dimensions"
             )
-    for name, t in (("clip_factor", clip_factor), ("bits", bits), ("on", on)):
+    for what, t in (("clip_factor", clip_factor), ("bits", bits), ("on", on)):
         if t.device != w.device:
-            raise ValueError(f"fake_quant: {name} is on {t.device}, w on {w.device}")
+            raise ValueError(f"{name}: {what} is on {t.device}, w on {w.device}")
 
 
-def check_bits(bits: float) -> None:
+def check_options(name: str, floor: float, multiple: int, dtype: torch.dtype | None) -> None:
+    if multiple < 1:
+        raise ValueError(f"{name}: multiple={multiple}: it has to be 1 or more")
+    if not 0 <= floor < math.inf:  # NaN too
+        raise ValueError(f"{name}: floor={floor}: it has to be 0 or more and finite")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{name}: dtype={dtype}: it has to be a float dtype")
+
+
+def check_bits(bits: float, name: str = "fake_quant") -> None:
     """Raise ValueError unless `bits` is a whole number from 4 to 8."""
     if bits not in range(4, 9):
-        raise ValueError(f"fake_quant: bits={bits:g}: it has to be a whole number, 4 to 8")
+        raise ValueError(f"{name}: bits={bits:g}: it has to be a whole number, 4 to 8")
 
 
-def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+def check_bits_where_they_can_be_read(name: str, bits: Sequence[Tensor], impl: str) -> None:
+    """Of tensors on a CPU, unless they are traced; the kernels of a GPU answer with NaN."""
+    if impl in ("reference", "cpu") and not torch.compiler.is_compiling():
+        for k in bits:
+            if k.device.type == "cpu":
+                check_bits(k.item(), name)
+
+
+def scalar_like(value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full((), float(value), dtype=torch.float32, device=like.device)
@@ -104,7 +128,7 @@ def fake_quant(
     """w (R, C) as it will be decoded, with a straight-through gradient.
 
     Args:
-        w: fp32, bf16 or fp64 (not 'triton'); the grid is computed in fp32 (fp64 for fp64).
+        w: fp32, bf16 or fp64 (that only on a CPU); the grid is computed in fp32 (fp64 for fp64).
         clip_factor: (R,) fp32 clip of each row as a share of its largest magnitude.
         bits: bits a code, 4 to 8; a 0-d fp32 tensor on w's device can change without recompiling.
             Kernels on a GPU cannot raise: they answer a tensor out of range with NaN.
@@ -112,7 +136,7 @@ def fake_quant(
         floor, multiple, full_range: of the grid, as in `int_grid`.
         clip_mask: no gradient for weights whose code was clipped.
         dtype: of the result; w's if None.
-        impl: 'auto', 'reference', 'cpu' (C++) or 'triton' (fp32, bf16).
+        impl: 'auto', 'reference', 'cpu' (C++), 'triton' or 'cuda' (fp32, bf16).
 
     Returns:
         (R, C) contiguous. While on, a row with a weight that is not finite is NaN.
@@ -123,7 +147,7 @@ def fake_quant(
     """
     if not isinstance(bits, Tensor):
         check_bits(bits)
-    bits, on = _scalar(bits, w), _scalar(on, w)
+    bits, on = scalar_like(bits, w), scalar_like(on, w)
     options = (floor, multiple, full_range, clip_mask, dtype, impl)
     return fake_quant_all([w], [clip_factor], [bits], on, *options)[0]
 
@@ -148,21 +172,15 @@ def fake_quant_all(
     """
     if not ws:
         raise ValueError("fake_quant: the list of matrices is empty: it needs one at least")
-    if multiple < 1:
-        raise ValueError(f"fake_quant: multiple={multiple}: it has to be 1 or more")
-    if not 0 <= floor < math.inf:  # NaN too
-        raise ValueError(f"fake_quant: floor={floor}: it has to be 0 or more and finite")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"fake_quant: dtype={dtype}: it has to be a float dtype")
-    for arguments in zip(ws, clip_factors, bits, strict=True):
-        _check(*arguments, on)
+    check_options("fake_quant", floor, multiple, dtype)
+    for w, *grid_of_w in zip(ws, clip_factors, bits, strict=True):
+        check_matrix("fake_quant", w)
+        check_grid("fake_quant", w, *grid_of_w, on)
     check_alike("fake_quant", **{f"matrix {i}": w for i, w in enumerate(ws)})
     impl, dtype = resolve("fake_quant", impl, ws[0]), dtype or ws[0].dtype
     options = (floor, multiple, full_range, clip_mask, dtype)
+    check_bits_where_they_can_be_read("fake_quant", bits, impl)
     if impl == "reference":
-        if on.device.type == "cpu" and not torch.compiler.is_compiling():
-            for k in bits:
-                check_bits(k.item())
         each = zip(ws, clip_factors, bits, strict=True)
         return [reference(*arguments, on, *options) for arguments in each]
     if torch.compiler.is_compiling():
@@ -198,7 +216,7 @@ def _forward(
 
 @_forward.register_fake
 def _(ws, clip_factors, bits, on, floor, multiple, full_range, clip_mask, dtype, impl):
-    wide = torch.promote_types(ws[0].dtype, torch.float32)
+    wide = row_cast.wide(ws[0].dtype)
     scales = [w.new_empty(w.shape[:1], dtype=wide) for w in ws] if clip_mask else []
     return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *scales]
 
@@ -258,6 +276,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, on: Tensor, options: tuple, impl: str, *tensors: Tensor) -> tuple:
         n = len(tensors) // 3
         inputs = (tensors[:n], tensors[n : 2 * n], tensors[2 * n :], on, *options, impl)
+        ctx.set_materialize_grads(False)
         output = _forward(*inputs)
         _remember(ctx, inputs, output)
         return tuple(output[:n])
@@ -270,48 +289,22 @@ class _Eager(torch.autograd.Function):
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _cpu_forward(
-    ws: Sequence[Tensor],
-    clip_factors: Sequence[Tensor],
-    bits: Sequence[Tensor],
-    on: Tensor,
-    floor: float,
-    multiple: int,
-    full_range: bool,
-    dtype: torch.dtype,
-    with_scales: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    values, scales, switch = [], [], bool(on.item() > 0)
-    for w, factor, k in zip(ws, clip_factors, map(Tensor.item, bits), strict=True):
-        check_bits(k)
-        value = torch.empty(w.shape, dtype=w.dtype)
-        scale = torch.empty(w.shape[:1], dtype=torch.promote_types(w.dtype, torch.float32))
-        extension.load().fake_quant(
-            w.data_ptr(), factor.data_ptr(), value.data_ptr(), scale.data_ptr(),
-            DTYPE_CODES[w.dtype], *w.shape, w.stride(0), int(k), switch,
-            floor, multiple, full_range, torch.get_num_threads(),
-        )  # fmt: skip
-        values.append(value.to(dtype))
-        scales.append(scale)
-    return values, scales if with_scales else []
+def _launchers(run: Run) -> dict[str, Callable]:
+    """Those of `weight_cast` without scales, by `run_cpp` or `run_cuda`."""
+    cast = row_cast.launchers(run)
 
+    def forward(ws, clip_factors, bits, on, floor, multiple, full_range, dtype, with_steps):
+        nothing, wanted = [None] * len(ws), [with_steps] * len(ws)
+        values, steps = cast["forward"](
+            ws, nothing, clip_factors, bits, on, floor, multiple, full_range, dtype, wanted
+        )
+        return values, steps if with_steps else []
 
-def _cpu_backward(
-    dout: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    bits: Tensor,
-    on: Tensor,
-    multiple: int,
-    full_range: bool,
-) -> Tensor:
-    dw = torch.empty(w.shape, dtype=w.dtype)
-    extension.load().fake_quant_backward(
-        dout.data_ptr(), w.data_ptr(), scale.data_ptr(), dw.data_ptr(), DTYPE_CODES[w.dtype],
-        *w.shape, dout.stride(0), w.stride(0), int(bits), bool(on > 0), multiple, full_range,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return dw
+    def backward(dout, w, step, bits, on, multiple, full_range):
+        arguments = [dout], [w], [None], [step], [bits], on, multiple, full_range, True
+        return cast["backward"](*arguments)[0][0]
+
+    return {"forward": forward, "backward": backward}
 
 
 def samples() -> list[Sample]:
@@ -356,7 +349,7 @@ def cost(
 ) -> tuple[Work, Work]:
     """Forward reads w once and writes the values; with a clip mask, steps too, and a backward."""
     values = w.numel() * (dtype or w.dtype).itemsize
-    steps = w.size(0) * torch.promote_types(w.dtype, torch.float32).itemsize
+    steps = w.size(0) * row_cast.wide(w.dtype).itemsize
     masked = Work(0, nbytes(w, w, bits, on) + steps, nbytes(w))
     return (
         Work(0, nbytes(w, clip_factor, bits, on), values + steps * clip_mask),
@@ -371,9 +364,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("w",),
         implementations={
-            "cpu": in_cpp(
-                "fake_quant", "fake_quant_backward", forward=_cpu_forward, backward=_cpu_backward
-            ),
+            "cpu": in_cpp(*row_cast.NEEDED, **_launchers(run_cpp)),
+            "cuda": in_cuda(*row_cast.NEEDED, **_launchers(run_cuda)),
             "triton": in_triton(
                 "fake_quant", forward="fake_quant_all", backward="fake_quant_backward"
             ),

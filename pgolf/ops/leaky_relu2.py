@@ -9,27 +9,31 @@ offered. The gradient of rstd is rowdot(x, dx) / rstd, so rstd must not be 0.
 Shapes: x (..., F), rstd (...,); T rows in all; bits (T, ceil(F/32)) int32, element f is bit f % 32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf import extension
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
+    Run,
     Sample,
     Work,
     check_alike,
     in_cpp,
+    in_cuda,
     launcher,
     nbytes,
     register,
     resolve,
+    run_cpp,
+    run_cuda,
 )
 
-CPP = ("leaky_relu2", "leaky_relu2_backward")  # functions of pgolf._C
+NEEDED = ("leaky_relu2", "leaky_relu2_backward")  # functions of pgolf._C
 
 
 def reference(x: Tensor, slope: float, rstd: Tensor | None = None) -> Tensor:
@@ -63,7 +67,7 @@ def leaky_relu2(
     """max(r x, slope r x)^2 with r = rstd or 1, for matmuls that stay elsewhere.
 
     Args:
-        x: (..., F); impl 'cpu' takes fp32, bf16 and fp64.
+        x: (..., F); impl 'cpu' takes fp32, bf16 and fp64, impl 'cuda' fp32 and bf16.
         slope: 0 to 1; 0 is relu^2.
         rstd: (...,) factor of each row in fp32 (fp64 for an fp64 x), not 0.
 
@@ -148,35 +152,39 @@ def _address(rstd: Tensor | None) -> int:
     return 0 if rstd is None else rstd.data_ptr()
 
 
-def cpu_forward(pre: Tensor, slope: float, rstd: Tensor | None, in_place: bool = False):
-    post = pre if in_place else torch.empty_like(pre)
-    bits = words(pre)
-    extension.load().leaky_relu2(
-        pre.data_ptr(), post.data_ptr(), bits.data_ptr(), _address(rstd),
-        DTYPE_CODES[pre.dtype], *pre.shape, slope, torch.get_num_threads(),
-    )  # fmt: skip
-    return post, bits
+def launchers(run: Run) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
+    def forward(pre: Tensor, slope: float, rstd: Tensor | None, in_place: bool = False):
+        post = pre if in_place else torch.empty_like(pre)
+        bits = words(pre)
+        run(
+            "leaky_relu2", pre, pre.data_ptr(), post.data_ptr(), bits.data_ptr(), _address(rstd),
+            DTYPE_CODES[pre.dtype], *pre.shape, slope,
+        )  # fmt: skip
+        return post, bits
 
-def cpu_backward(
-    dpost: Tensor,
-    post: Tensor,
-    bits: Tensor,
-    slope: float,
-    rstd: Tensor | None,
-    in_place: bool = False,
-) -> Tensor:
-    if dpost.shape != post.shape or dpost.dtype != post.dtype:
-        raise ValueError(
-            f"leaky_relu2: the gradient is {dpost.dtype} {tuple(dpost.shape)}, the result "
-            f"{post.dtype} {tuple(post.shape)}: they have to be alike"
-        )
-    dpre = dpost if in_place else torch.empty_like(dpost)
-    extension.load().leaky_relu2_backward(
-        dpost.data_ptr(), post.data_ptr(), bits.data_ptr(), _address(rstd), dpre.data_ptr(),
-        DTYPE_CODES[post.dtype], *post.shape, slope, torch.get_num_threads(),
-    )  # fmt: skip
-    return dpre
+    def backward(
+        dpost: Tensor,
+        post: Tensor,
+        bits: Tensor,
+        slope: float,
+        rstd: Tensor | None,
+        in_place: bool = False,
+    ) -> Tensor:
+        if dpost.shape != post.shape or dpost.dtype != post.dtype:
+            raise ValueError(
+                f"leaky_relu2: the gradient is {dpost.dtype} {tuple(dpost.shape)}, the result "
+                f"{post.dtype} {tuple(post.shape)}: they have to be alike"
+            )
+        dpre = dpost if in_place else torch.empty_like(dpost)
+        run(
+            "leaky_relu2_backward", post, dpost.data_ptr(), post.data_ptr(), bits.data_ptr(),
+            _address(rstd), dpre.data_ptr(), DTYPE_CODES[post.dtype], *post.shape, slope,
+        )  # fmt: skip
+        return dpre
+
+    return {"forward": forward, "backward": backward}
 
 
 def samples() -> list[Sample]:
@@ -222,7 +230,10 @@ OPERATOR = register(
         call=leaky_relu2,
         reference=reference,
         differentiable=("x", "rstd"),
-        implementations={"cpu": in_cpp(*CPP, forward=cpu_forward, backward=cpu_backward)},
+        implementations={
+            "cpu": in_cpp(*NEEDED, **launchers(run_cpp)),
+            "cuda": in_cuda(*NEEDED, **launchers(run_cuda)),
+        },
         preferred={
             "cpu": [("cpu", "C++, in fp32 faster than eager and compiled (python -m bench ops)")],
             "cuda": [("reference", "a lone pointwise kernel would only break Inductor's fusion")],

@@ -11,6 +11,7 @@ and of h are plain matmuls, and that of rstd is rowdot(h, dh) / rstd, so rstd mu
 Shapes: h (..., D), w_up (F, D), w_down (D, F), rstd (...,); T rows in all; bits (T, ceil(F/32)).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.leaky_relu2 import (
-    CPP,
+    NEEDED,
     as_rows,
     bits_bytes,
     check_rows,
-    cpu_backward,
-    cpu_forward,
+    launchers,
     packed,
     rstd_gradient,
     words,
@@ -31,15 +31,19 @@ from pgolf.ops.leaky_relu2 import (
 from pgolf.ops.leaky_relu2 import reference as activation
 from pgolf.ops.registry import (
     Operator,
+    Run,
     Sample,
     Work,
     check_alike,
     in_cpp,
+    in_cuda,
     in_triton,
     launcher,
     nbytes,
     register,
     resolve,
+    run_cpp,
+    run_cuda,
     unit_stride,
     without_autocast,
 )
@@ -66,8 +70,8 @@ def leaky_relu2_mlp(
         h: (..., D); w_up: (F, D); w_down: (D, F), of one dtype and device.
         slope: 0 to 1; 0 is relu^2.
         rstd: (...,) factor of each row of h W_up^T, in fp32 (fp64 for an fp64 h), not 0.
-        impl: 'auto', 'reference', 'cpu' (C++ around torch's matmuls; fp32, bf16, fp64) or 'triton'
-            (fp32, bf16; TMA where the GPU has it).
+        impl: 'auto', 'reference', 'cpu' (C++ around torch's matmuls; fp32, bf16, fp64), 'cuda' (the
+            same on a GPU; fp32, bf16) or 'triton' (fp32, bf16; TMA where the GPU has it).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; says which and what would.
@@ -161,14 +165,19 @@ _mlp.register_autograd(_mlp_gradient, setup_context=_mlp_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _cpu_up(h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
-    return cpu_forward(h @ w_up.t(), slope, rstd, in_place=True)
+def _around_matmuls(run: Run) -> dict[str, Callable]:
+    """torch's matmuls, whose results the kernels of `leaky_relu2` overwrite."""
+    kernels = launchers(run)
 
+    def up(h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
+        return kernels["forward"](h @ w_up.t(), slope, rstd, in_place=True)
 
-def _cpu_down_dgrad(
-    dout: Tensor, w_down: Tensor, post: Tensor, bits: Tensor, slope: float, rstd: Tensor | None
-) -> Tensor:
-    return cpu_backward(dout @ w_down, post, bits, slope, rstd, in_place=True)
+    def down_dgrad(
+        dout: Tensor, w_down: Tensor, post: Tensor, bits: Tensor, slope: float, rstd: Tensor | None
+    ) -> Tensor:
+        return kernels["backward"](dout @ w_down, post, bits, slope, rstd, in_place=True)
+
+    return {"up": up, "down_dgrad": down_dgrad}
 
 
 def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bool = False):
@@ -224,7 +233,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("h", "w_up", "w_down", "rstd"),
         implementations={
-            "cpu": in_cpp(*CPP, up=_cpu_up, down_dgrad=_cpu_down_dgrad),
+            "cpu": in_cpp(*NEEDED, **_around_matmuls(run_cpp)),
+            "cuda": in_cuda(*NEEDED, **_around_matmuls(run_cuda)),
             "triton": in_triton("leaky_relu2_mlp", up="up", down_dgrad="down_dgrad"),
         },
         preferred={

@@ -66,7 +66,7 @@ def passes(result: subprocess.CompletedProcess) -> None:
     ("access", "file", "right", "wrong"),
     [
         # One element too many is read, and one vector too many is written.
-        ("READ of size", "fake_quant.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
+        ("READ of size", "weight_cast.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
         (
             "WRITE of size",
             "xsa.cpp",
@@ -87,9 +87,11 @@ def test_an_access_out_of_bounds_is_found(sanitized, access, file, right, wrong)
         "from pgolf import _C\n"
         "room = lambda n: ctypes.cast(libc.malloc(4 * n), ctypes.c_void_p).value\n"
         "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
-        "w, f, out, scale = room(16), room(2), room(16), room(2)\n"
+        "w, f, out, step, bits = room(16), room(2), room(16), room(2), room(1)\n"
         "for a, n in ((w, 16), (f, 2)): ctypes.memset(a, 0, 4 * n)\n"
-        "_C.fake_quant(w, f, out, scale, 0, 2, 8, 8, 6, True, 0.0, 1, False, 1)\n"
+        "ctypes.c_float.from_address(bits).value = 6\n"
+        "matrix = (2, 8, w, 8, 0, f, bits, out, step)\n"
+        "_C.weight_cast([matrix], bits, 0, 0, 0.0, 1, False, 1)\n"
         "_C.xsa(w, w, room(8), 0, 1, 1, 1, 1, 8, (8, 8, 8), (8, 8, 8), 1)\n"
     )
     clean = run([sys.executable, "-c", code], root, **env)

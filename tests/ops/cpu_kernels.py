@@ -9,6 +9,7 @@ from pgolf.ops.registry import OPERATORS
 
 from .cases import Call
 
+BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # Called through their Python side; tests of their own compare numbers of threads.
@@ -136,6 +137,62 @@ def normalize(
     return x.result()
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def weight_cast(
+    kernels,
+    w: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    grid: tuple | None = None,
+    floor: float = 0.0,
+    multiple: int = 1,
+    full_range: bool = False,
+    threads: int = 1,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, step) of one matrix; grid is (clip_factor, bits, on)."""
+    clip_factor, bits, on = grid or (None, 0, True)
+    bits, on = torch.tensor(float(bits)), torch.tensor(float(on))
+    out = Output(w.shape, dtype, offset)
+    step = Output(w.shape[:1], wide(w.dtype)) if grid else None
+    kernels.weight_cast(
+        [(*w.shape, w.data_ptr(), w.stride(0), *map(pointer, (scale, clip_factor, bits)),
+          out.tensor.data_ptr(), pointer(step and step.tensor))],
+        *(on.data_ptr(), CODES[w.dtype], CODES[dtype], floor, multiple, full_range, threads),
+    )  # fmt: skip
+    return out.result(), step and step.result()
+
+
+def weight_cast_backward(
+    kernels,
+    dout: Tensor,
+    w: Tensor,
+    scale: Tensor | None = None,
+    grid: tuple | None = None,
+    multiple: int = 1,
+    full_range: bool = False,
+    clip_mask: bool = False,
+    threads: int = 1,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """(dw, dscale) of one matrix; grid is (step, bits, on)."""
+    step, bits, on = grid or (None, 0, True)
+    bits, on = torch.tensor(float(bits)), torch.tensor(float(on))
+    dw = Output(w.shape, w.dtype, offset)
+    dscale = None if scale is None else Output(w.shape[:1], scale.dtype)
+    kernels.weight_cast_backward(
+        [(*w.shape, dout.data_ptr(), dout.stride(0), w.data_ptr(), w.stride(0),
+          *map(pointer, (scale, step, bits)), dw.tensor.data_ptr(),
+          pointer(dscale and dscale.tensor))],
+        *(on.data_ptr(), CODES[w.dtype], CODES[dout.dtype], multiple, full_range, clip_mask),
+        threads,
+    )  # fmt: skip
+    return dw.result(), dscale and dscale.result()
+
+
 def fake_quant(
     kernels,
     w: Tensor,
@@ -147,15 +204,8 @@ def fake_quant(
     full_range: bool = False,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    rows, cols = w.shape
-    wide = torch.float64 if w.dtype is torch.float64 else torch.float32
-    out, scale = Output(w.shape, w.dtype), Output((rows,), wide)
-    kernels.fake_quant(
-        *(x.data_ptr() for x in (w, clip_factor, out.tensor, scale.tensor)),
-        *(CODES[w.dtype], rows, cols, w.stride(0)),
-        *(bits, on, floor, multiple, full_range, threads),
-    )
-    return out.result(), scale.result()
+    grid = (clip_factor, bits, on)
+    return weight_cast(kernels, w, w.dtype, None, grid, floor, multiple, full_range, threads)
 
 
 def fake_quant_backward(
@@ -169,13 +219,8 @@ def fake_quant_backward(
     full_range: bool = False,
     threads: int = 1,
 ) -> Tensor:
-    dw = Output(w.shape, w.dtype)
-    kernels.fake_quant_backward(
-        *(x.data_ptr() for x in (dout, w, scale, dw.tensor)),
-        *(CODES[w.dtype], *w.shape, dout.stride(0), w.stride(0)),
-        *(bits, on, multiple, full_range, threads),
-    )
-    return dw.result()
+    rest = (multiple, full_range, True, threads)
+    return weight_cast_backward(kernels, dout, w, None, (scale, bits, on), *rest)[0]
 
 
 def samples(kernels, threads: int) -> list[Tensor]:
@@ -199,6 +244,10 @@ def samples(kernels, threads: int) -> list[Tensor]:
         for name in ROW_OPERATORS:
             small = [s for s in OPERATORS[name].samples() if not s.bench]
             results += [t for s in small for t in Call(OPERATORS[name], s, dtype).run("cpu")]
+        grid, scale = (factor, 5, True), randn(701, dtype=wide(dtype))
+        out, step = weight_cast(kernels, pre, BF16, scale, grid, threads=threads)
+        grid, dout = (step, 5, True), dpost.to(BF16)
+        results += [out, *weight_cast_backward(kernels, dout, pre, scale, grid, threads=threads)]
     return results
 
 

@@ -15,7 +15,7 @@ from .cases import Call, cases, is_empty, over
 
 repair()
 
-SINGLE_PASS = ("fake_quant", "leaky_relu2", "xsa")
+SINGLE_PASS = ("fake_quant", "leaky_relu2", "weight_cast", "xsa")
 
 
 class Traffic:

@@ -20,6 +20,7 @@ from pgolf.ops import (
     newton_schulz,
     qk_rope,
     residual_norm,
+    weight_cast,
     xsa,
 )
 from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS
@@ -219,3 +220,18 @@ def test_residual_norm(data, dtype, rows, width, scaled, mixed) -> None:
         )  # fmt: skip
 
     agree(call, [x, branch], 8, scalar_like(dtype), least=8)
+
+
+@fuzz
+@given(st.data(), dtypes, lengths, lengths, st.integers(3, 9), st.booleans(), st.booleans())
+def test_weight_cast(data, dtype, rows, columns, bits, gridded, mask) -> None:
+    w = data.draw(tensors((rows, columns), dtype))
+    scale = data.draw(tensors((rows,), torch.promote_types(dtype, torch.float32)))
+    factor = data.draw(tensors((rows,), torch.float32)).abs() + 0.01
+    to = data.draw(dtypes)
+    grid = dict(clip_factor=factor, bits=bits, on=True) if gridded else {}
+
+    def call(w, scale, impl):
+        return weight_cast(w, scale, **grid, clip_mask=mask, dtype=to, impl=impl)
+
+    agree(call, [w, scale], 32, scalar_like(to))

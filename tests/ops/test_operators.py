@@ -59,7 +59,8 @@ def test_accuracy(operator: Operator, impl: str, sample: Sample, dtype: torch.dt
         return
     truth, results = call.in_double().run("reference"), call.results()
     for i, (mine, theirs, exact) in enumerate(zip(got, torch_, truth, strict=True)):
-        assert mine.dtype is theirs.dtype and mine.is_contiguous()
+        assert mine.dtype is theirs.dtype
+        assert mine.is_contiguous() or i >= results  # a gradient may be the one that came in
         scale = exact.abs().max().item() if exact.numel() else 0.0
         # In float64 nothing is more exact: both are as far from the truth as steps add up to.
         ulps = 4 if dtype is not torch.float64 else 1000
@@ -97,13 +98,13 @@ def test_any_subset_of_gradients(operator: Operator, impl: str, sample: Sample) 
 
 
 def with_a_slope() -> list:
-    """Cases in float64 whose gradient is the slope: not straight through, as fake_quant's is."""
+    """Cases in float64 whose gradient is the slope: not straight through a grid or a rounding."""
     return [
         p
         for p in cases(with_reference=True)
         if takes(*p.values[:2], torch.float64)
         and p.values[0].differentiable
-        and p.values[0].name != "fake_quant"
+        and not {"bits", "dtype"} & set(Call(p.values[0], p.values[2], torch.float64).arguments)
     ]
 
 
