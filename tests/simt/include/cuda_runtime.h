@@ -21,7 +21,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 // A block runs on one thread of the operating system, so that each has shared memory of its own. The
-// machine fills all of it with NaN before every block.
+// machine fills all of it with NaN before every block: .cu files have no other thread_local variables.
 #define __shared__ static __thread
 
 struct dim3 {
@@ -163,7 +163,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   using Values = std::tuple<void (*)(Parameters...), std::decay_t<Parameters>...>;
-  static_assert(sizeof(Values) - sizeof(kernel) <= simt::kMaxParameterBytes,
+  static_assert(sizeof(std::tuple<std::decay_t<Parameters>...>) <= simt::kMaxParameterBytes,
                 "a kernel takes at most 32,764 bytes of parameters");
   const Values values(kernel, static_cast<Parameters>(arguments)...);
   return simt::launch(
