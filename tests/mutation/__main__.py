@@ -1,4 +1,7 @@
-"""`python -m tests.mutation [KERNEL ...]`: which wrong changes to a kernel do its checks notice?"""
+"""`python -m tests.mutation [KERNEL ...]`: which wrong changes to a kernel do its checks notice?
+
+Triton kernels go by their names, CUDA kernels by their files in csrc/cuda, such as xsa.cu.
+"""
 
 import argparse
 import json
@@ -6,6 +9,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # Kernels are interpreted, also where there is a GPU: a mutant may write anywhere.
@@ -16,9 +21,16 @@ import torch  # noqa: E402
 from tests.triton.interpreter import repair  # noqa: E402
 
 from .checks import CHECKS  # noqa: E402
+from .cuda import (  # noqa: E402
+    cuda_kernels,
+    cuda_mutants,
+    original_objects,
+    put_module_in_place,
+    use_emulator,
+)
 from .interpreter import poison_masked_lanes  # noqa: E402
 from .kernels import kernel_mutants, kernels, put_in_place  # noqa: E402
-from .mutator import shuffled  # noqa: E402
+from .mutator import Mutant, shuffled  # noqa: E402
 from .runner import judge, run, run_original  # noqa: E402
 
 SURVIVORS = Path(__file__).with_name("survivors.json")  # kernel -> mutant -> why it is no mistake
@@ -29,55 +41,94 @@ SHARE = 0.9  # of those that run have to be noticed
 REFUSED = ("InterpreterError", "CompilationError", "SyntaxError", "NameError")
 
 DESCRIPTION = """\
-Make small wrong changes (mutants) to the Triton kernels and run a few checks on each, in Triton's
-interpreter and in a process of its own. A mutant that passes all checks has survived: either it is
-equivalent, and listed in tests/mutation/survivors.json with the reason, or a check is missing.
+Make small wrong changes (mutants) to the kernels and run a few checks on each, in a process of its
+own: Triton kernels in Triton's interpreter, CUDA kernels in the emulator of tests/simt. A mutant
+that passes all checks has survived: either it is equivalent, and listed in
+tests/mutation/survivors.json with the reason, or a check is missing.
 """
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, or a file of them.
+
+    Attributes:
+        mutants: all of its mutants.
+        checks: what they have to get past.
+        prepare: puts a mutant in place of the original, in this process; may write to a folder.
+        least_limit: CPU seconds that every mutant has at least.
+    """
+
+    mutants: list[Mutant]
+    checks: Sequence[Callable[[], None]]
+    prepare: Callable[[Mutant, str], object]
+    least_limit: float
 
 
 def main(argv: list[str]) -> int:
     """The command line; 0 if every kernel's checks notice enough, 1 if not."""
+    known = [*kernels(), *cuda_kernels()]
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=DESCRIPTION)
-    parser.add_argument("kernel", nargs="*", help="kernels of configs.json (all of them)")
+    parser.add_argument("kernel", nargs="*", help="of configs.json or csrc/cuda (all of them)")
     parser.add_argument(
         "--count", type=int, default=COUNT, help="mutants of each kernel that run (%(default)s)"
     )
     parser.add_argument("--list", action="store_true", help="show all mutants and stop")
     parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
     args = parser.parse_args(argv)
-    chosen = args.kernel or kernels()
-    if unknown := set(chosen) - set(kernels()):
-        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(kernels())}")
+    chosen = args.kernel or known
+    if unknown := set(chosen) - set(known):
+        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(known)}")
     torch.set_num_threads(1)  # also because threads do not survive a fork
     repair()
     poison_masked_lanes()
     complaints = []
-    for kernel in chosen:
+    # Triton kernels first: each mutant has to be the first to import its module.
+    for kernel in sorted(chosen, key=lambda k: k.endswith(".cu")):
         if args.list:
-            print(*(mutant.name for mutant in shuffled(kernel_mutants(kernel), SEED)), sep="\n")
-        else:
-            complaints += [f"{kernel}: {text}" for text in prove(kernel, args.count, args.verbose)]
+            found = cuda_mutants(kernel) if kernel.endswith(".cu") else kernel_mutants(kernel)
+            print(*(mutant.name for mutant in shuffled(found, SEED)), sep="\n")
+            continue
+        made = cuda_subject(kernel) if kernel.endswith(".cu") else triton_subject(kernel)
+        outcome = prove(kernel, made, args.count, args.verbose)
+        complaints += [f"{kernel}: {text}" for text in outcome]
     for complaint in complaints:
         print(f"FAILED {complaint}")
     return 1 if complaints else 0
 
 
-def prove(kernel: str, count: int, verbose: bool = False) -> list[str]:
+def triton_subject(kernel: str) -> Subject:
+    return Subject(kernel_mutants(kernel), CHECKS.get(kernel, ()), put_in_place, 10.0)
+
+
+def cuda_subject(kernel: str) -> Subject:
+    use_emulator()
+    from .cuda_checks import checks_of  # imports what looks for the emulated kernels
+
+    build = original_objects()
+
+    def prepare(mutant: Mutant, folder: str) -> None:
+        put_module_in_place(mutant, kernel, build, folder)
+
+    return Subject(cuda_mutants(kernel), checks_of(kernel), prepare, 4.0)
+
+
+def prove(kernel: str, subject: Subject, count: int, verbose: bool = False) -> list[str]:
     """Run `count` mutants of a kernel, show how it went, return what is not as it should be."""
-    checks = CHECKS.get(kernel)
-    if checks is None:
-        return ["tests/mutation/checks.py has no checks of it"]
+    checks = subject.checks
+    if not checks:
+        return ["tests/mutation has no checks of it"]
     original = run_original(checks, limit=120.0)
     if original.why:
         return [f"the checks fail without any change: {original.why}"]
-    limit = max(10.0, 10 * original.seconds)
+    limit = max(subject.least_limit, 10 * original.seconds)
     start, refused, results = time.monotonic(), 0, {}
-    waiting = shuffled(kernel_mutants(kernel), SEED)
+    waiting = shuffled(subject.mutants, SEED)
     with tempfile.TemporaryDirectory() as folder:
         while waiting and len(results) < count:
             more = count - len(results)
             batch, waiting = waiting[:more], waiting[more:]
-            for outcome in run(batch, lambda m: put_in_place(m, folder), checks, limit):
+            for outcome in run(batch, lambda m: subject.prepare(m, folder), checks, limit):
                 if outcome.why.startswith(REFUSED):
                     refused += 1
                     continue
@@ -86,7 +137,7 @@ def prove(kernel: str, count: int, verbose: bool = False) -> list[str]:
                     print(f"  {outcome.mutant.name}\n    {outcome.why or 'SURVIVED'}", flush=True)
     print(
         f"{kernel}: {sum(map(bool, results.values()))} of {len(results)} mutants caught, {refused} "
-        f"more refused by the interpreter, in {time.monotonic() - start:.0f} s (the checks alone "
+        f"more refused as no program, in {time.monotonic() - start:.0f} s (the checks alone "
         f"take {original.seconds:.1f} s of CPU time)",
         flush=True,
     )

@@ -1,7 +1,8 @@
 """Builds modules whose CUDA kernels run on the CPU: csrc/cuda/*.cu compiled by the C++ compiler.
 
-    emulated_module()    pgolf's bindings with emulated kernels, which PGOLF_CUDA_MODULE may name
-    Build(...)           the same of other sources, flags or folders
+    emulated_module()    pgolf's bindings with emulated kernels, for PGOLF_CUDA_MODULE to name
+    built_objects()      what it was linked from
+    Build(...)           the same of other sources, with other flags, in another folder
 
 The emulator itself is the C++ beside this file; machine.h says which mistakes it finds. A module is
 built once for each content of its sources, in build/; objects that did not change stay.
@@ -70,35 +71,46 @@ class Build:
     def library(self) -> Path:
         return self.folder / "_C.so"
 
-    def ninja_text(self) -> str:
-        """A rule for kernels, one for everything else, and the link in the order of machine.cpp."""
-        import pybind11
-
-        includes = [HERE / "include", self.folder, CSRC]
-        system = [pybind11.get_include(), sysconfig.get_path("include")]
-        command = [*compiler(), *FLAGS, *self.flags]
-        command += [f"-I{path}" for path in includes]
-        command += [word for path in system for word in ("-isystem", str(path))]
-        command, one = shlex.join(command), "-MMD -MF $out.d -c $in -o $out"
-        rules = {
-            "bindings": f"{command} -O0 {one}",  # where there is little to run and much to compile
-            "emulator": f"{command} -O2 -Wall -Wextra {one}",
-            # Warnings are nvcc's task, to which unrolling and the like are known.
-            "kernel": f"{command} -O1 -w -x c++ {shlex.join(self.checks)} {one}",
-            "link": f"{shlex.join([*compiler(), *self.flags])} -shared $in -lpthread -ldl -o $out",
-        }
-        lines = [f"builddir = {self.folder}"]
-        for name, line in rules.items():
-            lines += [f"rule {name}", f"  command = {line}", f"  description = {name} $out"]
-            lines += ["  depfile = $out.d", "  deps = gcc"] * (name != "link")
+    @property
+    def objects(self) -> dict[Path, Path]:
+        """Source -> object, in the order of the link, which machine.cpp relies on."""
         begin, end = HERE / "shared_begin.cpp", HERE / "shared_end.cpp"
         rest = [p for p in emulator_sources(self.checks) if p not in (begin, end)]
-        objects = []
-        for source in [begin, *self.kernels, end, *rest, *self.others]:
-            rule = "emulator" if source.parent == HERE else "bindings"
-            rule = "kernel" if source in self.kernels else rule
-            objects.append(self.folder / f"{len(objects)}-{source.name}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}")
+        sources = [begin, *self.kernels, end, *rest, *self.others]
+        return {p: self.folder / f"{i}-{p.name}.o" for i, p in enumerate(sources)}
+
+    def compile_command(self, source: Path, first: Sequence[Path] = ()) -> list[str]:
+        """What compiles a source; headers are looked for in the folders `first` before others."""
+        import pybind11
+
+        command = [*compiler(), *FLAGS, *self.flags]
+        command += [f"-I{path}" for path in (*first, HERE / "include", self.folder, CSRC)]
+        for path in (pybind11.get_include(), sysconfig.get_path("include")):
+            command += ["-isystem", str(path)]
+        if source.suffix == ".cu":  # warnings are nvcc's task, to which unrolling is known
+            return [*command, "-O1", "-w", "-x", "c++", *self.checks]
+        if source.parent == HERE:
+            return [*command, "-O2", "-Wall", "-Wextra"]
+        return [*command, "-O0"]  # bindings: little to run and much to compile
+
+    def link_command(self, objects: Sequence[Path], library: Path) -> list[str]:
+        """What links objects, in the order of `objects` above."""
+        linked = [*compiler(), *self.flags, "-shared", *map(str, objects)]
+        return [*linked, "-lpthread", "-ldl", "-o", str(library)]
+
+    def ninja_text(self) -> str:
+        """A rule for each way to compile, a line for each object, and the link."""
+        rules, lines = {}, [f"builddir = {self.folder}"]
+        for source, target in self.objects.items():
+            command = f"{shlex.join(self.compile_command(source))} -MMD -MF $out.d -c $in -o $out"
+            if command not in rules:
+                rules[command] = f"compile{len(rules)}"
+                lines += [f"rule {rules[command]}", f"  command = {command}"]
+                lines += ["  description = $out", "  depfile = $out.d", "  deps = gcc"]
+            lines.append(f"build {target}: {rules[command]} {source}")
+        objects = list(self.objects.values())
+        link = shlex.join(self.link_command(objects, self.library))
+        lines += ["rule link", f"  command = {link}", "  description = $out"]
         lines.append(f"build {self.library}: link {' '.join(map(str, objects))}")
         return "\n".join(lines) + "\n"
 
@@ -153,17 +165,30 @@ def emulated_module() -> Path:
     """
     folder = ROOT / "build"
     target = folder / f"emulated-{_content()}" / "_C.so"
-    if target.exists():
-        return target
-    with _locked(folder / "emulator.lock"):
-        if not target.exists():
-            library = pgolf_build(folder / "emulator-objects").run()
+    if not target.exists():
+        with built_objects() as build:
             target.parent.mkdir(exist_ok=True)
-            half = target.with_suffix(".half")
-            shutil.copy2(library, half)
+            half = target.with_suffix(f".{os.getpid()}")
+            shutil.copy2(build.library, half)
             half.replace(target)
             _forget_old(folder)
     return target
+
+
+@contextlib.contextmanager
+def built_objects() -> Iterator[Build]:
+    """The objects of the sources as they are; nobody else compiles them meanwhile.
+
+    Raises:
+        Missing, RuntimeError: as above.
+    """
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    with (folder / "emulator.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        build = pgolf_build(folder / "emulator-objects")
+        build.run()
+        yield build
 
 
 def _content() -> str:
@@ -194,14 +219,6 @@ def _ninja() -> str:
     if not found:
         raise Missing(f"no ninja for {sys.executable}: pip install ninja")
     return found
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _forget_old(folder: Path) -> None:
