@@ -1,4 +1,7 @@
-"""The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy."""
+"""The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+CPU kernels in a copy of the checkout, CUDA kernels in the emulator of tests/simt.
+"""
 
 import shutil
 import subprocess
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ..simt.emulator import HERE, Build, pgolf_build
 from .test_build import ROOT, build, copy_checkout, run
 
 pytestmark = [
@@ -14,26 +18,31 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH"),
 ]
 
-SANITIZED = "g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+SANITIZED = f"g++ {SANITIZERS}"
 TESTS = ROOT / "tests" / "ops"
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """(a copy of the checkout whose pgolf._C is built with both, the environment to run it in)."""
+def preloaded():
+    """The environment of a process that loads what is built with both."""
     libraries = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")
     ]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip(f"g++ does not have both of {libraries}")
-    root = copy_checkout(tmp_path_factory.mktemp("sanitized"))
-    build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
     # The sanitizer has to be there before Python, which is built without it, and libstdc++ before
     # the first exception. Python keeps memory until it ends, which is no leak.
-    preload = " ".join(libraries)
-    env = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}
-    return root, env
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory, preloaded):
+    """(a copy of the checkout whose pgolf._C is built with both, the environment to run it in)."""
+    root = copy_checkout(tmp_path_factory.mktemp("sanitized"))
+    build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
+    return root, {**preloaded, "PYTHONPATH": str(root)}
 
 
 def pytest_in(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
@@ -106,3 +115,38 @@ def test_an_access_out_of_bounds_is_found(sanitized, access, file, right, wrong)
     assert found.returncode != 0
     assert "ERROR: AddressSanitizer" in found.stderr, found.stderr[-4000:]
     assert access in found.stderr
+
+
+# ---- CUDA kernels in the emulator
+
+
+def test_emulated_kernels_are_clean(tmp_path, preloaded):
+    """The registry's tests of them, in all orders of threads that a seed may choose."""
+    module = pgolf_build(tmp_path, SANITIZERS.split(), checks=()).run()
+    env = {**preloaded, "PYTHONPATH": str(ROOT), "PGOLF_CUDA_MODULE": str(module)}
+    tests = "accuracy or nan_is_not_hidden or emulated_kernels"
+    for seed in ("0", "1", "2"):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-k", f"({tests}) and (cuda or pack_bits)"]
+        command += [TESTS / "test_operators.py", TESTS / "test_pack_bits.py"]
+        passes(run(command, ROOT, **env, PGOLF_EMULATOR_SEED=seed))
+
+
+@pytest.mark.parametrize("threads", [24, 25])
+def test_an_emulated_access_out_of_bounds_is_found(tmp_path, preloaded, threads):
+    """Of the kernel `places` in tests/simt/rules.cu, a number a thread: 25 do not fit into 24."""
+    library = Build([HERE / "rules.cu"], [], tmp_path, SANITIZERS.split(), checks=()).run()
+    code = (
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
+        "three, said = ctypes.c_uint * 3, ctypes.create_string_buffer(500)\n"
+        "size, memory = ctypes.c_size_t, ctypes.c_void_p(libc.malloc(24 * 4))\n"
+        f"ctypes.CDLL({str(library)!r}).start(b'places', three(1, 1, 1), three({threads}, 1, 1),\n"
+        "    size(0), memory, said, size(499))\n"
+        "assert said.value == b''\n"
+    )
+    result = run([sys.executable, "-c", code], ROOT, **preloaded)
+    assert (result.returncode == 0) == (threads == 24), result.stderr[-4000:]
+    if threads == 25:
+        assert "ERROR: AddressSanitizer: heap-buffer-overflow" in result.stderr
+        assert "WRITE of size 4" in result.stderr and "places" in result.stderr

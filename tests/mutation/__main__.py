@@ -36,6 +36,7 @@ from .runner import judge, run, run_original  # noqa: E402
 SURVIVORS = Path(__file__).with_name("survivors.json")  # kernel -> mutant -> why it is no mistake
 SEED = 1
 COUNT = 40
+CUDA_COUNT = 32  # each has to be compiled
 SHARE = 0.9  # of those that run have to be noticed
 # What is refused because of types or shapes proves nothing about the checks.
 REFUSED = ("InterpreterError", "CompilationError", "SyntaxError", "NameError")
@@ -71,7 +72,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=DESCRIPTION)
     parser.add_argument("kernel", nargs="*", help="of configs.json or csrc/cuda (all of them)")
     parser.add_argument(
-        "--count", type=int, default=COUNT, help="mutants of each kernel that run (%(default)s)"
+        "--count",
+        type=int,
+        help=f"mutants of each kernel that run ({COUNT}; of a CUDA file {CUDA_COUNT})",
     )
     parser.add_argument("--list", action="store_true", help="show all mutants and stop")
     parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
@@ -90,7 +93,8 @@ def main(argv: list[str]) -> int:
             print(*(mutant.name for mutant in shuffled(found, SEED)), sep="\n")
             continue
         made = cuda_subject(kernel) if kernel.endswith(".cu") else triton_subject(kernel)
-        outcome = prove(kernel, made, args.count, args.verbose)
+        count = args.count or (CUDA_COUNT if kernel.endswith(".cu") else COUNT)
+        outcome = prove(kernel, made, count, args.verbose)
         complaints += [f"{kernel}: {text}" for text in outcome]
     for complaint in complaints:
         print(f"FAILED {complaint}")

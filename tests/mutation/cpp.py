@@ -141,7 +141,7 @@ def _changes(
         elif word.text == "if" and after.text == "(":
             close = words[_closing(words, i + 1)]
             yield i, after.end, close.start, f"!({source[after.end : close.start]})"
-        elif word.text.startswith("__shfl") and after.text == "(":
+        if word.text.startswith("__shfl") and after.text == "(":
             yield from _shuffle_arguments(words, i)
 
 
@@ -159,10 +159,11 @@ def _shuffle_arguments(words: list[Token], i: int) -> Iterator[tuple[int, int, i
 
 
 def _other_numbers(text: str) -> list[str]:
-    digits = text.rstrip("uUlLfF")
+    is_hex = text.startswith(("0x", "0X"))
+    digits = text.rstrip("uUlL" if is_hex else "uUlLfF")
     suffix = text[len(digits) :]
-    if text.startswith(("0x", "0X")):
-        return [hex(int(digits.replace("'", ""), 16) >> 1) + suffix.lower().replace("f", "")]
+    if is_hex:
+        return [hex(int(digits.replace("'", ""), 16) >> 1) + suffix]
     if "." in digits or "e" in digits or "f" in suffix.lower():
         return [f"{2 * float(digits) or 1.0}{suffix}"]
     value = int(digits.replace("'", ""))
@@ -197,7 +198,7 @@ def _may_be_dropped(statement: list[Token]) -> bool:
     known = texts[0] in ("break", "continue") or any(
         sign in texts for sign in ("(", "=", "+=", "-=", "*=", "/=", "|=", "&=", "++", "--")
     )
-    return known and not two_names and not re.match(r"\w+ [*&] \w+ =", " ".join(texts))
+    return known and not two_names and not re.match(r"\w+ [*&] (const )?\w+ =", " ".join(texts))
 
 
 def _statement(words: list[Token], i: int, function: Function) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from unittest import mock
 
 import torch
 
+from pgolf import extension
+from pgolf.ops import xsa
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from ..ops import test_operators as t
@@ -27,9 +29,10 @@ def checks_of(kernel: str) -> list[Callable[[], None]]:
     if stem == "pack_bits":
         return [pack_bits]
     names = [n for n in LAUNCHED_BY.get(stem, (stem,)) if n in OPERATORS]
-    return [
+    general = [
         functools.partial(check, OPERATORS[name]) for name in names for check in (accuracy, edges)
     ]
+    return [*general, *BESIDES.get(stem, ())]
 
 
 def small_samples(operator: Operator) -> Iterator[tuple[Sample, torch.dtype]]:
@@ -82,9 +85,24 @@ def _described(argument: tuple[str, object]) -> tuple[str, str]:
     return name, str(value)
 
 
-def pack_bits() -> None:
-    from pgolf import extension
+def xsa_of_tiny_values() -> None:
+    """Norms of v on both sides of the floor of 1e-12."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 4, 4, 64, generator=g)
+    v = torch.nn.functional.normalize(torch.randn(1, 4, 2, 64, generator=g), dim=-1)
+    v *= torch.tensor([0.5e-12, 0.9e-12, 1.1e-12, 1.5e-12]).view(1, 4, 1, 1)
+    for a, b in zip(*(_with_gradients(y, v, impl) for impl in ("cuda", "reference")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
+
+def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.Tensor]:
+    leaves = [y.clone().requires_grad_(), v.clone().requires_grad_()]
+    out = xsa(*leaves, impl)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def pack_bits() -> None:
+    module = extension.cuda()
     module = extension.cuda()
 
     def pack(*arguments: int) -> None:
@@ -96,3 +114,7 @@ def pack_bits() -> None:
     for count in test_pack_bits.COUNTS:
         for bits in (4, 5, 7, 8):
             test_pack_bits.check_kernels((pack, unpack), count, bits)
+
+
+# What an operator needs beside its samples.
+BESIDES: dict[str, list[Callable[[], None]]] = {"xsa": [xsa_of_tiny_values]}

@@ -1,4 +1,4 @@
-"""Whether the checks of the Triton kernels notice when a kernel is changed."""
+"""Whether the checks of the Triton and CUDA kernels notice when a kernel is changed."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .cuda import cuda_kernels, cuda_mutants
 from .kernels import kernel_mutants, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,11 +19,11 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.slow
-def test_changed_kernels_are_noticed() -> None:
+@pytest.mark.parametrize("some", [kernels, cuda_kernels], ids=["triton", "cuda"])
+def test_changed_kernels_are_noticed(some) -> None:
     """90 % of each kernel's mutants; the others are listed, each with the reason."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.mutation"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.mutation", *some()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -31,6 +32,19 @@ def test_every_kernel_has_enough_mutants(kernel: str) -> None:
     found = kernel_mutants(kernel)
     assert len({m.name for m in found}) == len(found) >= 30
     assert kernel in {m.function for m in found}
+
+
+@pytest.mark.parametrize("kernel", cuda_kernels())
+def test_every_file_of_cuda_kernels_has_enough_mutants(kernel: str) -> None:
+    found = cuda_mutants(kernel)
+    assert len({m.name for m in found}) == len(found) >= 30
+    assert f"cuda/{kernel}" in {m.module for m in found}
+
+
+def test_a_cuda_kernel_brings_the_device_code_that_it_calls() -> None:
+    origins = {(m.module, m.function) for m in cuda_mutants("xsa.cu")}
+    assert {("cuda/device.cuh", "group_sum"), ("xsa.h", "xsa_norm")} <= origins
+    assert ("cuda/partials.cuh", "sum_rows_kernel") not in origins
 
 
 def test_a_kernel_brings_the_functions_that_it_calls() -> None:
@@ -44,6 +58,7 @@ def test_a_kernel_brings_the_functions_that_it_calls() -> None:
 def test_listed_survivors_are_mutants_and_have_reasons() -> None:
     listed = json.loads((ROOT / "tests" / "mutation" / "survivors.json").read_text())
     for kernel, survivors in listed.items():
-        names = {m.name for m in kernel_mutants(kernel)}
+        found = cuda_mutants(kernel) if kernel.endswith(".cu") else kernel_mutants(kernel)
+        names = {m.name for m in found}
         assert survivors.keys() <= names
         assert all(len(reason.split()) > 3 for reason in survivors.values())

@@ -16,7 +16,7 @@ __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace simt {
 namespace {
 
-constexpr int kPoison = 0xFF;
+constexpr unsigned char kPoison = 0xFF;
 
 __thread bool in_kernel = false;
 __thread Machine* this_machine = nullptr;
@@ -118,7 +118,7 @@ void Machine::prepare(const cudaLaunchConfig_t& config, unsigned seed) {
     std::reverse(warp_order_.begin(), warp_order_.end());
     std::reverse(lane_order_.begin(), lane_order_.end());
   }
-  dynamic_shared_.resize((config.dynamicSmemBytes + sizeof(float4) - 1) / sizeof(float4));
+  dynamic_shared_.resize(config.dynamicSmemBytes);
 }
 
 void Machine::order_threads(uint64_t block) {
@@ -136,8 +136,7 @@ void Machine::run_block(uint64_t block) {
               static_cast<unsigned>(block / gridDim.x / gridDim.y)};
   if (seed_ > 1) order_threads(block);
   std::memset(simt_shared_begin, kPoison, simt_shared_end - simt_shared_begin);
-  std::memset(static_cast<void*>(dynamic_shared_.data()), kPoison,
-              dynamic_shared_.size() * sizeof(float4));
+  std::fill(dynamic_shared_.begin(), dynamic_shared_.end(), kPoison);
   unsigned left = blockDim.x * blockDim.y * blockDim.z;
   for (Warp& warp : warps_) {
     const unsigned lanes = std::min<unsigned>(left, kWarp);

@@ -95,7 +95,7 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
   std::array<int, kWarp> lane_order_;
-  std::vector<float4> dynamic_shared_;
+  std::vector<unsigned char> dynamic_shared_;  // operator new aligns it to 16 bytes
 
   // The thread that runs, and what it did wrong.
   Warp* warp_ = nullptr;
