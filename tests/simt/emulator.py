@@ -41,9 +41,10 @@ def compiler() -> tuple[str, ...]:
     Raises:
         Missing: there is none, or it could not build a module for this Python.
     """
-    command = tuple(shlex.split(os.environ.get("CXX", ""))) or ("g++",)
-    if not shutil.which(command[0]):
-        raise Missing(f"no C++ compiler {command[0]} on PATH (apt-get install g++)")
+    found = [name for name in ("g++", "c++") if shutil.which(name)]
+    command = tuple(shlex.split(os.environ.get("CXX", ""))) or tuple(found[:1])
+    if not command or not shutil.which(command[0]):
+        raise Missing("no C++ compiler on PATH (apt-get install g++, or set CXX)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise Missing("no Python.h (apt-get install python3-dev)")
     return command
@@ -231,3 +232,7 @@ def _write_if_changed(path: Path, text: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(emulated_module())
