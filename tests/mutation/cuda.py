@@ -27,22 +27,30 @@ def cuda_kernels() -> list[str]:
 
 def cuda_mutants(kernel: str) -> list[Mutant]:
     """Every mutant of a file of csrc/cuda and of the device code that it calls."""
-    files = _included(Path("cuda") / kernel, {})
-    defined: dict[str, set[str]] = {}  # function -> the names in its body
+    own = Path("cuda") / kernel
+    files = _included(own, {})
+    bodies: dict[str, list[tuple[Path, set[str]]]] = {}  # function -> where, the names in its body
     reached, todo = set(), []
-    for source in files.values():
+    for path, source in files.items():
         words = tokens(source)
         for function in functions(words):
             body = {w.text for w in words[function.begin : function.end] if w.kind == "word"}
-            defined.setdefault(function.name, set()).update(body)
+            bodies.setdefault(function.name, []).append((path, body))
             if function.is_kernel:
                 todo.append(function.name)
     while todo:
         name = todo.pop()
-        if name not in reached:
-            reached.add(name)
-            todo += defined[name] & defined.keys()
-    return [m for path, source in files.items() for m in mutants(str(path), source, reached)]
+        # Which of several functions of a name is called is only clear in the kernel's own file.
+        for path, body in bodies[name]:
+            clear = len(bodies[name]) == 1 or path == own
+            if clear and (path, name) not in reached:
+                reached.add((path, name))
+                todo += body & bodies.keys()
+    return [
+        mutant
+        for path, source in files.items()
+        for mutant in mutants(str(path), source, {n for p, n in reached if p == path})
+    ]
 
 
 def use_emulator() -> None:
@@ -64,20 +72,41 @@ def put_module_in_place(mutant: Mutant, kernel: str, build: Build, folder: str) 
         SyntaxError: the compiler refuses it.
     """
     changed = Path(tempfile.mkdtemp(dir=folder))
-    file = changed / mutant.module
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(mutant.source, encoding="utf-8")
-    original = CSRC / "cuda" / kernel
-    source = file if file.name == kernel else original
-    objects = {**build.objects, original: changed / "kernel.o"}
-    _compile(build, source, changed, objects[original])
+    target = _compiled(mutant.module, mutant.source, kernel, build, changed)
+    # Code that this kernel never calls is compiled away: what is the same program is no mutant.
+    name = f"{kernel}-{mutant.module}".replace("/", "-")
+    known = Path(folder) / name
+    if not known.exists():
+        unchanged = (CSRC / mutant.module).read_text(encoding="utf-8")
+        # (In a folder whose name is as long, since the object holds the names of its sources.)
+        beside = Path(tempfile.mkdtemp(dir=folder))
+        half = beside / "half"
+        half.write_bytes(
+            _without_path(_compiled(mutant.module, unchanged, kernel, build, beside), beside)
+        )
+        half.replace(known)
+    if known.read_bytes() == _without_path(target, changed):
+        raise SyntaxError("the same program")
+    objects = {**build.objects, CSRC / "cuda" / kernel: target}
     library = changed / "_C.so"
     _run(build.link_command(list(objects.values()), library))
     os.environ[VARIABLE] = str(library)
 
 
-def _compile(build: Build, source: Path, first: Path, target: Path) -> None:
-    _run([*build.compile_command(source, [first]), "-c", str(source), "-o", str(target)])
+def _compiled(module: str, source: str, kernel: str, build: Build, folder: Path) -> Path:
+    """The object of a kernel's file, for which one source of csrc is this one."""
+    file = folder / module
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source, encoding="utf-8")
+    compiled = file if file.name == kernel else CSRC / "cuda" / kernel
+    target = folder / "kernel.o"
+    _run([*build.compile_command(compiled, [folder]), "-c", str(compiled), "-o", str(target)])
+    return target
+
+
+def _without_path(target: Path, folder: Path) -> bytes:
+    name = str(folder).encode()
+    return target.read_bytes().replace(name, b"." * len(name))
 
 
 def _run(command: list[str]) -> None:
