@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.fields import resolve_layers
-from pgolf.model.layers import BigramHash, Block, SmearGate, Table, ValueEmbedding
+from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.registry import OPERATORS
-from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -98,26 +98,34 @@ class GPT(nn.Module):
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""
         c = self.config
-        x = x0 = self.embed(ids)
+        x0 = self.embed(ids)
         rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
-        value = self.ve_shared(ids, x.dtype) if self.ve_index else None
+        value = self.ve_shared(ids, x0.dtype) if self.ve_index else None
         skips: list[Tensor] = []
         middle = None
+        stream = Stream(x0)
         for i, block in enumerate(self.blocks):
+            skip = None
+            if self.encoder and i == self.encoder:  # the first skip is the state itself
+                stream = stream.added()
+                skips.append(stream.x)
             if i >= self.encoder and skips:
-                weight = self.skip_weights[i - self.encoder]
-                x = x + weight.to(x.dtype) * skips.pop()
+                skip = skips.pop(), self.skip_weights[i - self.encoder]
             v = None
             if i in self.ve_index:
-                v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x.dtype)
-            x = block(x, x0, rope, v, self.backend)
-            if i < self.encoder:
-                skips.append(x)
-            if i == c.layers // 2:
-                middle = x
-        if self.backout is not None:
-            x = x - self.backout.to(x.dtype) * middle
-        return rms_norm(x, c.norm_eps, "reference")
+                v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x0.dtype)
+            before, stream = block(stream, skip, x0, rope, v, self.backend)
+            if 0 < i < self.encoder:
+                skips.append(before)
+            if self.backout is not None and i == c.layers // 2:
+                stream = stream.added()
+                middle = stream.x
+        x, branch, scale = stream
+        return residual_norm(
+            x, branch=branch, branch_scale=scale, skip=middle,
+            skip_weight=None if middle is None else -self.backout.expand(c.dim),
+            eps=c.norm_eps, impl=self.ops["residual_norm"],
+        )[1]  # fmt: skip
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (.., V) in fp32 of features x (.., D)."""

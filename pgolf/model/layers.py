@@ -5,6 +5,7 @@ load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,13 +132,30 @@ class MLP(nn.Module):
         return leaky_relu2_mlp(h, w_up, w_down, self.slope, impl=self.impl)
 
 
+class Stream(NamedTuple):
+    """The residual state x + scale * branch: who takes it adds it up as the first thing it does."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    scale: Tensor | None = None  # (D,)
+
+    def added(self) -> "Stream":
+        """The same in one tensor."""
+        if self.branch is None:
+            return self
+        return Stream(self.x + self.scale.to(self.x.dtype) * self.branch)
+
+
 class Block(nn.Module):
     """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x))."""
 
     def __init__(self, config: ModelConfig, layer: int, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
-        self.eps = config.norm_eps
-        self.norm_scale = (layer + 1) ** -0.5 if config.layer_scale else 1.0
+        self.norm = {
+            "scale": (layer + 1) ** -0.5 if config.layer_scale else 1.0,
+            "eps": config.norm_eps,
+            "impl": ops["residual_norm"],
+        }
         self.attn = Attention(config, exclusive, ops)
         self.mlp = MLP(config, ops)
         self.attn_scale = nn.Parameter(torch.empty(config.dim))
@@ -148,14 +166,25 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None, backend: str
-    ) -> Tensor:
+        self,
+        stream: Stream,
+        skip: tuple[Tensor, Tensor] | None,
+        x0: Tensor,
+        rope: tuple[Tensor, Tensor],
+        value: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Stream]:
+        """The input added up, skip (tensor, weight) included, and the state after this block."""
+        x, branch, scale = stream
         weights = cast_all([*self.attn.matrices(), *self.mlp.matrices()], x.dtype)
-        norm = {"scale": self.norm_scale, "eps": self.eps, "impl": "reference"}
-        x, h = residual_norm(x, x0=x0, mix=self.resid_mix, **norm)
+        skipped, weight = skip or (None, None)
+        total, x, h = residual_norm(
+            x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
+            x0=x0, mix=self.resid_mix, keep_total=True, **self.norm,
+        )  # fmt: skip
         branch = self.attn(h, weights[:-2], rope, value, backend)
-        x, h = residual_norm(x, branch=branch, branch_scale=self.attn_scale, **norm)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(h, weights[-2:])
+        x, h = residual_norm(x, branch=branch, branch_scale=self.attn_scale, **self.norm)
+        return total, Stream(x, self.mlp(h, weights[-2:]), self.mlp_scale)
 
 
 class Table(nn.Module):

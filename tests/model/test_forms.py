@@ -47,12 +47,12 @@ def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("impl", "dtype"),
-    [("cpu", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)],
+    [("cpu", torch.float64), ("cpu", torch.float32), ("triton", torch.float32), ("cuda", torch.float32)],
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> None:
     config = small(SEEDS[seed])
-    if impl == "triton":  # the interpreter takes its time
+    if impl != "cpu":  # interpreter and emulator take their time
         config = small(SEEDS[seed], layers=2, ve_layers="0", xsa_layers="all")
     model = randomised(config, dtype)
     loss, gradients = loss_and_gradients(model)
@@ -101,8 +101,9 @@ def test_training_on_our_operators_is_training_on_the_reference() -> None:
     plain, ours = trained(model, 32), trained(twin, 32)
     assert plain[-1] < 0.8 * plain[0], "it learns"
     for step, (a, b) in enumerate(zip(plain, ours, strict=True)):
-        # codes may flip where a weight lies on a tie, so the second half is looser
-        assert abs(a - b) <= (1e-5 if step < 16 else 1e-2) * abs(a), step
+        # codes may flip where a weight lies on a tie, so the second half is looser; a small loss is
+        # the difference of numbers of about 1
+        assert abs(a - b) <= (1e-5 if step < 16 else 1e-2) * (abs(a) + 0.1), step
 
 
 def test_one_graph_whatever_the_switch_with_our_operators() -> None:
