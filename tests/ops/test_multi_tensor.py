@@ -1,0 +1,76 @@
+"""grad_norm, muon_momentum, param_update: addresses that fit no vector, and what is refused."""
+
+import pytest
+import torch
+
+from pgolf.ops import grad_norm, muon_momentum, param_update
+from pgolf.ops.multi_tensor import COLUMNS, adamw_row, scalars_row
+from pgolf.ops.registry import OPERATORS
+
+from .cases import implementations
+
+KERNELS = implementations(OPERATORS["param_update"])
+NORM = torch.tensor(1.0)
+
+
+def shifted(count: int, seed: int) -> torch.Tensor:
+    """Numbers whose address is a multiple of 4 bytes and not of 16."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count + 1, generator=g)[1:]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_addresses_that_are_not_aligned(impl: str) -> None:
+    rows = torch.tensor([adamw_row(1, 0.1, (0.9, 0.95), 1e-8, average_rate=0.5)])
+    results = []
+    for which in (impl, "reference"):
+        p, g, m, v, a = (shifted(37, i) for i in range(5))
+        v.abs_()
+        param_update([p], [g], [m], [v], NORM, rows, [0], [a], impl=which)
+        buffer, matrix = shifted(32, 6).view(4, 8), shifted(32, 7).view(4, 8)
+        row = torch.tensor(scalars_row(momentum=0.9))
+        (x,) = muon_momentum([matrix], [buffer], NORM, row, dtype=torch.float32, impl=which)
+        results.append([p, m, v, a, buffer, x, grad_norm([g, matrix], impl=which)[0]])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+def test_elements_that_are_not_finite_are_counted(impl: str) -> None:
+    grads = [torch.zeros(5000), torch.zeros(3, 3), torch.ones(7, dtype=torch.bfloat16)]
+    grads[0][[1, 4999]], grads[1][2, 2] = float("inf"), float("nan")
+    norm, bad = grad_norm(grads, impl)
+    assert bad.item() == 3 and norm.isnan()
+    norm, bad = grad_norm(grads[2:], impl)
+    assert bad.item() == 0 and norm.item() == pytest.approx(7**0.5)
+
+
+def update(**changes: object) -> None:
+    t = torch.ones(4)
+    arguments = dict(
+        params=[t], sources=[t], exp_avgs=[t], exp_avg_sqs=[t], norm=NORM,
+        scalars=torch.zeros(1, len(COLUMNS)), groups=[0],
+    )  # fmt: skip
+    param_update(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"params": []}, "params is empty"),
+        ({"sources": [torch.ones(5)]}, "have to be alike"),
+        ({"groups": [1]}, "groups is"),
+        ({"scalars": torch.zeros(1, 3)}, "scalars is"),
+        ({"norm": torch.ones(1)}, "norm is"),
+        ({"exp_avgs": [], "exp_avg_sqs": []}, "it is Muon's"),
+        ({"exp_avg_sqs": [torch.ones(4).bfloat16()]}, "exp_avg_sqs"),
+        ({"averages": [torch.ones(4).bfloat16()]}, "averages"),
+        ({"copies": [torch.ones(4)], "copy_of": [0]}, "copies"),
+        ({"copies": [torch.ones(4).bfloat16()], "copy_of": [2]}, "copy_of"),
+        ({"params": [torch.ones(8)[::2]]}, "contiguous"),
+        ({"sources": [torch.ones(4).double()]}, "float32 or bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        update(**changes)
