@@ -409,8 +409,9 @@ OPERATOR = register(
             "cuda": in_cuda(*NEEDED, **launchers(run_cuda)),
         },
         preferred={
-            "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("cuda", "one launch for all matrices")],
+            "cpu": [("cpu", "C++, one pass where eager makes several (python -m bench ops)")],
+            "cpu compiled": [("reference", "torch.compile fuses it, as it does fake_quant")],
+            "cuda": [("cuda", "one launch for all matrices, each read and written once")],
         },
         samples=samples,
         cost=cost,
