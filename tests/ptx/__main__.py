@@ -24,12 +24,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("family", choices=FAMILIES, help="whose PTX")
     parser.add_argument("--quick", action="store_true", help="not every sample of every operator")
     parser.add_argument("--only", metavar="TEXT", default="", help="checks with this in their name")
+    parser.add_argument(
+        "--mutants", type=int, metavar="N", default=0,
+        help="run N mutants of each class of each kernel instead",
+    )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
     args = parser.parse_args(argv)
     try:
         checks = load(args.family, args.quick)
     except Missing as e:
         print(f"python -m tests.ptx {args.family}: {e}", file=sys.stderr)
         return 2
+    if args.mutants:
+        from .prove import prove
+
+        complaints = prove(args.family, checks, args.mutants, args.only, args.verbose)
+        print(*(f"FAILED {complaint}" for complaint in complaints), sep="\n")
+        return 1 if complaints else 0
     failed = 0
     for name, check in checks.items():
         if args.only not in name:

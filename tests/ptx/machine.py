@@ -156,6 +156,7 @@ class Warp:
                 active = lanes & self.predicate(instruction.guard)
                 if not active.any():
                     continue
+            self.program.kernel.executed.add(self.at)
             first = instruction.parts[0]
             if first == "bra":
                 self._arrive(instruction.target, active)

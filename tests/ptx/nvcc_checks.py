@@ -5,7 +5,6 @@ test of accuracy that all implementations have to pass: a new one needs nothing 
 """
 
 import functools
-import re
 import struct
 import subprocess
 import tempfile
@@ -20,8 +19,9 @@ from pgolf.ops.registry import OPERATORS, Operator, Sample
 from .faults import Missing, Race
 from .machine import launch
 from .memory import GlobalMemory
+from .mutator import mutants
 from .nvcc_launch import Runner, why_not
-from .parser import Module
+from .parser import Kernel, Module
 
 FOLDER = tempfile.TemporaryDirectory()  # as long as the process lives
 
@@ -59,53 +59,53 @@ def check_pack_bits() -> None:
 
 
 @functools.cache
-def block_sum_ptx() -> str:
+def block_sum() -> Kernel:
     source = Path(__file__).with_name("block_sum.cu")
     path = Path(FOLDER.name) / "block_sum.ptx"
     subprocess.run(["nvcc", "-arch=sm_90", "-ptx", source, "-o", path], check=True)
-    return path.read_text()
+    return Module(path.read_text()).kernel("block_sum")
 
 
-def block_sums(ptx: str, columns: int, shared: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the kernel computes, what it should) for three rows."""
+def check_block_sums(kernel: Kernel, seed: int = 0) -> None:
+    """Sums of three rows, for which a thread adds up what others have copied."""
+    columns = 300
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     sums, memory = torch.full((3,), torch.nan), GlobalMemory()
     memory.add(x)
     memory.add(sums)
     rows = struct.pack("<Qif", x.data_ptr(), columns, 0.5)
     arguments = [rows, struct.pack("<Q", sums.data_ptr())]
-    launch(Module(ptx).kernel("block_sum"), (3,), (128,), arguments, memory, shared, seed)
-    return sums, 0.5 * x.double().sum(1)
+    kernel = runner().taken(kernel)
+    launch(kernel, (3,), (128,), arguments, memory, 4 * columns, seed, runner().limit)
+    torch.testing.assert_close(sums.double(), 0.5 * x.double().sum(1), rtol=1e-6, atol=1e-6)
 
 
 def check_a_block_reduction() -> None:
     """Structs as parameters, shared memory of both kinds, and the barriers between its uses."""
-    ptx = block_sum_ptx()
     for seed in range(2):
-        got, exact = block_sums(ptx, 300, 1200, seed)
-        torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
-    barriers = [match.span() for match in re.finditer(r"bar\.sync\s+0;", ptx)]
-    assert len(barriers) == 2
-    for start, end in barriers:
+        check_block_sums(block_sum(), seed)
+    without = [m for m in mutants(block_sum(), "block_sum") if m.kind == "barrier"]
+    assert len(without) == 2
+    for mutant in without:
         try:
-            block_sums(ptx[:start] + ptx[end:], 300, 1200, seed=0)
+            check_block_sums(mutant.kernel)
         except Race:
             continue
-        raise AssertionError(f"the barrier at {start} is not missed")
+        raise AssertionError(f"passes: {mutant.name}")
 
 
-def division_of(kernels: str) -> Callable[[], None]:
-    """Every kernel with this in its name divides, and with correct rounding only."""
+def check_division() -> None:
+    """No division or reciprocal of any CUDA kernel is less than correctly rounded.
 
-    def check() -> None:
-        found = [name for name in runner().emitted.names() if kernels in name]
-        assert found, f"no kernel is called {kernels}"
-        texts = [str([i.text for i in runner().emitted.kernel(n).instructions]) for n in found]
-        for name, text in zip(found, texts, strict=True):
-            assert "div.rn.f32" in text, name
-            assert not re.search(r"div\.(full|approx)|rcp\.approx", text), name
-
-    return check
+    The quantiser's codes depend on it to the last bit.
+    """
+    emitted, divided = runner().emitted, set()
+    for name in emitted.names():
+        opcodes = {i.opcode for i in emitted.kernel(name).instructions}
+        divisions = {o for o in opcodes if o.startswith(("div.", "rcp.")) and "f32" in o}
+        assert divisions <= {"div.rn.f32", "rcp.rn.f32"}, f"{name}: {divisions}"
+        divided |= divisions
+    assert "div.rn.f32" in divided
 
 
 def checks(quick: bool) -> dict[str, Callable[[], None]]:
@@ -117,7 +117,11 @@ def checks(quick: bool) -> dict[str, Callable[[], None]]:
     if why := why_not():
         raise Missing(why)
     runner()
-    found = {"pack_bits": check_pack_bits, "block reduction": check_a_block_reduction}
+    found = {
+        "pack_bits": check_pack_bits,
+        "block reduction": check_a_block_reduction,
+        "division": check_division,
+    }
     for operator in OPERATORS.values():
         if "cuda" not in operator.implementations:
             continue

@@ -85,8 +85,9 @@ class Runner:
     Attributes:
         module: the linked one.
         emitted: its PTX.
-        ran: names of the kernels that were launched, in order.
+        ran: the kernels that were launched, in order, as nvcc emitted them.
         change: what is run in place of a kernel, for mutants.
+        limit: of instructions a warp.
     """
 
     def __init__(self, folder: Path):
@@ -94,9 +95,9 @@ class Runner:
         path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         _link(objects, path)
         self.emitted = Emitted([o for o in objects if o.name.endswith(".cu.o")])
-        self.ran: list[str] = []
+        self.ran: list[Kernel] = []
         self.change: Callable[[Kernel], Kernel] = lambda kernel: kernel
-        self.seed, self.limit = 0, 1_000_000
+        self.limit = 1_000_000
         self._memory = GlobalMemory()
         self._fault: Exception | None = None
         self._hook = _HOOK(self._launched)  # kept, or ctypes would free it
@@ -133,17 +134,21 @@ class Runner:
         finally:
             self._memory = GlobalMemory()
 
+    def taken(self, kernel: Kernel) -> Kernel:
+        """What is run for a kernel that is launched."""
+        self.ran.append(kernel)
+        return self.change(kernel)
+
     def _launched(self, name: bytes, sizes: Any, shared: int, arguments: Any) -> int:
         """1 if it failed; an exception cannot pass through C++."""
         try:
-            kernel = self.change(self.emitted.kernel(name.decode()))
-            self.ran.append(kernel.name)
+            kernel = self.taken(self.emitted.kernel(name.decode()))
             packed = [
                 ctypes.string_at(arguments[i], array.size)
                 for i, array in enumerate(kernel.parameters.values())
             ]
             run_kernel(
-                kernel, sizes[:3], sizes[3:6], packed, self._memory, shared, self.seed, self.limit
+                kernel, sizes[:3], sizes[3:6], packed, self._memory, shared, limit=self.limit
             )
         except Exception as e:
             self._fault = e

@@ -83,6 +83,7 @@ class Kernel:
     shared: dict[str, Array]  # a size of 0: as much as the launch gives
     registers: dict[str, str] = field(default_factory=dict)  # name -> type
     instructions: list[Instruction] = field(default_factory=list)
+    executed: set[int] = field(default_factory=set)  # which of them, in any run
 
 
 class Module:

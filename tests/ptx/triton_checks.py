@@ -7,6 +7,7 @@ two groups of four warps.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from pgolf.ops.registry import OPERATORS
 from pgolf.triton_kernels import fake_quant, leaky_relu2_mlp, newton_schulz, xsa
 from pgolf.triton_kernels.launch import configs
 
-from .triton_launch import through_ptx
+from .mutator import with_opcode
+from .parser import Kernel
+from .triton_launch import SETTINGS, through_ptx
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ONE = [(3.0, -4.0, 2.0)]  # an iteration of Newton-Schulz
@@ -90,17 +93,27 @@ def check_fake_quant(dtype: torch.dtype, multiple: int = 1) -> None:
         assert torch.equal(dw[:-1], gradient[:-1])
 
 
+def with_division(kernel: Kernel, opcode: str) -> Kernel:
+    """The kernel with another division of float32."""
+    changed = [
+        with_opcode(i, opcode) if i.opcode == "div.rn.f32" else i for i in kernel.instructions
+    ]
+    return dataclasses.replace(kernel, instructions=changed)
+
+
 def check_division_of_the_quantiser() -> None:
     """The text says div.rn, and another division would be noticed."""
-    with through_ptx() as texts:
+    with through_ptx() as kernels:
         check_fake_quant(FP32)
         check_fake_quant(BF16, multiple=4)
-    for ptx in texts:
-        assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx
+    for kernel in kernels:
+        divisions = {i.opcode for i in kernel.instructions if i.parts[0] in ("div", "rcp")}
+        assert divisions == {"div.rn.f32"}, f"{kernel.name}: {divisions}"
     for other in ("div.full.f32", "div.approx.f32"):
-        with through_ptx(change=lambda ptx, o=other: ptx.replace("div.rn.f32", o)):
+        with mock.patch.object(SETTINGS, "change", lambda k, o=other: with_division(k, o)):
             try:
-                check_fake_quant(FP32)
+                with through_ptx():
+                    check_fake_quant(FP32)
             except AssertionError:
                 continue
         raise AssertionError(f"{other} passes the check of the quantiser")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,35 +24,45 @@ PACKED = {"u64": "<Q", "u32": "<I", "s32": "<i", "f32": "<f", "f64": "<d", "s64"
 PACKED |= {"b64": "<Q", "b32": "<I"}
 
 
+@dataclass
+class Settings:
+    """How kernels are run."""
+
+    seed: int = 0
+    limit: int = 1_000_000  # instructions a warp
+    change: Callable[[Kernel], Kernel] = lambda kernel: kernel  # what is run in a kernel's place
+
+
+SETTINGS = Settings()  # those of `through_ptx`
+
+
 @contextlib.contextmanager
-def through_ptx(
-    seed: int = 0, change: Callable[[str], str] = lambda ptx: ptx, limit: int = 1_000_000
-) -> Iterator[list[str]]:
-    """Inside, launches compute by their PTX, which `change` may alter; a list of those PTX texts.
+def through_ptx() -> Iterator[list[Kernel]]:
+    """Inside, launches compute by their PTX; a list of the kernels, as Triton emitted them.
 
     Raises, at the launch:
         Fault: see machine.launch.
         Unsupported: PTX that the interpreter does not know.
     """
-    texts: list[str] = []
+    kernels: list[Kernel] = []
 
     def handle(launch: Launch) -> None:
         compiled = compile_launch(launch)
-        ptx = compiled.asm["ptx"]
-        texts.append(ptx)
-        kernel = _kernel(change(ptx))
+        kernel = _kernel(compiled.asm["ptx"])
+        kernels.append(kernel)
         memory = GlobalMemory()
         arguments = list(_arguments(launch, compiled.src.signature))
         for argument, _ in arguments:
             if isinstance(argument, Tensor):
                 memory.add(argument)
         run_kernel(
-            kernel, launch.grid, (32 * compiled.metadata.num_warps,), _packed(kernel, arguments),
-            memory, compiled.metadata.shared, seed, limit,
+            SETTINGS.change(kernel), launch.grid, (32 * compiled.metadata.num_warps,),
+            _packed(kernel, arguments), memory, compiled.metadata.shared, SETTINGS.seed,
+            SETTINGS.limit,
         )  # fmt: skip
 
     with intercepted(handle):
-        yield texts
+        yield kernels
 
 
 @functools.lru_cache(maxsize=64)
