@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
     args = parser.parse_args(argv)
     try:
-        checks = load(args.family, args.quick)
+        checks = load(args.family, args.quick and not args.mutants)
     except Missing as e:
         print(f"python -m tests.ptx {args.family}: {e}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Small wrong changes to PTX kernels: whoever runs the checks on them learns what they miss.
 
-Only instructions that some run has executed are changed. Names of mutants are without the numbers
-of registers, so that they outlast most changes of a kernel.
+Only instructions are changed that some run has executed, and whose result another of them takes.
+Names of mutants are without the numbers of registers: they outlast most changes of a kernel.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .parser import SIZES, Immediate, Instruction, Kernel, Register, Vector
+from .parser import SIZES, Address, Immediate, Instruction, Kernel, Register, Vector
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,18 @@ class Mutant:
     name: str  # kernel: class: 'the instruction as it was => as it is'
 
 
-def mutants(kernel: Kernel, label: str) -> list[Mutant]:
-    """Every mutant of what was executed of a kernel, in the order of its text."""
+def mutants(kernel: Kernel, label: str, choices: tuple[str, ...] = ()) -> list[Mutant]:
+    """Every mutant of what was executed of a kernel, in the order of its text.
+
+    Comparisons that begin with one of `choices` are left alone, and branches on their results.
+    """
+    left_alone = {
+        i.operands[0].name for i in kernel.instructions if i.opcode.startswith(choices or ("?",))
+    }
     result: dict[str, Mutant] = {}
-    for at, instruction in enumerate(kernel.instructions):
-        if at not in kernel.executed:
+    for at in live(kernel):
+        instruction = kernel.instructions[at]
+        if left_alone & set(_registers((*instruction.operands[:1], instruction.guard))):
             continue
         for kind, changed in _changes(instruction):
             new = list(kernel.instructions)
@@ -36,6 +43,37 @@ def mutants(kernel: Kernel, label: str) -> list[Mutant]:
                 name += "+"
             result[name] = Mutant(kernel, dataclasses.replace(kernel, instructions=new), kind, name)
     return list(result.values())
+
+
+NO_RESULT = ("st", "bra", "ret", "exit", "bar", "barrier", "fence", "cp", "wgmma", "stmatrix")
+
+
+def live(kernel: Kernel) -> list[int]:
+    """Instructions that were executed, and whose results reach one that has an effect."""
+    needed: set[str] = set()
+    found: set[int] = set()
+    while True:
+        before = len(needed), len(found)
+        for at in sorted(kernel.executed, reverse=True):
+            instruction = kernel.instructions[at]
+            results, sources = instruction.operands[:1], instruction.operands[1:]
+            if instruction.parts[0] in NO_RESULT:
+                results, sources = (), instruction.operands
+            if not results or needed & set(_registers(results)):
+                found.add(at)
+                needed.update(_registers((*sources, instruction.guard)))
+        if before == (len(needed), len(found)):
+            return sorted(found)
+
+
+def _registers(operands: tuple) -> Iterator[str]:
+    for operand in operands:
+        if isinstance(operand, Register):
+            yield operand.name
+        elif isinstance(operand, Vector):
+            yield from _registers(operand.items)
+        elif isinstance(operand, Address):
+            yield from _registers((operand.base,))
 
 
 def with_opcode(instruction: Instruction, opcode: str) -> Instruction:

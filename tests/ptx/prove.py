@@ -26,6 +26,9 @@ class Family:
 
     # Check -> part of the names of those kernels in it that are changed.
     subjects: Mapping[str, str]
+    # The beginning of instructions that only choose between two ways to the same result: they are
+    # left alone, and so are the branches on what they set.
+    choices: tuple[str, ...] = ()
 
     def run(self, check: Callable[[], None]) -> list[Kernel]:
         """Run a check; the kernels that it launched."""
@@ -42,10 +45,8 @@ class Family:
 
 class Triton(Family):
     subjects = {
-        "xsa bf16": "xsa",
+        "xsa fp32": "xsa",
         "fake_quant bf16": "fake_quant",
-        "newton_schulz norms and scale bf16": "newton_schulz",
-        "newton_schulz product bf16": "product",
         "leaky_relu2_mlp bf16": "leaky_relu2",
         "leaky_relu2_mlp bf16, two warpgroups": "leaky_relu2",
     }
@@ -72,11 +73,10 @@ class Triton(Family):
 
 
 class Nvcc(Family):
+    choices = ("setp.eq.s64", "setp.ne.s64")  # whether 64 bits are divided as 32 (device.cuh)
     subjects = {
-        "block reduction": "block_sum",
-        "xsa 1x33 4/4 32 torch.bfloat16": "xsa",
-        "qk_rope 2x7 8/4 64 r16 value torch.float32": "qk_rope",
-        "embed_smear 2x70 of 5x64 torch.float32": "smear",
+        "block sums": "block_sum",
+        "xsa 2x7 8/4 64 torch.bfloat16": "xsa",
     }
 
     def run(self, check: Callable[[], None]) -> list[Kernel]:
@@ -147,7 +147,7 @@ def _outcomes(
     seconds = time.process_time() - start
     chosen = []
     for number, kernel in enumerate(kernels.values(), 1):
-        chosen += _chosen(mutants(kernel, f"{label} #{number}"), count)
+        chosen += _chosen(mutants(kernel, f"{label} #{number}", family.choices), count)
     limit = max(10.0, 10 * seconds)
     for outcome in run(chosen, lambda m: family.put_in_place(m, STEPS), [check], limit):
         yield outcome.mutant, outcome.why

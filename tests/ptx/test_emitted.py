@@ -48,3 +48,17 @@ def test_what_nvcc_emits() -> None:
 def test_all_that_nvcc_emits() -> None:
     failed, count = failures("nvcc")
     assert not failed and count >= 26
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "count"), [("triton", 4), ("nvcc", 5)])
+def test_changed_kernels_are_noticed(family: str, count: int) -> None:
+    """90 % of the mutants; the others are listed, each with the reason."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ptx", family, "--mutants", str(count)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    if run.returncode == 2 and "python -m tests.ptx" in run.stderr:
+        pytest.skip(run.stderr.strip())
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -22,6 +22,7 @@ from .parser import Kernel
 from .triton_launch import SETTINGS, through_ptx
 
 BF16, FP32 = torch.bfloat16, torch.float32
+COLUMNS = 530  # two blocks of the quantiser's backward
 ONE = [(3.0, -4.0, 2.0)]  # an iteration of Newton-Schulz
 
 
@@ -54,8 +55,8 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def check_xsa(dtype: torch.dtype, d: int) -> None:
-    dz, y = (random(1, 4, 5, d, dtype=dtype, seed=s).transpose(1, 2) for s in (1, 2))
-    v = random(1, 5, 8, d, dtype=dtype, seed=3)[:, :, 6:]
+    dz, y = (random(2, 4, 9, d, dtype=dtype, seed=s).transpose(1, 2) for s in (1, 2))
+    v = random(2, 9, 8, d, dtype=dtype, seed=3)[:, :, 6:]
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:
         upstream, *leaves = (t.detach().requires_grad_() for t in inputs)
@@ -77,7 +78,7 @@ def ties(columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_fake_quant(dtype: torch.dtype, multiple: int = 1) -> None:
-    w = torch.cat([ties(70, dtype), random(3, 70, dtype=dtype, seed=4)])
+    w = torch.cat([ties(COLUMNS, dtype), random(3, COLUMNS, dtype=dtype, seed=4)])
     w[-1, 5] = float("nan")
     clip, on = torch.ones(7), torch.tensor(1.0)
     for bits in (torch.tensor(6.0), torch.tensor(4.0)):
@@ -85,7 +86,7 @@ def check_fake_quant(dtype: torch.dtype, multiple: int = 1) -> None:
         value, scale = fake_quant.fake_quant(*arguments)
         wanted = OPERATORS["fake_quant"].reference(*arguments)
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
-        dout = random(7, 70, dtype=dtype, seed=5)
+        dout = random(7, COLUMNS, dtype=dtype, seed=5)
         dw = fake_quant.fake_quant_backward(dout, w, scale, bits, on, multiple, False)
         leaf = w.clone().requires_grad_()
         clipped = OPERATORS["fake_quant"].reference(leaf, *arguments[1:], clip_mask=True)
