@@ -172,7 +172,7 @@ def division(warp, ins, lanes) -> None:
 # What is computed, and how many units in the last place the .approx form may be off, by the
 # maximum errors that the PTX manual states (rsqrt 2^-22.9, lg2 2^-22, ex2 2^-22.5 of the value).
 FUNCTIONS = {
-    "rcp": (lambda x: 1 / x, 1),
+    "rcp": (lambda x: x.dtype.type(1) / x, 1),
     "sqrt": (np.sqrt, 1),
     "rsqrt": (lambda x: 1 / np.sqrt(x), 2),
     "ex2": (np.exp2, 2),
@@ -183,16 +183,16 @@ FUNCTIONS = {
 
 @instruction("rcp sqrt rsqrt ex2 lg2 tanh", "rn approx ftz")
 def function(warp, ins, lanes) -> None:
-    """Of a float32: correct with .rn, which only rcp and sqrt have."""
+    """Of a float32: correct with .rn, which only rcp and sqrt have, also of a float64."""
     name = ins.parts[0]
     exact, ulps = FUNCTIONS[name]
     rounded = "rn" in ins.parts
-    if ins.types != ("f32",) or rounded and name not in ("rcp", "sqrt"):
+    known = ("f32", "f64") if rounded else ("f32",)
+    if ins.types[0] not in known or rounded and name not in ("rcp", "sqrt"):
         raise Unsupported(f"`{ins.text}`")
 
     def compute(x):
-        value = exact(x.astype(np.float64))
-        return value.astype(np.float32) if rounded else disturbed(value, ulps, x)
+        return exact(x) if rounded else disturbed(exact(x.astype(np.float64)), ulps, x)
 
     apply(warp, ins, lanes, compute)
 

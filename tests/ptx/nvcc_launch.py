@@ -46,7 +46,8 @@ def why_not() -> str:
     """Why nvcc's kernels cannot be run here; '' if they can."""
     if not (shutil.which("nvcc") and shutil.which("c++")):
         return "no nvcc and c++ on PATH"
-    if not list(OBJECTS.glob("cuda/*.cu.o")):
+    linked = _linked_objects()
+    if not all(path.exists() for path in linked) or not any(map(_is_cuda, linked)):
         return f"no CUDA objects in {OBJECTS}: python setup.py build_ext --inplace"
     return "" if find_cuobjdump() else "no cuobjdump: it comes with triton"
 
@@ -91,10 +92,10 @@ class Runner:
     """
 
     def __init__(self, folder: Path):
-        objects = [ROOT / name for name in _linked_objects()]
+        objects = _linked_objects()
         path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         _link(objects, path)
-        self.emitted = Emitted([o for o in objects if o.name.endswith(".cu.o")])
+        self.emitted = Emitted(list(filter(_is_cuda, objects)))
         self.ran: list[Kernel] = []
         self.change: Callable[[Kernel], Kernel] = lambda kernel: kernel
         self.limit = 1_000_000
@@ -156,11 +157,16 @@ class Runner:
         return 0
 
 
-def _linked_objects() -> list[str]:
-    """Of the module, relative to ROOT, as its ninja file names them."""
-    text = (OBJECTS / "build.ninja").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^build \S+/_C\.so: link (.*)$", text, re.M)
-    return line.split()
+def _linked_objects() -> list[Path]:
+    """Of the module, as its ninja file names them; none if it was not built here."""
+    ninja = OBJECTS / "build.ninja"
+    text = ninja.read_text(encoding="utf-8") if ninja.exists() else ""
+    lines = re.findall(r"^build \S+/_C\.so: link (.*)$", text, re.M)
+    return [ROOT / name for line in lines for name in line.split()]
+
+
+def _is_cuda(path: Path) -> bool:
+    return path.name.endswith(".cu.o")
 
 
 def _link(objects: list[Path], path: Path) -> None:

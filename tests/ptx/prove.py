@@ -48,7 +48,6 @@ class Triton(Family):
         "xsa fp32": "xsa",
         "fake_quant bf16": "fake_quant",
         "leaky_relu2_mlp bf16": "leaky_relu2",
-        "leaky_relu2_mlp bf16, two warpgroups": "leaky_relu2",
     }
 
     def run(self, check: Callable[[], None]) -> list[Kernel]:
