@@ -41,21 +41,82 @@ REQUIRED = {
 
 def hard_limits(name: str, row: Row) -> list[str]:
     """What is wrong with a compiled kernel, whatever the versions are; one line each."""
-    found = []
-    instructions, ptx = row["instructions"], row["ptx"]
-    spills = instructions.get("LDL", 0) + instructions.get("STL", 0)
-    if spills or row["local"]:
-        found.append(f"spills: {spills} local loads and stores, {row['local']} bytes a thread")
+    found = _spills(row)
     if row["shared"] > SHARED_LIMIT:
         found.append(f"{row['shared']} bytes of shared memory, a block has {SHARED_LIMIT}")
     required = REQUIRED.get(row["kernel"])
     if required is None:
         return [f"{name}: REQUIRED in bench/aot_checks.py does not name this kernel"]
     wanted = required.sass + (required.bf16 if row["dtype"] == "bf16" else ())
-    found += [f"no {opcode} in the SASS" for opcode in wanted if opcode not in instructions]
-    found += [f"no {opcode} in the PTX" for opcode in required.ptx if opcode not in ptx]
-    found += [f"{opcode} in the PTX" for opcode in required.never_ptx if opcode in ptx]
+    found += _lacking(wanted, row["instructions"], "SASS")
+    found += _lacking(required.ptx, row["ptx"], "PTX")
+    found += [f"{opcode} in the PTX" for opcode in required.never_ptx if opcode in row["ptx"]]
     return [f"{name}: {text}" for text in found]
+
+
+@dataclass(frozen=True)
+class RequiredCuda:
+    """What instances of a CUDA kernel are built around.
+
+    Attributes:
+        sass: instructions of all instances but scalar ones.
+        vector: place of the template's argument that says how many elements are moved at once; an
+            instance where it is 1 is scalar. None: no instance is.
+        ptx, never_ptx: of all instances.
+    """
+
+    sass: tuple[str, ...] = ()
+    vector: int | None = None
+    ptx: tuple[str, ...] = ()
+    never_ptx: tuple[str, ...] = ()
+
+
+def _rows(vector: int | None, *sass: str) -> RequiredCuda:
+    return RequiredCuda(sass or ("LDG.128", "STG.128"), vector)
+
+
+# Correctly rounded everywhere: no approximate quotient, no product with an approximate reciprocal.
+APPROXIMATE = ("div.full.f32", "div.approx.f32", "rcp.approx.f32")
+# A kernel of csrc/cuda that is not in here is an error, too.
+REQUIRED_CUDA = {
+    "pack_kernel": RequiredCuda(),  # groups of `bits` bytes have no alignment
+    "unpack_kernel": RequiredCuda(),
+    "sum_rows_kernel": RequiredCuda(),  # eight columns of four bytes of a row at once
+    "xsa_forward_rows": _rows(1),
+    "xsa_backward_rows": _rows(1),
+    "qk_rope_forward": _rows(1),
+    "qk_rope_backward_blocks": _rows(1),
+    "residual_norm_forward": _rows(1),
+    "residual_norm_backward_rows": _rows(1),
+    "embed_smear_forward": _rows(2, "LDG.128"),  # the wider of the table's dtype and x's
+    "embed_smear_chunks": _rows(2, "LDG.128"),
+    "embed_smear_rows": RequiredCuda(),  # a column a lane
+    "softcap_cross_entropy_rows": _rows(1),
+}
+
+
+def cuda_limits(name: str, row: Row) -> list[str]:
+    """As hard_limits, for a kernel of csrc/cuda."""
+    required = REQUIRED_CUDA.get(row["kernel"])
+    if required is None:
+        return [f"{name}: REQUIRED_CUDA in bench/aot_checks.py does not name this kernel"]
+    scalar = required.vector is not None and row["arguments"][required.vector] == "1"
+    found = _spills(row)
+    found += _lacking(() if scalar else required.sass, row["instructions"], "SASS")
+    found += _lacking(required.ptx, row["ptx"], "PTX")
+    found += [f"{opcode} in the PTX" for opcode in required.never_ptx if opcode in row["ptx"]]
+    return [f"{name}: {text}" for text in found]
+
+
+def _spills(row: Row) -> list[str]:
+    spills = row["instructions"].get("LDL", 0) + row["instructions"].get("STL", 0)
+    if spills or row["local"]:
+        return [f"spills: {spills} local loads and stores, {row['local']} bytes a thread"]
+    return []
+
+
+def _lacking(wanted: Iterable[str], there: Mapping[str, int], where: str) -> list[str]:
+    return [f"no {opcode} in the {where}" for opcode in wanted if opcode not in there]
 
 
 def unreached(reached: Iterable[tuple[str, int]], known: Mapping[str, int]) -> list[str]:

@@ -4,7 +4,6 @@ Triton's own JIT does it, with a stand-in for the driver: what it derives from t
 launch (types, ints that are 1, divisibility by 16) is what it derives on an H100.
 """
 
-import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +55,11 @@ def compile_launch(launch: Launch) -> Any:
 
 
 def compile_cases(
-    cases: Iterable[Case], kernels: Container[str], say: Callable[[str, dict, float], None]
+    cases: Iterable[Case], kernels: Container[str], say: Callable[[str, dict], None]
 ) -> Report:
     """Compile what the cases launch of `kernels`, each different result once.
 
-    `say(name, row, seconds)` is called after each. A row has the name of the first case that led to
+    `say(name, row)` is called after each. A row has the name of the first case that led to
     it, with a number where that case led to several of one kernel.
     """
     report, seen = Report(), []
@@ -72,7 +71,6 @@ def compile_cases(
             return
         report.reached.add((kernel, configs()[kernel].index(launch.config)))
         name = f"{kernel}: {case.name}"
-        start = time.perf_counter()
         try:
             compiled = compile_launch(launch)
         except Exception as e:  # Triton's, MLIR's and ptxas's errors have no class in common
@@ -87,7 +85,7 @@ def compile_cases(
         row = _row(kernel, case.dtype, launch, sass.cost(compiled))
         report.rows[name] = row
         report.failures += hard_limits(name, row)
-        say(name, row, time.perf_counter() - start)
+        say(name, row)
 
     with intercepted(handle):
         for case in cases:

@@ -15,7 +15,9 @@ OPCODES = (
     "MUFU", "CALL",
 )  # fmt: skip
 # div.full.f32 is off by up to 2 units in the last place, div.rn.f32 is rounded correctly.
-PTX_OPCODES = ("div.full.f32", "div.rn.f32", "div.approx.f32", "wgmma.mma_async", "mma.sync")
+PTX_OPCODES = (
+    "div.full.f32", "div.rn.f32", "div.approx.f32", "rcp.approx.f32", "wgmma.mma_async", "mma.sync",
+)  # fmt: skip
 
 # One instruction of `nvdisasm -c`: its address, a predicate perhaps, the opcode with modifiers.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
@@ -38,7 +40,7 @@ def versions() -> str:
     """The versions that decide what is compiled, such as 'triton 3.8.0, ptxas 12.9.86'."""
     import triton
 
-    text = _tool("ptxas", "--version")
+    text = tool("ptxas", "--version")
     return f"triton {triton.__version__}, ptxas {re.search(r'V([0-9.]+)', text).group(1)}"
 
 
@@ -51,8 +53,8 @@ def cost(kernel: Any) -> Cost:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        usage = _USAGE.search(_tool("cuobjdump", "-res-usage", f.name))
-        sass = _tool("nvdisasm", "-c", f.name)
+        usage = _USAGE.search(tool("cuobjdump", "-res-usage", f.name))
+        sass = tool("nvdisasm", "-c", f.name)
     if usage is None:
         raise RuntimeError(f"cuobjdump -res-usage named no resources of {kernel.name}")
     registers, stack, _, local = map(int, usage.groups())
@@ -96,7 +98,7 @@ def _count(found: Iterable[list[str]], wanted: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     """Output of ptxas, cuobjdump or nvdisasm: the one that Triton itself uses."""
     from triton import knobs
 

@@ -9,12 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from bench import aot
-from bench.aot_checks import differences, hard_limits, unreached
+from bench import aot, aot_cuda
+from bench.aot_checks import REQUIRED_CUDA, cuda_limits, differences, hard_limits, unreached
+from pgolf.errors import PgolfError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEST_TRITON = "3.5.1"  # what the contest's machines have, with torch 2.9.1
 
+def no_nvcc() -> str:
+    try:
+        aot_cuda.nvcc()
+    except PgolfError as e:
+        return str(e)
+    return ""
+
+
+needs_nvcc = pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc() or "there is one")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -31,7 +41,7 @@ def run_gate(*arguments: str, **env: str) -> subprocess.CompletedProcess:
 def test_every_kernel_passes_the_gate(tmp_path: Path) -> None:
     file = tmp_path / "aot.json"
     # Kernels that tests interpret are compiled here all the same.
-    result = run_gate("--json", str(file), TRITON_INTERPRET="1")
+    result = run_gate("--compiler", "triton", "--json", str(file), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(file.read_text())
     assert found["failures"] == []
@@ -50,7 +60,7 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path: Path) -> N
     one = ("--kernel", "newton_schulz_norms", "--table", str(table))
     result = run_gate(*one)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "these versions are not in aot.json: only the fixed limits" in result.stdout
+    assert "not in aot.json: only the fixed limits" in result.stdout
     assert not table.exists()
     assert run_gate(*one, "--update").returncode == 0
 
@@ -63,10 +73,39 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path: Path) -> N
     table.write_text(json.dumps(figures))
     result = run_gate(*one)
     assert result.returncode == 1
-    assert "compared with aot.json" in result.stdout
+    assert " compared with aot.json" in result.stdout
     assert f"FAILED {name}: registers was {measured + 2}, is {measured}" in result.stdout
     assert run_gate(*one, "--update").returncode == 0
     assert table.read_text() == written
+
+
+@needs_triton
+@needs_nvcc
+def test_a_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
+    file = tmp_path / "aot.json"
+    result = run_gate("--kernel", "pack_kernel", "--json", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(file.read_text())
+    assert found["versions"] == aot_cuda.versions()
+    assert list(found["rows"]) == [f"pack_kernel: pack_bits.cu {a}" for a in ("sm_80", "sm_90a")]
+    for row in found["rows"].values():
+        assert 16 <= row["registers"] <= 64 and row["instructions"]["LDG"]
+
+
+@needs_triton
+@needs_nvcc
+@pytest.mark.slow
+def test_every_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
+    file = tmp_path / "aot.json"
+    result = run_gate("--compiler", "nvcc", "--json", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(file.read_text())["rows"].values()
+    for arch in aot_cuda.ARCHS:
+        assert {row["kernel"] for row in rows if row["arch"] == arch} == aot_cuda.kernels()
+
+
+def test_every_cuda_kernel_says_what_it_is_built_around() -> None:
+    assert aot_cuda.kernels() == set(REQUIRED_CUDA)
 
 
 @needs_triton
@@ -131,6 +170,44 @@ def test_the_quantiser_divides_correctly_rounded() -> None:
 def test_scalar_loads_in_a_row_kernel_fail() -> None:
     scalar = row("xsa_forward_kernel", instructions={"LDG": 6, "STG": 4})
     assert hard_limits("x", scalar) == ["x: no LDG.128 in the SASS", "x: no STG.128 in the SASS"]
+
+
+def cuda_row(kernel: str, arguments: list[str], **changed: object) -> dict:
+    good = {
+        "kernel": kernel, "arguments": arguments, "registers": 40, "shared": 0, "stack": 0,
+        "local": 0, "instructions": {"all": 90, "LDG.128": 2, "STG.128": 1}, "ptx": {},
+    }  # fmt: skip
+    return good | changed
+
+
+def test_instances_of_a_cuda_kernel_are_scalar_or_move_16_bytes() -> None:
+    narrow = {"instructions": {"all": 90, "LDG": 2, "STG": 1}}
+    vectors, scalar = ["float", "4", "16", "1"], ["float", "1", "32", "2"]
+    assert cuda_limits("x", cuda_row("xsa_forward_rows", vectors)) == []
+    assert cuda_limits("x", cuda_row("xsa_forward_rows", scalar, **narrow)) == []
+    assert cuda_limits("x", cuda_row("xsa_forward_rows", vectors, **narrow)) == [
+        "x: no LDG.128 in the SASS", "x: no STG.128 in the SASS",
+    ]  # fmt: skip
+    assert cuda_limits("x", cuda_row("xsa_forward_rows", scalar, local=8)) == [
+        "x: spills: 0 local loads and stores, 8 bytes a thread"
+    ]
+    assert cuda_limits("x", cuda_row("new", [])) == [
+        "x: REQUIRED_CUDA in bench/aot_checks.py does not name this kernel"
+    ]
+
+
+def test_without_nvcc_one_line_says_so(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(aot_cuda.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    with pytest.raises(PgolfError, match=r"no nvcc .* pip install -e '.\[nvcc\]'"):
+        aot_cuda.nvcc()
+    # As pip lays it out, with the compilers that it needs itself.
+    for name in ("nvidia/cu13/bin/nvcc", "g++", "c++filt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    assert aot_cuda.nvcc() == str(tmp_path / "nvidia/cu13/bin/nvcc")
 
 
 def test_a_configuration_that_nothing_reaches_fails() -> None:
@@ -202,7 +279,8 @@ def test_the_gate_passes_with_the_contests_triton(tmp_path: Path) -> None:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     file = tmp_path / "aot.json"
-    result = run_gate("--json", str(file), PYTHONPATH=str(tmp_path / "packages"))
+    packages = str(tmp_path / "packages")
+    result = run_gate("--compiler", "triton", "--json", str(file), PYTHONPATH=packages)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(file.read_text())
     assert found["versions"].startswith(f"triton {CONTEST_TRITON}, ptxas ")
