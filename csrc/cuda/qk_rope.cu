@@ -147,8 +147,9 @@ __device__ float head_gradient(const Inputs<T>& in, int64_t token, int64_t head,
 
 // A block takes kRopeTokensPerBlock tokens, a group of lanes the same heads of all or of every n-th
 // of them: what a head adds to d_gain stays in one register until the end.
+// One block of registers is enough: with the compiler's own choice the longest heads spill.
 template <typename T, int kVector, int kLanes, int kChunks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     qk_rope_backward_blocks(Inputs<T> in, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, T* dqkv,
                             float* partials) {
   constexpr int kGroups = kThreads / kLanes;

@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// One block of registers is enough: with the compiler's own choice the longest heads spill.
 template <typename T, int kVector, int kLanes, int kChunks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     xsa_backward_rows(XsaShape shape, Tokens<T> dz, Tokens<T> y, Tokens<T> v, T* dy, T* dv) {
   using Lanes = Row<T, kVector, kLanes, kChunks>;
   using F = compute_t<T>;
