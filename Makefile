@@ -1,6 +1,7 @@
 # make demo    train, pack, decode and score the demo recipe
 # make test    linter and quick tests
 # make prove   the long proofs
+# make gpu     on a GPU: its tests, compute-sanitizer and times, in under 10 minutes
 # make clean   delete what was built, but not .venv
 #
 # All share one .venv, made by .ci/setup when pyproject.toml or setup.py is newer; a change in csrc/
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # A process for each core, which tests/conftest.py holds to one thread.
 parallel := -n auto
 
-.PHONY: help setup demo test prove clean
+.PHONY: help setup demo test prove gpu clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -36,6 +37,9 @@ test: setup
 # Tests of one file share what they build. pytest exits with 5 where it selected no test.
 prove: setup
 	@$(python) -m pytest $(parallel) --dist loadfile -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
+
+gpu: setup
+	@$(python) -m bench gpu
 
 clean:
 	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis

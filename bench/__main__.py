@@ -10,7 +10,8 @@ COMMANDS = {
     "step": "time training steps of a recipe with each choice of operators",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
-    "aot": "compile every Triton kernel for sm_90: registers, shared memory, spills, instructions",
+    "aot": "compile every Triton and CUDA kernel: registers, shared memory, spills, instructions",
+    "gpu": "all that only a GPU can show: tests, compute-sanitizer, times",
 }
 
 

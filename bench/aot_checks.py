@@ -92,6 +92,16 @@ REQUIRED_CUDA = {
     "embed_smear_chunks": _rows(2, "LDG.128"),
     "embed_smear_rows": RequiredCuda(),  # a column a lane
     "softcap_cross_entropy_rows": _rows(1),
+    "leaky_relu2_words": _rows(1),
+    "leaky_relu2_backward_words": _rows(1),
+    "weight_cast_rows": RequiredCuda(("LDG.128",), 3, never_ptx=APPROXIMATE),
+    "weight_cast_backward_rows": RequiredCuda(("LDG.128",), 3, never_ptx=APPROXIMATE),
+    # One kernel for tensors that can and that cannot be moved in vectors.
+    "grad_norm_chunks": _rows(None, "LDG.128"),
+    "grad_norm_finish": RequiredCuda(),
+    "muon_momentum_rows": _rows(None),
+    "muon_momentum_scale": _rows(None),
+    "param_update_chunks": _rows(None),
 }
 
 

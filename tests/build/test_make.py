@@ -60,6 +60,11 @@ def test_demo(checkout):
     assert log(checkout) == [BUILD, "-m pgolf train demo"]
 
 
+def test_gpu(checkout):
+    assert run(["make", "gpu"], checkout).returncode == 0
+    assert log(checkout) == [BUILD, "-m bench gpu"]
+
+
 def test_no_slow_test_is_said_and_no_failure(checkout):
     result = run(["make", "prove"], checkout, PYTEST_CODE="5")
     assert (result.returncode, result.stdout) == (0, "no test is marked slow\n")
