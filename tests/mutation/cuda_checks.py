@@ -12,6 +12,7 @@ import torch
 
 from pgolf import extension
 from pgolf.ops import xsa
+from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from ..ops import test_operators as t
@@ -95,6 +96,13 @@ def xsa_of_tiny_values() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+def gradients_that_are_not_finite() -> None:
+    grads = [torch.ones(3, 70), torch.ones(9000), torch.ones(5).bfloat16()]
+    grads[0][1, 3] = grads[1][8999] = grads[2][4] = float("nan")
+    grads[1][4] = -float("inf")
+    assert grad_norm(grads, "cuda")[1] == 4
+
+
 def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.Tensor]:
     leaves = [y.clone().requires_grad_(), v.clone().requires_grad_()]
     out = xsa(*leaves, impl)
@@ -117,4 +125,7 @@ def pack_bits() -> None:
 
 
 # What an operator needs beside its samples.
-BESIDES: dict[str, list[Callable[[], None]]] = {"xsa": [xsa_of_tiny_values]}
+BESIDES: dict[str, list[Callable[[], None]]] = {
+    "grad_norm": [gradients_that_are_not_finite],
+    "xsa": [xsa_of_tiny_values],
+}
