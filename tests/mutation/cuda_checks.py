@@ -97,7 +97,7 @@ def xsa_of_tiny_values() -> None:
 
 
 def gradients_that_are_not_finite() -> None:
-    grads = [torch.ones(3, 70), torch.ones(9000), torch.ones(5).bfloat16()]
+    grads = [torch.ones(3, 70), torch.ones(9001)[1:], torch.ones(5).bfloat16()]
     grads[0][1, 3] = grads[1][8999] = grads[2][4] = float("nan")
     grads[1][4] = -float("inf")
     assert grad_norm(grads, "cuda")[1] == 4
