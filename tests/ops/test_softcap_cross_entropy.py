@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from pgolf.ops.registry import OPERATORS, launcher
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
+
+from .cases import implementations
 
 N, D, V = 6, 8, 11
 
@@ -86,3 +89,73 @@ def test_float64_stays_float64(cap: float) -> None:
     losses = softcap_cross_entropy(*leaves, targets, cap, reduction="none")
     torch.testing.assert_close(losses, by_hand(*leaves, targets, cap), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x, w: softcap_cross_entropy(x, w, targets, cap), leaves)
+
+
+# --- the kernels ----------------------------------------------------------------------------------
+
+KERNELS = implementations(OPERATORS["softcap_cross_entropy"])
+every_kernel = pytest.mark.parametrize("impl", KERNELS)
+
+
+def row_kernel(impl: str, z: torch.Tensor, targets: torch.Tensor, cap: float) -> tuple:
+    """(losses, dz) of z (N, V), which lies amid a pattern and off every alignment."""
+    memory = torch.full((z.numel() + 130,), 7.0, dtype=z.dtype)
+    inside = memory[65 : 65 + z.numel()].view(z.shape)
+    inside.copy_(z)
+    losses = launcher("softcap_cross_entropy", impl, "rows")(inside, targets, cap, 1.0, True)
+    assert (memory[:65] == 7).all() and (memory[65 + z.numel() :] == 7).all()
+    return losses, inside
+
+
+@every_kernel
+@pytest.mark.parametrize("columns", [1, 9, 1024, 1027, 2050])
+def test_rows_of_any_length_and_alignment(columns: int, impl: str) -> None:
+    z = torch.randn(5, columns, generator=torch.Generator().manual_seed(1)) * 20
+    targets = torch.arange(5) * columns // 5
+    exact = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        30 * torch.tanh(exact / 30), targets, reduction="none"
+    )
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    losses, dz = row_kernel(impl, z, targets, 30.0)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dz.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@every_kernel
+@pytest.mark.parametrize("columns", [9, 1027])
+def test_rows_that_are_not_finite_stay_alone(columns: int, impl: str) -> None:
+    z = torch.zeros(3, columns)
+    z[1, columns // 2] = float("nan")
+    losses, dz = row_kernel(impl, z, torch.zeros(3, dtype=torch.int64), 30.0)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert dz[1].isnan().all() and dz[::2].isfinite().all()
+
+
+@every_kernel
+def test_targets_outside_of_the_row(impl: str) -> None:
+    z, targets = torch.zeros(3, 9), torch.tensor([0, 9, -1])
+    if impl == "cpu":
+        with pytest.raises(ValueError, match=r"targets\[1\]"):
+            row_kernel(impl, z, targets, 30.0)
+        return
+    losses, dz = row_kernel(impl, z, targets, 30.0)
+    assert losses.isnan().tolist() == [False, True, True]
+    assert dz[0].isfinite().all() and dz[1:].isnan().all()
+
+
+@every_kernel
+def test_one_gradient_alone_twice_and_none(impl: str) -> None:
+    x, w, targets = inputs()
+    for i in range(2):
+        leaf = (x, w)[i].clone().requires_grad_()
+        args = (leaf, w) if i == 0 else (x, leaf)
+        mine = softcap_cross_entropy(*args, targets, 30.0, "none", impl)
+        upstream = torch.arange(2.0 * N)[::2]
+        theirs = softcap_cross_entropy(*args, targets, 30.0, "none", "reference")
+        (expected,) = torch.autograd.grad(theirs, leaf, upstream)
+        for _ in range(2):
+            (got,) = torch.autograd.grad(mine, leaf, upstream, retain_graph=True)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(softcap_cross_entropy(*args, targets, 30.0, "none", impl), mine)
