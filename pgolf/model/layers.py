@@ -18,6 +18,7 @@ from pgolf.ops.fake_quant import fake_quant_all
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
+from pgolf.ops.weight_cast import weight_cast_all
 from pgolf.ops.xsa import xsa
 
 
@@ -48,28 +49,51 @@ class Matrix(nn.Module):
         return F.linear(x, *cast_all([self], x.dtype))
 
 
-def cast_all(matrices: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
+def cast_all(
+    matrices: Sequence[Matrix],
+    dtype: torch.dtype,
+    scales: Sequence[Tensor | None] | None = None,
+    impl: str = "reference",
+) -> list[Tensor]:
     """The weights as the forward pass uses them; those of one grid are quantised together.
 
     All that have a grid share one switch.
+
+    Args:
+        scales: (out,) factors to fold into the rows, or None where there is none.
+        impl: of `weight_cast`.
     """
-    weights = [m.weight.to(dtype) if m.grid is None else m.weight for m in matrices]
-    left = [i for i, m in enumerate(matrices) if m.grid is not None]
+    scales = scales or [None] * len(matrices)
+    weights = [m.weight for m in matrices]
+    left = [
+        i
+        for i, m in enumerate(matrices)
+        if m.grid is not None or scales[i] is not None or m.weight.dtype != dtype
+    ]
     while left:
         alike = [i for i in left if matrices[i].grid == matrices[left[0]].grid]
         together = [matrices[i] for i in alike]
-        quantised = fake_quant_all(
-            [m.weight for m in together],
-            [m.qat_clip for m in together],
-            [m.qat_bits for m in together],
-            together[0].qat_on,
-            dtype=dtype,
-            **together[0].grid,
-        )
-        for i, weight in zip(alike, quantised, strict=True):
+        folded = [scales[i] for i in alike]
+        for i, weight in zip(alike, _cast_alike(together, dtype, folded, impl), strict=True):
             weights[i] = weight
         left = [i for i in left if i not in alike]
     return weights
+
+
+def _cast_alike(
+    matrices: Sequence[Matrix], dtype: torch.dtype, scales: Sequence[Tensor | None], impl: str
+) -> list[Tensor]:
+    """`cast_all` of matrices with one grid, or with none."""
+    weights, options, grids = [m.weight for m in matrices], dict(matrices[0].grid or {}), ()
+    if matrices[0].grid is not None:
+        grids = [m.qat_clip for m in matrices], [m.qat_bits for m in matrices], matrices[0].qat_on
+    if impl != "reference" or any(scale is not None for scale in scales):
+        return weight_cast_all(
+            weights, scales, *grids, **{**options, "impl": impl, "dtype": dtype}
+        )
+    if grids:
+        return fake_quant_all(weights, *grids, dtype=dtype, **options)
+    return [w.to(dtype) for w in weights]
 
 
 class Attention(nn.Module):
@@ -137,17 +161,24 @@ class Stream(NamedTuple):
 
     x: Tensor
     branch: Tensor | None = None
-    scale: Tensor | None = None  # (D,)
+    scale: Tensor | None = None  # (D,); None is 1
 
     def added(self) -> "Stream":
         """The same in one tensor."""
         if self.branch is None:
             return self
-        return Stream(self.x + self.scale.to(self.x.dtype) * self.branch)
+        scaled = self.branch
+        if self.scale is not None:
+            scaled = self.scale.to(self.x.dtype) * scaled
+        return Stream(self.x + scaled)
 
 
 class Block(nn.Module):
-    """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x))."""
+    """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x)).
+
+    Where `weight_cast` is a kernel, a and b are folded into the rows of the matrices that the
+    branches end in: their gradients then cost no pass over the tokens.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
@@ -156,6 +187,7 @@ class Block(nn.Module):
             "eps": config.norm_eps,
             "impl": ops["residual_norm"],
         }
+        self.cast_impl = ops["weight_cast"]
         self.attn = Attention(config, exclusive, ops)
         self.mlp = MLP(config, ops)
         self.attn_scale = nn.Parameter(torch.empty(config.dim))
@@ -176,15 +208,21 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Stream]:
         """The input added up, skip (tensor, weight) included, and the state after this block."""
         x, branch, scale = stream
-        weights = cast_all([*self.attn.matrices(), *self.mlp.matrices()], x.dtype)
+        folded, later = (None, None), (self.attn_scale, self.mlp_scale)
+        if self.cast_impl != "reference":
+            folded, later = later, folded
+        weights = cast_all(
+            [*self.attn.matrices(), *self.mlp.matrices()], x.dtype,
+            [None, None, None, folded[0], None, folded[1]], self.cast_impl,
+        )  # fmt: skip
         skipped, weight = skip or (None, None)
         total, x, h = residual_norm(
             x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
             x0=x0, mix=self.resid_mix, keep_total=True, **self.norm,
         )  # fmt: skip
         branch = self.attn(h, weights[:-2], rope, value, backend)
-        x, h = residual_norm(x, branch=branch, branch_scale=self.attn_scale, **self.norm)
-        return total, Stream(x, self.mlp(h, weights[-2:]), self.mlp_scale)
+        x, h = residual_norm(x, branch=branch, branch_scale=later[0], **self.norm)
+        return total, Stream(x, self.mlp(h, weights[-2:]), later[1])
 
 
 class Table(nn.Module):

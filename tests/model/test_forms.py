@@ -47,7 +47,12 @@ def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("impl", "dtype"),
-    [("cpu", torch.float64), ("cpu", torch.float32), ("triton", torch.float32), ("cuda", torch.float32)],
+    [
+        ("cpu", torch.float64),
+        ("cpu", torch.float32),
+        ("triton", torch.float32),
+        ("cuda", torch.float32),
+    ],
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> None:
