@@ -94,8 +94,8 @@ REQUIRED_CUDA = {
     "embed_smear_chunks": _rows(2, "LDG.128"),
     "embed_smear_rows": RequiredCuda(),  # a column a lane
     "softcap_cross_entropy_rows": _rows(1),
-    "leaky_relu2_words": _rows(1, "LDG.128"),  # nvcc splits their stores
-    "leaky_relu2_backward_words": _rows(1, "LDG.128"),
+    "leaky_relu2_words": _rows(1),
+    "leaky_relu2_backward_words": _rows(1),
     "weight_cast_rows": CAST,
     "weight_cast_backward_rows": CAST,
     # One kernel for tensors that can and that cannot be moved in vectors.

@@ -23,6 +23,22 @@ struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
 };
 
+// Writes them to global memory at once. (An assignment is no order: nvcc takes a vector apart whose
+// elements come from branches, and then stores them one by one.)
+template <typename T, int kCount>
+__device__ inline void store_global(const Vector<T, kCount>& from, T* to) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(from) == kAccessBytes) {
+    const auto words = bit_cast<Vector<uint32_t, 4>>(from);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Vector<T, kCount>*>(to) = from;
+}
+
 __device__ inline int this_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 // This thread's place in its group, and the mask of the group's lanes in the warp.
@@ -112,6 +128,8 @@ struct Row {
     return row;
   }
 
+  // To global or shared memory; `kGlobal`: to global memory, by one instruction a chunk.
+  template <bool kGlobal = false>
   __device__ void store(T* to, int size) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -119,7 +137,11 @@ struct Row {
         Vector<T, kVector> rounded;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) rounded.at[i] = narrow<T>(at[chunk * kVector + i]);
-        *reinterpret_cast<Vector<T, kVector>*>(to + place(chunk)) = rounded;
+        if constexpr (kGlobal) {
+          store_global(rounded, to + place(chunk));
+        } else {
+          *reinterpret_cast<Vector<T, kVector>*>(to + place(chunk)) = rounded;
+        }
       }
     }
   }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
       positive |= scaled > 0 ? Word::bit(i) : 0;
       x.at[i] = leaky_relu2_value(scaled, slope);
     }
-    x.store(post + word.at, word.size);
+    x.template store<true>(post + word.at, word.size);
     positive = group_or<Word::kLanes>(positive);
     if (group_lane<Word::kLanes>() == 0) bits[w] = positive;
   }
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
       const bool above = (positive & Word::bit(i)) != 0;
       d.at[i] = d.at[i] * leaky_relu2_derivative(value.at[i], above, slope) * rstd;
     }
-    d.store(dpre + word.at, word.size);
+    d.template store<true>(dpre + word.at, word.size);
   }
 }
 

@@ -15,8 +15,8 @@ from pgolf.ops import xsa
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
+from ..ops import test_multi_tensor, test_pack_bits, test_weight_cast
 from ..ops import test_operators as t
-from ..ops import test_pack_bits
 from ..ops.cases import Call, is_empty, takes
 from ..ops.guards import guarded
 
@@ -111,7 +111,6 @@ def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.T
 
 def pack_bits() -> None:
     module = extension.cuda()
-    module = extension.cuda()
 
     def pack(*arguments: int) -> None:
         module.pack_bits_cuda(*arguments, 0)
@@ -124,8 +123,21 @@ def pack_bits() -> None:
             test_pack_bits.check_kernels((pack, unpack), count, bits)
 
 
+UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_aligned, "cuda")
+
 # What an operator needs beside its samples.
 BESIDES: dict[str, list[Callable[[], None]]] = {
-    "grad_norm": [gradients_that_are_not_finite],
+    "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
+    "muon_momentum": [UNALIGNED],
+    "param_update": [UNALIGNED],
+    "weight_cast": [
+        functools.partial(
+            test_weight_cast.test_matrices_of_every_kind_in_one_call,
+            "cuda", True, torch.float32, torch.bfloat16,
+        ),
+        functools.partial(
+            test_weight_cast.test_any_address_and_row_stride, "cuda", torch.float32
+        ),
+    ],
     "xsa": [xsa_of_tiny_values],
 }
