@@ -133,6 +133,15 @@ def test_rows_that_are_not_finite_stay_alone(columns: int, impl: str) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize("columns", [9, 1027])
+def test_rows_of_very_negative_logits(columns: int, impl: str) -> None:
+    """What lies behind the row's end is not its maximum: all powers would be 0."""
+    z = torch.full((2, columns), -200.0)
+    losses, _ = row_kernel(impl, z, torch.tensor([0, columns - 1]), 0.0)
+    torch.testing.assert_close(losses, torch.full((2,), float(columns)).log())
+
+
+@every_kernel
 def test_targets_outside_of_the_row(impl: str) -> None:
     z, targets = torch.zeros(3, 9), torch.tensor([0, 9, -1])
     if impl == "cpu":
