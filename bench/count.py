@@ -10,12 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.counting import build
+from bench.counting import build, extension
 from bench.counting.launches import KINDS, CountingError
 from bench.counting.worker import PHASES, Request, run
 from pgolf import recipes
 from pgolf.config import parse_overrides
 from pgolf.errors import ConfigError, PgolfError, StorageError
+from pgolf.extension import CUDA_VARIABLE
 from pgolf.files import atomic_write
 
 QAT = "+qat"
@@ -23,8 +24,10 @@ SETTINGS = (
     "reference",
     "xsa=triton,leaky_relu2_mlp=triton",
     "triton",
+    "auto",
     "reference" + QAT,
     "triton" + QAT,
+    "auto" + QAT,
 )
 STEP = ("forward", "backward")  # what the settings are compared by
 
@@ -36,11 +39,13 @@ one call a pass; the second and third step are counted and must be the same. No 
 
 Bytes are exact integers under one rule, so that settings can be compared: every launch reads and
 writes each tensor once. Kernels of Inductor: its own count for each; products: operands and result
-of the call to cuBLAS; kernels of pgolf: the tensors of each launch; other kernels of torch: the
-tensors of the call. Caches of the GPU are not modelled.
+of the call to cuBLAS; Triton kernels of pgolf: the tensors of each launch; its CUDA kernels: the
+tensors of each call of a launcher, however many kernels it starts, twice those that the operator
+changes in place (and once more the directions that muon_momentum's second kernel goes through
+again); other kernels of torch: the tensors of the call. Caches of the GPU are not modelled.
 """
 EPILOG = """\
-Columns: inductor, Triton kernels that Inductor wrote; ours, Triton kernels of pgolf; aten, other
+Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
 kernels of torch; gemm, calls of cuBLAS; then attention, memsets and copies.
 With +qat, block matrices pass through fake_quant, switched off, as in a run with late QAT.
 Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that do not add up.
@@ -132,7 +137,9 @@ def count(
     folder = build.build()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        environment = build.environment(folder, Path(scratch))
+        environment = dict(build.environment(folder, Path(scratch)))
+        if not extension.missing():
+            environment[CUDA_VARIABLE] = str(extension.build())
         for request in requests:
             name = name_of(request)
             result = run(request, environment)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.counting.client import Device
+from bench.counting.compiled import Addresses, launchers_counted
 from pgolf.triton_kernels.launch import Launch, intercepted
 
 NAMESPACE = "pgolf::"
@@ -75,6 +76,17 @@ class Counted(TorchDispatchMode):
         return unique_bytes(read) + unique_bytes(written)
 
 
+def _changed(function: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that a call changes in place."""
+    values = dict(zip((p.name for p in function._schema.arguments), args, strict=False)) | kwargs
+    return [
+        t
+        for p in function._schema.arguments
+        if p.alias_info is not None and p.alias_info.is_write
+        for t in _tensors(values.get(p.name))
+    ]
+
+
 @contextlib.contextmanager
 def operators_counted(device: Device) -> Iterator[None]:
     """Inside, operators of pgolf note when they are entered and left, and each launch's bytes."""
@@ -87,11 +99,15 @@ def operators_counted(device: Device) -> Iterator[None]:
             kind="launch", name=launch.kernel.fn.__name__, bytes=unique_bytes(tensors)
         )
 
+    inside: list[Addresses] = []
+
     def wrapped(name: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             device.note(kind="enter", name=name)
-            with Counted(device):
+            inside.append(Addresses(_changed(ours[name]._opoverload, args, kwargs)))
+            with Counted(device), inside[-1].followed():
                 result = function(*args, **kwargs)
+            inside.pop()
             device.note(kind="leave", name=name)
             return result
 
@@ -102,7 +118,10 @@ def operators_counted(device: Device) -> Iterator[None]:
     for name, op in ours.items():
         op._backend_fns.update({k: wrapped(name, f) for k, f in op._backend_fns.items()})
     try:
-        with intercepted(started):
+        with (
+            intercepted(started),
+            launchers_counted(device, lambda: inside[-1] if inside else None),
+        ):
             yield
     finally:
         for name, op in ours.items():

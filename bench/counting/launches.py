@@ -3,7 +3,8 @@
 Every byte is counted once, by the part that knows it exactly:
 
     inductor   Triton kernels that Inductor wrote: its own count for each scheduled node
-    ours       Triton kernels of pgolf: the tensors of each launch, each one's elements once
+    ours       Triton kernels of pgolf: the tensors of each launch, each one's elements once;
+               its CUDA kernels: those of each launcher, twice what the operator changes in place
     gemm       products: operands and result of each cuBLAS call, the result twice if it is added to
     aten       other kernels of torch: tensor arguments and results of the ATen call behind them
     memset     bytes written
@@ -14,6 +15,7 @@ Copies to and from the host are launches of kind memcpy that move no device byte
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 from pgolf.errors import PgolfError
 
+MANGLED = "_ZN5pgolf"  # what the kernels of pgolf's extension begin with
 KINDS = ("inductor", "ours", "aten", "gemm", "attention", "memset", "memcpy")
 
 
@@ -50,9 +53,21 @@ def kind_of(event: dict[str, Any]) -> str:
     kind = event["kind"]
     if kind == "kernel":
         if event["api"] == "runtime":
-            return "aten"
+            return "ours" if event["name"].startswith(MANGLED) else "aten"
         return "inductor" if event["name"].startswith("triton_") else "ours"
     return "memcpy" if kind.startswith("memcpy") else kind if kind in KINDS else ""
+
+
+def kernel_name(event: dict[str, Any]) -> str:
+    """The name of a kernel in its source: a mangled one without scopes and template arguments."""
+    name = event["name"]
+    if not name.startswith(MANGLED):
+        return name
+    rest, last = name.removeprefix("_ZN"), name
+    while part := re.match(r"L?(\d+)", rest):
+        end = part.end() + int(part[1])
+        last, rest = rest[part.end() : end], rest[end:]
+    return last
 
 
 def bytes_of(event: dict[str, Any]) -> tuple[str, int]:
@@ -64,7 +79,8 @@ def bytes_of(event: dict[str, Any]) -> tuple[str, int]:
         return "memcpy", event["bytes"]
     if kind in ("gemm", "memset", "attention"):
         return kind, event["bytes"]
-    return {"launch": "ours", "aten_call": "aten"}.get(kind, ""), event.get("bytes", 0)
+    owner = {"launch": "ours", "compiled": "ours", "aten_call": "aten"}.get(kind, "")
+    return owner, event.get("bytes", 0)
 
 
 def gemm_name(operations: str, m: int, n: int, k: int, batch: int = 1, **_: Any) -> str:
@@ -96,7 +112,7 @@ def summarise(events: list[dict[str, Any]], inductor_bytes: int, peak: int) -> d
         "peak_memory": peak,
         "gemms": dict(sorted(gemms.items())),
         "kernels": dict(
-            sorted(Counter(e["name"] for e in events if kind_of(e) == "ours").items())
+            sorted(Counter(kernel_name(e) for e in events if kind_of(e) == "ours").items())
         ),
         "aten": dict(
             sorted(Counter(e["name"] for e in events if e["kind"] == "aten_call").items())
@@ -108,11 +124,18 @@ def summarise(events: list[dict[str, Any]], inductor_bytes: int, peak: int) -> d
 def _check(events: list[dict[str, Any]], launches: Counter) -> None:
     """Raise CountingError unless every kernel of torch's and of ours has its bytes."""
     ours = Counter(e["name"] for e in events if e["kind"] == "launch")
-    seen = Counter(e["name"] for e in events if kind_of(e) == "ours")
+    kernels = [e for e in events if kind_of(e) == "ours"]
+    seen = Counter(e["name"] for e in kernels if e["api"] == "driver")
     if ours != seen:
         raise CountingError(
             f"kernels on the device and launches of pgolf differ: {dict(seen - ours)} more, "
             f"{dict(ours - seen)} fewer"
+        )
+    compiled = sum(e["kernels"] for e in events if e["kind"] == "compiled")
+    if compiled != len(kernels) - seen.total():
+        raise CountingError(
+            f"{len(kernels) - seen.total()} kernels of pgolf's extension were launched and "
+            f"{compiled} counted"
         )
     counted = sum(e["kernels"] for e in events if e["kind"] == "aten_call")
     if counted != launches["aten"]:

@@ -19,7 +19,9 @@
 #define MULTIPROCESSORS 132
 
 /* log.c: one JSON object a line, from counting_open to counting_close. */
-void log_launch(const char *api, const char *name, dim3 grid, dim3 block, size_t shared);
+void log_launch(const char *api, const char *name, dim3 grid, dim3 block, size_t shared,
+                const void *stream);
+void log_wait(const char *call);
 void log_copy(const char *kind, size_t bytes);
 void log_gemm(const char *call, const char *operations, long m, long n, long k, long batch,
               int bits_a, int bits_b, int bits_c, int reads_c);

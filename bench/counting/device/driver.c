@@ -1,4 +1,4 @@
-/* libcuda: Triton's kernels, Inductor's and ours, are loaded and launched here. */
+/* libcuda: Triton's kernels, Inductor's and pgolf's, are loaded and launched here. */
 #include "device.h"
 
 #include <string.h>
@@ -91,7 +91,7 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
                                unsigned block_z, unsigned shared, CUstream stream,
                                void **arguments, void **extra) {
     dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
-    log_launch("driver", (const char *)function, grid, block, shared);
+    log_launch("driver", (const char *)function, grid, block, shared, stream);
     return CUDA_SUCCESS;
 }
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function,

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 
 static FILE *log_file;
-static unsigned long kernels; /* launched by libtorch, so not counting Triton's */
+static unsigned long kernels; /* launched by libtorch and pgolf's extension, so not counting Triton's */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Called by name (ctypes) in the one process that is counted. Its children, compilers among them,
@@ -40,16 +40,20 @@ static void line(const char *format, ...) {
 /* A line of the caller's, in its place among the launches: say, the phase that begins. */
 EXPORT void counting_note(const char *json) { line("%s", json); }
 
-/* How many kernels of torch's own were launched so far. */
+/* How many kernels of torch's own and of pgolf's extension were launched so far. */
 EXPORT unsigned long counting_kernels(void) { return kernels; }
 
-void log_launch(const char *api, const char *name, dim3 grid, dim3 block, size_t shared) {
+void log_launch(const char *api, const char *name, dim3 grid, dim3 block, size_t shared,
+                const void *stream) {
     if (api[0] == 'r')
         __atomic_fetch_add(&kernels, 1, __ATOMIC_RELAXED);
     line("{\"kind\": \"kernel\", \"api\": \"%s\", \"name\": \"%s\", \"grid\": [%u, %u, %u], "
-         "\"block\": [%u, %u, %u], \"shared\": %zu}",
-         api, name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+         "\"block\": [%u, %u, %u], \"shared\": %zu, \"stream\": %zu}",
+         api, name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared,
+         (size_t)stream);
 }
+
+void log_wait(const char *call) { line("{\"kind\": \"wait\", \"name\": \"%s\"}", call); }
 
 void log_copy(const char *kind, size_t bytes) {
     line("{\"kind\": \"%s\", \"bytes\": %zu}", kind, bytes);

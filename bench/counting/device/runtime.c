@@ -1,4 +1,4 @@
-/* libcudart: torch's own kernels are registered and launched here. */
+/* libcudart: torch's own kernels and those of pgolf's extension are registered and launched here. */
 #include "device.h"
 
 #include <dlfcn.h>
@@ -24,7 +24,10 @@ EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
     *can = 0;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+EXPORT cudaError_t cudaDeviceSynchronize(void) {
+    log_wait(__func__);
+    return cudaSuccess;
+}
 EXPORT cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 EXPORT cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
 EXPORT const char *cudaGetErrorName(cudaError_t error) { return "counting device"; }
@@ -49,7 +52,10 @@ EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flag
 }
 EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaSuccess; }
 EXPORT cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaSuccess; }
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaSuccess; }
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    log_wait(__func__);
+    return cudaSuccess;
+}
 EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     *priority = 0;
     return cudaSuccess;
@@ -96,14 +102,17 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stre
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaSuccess; }
+EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    log_wait(__func__);
+    return cudaSuccess;
+}
 /* Not a time: whoever compares candidates finds them equal and keeps the first. */
 EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
     *milliseconds = 1.0f;
     return cudaSuccess;
 }
 
-/* ---- kernels: registered by the constructors of libtorch_cuda, found by their host function ---- */
+/* ---- kernels: registered by constructors of the libraries that hold them, found by their host function ---- */
 
 #define BUCKETS (1u << 18) /* libtorch_cuda registers some 60,000 */
 
@@ -141,19 +150,21 @@ EXPORT void __cudaRegisterFunction(void **module, const char *function, char *de
     kernels[i].name = name;
 }
 
-static cudaError_t start(const void *function, dim3 grid, dim3 block, size_t shared) {
+static cudaError_t start(const void *function, dim3 grid, dim3 block, size_t shared,
+                         cudaStream_t stream) {
     const char *name = kernels[bucket_of(function)].name;
-    log_launch("runtime", name ? name : "?", grid, block, shared);
+    log_launch("runtime", name ? name : "?", grid, block, shared, stream);
     return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments,
                                     size_t shared, cudaStream_t stream) {
-    return start(function, grid, block, shared);
+    return start(function, grid, block, shared, stream);
 }
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function,
                                        void **arguments) {
-    return start(function, config->gridDim, config->blockDim, config->dynamicSmemBytes);
+    return start(function, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                 config->stream);
 }
 EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
     *kernel = (cudaKernel_t)function;
@@ -161,7 +172,7 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
 }
 EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments,
                                       size_t shared, cudaStream_t stream) {
-    return start(kernel, grid, block, shared);
+    return start(kernel, grid, block, shared, stream);
 }
 EXPORT cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute attribute,
                                         int value) {
