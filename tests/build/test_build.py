@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Minutes of compiling on two cores.
+compiles_everything = pytest.mark.slow
 CHOOSERS = ("PGOLF_BUILD", "PGOLF_CUDART", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
 
 # Answers --version; when it compiles, leaves an object and a depfile without dependencies.
@@ -113,6 +115,7 @@ def built(tmp_path_factory):
 # ---- what is built
 
 
+@compiles_everything
 def test_build_info(built, tmp_path):
     code = "from pgolf import _C; print(_C.__file__, _C.build_info(), sep='|')"
     file, info = python(code, built, tmp_path).split("|")
@@ -123,6 +126,7 @@ def test_build_info(built, tmp_path):
     assert any(char.isdigit() for char in info["compiler"])
 
 
+@compiles_everything
 def test_only_what_changed_is_compiled(built):
     assert compiled(build(built, PGOLF_BUILD="cpu")) == set()
     (built / "csrc" / "extra.h").write_text("#pragma once\n")
@@ -139,6 +143,7 @@ def test_only_what_changed_is_compiled(built):
     assert compiled(build(built, PGOLF_BUILD="cpu")) == {"_C.so"}
 
 
+@compiles_everything
 def test_wheel_works_from_another_folder(built, tmp_path):
     (built / "pgolf" / "stale.py").write_text("")
     wheel = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", tmp_path]
@@ -162,6 +167,7 @@ def test_wheel_works_from_another_folder(built, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+@compiles_everything
 def test_cuda_module_loads_without_a_driver(built, tmp_path):
     output = build(built, PGOLF_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a")
     assert "for CPU and CUDA (sm_90a): PGOLF_BUILD=cuda" in output
@@ -190,6 +196,7 @@ def test_cuda_module_loads_without_a_driver(built, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm on PATH")
+@compiles_everything
 def test_no_code_is_shared_between_instruction_sets(built):
     """Of a function that several objects define, the linker keeps any one: it may be the one that
     this CPU cannot run. So all that is visible carries the name of the instruction set."""
@@ -203,6 +210,7 @@ def test_no_code_is_shared_between_instruction_sets(built):
         assert names and all(f"pgolf3cpu{len(isa)}{isa}" in name for name in names), (path, names)
 
 
+@compiles_everything
 def test_instruction_set_is_chosen_when_it_runs(built, tmp_path):
     code = "from pgolf import _C; print(_C.cpu_isa())"
     best = python(code, built, tmp_path)
