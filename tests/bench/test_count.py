@@ -17,7 +17,7 @@ BOTH = "xsa=triton,leaky_relu2_mlp=triton"
 needs_device = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "there is one")
 
 # N sequences of T tokens, L layers of width D with H query and G value heads, MLP width F.
-N, T, L, D, H, G, F, V = 2, 128, 2, 64, 4, 2, 128, 256
+N, T, L, D, H, G, F, V = 2, 128, 2, 64, 4, 2, 192, 256
 KV = D // H * G
 TINY = Request(
     overrides={
@@ -50,18 +50,18 @@ def test_products_of_a_tiny_model(reference):
     assert reference["device"] == "pgolf counting device (H100)"
     part = reference["phases"]["forward"]
     assert part["gemms"] == {
-        f"TN {D}x{TOKENS}x{D}": 2 * L,  # q, out
-        f"TN {KV}x{TOKENS}x{D}": 2 * L,  # k, v
+        f"TN {D + 2 * KV}x{TOKENS}x{D}": L,  # q, k, v
+        f"TN {D}x{TOKENS}x{D}": L,  # out
         f"TN {F}x{TOKENS}x{D}": L,
         f"TN {D}x{TOKENS}x{F}": L,
         f"TN {V}x{TOKENS}x{D}": 1,
     }
-    sides = [(D, D)] * 2 + [(KV, D)] * 2 + [(F, D), (D, F)]
+    sides = [(D + 2 * KV, D), (D, D), (F, D), (D, F)]
     moved = L * sum(TOKENS * (a + b) + a * b for a, b in sides) + TOKENS * (V + D) + V * D
     assert part["bytes"]["gemm"] == BF16 * moved
-    assert part["launches"]["gemm"] == 6 * L + 1
+    assert part["launches"]["gemm"] == 4 * L + 1
     backward = reference["phases"]["backward"]["launches"]
-    assert backward["gemm"] == 2 * (6 * L + 1)  # of the input and of the weight
+    assert backward["gemm"] == 2 * (4 * L + 1)  # of the input and of the weight
 
 
 @needs_device
