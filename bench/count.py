@@ -138,7 +138,9 @@ def count(
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = dict(build.environment(folder, Path(scratch)))
-        if not extension.missing():
+        if complaint := extension.missing():
+            say(f"without the kernels of pgolf's extension: {complaint}")
+        else:
             environment[CUDA_VARIABLE] = str(extension.build())
         for request in requests:
             name = name_of(request)
