@@ -22,11 +22,10 @@ from pgolf.files import atomic_write
 QAT = "+qat"
 SETTINGS = (
     "reference",
-    "xsa=triton,leaky_relu2_mlp=triton",
     "triton",
     "auto",
     "reference" + QAT,
-    "triton" + QAT,
+    "fake_quant=triton" + QAT,
     "auto" + QAT,
 )
 STEP = ("forward", "backward")  # what the settings are compared by
