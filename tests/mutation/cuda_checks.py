@@ -17,6 +17,7 @@ from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from ..ops import test_multi_tensor, test_pack_bits, test_weight_cast
 from ..ops import test_operators as t
+from ..ops import test_softcap_cross_entropy as loss
 from ..ops.cases import Call, is_empty, takes
 from ..ops.guards import guarded
 
@@ -130,6 +131,11 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
     "muon_momentum": [UNALIGNED],
     "param_update": [UNALIGNED],
+    "softcap_cross_entropy": [
+        functools.partial(check, columns, "cuda")
+        for check in (loss.test_logits_that_lie_far_apart, loss.test_rows_of_very_negative_logits)
+        for columns in (9, 1027)
+    ],
     "weight_cast": [
         functools.partial(
             test_weight_cast.test_matrices_of_every_kind_in_one_call,

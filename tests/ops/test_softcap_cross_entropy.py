@@ -142,6 +142,18 @@ def test_rows_of_very_negative_logits(columns: int, impl: str) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize("columns", [9, 1027])
+def test_logits_that_lie_far_apart(columns: int, impl: str) -> None:
+    """Powers are those of differences to the greatest, wherever it stands: none is too large."""
+    z = torch.linspace(-300, 300, columns).repeat(2, 1)
+    z[1] = z[1].flip(0)
+    targets = torch.tensor([0, 3])
+    expected = torch.nn.functional.cross_entropy(z.double(), targets, reduction="none")
+    losses, _ = row_kernel(impl, z, targets, 0.0)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+
+
+@every_kernel
 def test_targets_outside_of_the_row(impl: str) -> None:
     z, targets = torch.zeros(3, 9), torch.tensor([0, 9, -1])
     if impl == "cpu":
