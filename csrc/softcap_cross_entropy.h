@@ -1,7 +1,7 @@
 // softcap_cross_entropy: one row of logits, for CPU and GPU; F is float or double.
 //
 //   t = tanh(z / cap),  l = cap t   (cap 0: l = z, and t = 0 below)
-//   loss = log(sum exp(l - m)) + m - l[target],   m = max l
+//   loss = log(sum exp(l - m)) - (l[target] - m),   m = max l
 //   dz = factor (exp(l - m) / sum - [target]) (1 - t^2)
 //
 // tanh rises, so m is the l of the greatest z. A target outside of the row makes loss and dz NaN.
@@ -27,7 +27,8 @@ struct LossRow {
 
 template <typename F>
 PGOLF_HOST_DEVICE static inline LossRow<F> loss_row(F greatest, F sum, F target_logit, F factor) {
-  return {greatest, factor / sum, std::log(sum) + greatest - target_logit};
+  // (The difference first: it is exact where it is small, and m may be large.)
+  return {greatest, factor / sum, std::log(sum) - (target_logit - greatest)};
 }
 
 }  // namespace pgolf

@@ -286,6 +286,8 @@ def _gradients(
     scales = _spread(rest[:k], ctx.scaled)
     steps, bits = (_spread(x, ctx.stepped) for x in (rest[k : k + s], rest[k + s :]))
     flows = [i for i in range(n) if douts[i] is not None]
+    if not flows:
+        return [None] * n, [None] * k
 
     def of(items: Sequence) -> list:
         return [items[i] for i in flows if items[i] is not None]

@@ -146,7 +146,7 @@ def test_newton_schulz(data, dtype, batch, rows, columns, polar, row_norm) -> No
 
     def call(g, impl):
         with torch.no_grad():
-            return newton_schulz(g, coefficients, torch.float32, row_norm, 1.02, impl)
+            return newton_schulz(g, coefficients, torch.float32, row_norm, 1.02, impl=impl)
 
     agree(call, [g], 2000, None)
 
