@@ -123,7 +123,9 @@ def _forward(
     factor = 1 / max(1, x.size(0)) if mean else 1.0
     rows = launcher("softcap_cross_entropy", impl, "rows")
     losses = rows(z, targets.contiguous(), cap, factor, gradient)
-    return losses.mean() if mean else losses, z if gradient else z.new_empty(0)
+    if mean:  # in fp64, as a sum of many fp32 numbers is off by more than each of them
+        losses = losses.mean(dtype=torch.float64).to(losses.dtype)
+    return losses, z if gradient else z.new_empty(0)
 
 
 @_forward.register_fake
