@@ -123,8 +123,10 @@ def _forward(
     factor = 1 / max(1, x.size(0)) if mean else 1.0
     rows = launcher("softcap_cross_entropy", impl, "rows")
     losses = rows(z, targets.contiguous(), cap, factor, gradient)
-    if mean:  # in fp64, as a sum of many fp32 numbers is off by more than each of them
-        losses = losses.mean(dtype=torch.float64).to(losses.dtype)
+    if mean:
+        # A CPU adds in long rows: in fp32 the sum is off by more than each loss. A GPU adds in trees.
+        wide = losses.dtype if losses.is_cuda else torch.float64
+        losses = losses.mean(dtype=wide).to(losses.dtype)
     return losses, z if gradient else z.new_empty(0)
 
 
