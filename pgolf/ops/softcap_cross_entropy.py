@@ -124,7 +124,7 @@ def _forward(
     rows = launcher("softcap_cross_entropy", impl, "rows")
     losses = rows(z, targets.contiguous(), cap, factor, gradient)
     if mean:
-        # A CPU adds in long rows: in fp32 the sum is off by more than each loss. A GPU adds in trees.
+        # On a CPU a sum in fp32 is off by more than each loss. (A GPU adds in trees.)
         wide = losses.dtype if losses.is_cuda else torch.float64
         losses = losses.mean(dtype=wide).to(losses.dtype)
     return losses, z if gradient else z.new_empty(0)
