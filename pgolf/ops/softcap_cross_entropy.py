@@ -200,7 +200,7 @@ def samples() -> list[Sample]:
         Sample("5x8 to 1024, losses", make(5, 8, 1024, 30.0, 4.0, reduction="none")),
         Sample("3x24 to 1037, no cap", make(3, 24, 1037, 0.0, reduction="none")),
         Sample("2x8 to 2056, saturated", make(2, 8, 2056, 5.0, 8.0)),
-        Sample("1x8 to 1", make(1, 8, 1, 30.0)),
+        Sample("1x8 to 2", make(1, 8, 2, 30.0)),
         Sample("0x8 to 12", make(0, 8, 12, 30.0, reduction="none")),
         Sample("8192x16 to 1024", make(8192, 16, 1024, 30.0, 0.5), bench=True),
         Sample("8192x512 to 1024", make(8192, 512, 1024, 30.0, 0.1), bench=True),
