@@ -15,6 +15,7 @@ from .test_build import ROOT, build, copy_checkout, run
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.longest,  # everything is compiled with both sanitizers
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH"),
 ]
 
@@ -120,7 +121,6 @@ def test_an_access_out_of_bounds_is_found(sanitized, access, file, right, wrong)
 # ---- CUDA kernels in the emulator
 
 
-@pytest.mark.longest
 def test_emulated_kernels_are_clean(tmp_path, preloaded):
     """The registry's tests of them, in all orders of threads that a seed may choose."""
     module = pgolf_build(tmp_path, SANITIZERS.split(), checks=()).run()
