@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from pgolf.files import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTHON = (sys.executable, "-m")
@@ -61,7 +63,7 @@ def run(results: Path) -> int:
     ]
     written = [part for part in parts if part.exists()]
     if written:
-        results.write_text("".join(part.read_text(encoding="utf-8") for part in written))
+        atomic_write(results, "".join(part.read_text(encoding="utf-8") for part in written))
         print(f"times are in {results}")
     for part in written:
         part.unlink()

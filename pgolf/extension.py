@@ -74,4 +74,5 @@ def cuda() -> ModuleType | None:
 
 def emulates_cuda() -> bool:
     """Whether the CUDA kernels run on CPU tensors."""
-    return bool(os.environ.get(CUDA_VARIABLE)) and cuda().build_info()["cudart"] == "emulated"
+    module = cuda() if os.environ.get(CUDA_VARIABLE) else None
+    return module is not None and module.build_info()["cudart"] == "emulated"

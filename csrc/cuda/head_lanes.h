@@ -4,16 +4,12 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.h"
 #include "heads.h"
 
 namespace pgolf::cuda {
 
 constexpr int64_t kMaxHeadSize = 256;
-
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 
 // body(vector, lanes, chunks) with the constants of a Row that fit heads of `size` elements.
 template <typename T, typename Body>

@@ -43,6 +43,12 @@ inline bool aligned(std::initializer_list<const void*> addresses,
   return all % 16 == 0;
 }
 
+// A number for a template's argument that a lambda passes on.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // body(T{}) for the type T of `dtype`, which is fp32 or bf16.
 template <typename Body>
 const char* with_element(Dtype dtype, const Body& body) {

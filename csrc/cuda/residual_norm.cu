@@ -226,11 +226,6 @@ auto backward_kernel(const ResidualNormInputs& in) {
   return residual_norm_backward_rows<T, kVector, kLanes, kChunks, Learned::none>;
 }
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // body(vector, lanes, chunks) with the constants of a Row that fit rows of `width` elements.
 template <typename T, typename Body>
 const char* with_row_lanes(int64_t width, bool vectors, const Body& body) {

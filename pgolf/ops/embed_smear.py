@@ -28,6 +28,8 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -99,7 +101,7 @@ def _check(
         raise ValueError(f"embed_smear: dtype={dtype}: it has to be a float dtype")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"embed_smear: eps={eps}: it has to be 0 or more, and finite")
-    width, wide = table.size(1), torch.promote_types(dtype, torch.float32)
+    width, wide = table.size(1), compute_dtype(dtype)
     for name, t, shape, expected in (
         ("bigram", bigram, (*ids.shape, width), dtype),
         ("bigram_scale", bigram_scale, (), wide),
@@ -179,7 +181,7 @@ def embed_smear(
 
 def _results(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for x and the rstd of each token."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = compute_dtype(dtype)
     x = table.new_empty((*ids.shape, table.size(1)), dtype=dtype)
     return x, table.new_empty(ids.shape, dtype=wide)
 
@@ -263,10 +265,6 @@ def _order_torch(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     """What the kernels call table_dtype, x_dtype, n, t, vocab and width."""
     return DTYPE_CODES[table.dtype], DTYPE_CODES[dtype], *ids.shape, *table.shape
@@ -279,7 +277,7 @@ def _launchers(run: Run, order_of: Callable) -> dict[str, Callable]:
         x, rstd = _results(ids, table, dtype)
         run(
             "embed_smear", table,
-            *_addresses(ids, table, bigram, bigram_scale, gate, starts, x, rstd),
+            *addresses(ids, table, bigram, bigram_scale, gate, starts, x, rstd),
             *_shape(ids, table, dtype), eps,
         )  # fmt: skip
         return x, rstd
@@ -292,8 +290,8 @@ def _launchers(run: Run, order_of: Callable) -> dict[str, Callable]:
         order, bounds = order_of(ids, table.size(0))
         run(
             "embed_smear_backward", table,
-            *_addresses(ids, table, bigram, bigram_scale, gate, starts),
-            *_addresses(order, bounds, dx, rstd, dtable, dbigram, sums, pieces),
+            *addresses(ids, table, bigram, bigram_scale, gate, starts),
+            *addresses(order, bounds, dx, rstd, dtable, dbigram, sums, pieces),
             pieces.size(0), partials.data_ptr(), partials.size(0),
             *_shape(ids, table, dx.dtype), eps,
         )  # fmt: skip
@@ -311,7 +309,7 @@ def samples() -> list[Sample]:
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = compute_dtype(dtype)
             table = torch.randn(rows, width, generator=g).double()
             bigram = torch.randn(batch, time, width, generator=g).double()
             ids = torch.randint(rows, (batch, time), generator=g)
@@ -349,7 +347,7 @@ def cost(
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once, of the table no more rows than tokens, and rstd is kept."""
     x_bytes = ids.numel() * table.size(1) * dtype.itemsize
-    rstd = ids.numel() * torch.promote_types(dtype, torch.float32).itemsize
+    rstd = ids.numel() * compute_dtype(dtype).itemsize
     rows = min(nbytes(table), ids.numel() * table.size(1) * table.element_size())
     read = nbytes(ids, bigram, bigram_scale, gate, starts) + rows
     return (

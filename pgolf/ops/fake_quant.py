@@ -25,6 +25,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     in_triton,
@@ -50,7 +51,7 @@ def reference(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`fake_quant` in plain torch."""
-    wide = w.detach().to(row_cast.wide(w.dtype))
+    wide = w.detach().to(compute_dtype(w.dtype))
     value, _, inside = grid(wide, clip_factor.to(wide.dtype), bits, floor, multiple, full_range)
     value = torch.where(on > 0, value, wide)
     through = torch.where(inside | ~(on > 0), w, w.detach()) if clip_mask else w
@@ -216,7 +217,7 @@ def _forward(
 
 @_forward.register_fake
 def _(ws, clip_factors, bits, on, floor, multiple, full_range, clip_mask, dtype, impl):
-    wide = row_cast.wide(ws[0].dtype)
+    wide = compute_dtype(ws[0].dtype)
     scales = [w.new_empty(w.shape[:1], dtype=wide) for w in ws] if clip_mask else []
     return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *scales]
 
@@ -349,7 +350,7 @@ def cost(
 ) -> tuple[Work, Work]:
     """Forward reads w once and writes the values; with a clip mask, steps too, and a backward."""
     values = w.numel() * (dtype or w.dtype).itemsize
-    steps = w.size(0) * row_cast.wide(w.dtype).itemsize
+    steps = w.size(0) * compute_dtype(w.dtype).itemsize
     masked = Work(0, nbytes(w, w, bits, on) + steps, nbytes(w))
     return (
         Work(0, nbytes(w, clip_factor, bits, on), values + steps * clip_mask),

@@ -6,7 +6,6 @@ Two launches over any number of tensors: a sum for each chunk of a tensor, then 
 order, so that the bits depend on nothing but the gradients. Non-finite elements go into the norm.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
+    PR1473_MATRICES,
     Tensors,
-    addresses,
     check_lists,
     chunks,
     codes,
@@ -27,6 +26,7 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
     in_cpp,
     in_cuda,
     launcher,
@@ -83,7 +83,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
         bad = like.new_empty((), dtype=torch.int64)
         partials = like.new_empty(2 * chunks(grads), dtype=torch.float64)
         run(
-            "grad_norm", like, addresses(grads), sizes(grads), codes(grads), partials.data_ptr(),
+            "grad_norm", like, addresses(*grads), sizes(grads), codes(grads), partials.data_ptr(),
             partials.numel(), norm.data_ptr(), bad.data_ptr(),
         )  # fmt: skip
         return norm, bad
@@ -102,11 +102,10 @@ def samples() -> list[Sample]:
 
         return build
 
-    blocks = [(512, 512)] * 22 + [(256, 512)] * 22 + [(1536, 512)] * 11 + [(512, 1536)] * 11
     return [
         Sample("5 tensors", make([(3, 7), (4100,), (), (2, 64), (8192,)])),
         Sample("an empty tensor", make([(5,), (0,), (1025,)])),
-        Sample("66 matrices", make(blocks), bench=True),
+        Sample("66 matrices", make(PR1473_MATRICES), bench=True),
     ]
 
 
@@ -122,13 +121,11 @@ OPERATOR = register(
         reference=reference,
         differentiable=(),
         implementations={
-            "cpu": dataclasses.replace(
-                in_cpp("grad_norm", **_launchers(run_cpp)), dtypes=KERNEL_DTYPES
-            ),
+            "cpu": in_cpp("grad_norm", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
             "cuda": in_cuda("grad_norm", **_launchers(run_cuda)),
         },
         preferred={
-            "cpu": [("cpu", "one pass in C++ (python -m bench ops grad_norm)")],
+            "cpu": [("cpu", "one pass in C++ (python -m bench ops --op grad_norm)")],
             "cuda": [("cuda", "two launches for all tensors (python -m bench count)")],
         },
         samples=samples,

@@ -22,7 +22,9 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -54,7 +56,7 @@ def check_rows(name: str, x: Tensor, slope: float, rstd: Tensor | None) -> None:
                 f"{name}: rstd is {tuple(rstd.shape)}: for these rows it has to be "
                 f"{tuple(x.shape[:-1])}"
             )
-        wanted = torch.promote_types(x.dtype, torch.float32)
+        wanted = compute_dtype(x.dtype)
         if rstd.dtype != wanted:
             raise ValueError(f"{name}: rstd is {rstd.dtype}: it has to be {wanted}")
         if rstd.device != x.device:
@@ -148,10 +150,6 @@ _forward.register_autograd(_gradient, setup_context=_setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _address(rstd: Tensor | None) -> int:
-    return 0 if rstd is None else rstd.data_ptr()
-
-
 def launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
@@ -159,7 +157,7 @@ def launchers(run: Run) -> dict[str, Callable]:
         post = pre if in_place else torch.empty_like(pre)
         bits = words(pre)
         run(
-            "leaky_relu2", pre, pre.data_ptr(), post.data_ptr(), bits.data_ptr(), _address(rstd),
+            "leaky_relu2", pre, pre.data_ptr(), post.data_ptr(), bits.data_ptr(), *addresses(rstd),
             DTYPE_CODES[pre.dtype], *pre.shape, slope,
         )  # fmt: skip
         return post, bits
@@ -180,7 +178,7 @@ def launchers(run: Run) -> dict[str, Callable]:
         dpre = dpost if in_place else torch.empty_like(dpost)
         run(
             "leaky_relu2_backward", post, dpost.data_ptr(), post.data_ptr(), bits.data_ptr(),
-            _address(rstd), dpre.data_ptr(), DTYPE_CODES[post.dtype], *post.shape, slope,
+            *addresses(rstd), dpre.data_ptr(), DTYPE_CODES[post.dtype], *post.shape, slope,
         )  # fmt: skip
         return dpre
 
@@ -196,7 +194,7 @@ def samples() -> list[Sample]:
             x = torch.randn(shape, generator=g, dtype=torch.float64).to(device, dtype)
             x = x.mT.contiguous().mT if transposed else x
             rstd = torch.rand(shape[:-1], generator=g, dtype=torch.float64).add(0.5)
-            rstd = rstd.to(device, torch.promote_types(dtype, torch.float32))
+            rstd = rstd.to(device, compute_dtype(dtype))
             return (x, slope), {"rstd": rstd} if scaled else {}
 
         return build

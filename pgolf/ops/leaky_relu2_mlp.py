@@ -35,6 +35,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     in_triton,
@@ -190,7 +191,7 @@ def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bo
         down = torch.randn(dim, hidden, generator=g, dtype=torch.float64) * hidden**-0.5
         h, up, down = (t.to(device, dtype) for t in (wide, up, down))
         rstd = torch.rand(rows, generator=g, dtype=torch.float64).add(0.5)
-        rstd = rstd.to(device, torch.promote_types(dtype, torch.float32))
+        rstd = rstd.to(device, compute_dtype(dtype))
         return (h[..., :dim], up, down, 0.5), {"rstd": rstd} if scaled else {}
 
     return build

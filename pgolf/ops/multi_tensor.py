@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import DTYPE_CODES
+from pgolf.ops.registry import DTYPE_CODES, compute_dtype
 
 Tensors = Sequence[Tensor]
 
@@ -19,6 +19,10 @@ COLUMNS = (
     "max_norm",
 )  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+# The matrices that Muon steps in PR 1473, for samples.
+PR1473_MATRICES = (
+    [(512, 512)] * 22 + [(256, 512)] * 22 + [(1536, 512)] * 11 + [(512, 1536)] * 11
+)
 
 
 def scalars_row(**values: float) -> list[float]:
@@ -51,7 +55,7 @@ def clip_factor(max_norm: Tensor, norm: Tensor) -> Tensor:
 
 def widened(t: Tensor) -> Tensor:
     """t in the dtype that it is computed in: float32, or float64 for float64."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(compute_dtype(t.dtype))
 
 
 def check_lists(operator: str, **lists: Tensors) -> None:
@@ -114,10 +118,6 @@ def check_numbers(operator: str, like: Tensor, rows: bool, scalars: Tensor, norm
                 f"{operator}: {name} is {t.dtype} on {t.device}: it has to be {dtype} on "
                 f"{like.device}"
             )
-
-
-def addresses(tensors: Tensors) -> list[int]:
-    return [t.data_ptr() for t in tensors]
 
 
 def sizes(tensors: Tensors) -> list[int]:

@@ -8,7 +8,6 @@ the scale of each matrix from the sums in their order. X is what `newton_schulz(
 starts from; it is rounded to its dtype twice, before and after it is scaled.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
+    PR1473_MATRICES,
     Tensors,
-    addresses,
     check_lists,
     check_numbers,
     check_same_shapes,
@@ -36,6 +35,7 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
     in_cpp,
     in_cuda,
     launcher,
@@ -169,7 +169,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
         squares = grads[0].new_empty(sum(rows), dtype=torch.float64)
         matrices = [matrix for x in xs for matrix in x.unbind(0)]
         run(
-            "muon_momentum", grads[0], addresses(grads), addresses(momenta), addresses(matrices),
+            "muon_momentum", grads[0], addresses(*grads), addresses(*momenta), addresses(*matrices),
             rows, cols, codes(grads), codes(momenta), DTYPE_CODES[xs[0].dtype], scalars.data_ptr(),
             norm.data_ptr(), squares.data_ptr(), squares.numel(), nesterov, row_norm, safety,
         )  # fmt: skip
@@ -192,12 +192,11 @@ def samples() -> list[Sample]:
 
         return build
 
-    blocks = [(512, 512)] * 22 + [(256, 512)] * 22 + [(1536, 512)] * 11 + [(512, 1536)] * 11
     return [
         Sample("3 shapes", make([(8, 64), (8, 64), (40, 12), (3, 5)])),
         Sample("row norm", make([(35, 8), (7, 300)], row_norm=True, safety=1.02)),
         Sample("heavy ball to bf16", make([(4, 6), (4, 6)], torch.bfloat16, nesterov=False)),
-        Sample("66 matrices", make(blocks), bench=True),
+        Sample("66 matrices", make(PR1473_MATRICES), bench=True),
     ]
 
 
@@ -223,13 +222,11 @@ OPERATOR = register(
         reference=reference,
         differentiable=(),
         implementations={
-            "cpu": dataclasses.replace(
-                in_cpp("muon_momentum", **_launchers(run_cpp)), dtypes=KERNEL_DTYPES
-            ),
+            "cpu": in_cpp("muon_momentum", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
             "cuda": in_cuda("muon_momentum", **_launchers(run_cuda)),
         },
         preferred={
-            "cpu": [("cpu", "two passes in C++ (python -m bench ops muon_momentum)")],
+            "cpu": [("cpu", "two passes in C++ (python -m bench ops --op muon_momentum)")],
             "cuda": [("cuda", "two launches for all matrices (python -m bench count)")],
         },
         samples=samples,

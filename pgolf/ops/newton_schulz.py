@@ -22,6 +22,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_triton,
     launcher,
@@ -69,7 +70,7 @@ def reference(
 
 def normalize(g: Tensor, dtype: torch.dtype, row_norm: bool, safety: float) -> Tensor:
     """X before the first step, of matrices (B, R, C)."""
-    x = g.to(torch.promote_types(g.dtype, torch.float32))
+    x = g.to(compute_dtype(g.dtype))
     if row_norm:
         x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
     return (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)

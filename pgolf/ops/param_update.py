@@ -14,7 +14,6 @@ Every tensor is read once and written once. Learning rates and all else that cha
 step are rows of `scalars`, on the device; at rate 0 averages are neither read nor written.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
+    PR1473_MATRICES,
     Tensors,
     adamw_row,
-    addresses,
     check_lists,
     check_numbers,
     check_same_shapes,
@@ -40,6 +39,7 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
     in_cpp,
     in_cuda,
     launcher,
@@ -234,9 +234,9 @@ def _launchers(run: Run) -> dict[str, Callable]:
             copied[i] = copy.data_ptr()
         scales = [0.0] * len(exp_avgs) + [muon_scale(p) for p in params[len(exp_avgs) :]]
         run(
-            "param_update", params[0], addresses(params), addresses(sources),
-            addresses(exp_avgs) + muon, addresses(exp_avg_sqs) + muon,
-            addresses(averages) or [0] * len(params), copied, sizes(params), codes(params),
+            "param_update", params[0], addresses(*params), addresses(*sources),
+            addresses(*exp_avgs) + muon, addresses(*exp_avg_sqs) + muon,
+            addresses(*averages) or [0] * len(params), copied, sizes(params), codes(params),
             codes(sources), codes(exp_avgs) + muon, scales, groups, scalars.data_ptr(),
             scalars.size(0), norm.data_ptr(),
         )  # fmt: skip
@@ -292,14 +292,13 @@ def samples() -> list[Sample]:
     """Mixed lists, tails of all lengths; the bench sizes are PR 1473's parameters."""
     small = [(5, 7), (), (4097,), (64,)]
     tables = [(1024, 512), (3072, 112), (1024, 128), (512, 112), (256, 128), (5, 512), (512,)]
-    scalars = [(512,), (512,), (2, 512), (8,)] * 11 + [()] * 4
-    blocks = [(512, 512)] * 22 + [(256, 512)] * 22 + [(1536, 512)] * 11 + [(512, 1536)] * 11
+    others = [*tables, *[(512,), (512,), (2, 512), (8,)] * 11, *[()] * 4]
     return [
         Sample("both kinds", _sample(small, [(6, 2), (3, 33)], 0.25)),
         Sample("no averages", _sample([(9,), (0,)], [(2, 8)], 0.0)),
         Sample("fp32 state, new averages", _sample([(31, 3)], [], 1.0, torch.float32)),
-        Sample("pr1473 AdamW", _sample([*tables, *scalars], [], 0.003, norm=1.0), bench=True),
-        Sample("pr1473 all", _sample([*tables, *scalars], blocks, 0.003, norm=1.0), bench=True),
+        Sample("pr1473 AdamW", _sample(others, [], 0.003, norm=1.0), bench=True),
+        Sample("pr1473 all", _sample(others, PR1473_MATRICES, 0.003, norm=1.0), bench=True),
     ]
 
 
@@ -327,13 +326,11 @@ OPERATOR = register(
         reference=reference,
         differentiable=(),
         implementations={
-            "cpu": dataclasses.replace(
-                in_cpp("param_update", **_launchers(run_cpp)), dtypes=KERNEL_DTYPES
-            ),
+            "cpu": in_cpp("param_update", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
             "cuda": in_cuda("param_update", **_launchers(run_cuda)),
         },
         preferred={
-            "cpu": [("cpu", "one pass in C++ (python -m bench ops param_update)")],
+            "cpu": [("cpu", "one pass in C++ (python -m bench ops --op param_update)")],
             "cuda": [("cuda", "one launch for all parameters (python -m bench count)")],
         },
         samples=samples,

@@ -25,7 +25,9 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -106,7 +108,7 @@ def _check(
     if not 0 <= eps < float("inf"):
         raise ValueError(f"qk_rope: eps={eps}: it has to be 0 or more, and finite")
     check_alike("qk_rope", qkv=qkv, value=value)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
+    wide = compute_dtype(qkv.dtype)
     for name, t in (("cos", cos), ("sin", sin), ("gain", gain)):
         if t.dtype != wide or t.device != qkv.device:
             raise ValueError(
@@ -239,7 +241,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
         outputs = _outputs(qkv, heads, kv_heads)
         run(
             "qk_rope", qkv, *(t.data_ptr() for t in (qkv, cos, sin, gain)),
-            0 if value is None else value.data_ptr(), *(t.data_ptr() for t in outputs),
+            *addresses(value, *outputs),
             *_shape(qkv, cos, heads, kv_heads), eps, norm,
         )  # fmt: skip
         return outputs
@@ -251,7 +253,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
         gradients = (dq, dk, dv)
         run(
             "qk_rope_backward", qkv, *(t.data_ptr() for t in (qkv, cos, sin, gain)),
-            *(0 if t is None else t.data_ptr() for t in gradients),
+            *addresses(*gradients),
             dqkv.data_ptr(), partials.data_ptr(), blocks, d_gain.data_ptr(),
             *_shape(qkv, cos, heads, kv_heads), eps, norm,
             *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
@@ -270,7 +272,7 @@ def samples() -> list[Sample]:
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = compute_dtype(dtype)
             qkv = torch.randn(batch, time, (heads + 2 * groups) * size, generator=g).double()
             value = torch.randn(batch, time, groups * size, generator=g).double()
             table = [t.to(device, wide) for t in rope_table(time, dims, 10000.0)]

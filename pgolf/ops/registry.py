@@ -303,9 +303,10 @@ def run_cuda(function: str, like: Tensor, *args: Any) -> None:
         launch(*args, torch.cuda.current_stream().cuda_stream)
 
 
-def in_cpp(*needed: str, **functions: Callable) -> Implementation:
+def in_cpp(
+    *needed: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES), **functions: Callable
+) -> Implementation:
     """C++ kernels behind `functions`, which call what is `needed` of pgolf._C."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float64)
     return Implementation("cpu", dtypes, functions, lambda: no_extension(*needed))
 
 
@@ -357,6 +358,16 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
 def unit_stride(t: Tensor) -> Tensor:
     """t, copied if its last dimension is strided; `contiguous` keeps strides of empty tensors."""
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in for elements of that dtype: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Where they lie, as the compiled half takes them; 0 for what is not there."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -27,6 +27,8 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    addresses,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -74,7 +76,7 @@ def _check(x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float
             f"residual_norm: x is {x.dtype} {tuple(x.shape)}: it has to be of a float dtype and "
             "(..., D), D >= 1"
         )
-    width, wide = x.size(-1), torch.promote_types(x.dtype, torch.float32)
+    width, wide = x.size(-1), compute_dtype(x.dtype)
     for name, of, shape, dtype in (
         ("branch", "", x.shape, x.dtype),
         ("branch_scale", "branch", (width,), wide),
@@ -191,7 +193,7 @@ def _or_empty(like: Tensor, there: bool) -> Tensor:
 
 def _wide(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Room for numbers of the type that kernels compute in."""
-    return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    return like.new_empty(shape, dtype=compute_dtype(like.dtype))
 
 
 def _results(
@@ -304,11 +306,6 @@ _forward.register_autograd(_gradient, setup_context=_setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    """0 for what is not there or empty."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
@@ -318,7 +315,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
     def forward(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total):
         results = _results(x, branch, skip, mix, stores_total)
         inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
-        run("residual_norm", x, *_addresses(*inputs, *results), *shape(x), scale, eps)
+        run("residual_norm", x, *addresses(*inputs, *results), *shape(x), scale, eps)
         return results
 
     def backward(
@@ -334,7 +331,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
         partials = parameters.new_empty((blocks, *parameters.shape))
         run(
             "residual_norm_backward", x_in,
-            *_addresses(
+            *addresses(
                 total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
                 d_x_in, dh, *gradients, partials,
             ),
@@ -351,7 +348,7 @@ def samples() -> list[Sample]:
     def make(tokens: int, width: int, *parts: str, **options: Any):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(width)
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = compute_dtype(dtype)
             parameters = {"branch_scale": (width,), "skip_weight": (width,), "mix": (2, width)}
 
             def made(name: str) -> Tensor:

@@ -10,18 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import DTYPE_CODES, Run
+from pgolf.ops.registry import DTYPE_CODES, Run, addresses, compute_dtype
 
 NEEDED = ("weight_cast", "weight_cast_backward")  # functions of pgolf._C
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels compute in for that dtype."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def launchers(run: Run) -> dict[str, Callable]:
@@ -41,19 +32,19 @@ def launchers(run: Run) -> dict[str, Callable]:
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The matrices in `dtype`; of those that want them, the steps (R,)."""
         source = ws[0].dtype
-        target = dtype if dtype is torch.bfloat16 else wide(source)
+        target = dtype if dtype is torch.bfloat16 else compute_dtype(source)
         outs = [w.new_empty(w.shape, dtype=target) for w in ws]
         steps = [
-            w.new_empty(w.shape[:1], dtype=wide(source)) if wanted else None
+            w.new_empty(w.shape[:1], dtype=compute_dtype(source)) if wanted else None
             for w, wanted in zip(ws, with_steps, strict=True)
         ]
         matrices = [
-            (*w.shape, w.data_ptr(), w.stride(0), *map(_address, rest))
+            (*w.shape, w.data_ptr(), w.stride(0), *addresses(*rest))
             for w, *rest in zip(ws, scales, clip_factors, bits, outs, steps, strict=True)
         ]
         run(
-            "weight_cast", ws[0], matrices, _address(on), DTYPE_CODES[source], DTYPE_CODES[target],
-            floor, multiple, full_range,
+            "weight_cast", ws[0], matrices, *addresses(on), DTYPE_CODES[source],
+            DTYPE_CODES[target], floor, multiple, full_range,
         )  # fmt: skip
         return [out.to(dtype) for out in outs], steps
 
@@ -71,20 +62,20 @@ def launchers(run: Run) -> dict[str, Callable]:
         """dw of every matrix, and of those with a scale its gradient."""
         source = ws[0].dtype
         target = douts[0].dtype
-        if target is not torch.bfloat16 and target is not wide(source):
-            target = wide(source)
+        if target is not torch.bfloat16 and target is not compute_dtype(source):
+            target = compute_dtype(source)
             douts = [dout.to(target) for dout in douts]
         dws = [w.new_empty(w.shape) for w in ws]
         dscales = [None if scale is None else scale.new_empty(scale.shape) for scale in scales]
         matrices = [
             (*w.shape, dout.data_ptr(), dout.stride(0), w.data_ptr(), w.stride(0),
-             *map(_address, rest))
+             *addresses(*rest))
             for dout, w, *rest in zip(
                 douts, ws, scales, steps, bits, dws, dscales, strict=True
             )
         ]  # fmt: skip
         run(
-            "weight_cast_backward", ws[0], matrices, _address(on), DTYPE_CODES[source],
+            "weight_cast_backward", ws[0], matrices, *addresses(on), DTYPE_CODES[source],
             DTYPE_CODES[target], multiple, full_range, clip_mask,
         )  # fmt: skip
         return dws, dscales

@@ -26,6 +26,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -43,7 +44,7 @@ MAX_COLUMNS = {"cuda": 8192}  # a row lies in a block's registers
 def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
     """Capped logits (N, V) in fp32."""
     z = F.linear(x, w)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z.to(compute_dtype(z.dtype))
     return cap * torch.tanh(z / cap) if cap else z
 
 
@@ -132,12 +133,8 @@ def _forward(
 
 @_forward.register_fake
 def _(x, w, targets, cap, mean, gradient, impl):
-    losses = x.new_empty(() if mean else x.shape[:1], dtype=_wide(x.dtype))
+    losses = x.new_empty(() if mean else x.shape[:1], dtype=compute_dtype(x.dtype))
     return losses, x.new_empty((x.size(0), w.size(0)) if gradient else 0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -169,7 +166,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
 
     def rows(z: Tensor, targets: Tensor, cap: float, factor: float, gradient: bool) -> Tensor:
         """The losses of z (N, V), which becomes its gradient times `factor` if that is wanted."""
-        losses = z.new_empty(z.shape[:1], dtype=_wide(z.dtype))
+        losses = z.new_empty(z.shape[:1], dtype=compute_dtype(z.dtype))
         run(
             "softcap_cross_entropy", z, z.data_ptr(), targets.data_ptr(), losses.data_ptr(),
             DTYPE_CODES[z.dtype], *z.shape, cap, factor, gradient,
@@ -215,7 +212,7 @@ def cost(
     """Forward: a product, then z is read and dz written; backward: two products with dz."""
     z = x.size(0) * w.size(0) * x.element_size()
     flops = 2 * x.size(0) * w.numel()
-    wide = _wide(x.dtype).itemsize
+    wide = compute_dtype(x.dtype).itemsize
     losses = (x.size(0) if reduction == "none" else 1) * wide
     return (
         Work(flops, nbytes(x, w, targets) + z, 2 * z + losses),

@@ -32,6 +32,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
@@ -42,7 +43,7 @@ from pgolf.ops.registry import (
     run_cuda,
     unit_stride,
 )
-from pgolf.ops.row_cast import NEEDED, launchers, wide
+from pgolf.ops.row_cast import NEEDED, launchers
 
 
 def reference(
@@ -59,10 +60,10 @@ def reference(
 ) -> Tensor:
     """`weight_cast` in plain torch."""
     if clip_factor is None:
-        q = w.to(wide(w.dtype))
+        q = w.to(compute_dtype(w.dtype))
     else:
         grid = (clip_factor, bits, on, floor, multiple, full_range, clip_mask)
-        q = on_grid(w, *grid, dtype=wide(w.dtype))
+        q = on_grid(w, *grid, dtype=compute_dtype(w.dtype))
     return (q if scale is None else q * scale[:, None]).to(dtype or w.dtype)
 
 
@@ -75,10 +76,10 @@ def _check(
 ) -> None:
     check_matrix("weight_cast", w)
     if scale is not None:
-        if scale.shape != w.shape[:1] or scale.dtype != wide(w.dtype):
+        if scale.shape != w.shape[:1] or scale.dtype != compute_dtype(w.dtype):
             raise ValueError(
                 f"weight_cast: scale is {scale.dtype} {tuple(scale.shape)}: for these rows it has "
-                f"to be {wide(w.dtype)} ({w.size(0)},)"
+                f"to be {compute_dtype(w.dtype)} ({w.size(0)},)"
             )
         if scale.device != w.device:
             raise ValueError(f"weight_cast: scale is on {scale.device}, w on {w.device}")
@@ -191,20 +192,11 @@ def _stepped(scaled: Sequence[bool], gridded: Sequence[bool], clip_mask: bool) -
 
 @torch.library.custom_op("pgolf::weight_cast", mutates_args=())
 def _forward(
-    ws: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    scaled: Sequence[bool],
-    clip_factors: Sequence[Tensor],
-    bits: Sequence[Tensor],
-    gridded: Sequence[bool],
-    on: Tensor | None,
-    floor: float,
-    multiple: int,
-    full_range: bool,
-    clip_mask: bool,
-    dtype: torch.dtype,
-    impl: str,
-) -> list[Tensor]:
+    ws: Sequence[Tensor], scales: Sequence[Tensor], scaled: Sequence[bool],
+    clip_factors: Sequence[Tensor], bits: Sequence[Tensor], gridded: Sequence[bool],
+    on: Tensor | None, floor: float, multiple: int, full_range: bool, clip_mask: bool,
+    dtype: torch.dtype, impl: str,
+) -> list[Tensor]:  # fmt: skip
     """The results, then the steps that the gradients need."""
     outs, steps = launcher("weight_cast", impl, "forward")(
         [unit_stride(w) for w in ws],
@@ -221,26 +213,22 @@ def _(
     ws, scales, scaled, clip_factors, bits, gridded, on, floor, multiple, full_range, clip_mask,
     dtype, impl,
 ):  # fmt: skip
-    stepped = zip(ws, _stepped(scaled, gridded, clip_mask), strict=True)
-    steps = [w.new_empty(w.shape[:1], dtype=wide(w.dtype)) for w, needed in stepped if needed]
+    computed, stepped = compute_dtype(ws[0].dtype), _stepped(scaled, gridded, clip_mask)
+    steps = [
+        w.new_empty(w.shape[:1], dtype=computed)
+        for w, needed in zip(ws, stepped, strict=True)
+        if needed
+    ]
     return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *steps]
 
 
 @torch.library.custom_op("pgolf::weight_cast_backward", mutates_args=())
 def _backward(
-    douts: Sequence[Tensor],
-    ws: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    scaled: Sequence[bool],
-    steps: Sequence[Tensor],
-    bits: Sequence[Tensor],
-    stepped: Sequence[bool],
-    on: Tensor | None,
-    multiple: int,
-    full_range: bool,
-    clip_mask: bool,
+    douts: Sequence[Tensor], ws: Sequence[Tensor], scales: Sequence[Tensor],
+    scaled: Sequence[bool], steps: Sequence[Tensor], bits: Sequence[Tensor],
+    stepped: Sequence[bool], on: Tensor | None, multiple: int, full_range: bool, clip_mask: bool,
     impl: str,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The gradients of ws, then those of scales."""
     dws, dscales = launcher("weight_cast", impl, "backward")(
         [unit_stride(dout) for dout in douts],
@@ -352,7 +340,7 @@ def samples() -> list[Sample]:
             w = torch.randn(rows, columns, generator=g, dtype=torch.float64) * 0.05
             scale = torch.randn(rows, generator=g, dtype=torch.float64)
             factor = torch.rand(rows, generator=g).mul(0.5).add(0.5).to(device)
-            named = {"scale": scale.to(device, wide(dtype))} if scaled else {}
+            named = {"scale": scale.to(device, compute_dtype(dtype))} if scaled else {}
             if bits:
                 k, switch = (torch.tensor(float(x), device=device) for x in (bits, on))
                 named |= {"clip_factor": factor, "bits": k, "on": switch}
@@ -391,7 +379,7 @@ def cost(
     dtype = dtype or w.dtype
     out = w.numel() * dtype.itemsize
     stepped = clip_factor is not None and (clip_mask or scale is not None)
-    steps = w.size(0) * wide(w.dtype).itemsize * stepped
+    steps = w.size(0) * compute_dtype(w.dtype).itemsize * stepped
     forward = Work(0, nbytes(w, scale, clip_factor, bits, on), out + steps)
     if stepped:
         return forward, Work(0, out + nbytes(w, scale, bits, on) + steps, nbytes(w, scale))

@@ -33,12 +33,13 @@ TORCHS = {"softcap_cross_entropy": ["aten", "gemm"]}
 def log(tmp_path_factory):
     folder = tmp_path_factory.mktemp("counting")
     environment = dict(build.environment(build.build(), folder))
-    environment[CUDA_VARIABLE] = str(extension.build())
+    root = Path(__file__).parents[2]
+    environment |= {CUDA_VARIABLE: str(extension.build()), "PYTHONPATH": str(root)}
     script = Path(__file__).with_name("counting_launches.py")
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "log")],
         env=environment, capture_output=True, text=True, timeout=300,
-        cwd=Path(__file__).parents[2],
+        cwd=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return launches.read(folder / "log")
