@@ -20,6 +20,7 @@ from pgolf.ops import (
     newton_schulz,
     qk_rope,
     residual_norm,
+    softcap_cross_entropy,
     weight_cast,
     xsa,
 )
@@ -235,3 +236,23 @@ def test_weight_cast(data, dtype, rows, columns, bits, gridded, mask) -> None:
         return weight_cast(w, scale, **grid, clip_mask=mask, dtype=to, impl=impl)
 
     agree(call, [w, scale], 32, scalar_like(to))
+
+
+caps = st.sampled_from([0.0, 0.5, 30.0])
+
+
+@fuzz
+@given(st.data(), dtypes, lengths, lengths, st.integers(0, 40), caps, st.booleans())
+def test_softcap_cross_entropy(data, dtype, rows, width, columns, cap, mean) -> None:
+    odd = data.draw(st.sampled_from([0, 0, 0, 1]))
+    x = data.draw(tensors((rows, width), dtype))
+    w = data.draw(tensors((columns, width + odd), dtype))
+    targets = data.draw(tensors((rows,), torch.float32)).abs().mul(8).long()
+    targets = targets.clamp(max=max(columns - 1, 0))
+    reduction = "mean" if mean and rows else "none"  # the mean of nothing is NaN
+
+    def call(x, w, impl):
+        return softcap_cross_entropy(x, w, targets, cap, reduction, impl)
+
+    upstream = scalar_like(torch.promote_types(dtype, torch.float32))
+    agree(call, [x, w], 32, upstream, least=8)
