@@ -267,7 +267,7 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
     using X = decltype(element);
     return launch(embed_smear_forward<decltype(table), X, decltype(vector)::value,
                                       decltype(chunks)::value>,
-                  blocks_for(runs, kWarps), kBlock, stream, Inputs{shape, in},
+                  stepping_blocks(runs, kWarps), kBlock, stream, Inputs{shape, in},
                   static_cast<X*>(x), static_cast<float*>(rstd));
   });
 }
@@ -277,7 +277,6 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
                                  const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
                                  void* stream) {
   const int64_t blocks = smear_blocks(shape.batch * shape.time);
-  if (blocks > INT32_MAX) return "more tokens than a grid of blocks can take";
   const Inputs args = {shape, in};
   float* const pieces = static_cast<float*>(scratch.pieces);
   float* const partials = static_cast<float*>(scratch.partials);
@@ -296,8 +295,8 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
   error = with_element(shape.table_dtype, [&](auto table) {
     using T = decltype(table);
     const int64_t items = shape.vocab * ((shape.width + kWarp - 1) / kWarp);
-    return launch(embed_smear_rows<T>, blocks_for(items, 1), kThreads, stream, args, tokens.bounds,
-                  static_cast<const float*>(pieces), static_cast<T*>(out.dtable));
+    return launch(embed_smear_rows<T>, stepping_blocks(items, 1), kThreads, stream, args,
+                  tokens.bounds, static_cast<const float*>(pieces), static_cast<T*>(out.dtable));
   });
   if (error) return error;
   return sum_rows(partials, blocks, shape.width + 1, static_cast<float*>(out.sums), stream);

@@ -96,7 +96,7 @@ const char* start(const LeakyRelu2Shape& shape, bool vectors, Kernel wide, Kerne
   constexpr int kVector = kAccessBytes / sizeof(T);
   const int64_t words = shape.rows * sign_words(shape.cols);
   const int64_t per_block = kThreads * (vectors ? kVector : 1) / kBitsPerWord;
-  return launch(vectors ? wide : narrow, blocks_for(words, per_block), kThreads, stream, shape,
+  return launch(vectors ? wide : narrow, stepping_blocks(words, per_block), kThreads, stream, shape,
                 arguments...);
 }
 

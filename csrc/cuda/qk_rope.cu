@@ -197,7 +197,7 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
     return with_head_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
       constexpr int kLanes = decltype(lanes)::value;
       return launch(qk_rope_forward<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
-                    blocks_for(inputs.tokens() * inputs.heads(), kThreads / kLanes), kThreads,
+                    stepping_blocks(inputs.tokens() * inputs.heads(), kThreads / kLanes), kThreads,
                     stream, inputs, static_cast<const T*>(value), static_cast<T*>(out.q),
                     static_cast<T*>(out.k), static_cast<T*>(out.v));
     });
@@ -209,7 +209,6 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              void* d_gain, void* stream) {
   const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
   const int64_t blocks = rope_blocks(shape.batch * shape.time);
-  if (blocks > INT32_MAX) return "more tokens than a grid of blocks can take";
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Inputs<T> inputs(shape, in);

@@ -252,7 +252,8 @@ const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInpu
       constexpr int kLanes = decltype(lanes)::value;
       return launch(
           residual_norm_forward<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
-          blocks_for(shape.rows, kThreads / kLanes), kThreads, stream, inputs, Outputs<T>(out));
+          stepping_blocks(shape.rows, kThreads / kLanes), kThreads, stream, inputs,
+          Outputs<T>(out));
     });
   });
 }
@@ -261,7 +262,6 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                                    const ResidualNormUpstream& upstream,
                                    const ResidualNormGradients& out, void* stream) {
   const int64_t blocks = residual_blocks(shape.rows), parameters = residual_parameters(in);
-  if (blocks > INT32_MAX) return "more tokens than a grid of blocks can take";
   float* const partials = static_cast<float*>(out.partials);
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);

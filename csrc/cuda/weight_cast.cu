@@ -238,7 +238,7 @@ template <typename Matrix, typename Kernel>
 const char* start_rows(Kernel kernel, const WeightCastShape& shape, const MatrixList<Matrix>& list,
                        void* stream) {
   const int64_t rows = list.first_row[list.count];
-  return launch(kernel, blocks_for(rows, kThreads / kWarp), kThreads, stream, shape, list);
+  return launch(kernel, stepping_blocks(rows, kThreads / kWarp), kThreads, stream, shape, list);
 }
 
 template <Quantise kHow, typename T, typename To>

@@ -78,8 +78,8 @@ const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream) 
       constexpr int kLanes = decltype(lanes)::value;
       const int64_t items = shape.batch * shape.time * shape.groups;
       return launch(xsa_forward_rows<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
-                    blocks_for(items, kThreads / kLanes), kThreads, stream, shape, Tokens<T>(y),
-                    Tokens<T>(v), static_cast<T*>(z));
+                    stepping_blocks(items, kThreads / kLanes), kThreads, stream, shape,
+                    Tokens<T>(y), Tokens<T>(v), static_cast<T*>(z));
     });
   });
 }
@@ -96,8 +96,9 @@ const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void
       constexpr int kLanes = decltype(lanes)::value;
       const int64_t items = shape.batch * shape.time * shape.groups;
       return launch(xsa_backward_rows<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
-                    blocks_for(items, kThreads / kLanes), kThreads, stream, shape, Tokens<T>(dz),
-                    Tokens<T>(y), Tokens<T>(v), static_cast<T*>(dy), static_cast<T*>(dv));
+                    stepping_blocks(items, kThreads / kLanes), kThreads, stream, shape,
+                    Tokens<T>(dz), Tokens<T>(y), Tokens<T>(v), static_cast<T*>(dy),
+                    static_cast<T*>(dv));
     });
   });
 }

@@ -306,6 +306,7 @@ def samples() -> list[Sample]:
     def make(
         batch: int, time: int, rows: int, width: int, bigrams: bool = True, gated: bool = True,
         starts: bool = False, same: bool = False, table_dtype: torch.dtype | None = None,
+        scaled: bool = True,
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
@@ -318,6 +319,7 @@ def samples() -> list[Sample]:
             named = {"dtype": dtype}
             if bigrams:
                 named["bigram"] = bigram.to(device, dtype)
+            if bigrams and scaled:
                 named["bigram_scale"] = torch.tensor(0.3).to(device, wide)
             if gated:
                 named["gate"] = torch.linspace(-2, 1, width).to(device, wide)
@@ -330,7 +332,7 @@ def samples() -> list[Sample]:
     shapes = {
         "2x70 of 5x64": make(2, 70, 5, 64, starts=True),
         "1x40 of 9x516 fp32 table": make(1, 40, 9, 516, table_dtype=torch.float32),
-        "3x50 of 4x33, one id": make(3, 50, 4, 33, same=True),
+        "3x50 of 4x33, one id": make(3, 50, 4, 33, same=True, scaled=False),
         "2x9 of 40x48 alone": make(2, 9, 40, 48, bigrams=False, gated=False),
         "0 tokens": make(1, 0, 3, 16),
     }

@@ -46,7 +46,7 @@ def log(checkout: Path) -> list[str]:
 
 BUILD = "setup.py -q build_ext --inplace"
 QUICK = "-m pytest -n auto --dist worksteal -m not slow and not gpu"
-PROOFS = "-m pytest -n auto --dist loadfile -m slow and not longest"
+PROOFS = "-m pytest -n auto --dist loadfile -m slow"
 
 
 def test_ci_runs_both_from_any_folder(checkout, tmp_path_factory):

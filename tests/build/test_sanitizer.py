@@ -15,7 +15,6 @@ from .test_build import ROOT, build, copy_checkout, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.longest,  # everything is compiled with both sanitizers
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH"),
 ]
 

@@ -4,6 +4,7 @@ They are those of tests/ops that iterate over the registry, on its small samples
 with guard zones around what is allocated.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -47,10 +48,9 @@ def small_samples(operator: Operator) -> Iterator[tuple[Sample, torch.dtype]]:
 def accuracy(operator: Operator) -> None:
     with known_references():
         for sample, dtype in small_samples(operator):
-            if is_empty(sample):
-                t.test_accuracy(operator, "cuda", sample, dtype)
-                continue
-            with guarded():
+            # What works in place alone allocates nothing, and neither does what is empty.
+            allocates = operator.name != "param_update" and not is_empty(sample)
+            with guarded() if allocates else contextlib.nullcontext():
                 t.test_accuracy(operator, "cuda", sample, dtype)
 
 

@@ -26,7 +26,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 KEPT = 8  # modules of older sources
-FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off".split()
+# A grid of few blocks, as kernels that step through their work have to do so then.
+FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -DPGOLF_MAX_BLOCKS=3"
+).split()
 # Of kernels: what makes a GPU stop is an error of the emulator, see checks.cpp.
 CHECKS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
 
