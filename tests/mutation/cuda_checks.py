@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 
 from pgolf import extension
-from pgolf.ops import xsa
-from pgolf.ops.grad_norm import grad_norm
+from pgolf.ops import grad_norm, param_update, xsa
+from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from ..ops import test_multi_tensor, test_pack_bits, test_weight_cast
@@ -104,6 +104,18 @@ def gradients_that_are_not_finite() -> None:
     assert grad_norm(grads, "cuda")[1] == 4
 
 
+def averages_follow_what_is_stored() -> None:
+    """At rate 1 the average is the parameter to the bit; without one the rate means nothing."""
+    params, grads = torch.linspace(-1, 1, 50).bfloat16(), torch.linspace(3, -2, 50).bfloat16()
+    moments, norm = [torch.zeros(50), torch.ones(50)], torch.tensor(1.0)
+    rows = torch.tensor([adamw_row(1, 0.1, (0.9, 0.95), 1e-8, average_rate=1.0)])
+    average = torch.zeros(50)
+    state = [params], [grads], *([m] for m in moments)
+    param_update(*state, norm, rows, [0], [average], impl="cuda")
+    assert torch.equal(average, params.float())
+    param_update(*state, norm, rows, [0], impl="cuda")
+
+
 def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.Tensor]:
     leaves = [y.clone().requires_grad_(), v.clone().requires_grad_()]
     out = xsa(*leaves, impl)
@@ -130,7 +142,7 @@ UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_alig
 BESIDES: dict[str, list[Callable[[], None]]] = {
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
     "muon_momentum": [UNALIGNED],
-    "param_update": [UNALIGNED],
+    "param_update": [UNALIGNED, averages_follow_what_is_stored],
     "softcap_cross_entropy": [
         functools.partial(check, columns, "cuda")
         for check in (loss.test_logits_that_lie_far_apart, loss.test_rows_of_very_negative_logits)
@@ -144,6 +156,7 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
         functools.partial(
             test_weight_cast.test_any_address_and_row_stride, "cuda", torch.float32
         ),
+        functools.partial(test_weight_cast.test_more_matrices_than_a_launch_takes, "cuda"),
     ],
     "xsa": [xsa_of_tiny_values],
 }

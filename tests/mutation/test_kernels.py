@@ -17,13 +17,9 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-# Whose survivors have all been looked at. The others: `python -m tests.mutation FILE.cu`.
-EXAMINED = ["pack_bits.cu", "qk_rope.cu", "residual_norm.cu", "xsa.cu"]
-
-
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("some", [kernels(), EXAMINED], ids=["triton", "cuda"])
+@pytest.mark.parametrize("some", [kernels(), cuda_kernels()], ids=["triton", "cuda"])
 def test_changed_kernels_are_noticed(some: list[str]) -> None:
     """90 % of each kernel's mutants; the others are listed, each with the reason."""
     command = [sys.executable, "-m", "tests.mutation", *some]
