@@ -86,7 +86,11 @@ class OptimConfig:
     momentum_warmup: float = opt(0.2, "share of the run in which momentum rises", ge=0, le=1)
     nesterov: bool = opt(True, "Nesterov momentum in Muon")
     ns_steps: int = opt(5, "Newton-Schulz iterations", ge=1, le=20)
-    ns_dtype: str = opt("bf16", "dtype of Newton-Schulz", choices=("bf16", "fp32"))
+    ns_dtype: str = opt(
+        "auto",
+        "dtype of Newton-Schulz; auto = bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp32"),
+    )
     ns_coefficients: str = opt(
         "classic",
         "Newton-Schulz coefficients: the same every step, or those of Polar Express",
@@ -222,8 +226,8 @@ class ArtifactConfig:
     )
     packing: str = opt(
         "auto",
-        "integer codes for zstd, lzma and brotli: a byte each by rows or by columns, packed to bits, "
-        "or the smallest of all",
+        "integer codes for zstd, lzma and brotli: a byte each by rows or by columns, packed to "
+        "bits, or the smallest of all",
         choices=("auto", "bytes", "columns", "bits"),
     )
     zstd_level: int = opt(22, "zstd level", ge=1, le=22)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pgolf.config import OptimConfig
-from pgolf.model.gpt import DTYPES, GPT
+from pgolf.device import pick_dtype
+from pgolf.model.gpt import GPT
 from pgolf.optim import fused
 from pgolf.optim.muon import Muon
 
@@ -59,7 +60,7 @@ class Optimizers:
             weight_decay=config.matrix_wd,
             nesterov=config.nesterov,
             ns_steps=config.ns_steps,
-            ns_dtype=DTYPES[config.ns_dtype],
+            ns_dtype=pick_dtype(config.ns_dtype, self.params[0].device)[0],
             ns_coefficients=config.ns_coefficients,
             ns_row_norm=config.ns_row_norm,
             ns_impl=model.ops["newton_schulz"],
