@@ -31,12 +31,14 @@ class Schedule:
         if self.s.max_tokens:
             steps.append(math.ceil(self.s.max_tokens / config.data.batch_tokens))
         self.max_steps = min(steps) if steps else 0
+        # What is kept for calibration and quantisation is not there for training.
+        self.max_seconds = self.s.max_seconds - self.s.reserve_s if self.s.max_seconds else 0.0
 
     def share(self, clock: Clock) -> float:
         """Spent part of the run, 0 to 1."""
         spent = clock.step / self.max_steps if self.max_steps else 0.0
-        if self.s.max_seconds:
-            spent = max(spent, clock.seconds / self.s.max_seconds)
+        if self.max_seconds:
+            spent = max(spent, clock.seconds / self.max_seconds)
         return min(spent, 1.0)
 
     def finished(self, clock: Clock) -> bool:
@@ -44,15 +46,15 @@ class Schedule:
         if self.max_steps and clock.step >= self.max_steps:
             return True
         mean = clock.seconds / clock.step if clock.step else 0.0
-        return bool(self.s.max_seconds) and clock.seconds + mean > self.s.max_seconds
+        return bool(self.max_seconds) and clock.seconds + mean > self.max_seconds
 
     def steps_left(self, clock: Clock) -> int:
         """Estimate for progress bars."""
         left = []
         if self.max_steps:
             left.append(self.max_steps - clock.step)
-        if self.s.max_seconds and clock.seconds:
-            left.append(int((self.s.max_seconds - clock.seconds) * clock.step / clock.seconds))
+        if self.max_seconds and clock.seconds:
+            left.append(int((self.max_seconds - clock.seconds) * clock.step / clock.seconds))
         return max(min(left), 0) if left else 0
 
     def warmdown(self, clock: Clock) -> float:
@@ -60,9 +62,9 @@ class Schedule:
         if self.by_share:
             tail = self.s.warmdown
             return min(1.0, (1.0 - self.share(clock)) / tail) if tail else 1.0
-        if self.s.max_seconds:
+        if self.max_seconds:
             mean = clock.seconds / clock.step if clock.step else 0.0
-            tail, left = self.s.warmdown_iters * mean, self.s.max_seconds - clock.seconds
+            tail, left = self.s.warmdown_iters * mean, self.max_seconds - clock.seconds
         else:
             tail, left = float(self.s.warmdown_iters), float(self.max_steps - clock.step)
         return max(left, 0.0) / tail if left <= tail and tail > 0 else 1.0
