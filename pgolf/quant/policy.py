@@ -11,6 +11,7 @@ The order of the rules is that of the seed scripts, with overrides in front:
 Late QAT asks for the same plan, so training sees the grid that is exported.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,11 +32,15 @@ class TensorPlan:
         reason: the rule that decided, for people.
         bits: bits a code; 16 for float16.
         multiple: codes are multiples of it.
-        clip: 'max' (the row's maximum), 'quantile' (the one percentile), or 'search_row' and
-            'search_matrix' (the percentile with the least squared error).
+        clip: 'max' (the row's maximum), 'quantile' (the one percentile), 'search_row' and
+            'search_matrix' (the candidate with the least error), or 'uniform' (none: one step for
+            the matrix).
         percentiles: candidates for the clip; 1 is the row's maximum.
         floor: least clip.
         full_range: use -2^(bits-1) too.
+        widths: more candidates, in standard deviations of the row.
+        on_grid: steps are those of `steps`.
+        relative_step: of 'uniform', in rms of the matrix.
     """
 
     kind: str
@@ -46,6 +51,14 @@ class TensorPlan:
     percentiles: tuple[float, ...] = (1.0,)
     floor: float = 0.0
     full_range: bool = False
+    widths: tuple[float, ...] = ()
+    on_grid: bool = False
+    relative_step: float = 0.0
+
+    @property
+    def clips(self) -> int:
+        """How many there are to choose from."""
+        return len(self.percentiles) + len(self.widths)
 
     def grid(self) -> dict[str, float | int | bool]:
         """The keyword arguments of `fake_quant` that make the exported grid."""
@@ -112,18 +125,28 @@ def _grid(config: QuantConfig, text: str, reason: str) -> TensorPlan:
     if text == "16":
         return TensorPlan("float16", reason)
     bits, multiple = GRIDS[text]
-    floor = config.min_scale
+    if config.grid == "uniform":
+        # Codes are those of 8 bits; the bits that were asked for say how fine the step is.
+        levels = (2 ** (bits - 1) - 1) // multiple
+        step = config.width / levels
+        return TensorPlan("int", reason, 8, clip="uniform", on_grid=True, relative_step=step)
+    floor, widths = config.min_scale, ()
     # int8 codes never use -128: the seeds' full range is that of their searched grids.
     full_range = config.full_range and bits < 8
+    # The seeds' steps, with their floor or one percentile a matrix, stay as they are.
+    on_grid = config.quantizer == "gptq" and floor == 0 and config.clip_search != "matrix"
     if text in _max_clip_bits(config):
-        return TensorPlan("int", reason, bits, multiple, "max", (1.0,), 0.0, full_range)
-    if text == "8":
+        clip, candidates, floor = "max", (1.0,), 0.0
+    elif text == "8":
         clip, candidates = "quantile", (config.int8_percentile,)
     elif config.clip_search == "max":
         clip, candidates = "max", (1.0,)
     else:
         clip, candidates = f"search_{config.clip_search}", _percentiles(config)
-    return TensorPlan("int", reason, bits, multiple, clip, candidates, floor, full_range)
+        widths = _widths(config)
+    return TensorPlan(
+        "int", reason, bits, multiple, clip, candidates, floor, full_range, widths, on_grid
+    )
 
 
 def _items(text: str) -> list[str]:
@@ -150,11 +173,27 @@ def _max_clip_bits(config: QuantConfig) -> list[str]:
     return items
 
 
-def _percentiles(config: QuantConfig) -> tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a list, or none if one of its items is no number."""
     try:
-        values = tuple(float(item) for item in _items(config.clip_percentiles))
+        return tuple(float(item) for item in _items(text))
     except ValueError:
-        values = ()
+        return ()
+
+
+def _widths(config: QuantConfig) -> tuple[float, ...]:
+    if config.quantizer != "gptq" or not config.clip_widths:
+        return ()
+    values = _numbers(config.clip_widths)
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ConfigError(
+            f"clip_widths={config.clip_widths}: expected numbers above 0, as 3.5,4,5"
+        )
+    return values
+
+
+def _percentiles(config: QuantConfig) -> tuple[float, ...]:
+    values = _numbers(config.clip_percentiles)
     if not values or not all(0 < value <= 1 for value in values):
         raise ConfigError(
             f"clip_percentiles={config.clip_percentiles}: expected numbers above 0 and up to 1, "

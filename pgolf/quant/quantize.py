@@ -1,17 +1,26 @@
 """Weights to stored tensors by the plan, with the error that this costs."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pgolf.config import QuantConfig
-from pgolf.errors import TrainingError
+from pgolf.errors import ConfigError, TrainingError
+from pgolf.ops.int_grid import row_scale
 from pgolf.progress import Progress
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
-from pgolf.quant.gptq_lite import clip_factors, quantize_rows
+from pgolf.quant.gptq import Factor, Factors, in_order, row_errors, stacked
+from pgolf.quant.gptq_lite import clip_factors, clip_of_step, quantize_rows, uniform_step
 from pgolf.quant.policy import TensorPlan, plan
+from pgolf.quant.rows import gptq_rows
+from pgolf.quant.steps import snap
+from pgolf.quant.uniform import gptq_uniform, least_bits
+
+BATCH = 1 << 24  # weights that a batch of matrices has at most, each clip counted: 64 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -21,10 +30,15 @@ class TensorStats:
     Attributes:
         relative_error: norm of the error as a share of the norm of the weights.
         floor_share: share of rows whose clip was below the floor.
+        clipped_share: share of weights beyond the largest code by half a step or more.
+        hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), E the error, by the Hessian H of the inputs; None
+            where there is none.
     """
 
     relative_error: float
-    floor_share: float
+    floor_share: float = 0.0
+    clipped_share: float = 0.0
+    hessian_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,47 +51,167 @@ class QuantizedModel:
 
 
 def quantize(
-    state: Mapping[str, Tensor], config: QuantConfig, progress: bool = True
+    state: Mapping[str, Tensor],
+    config: QuantConfig,
+    progress: bool = True,
+    factors: Factors | None = None,
+    steps: Mapping[str, float] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> QuantizedModel:
     """Quantise parameters on the device where they are; the result is on the CPU.
 
     Args:
         state: parameters by name (no buffers), of any float dtype.
+        factors: of the Hessians of some of them, for quantizer=gptq; the others only have their
+            clips searched.
+        steps: of some matrices, for grid=uniform; the others' follow from `width`.
+        share: (rank, world): matrices are shared out over the ranks of torch.distributed, and each
+            gets the whole model.
 
     Raises:
         TrainingError: a weight is not finite, or too large for fp16; names the tensor.
         ConfigError: the settings do not fit these tensors.
     """
     plans = plan(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    tensors, stats = {}, {}
-    with Progress("quantising", len(state), "tensors", enabled=progress) as bar:
-        for name, tensor in state.items():
-            tensors[name], stats[name] = _quantize_tensor(name, tensor.detach(), plans[name])
-            bar.update(note=name)
-    return QuantizedModel(tensors, plans, stats)
+    for name, tensor in state.items():
+        _check(name, tensor, plans[name])
+    for name in steps or ():
+        if name not in plans or plans[name].clip != "uniform":
+            raise ConfigError(f"steps: {name} is no matrix of grid=uniform: it has no one step")
+    weights = {name: tensor.detach().float() for name, tensor in state.items()}
+    work = _Work(weights, plans, config, factors or {}, steps or {})
+    mine = _shared_out(work.jobs(share[1]), work.cost, share)
+    done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
+    with Progress("quantising", sum(map(len, mine)), "tensors", enabled=progress) as bar:
+        for names in mine:
+            done.update(work.run(names))
+            bar.update(len(names), note=names[-1])
+    if share[1] > 1:
+        parts = [done] * share[1]
+        dist.all_gather_object(parts, done)
+        done = {name: result for part in parts for name, result in part.items()}
+    tensors = {name: done[name][0] for name in state}
+    return QuantizedModel(tensors, plans, {name: done[name][1] for name in state})
 
 
-def _quantize_tensor(
-    name: str, tensor: Tensor, how: TensorPlan
-) -> tuple[QuantizedTensor, TensorStats]:
-    w = tensor.float()
-    bad = w.numel() - int(torch.isfinite(w).sum())
+@dataclass(frozen=True)
+class _Work:
+    """What there is to quantise; the arguments of `quantize`, weights in fp32."""
+
+    weights: Mapping[str, Tensor]
+    plans: Mapping[str, TensorPlan]
+    config: QuantConfig
+    factors: Mapping[str, Factor | None]
+    steps: Mapping[str, float]
+
+    def jobs(self, world: int) -> list[list[str]]:
+        """Names by job: one tensor, or matrices that GPTQ takes together, but not all to a rank."""
+        alike: dict[tuple, list[str]] = {}
+        for name, w in self.weights.items():
+            how = dataclasses.replace(self.plans[name], reason="")
+            alike.setdefault((w.shape, how) if self._by_gptq(name) else (name,), []).append(name)
+        jobs = []
+        for names in alike.values():
+            rows = self.plans[names[0]].clips * self.weights[names[0]].numel()
+            count = max(min(BATCH // max(rows, 1), -(-len(names) // world)), 1)
+            jobs += [names[i : i + count] for i in range(0, len(names), count)]
+        return jobs
+
+    def cost(self, names: Sequence[str]) -> float:
+        """Multiplications of a job, nearly."""
+        w = self.weights[names[0]]
+        each = self.plans[names[0]].clips * w.size(1) if self._by_gptq(names[0]) else 1
+        return float(len(names) * w.numel() * each)
+
+    def run(self, names: Sequence[str]) -> dict[str, tuple[QuantizedTensor, TensorStats]]:
+        """The stored tensors of a job and what quantising did to them."""
+        whole = [n for n in names if self.plans[n].kind == "int"]
+        factors = {n: self.factors.get(n) for n in whole}
+        by_gptq = [n for n in whole if self._by_gptq(n) and factors[n] is not None]
+        stored = {n: self._without_hessian(n) for n in names if n not in by_gptq}
+        if by_gptq:
+            w, how = torch.stack([self.weights[n] for n in by_gptq]), self.plans[by_gptq[0]]
+            factor = stacked([factors[n] for n in by_gptq], w.device)
+            if how.clip == "uniform":
+                step = [self._step(n) for n in by_gptq]
+                matrices = gptq_uniform(w, factor, step, self.config.rate_weight)
+            else:
+                matrices = gptq_rows(w, factor, how)
+            stored.update(zip(by_gptq, matrices, strict=True))
+        return {
+            n: (q, tensor_stats(self.weights[n], q, self.plans[n], factors.get(n)))
+            for n, q in stored.items()
+        }
+
+    def _by_gptq(self, name: str) -> bool:
+        wanted = self.config.quantizer == "gptq" and self.plans[name].kind == "int"
+        return wanted and name in self.factors
+
+    def _step(self, name: str) -> Tensor:
+        """The step of a matrix of grid=uniform, 0-d."""
+        w = self.weights[name]
+        if name in self.steps:
+            return snap(torch.tensor(self.steps[name], device=w.device))
+        return uniform_step(w, self.plans[name].relative_step)
+
+    def _without_hessian(self, name: str) -> QuantizedTensor:
+        w, how = self.weights[name], self.plans[name]
+        if how.kind == "float16":
+            return QuantizedTensor(w.to(torch.float16).cpu())
+        if how.clip != "uniform":
+            codes, scale = quantize_rows(w, clip_factors(w, how), how)
+            return QuantizedTensor(codes.cpu(), how.bits, scale.cpu())
+        codes, scale = quantize_rows(w, clip_of_step(self._step(name), w, how), how)
+        return QuantizedTensor(codes.cpu(), least_bits(codes), scale.cpu())
+
+
+def _shared_out(
+    jobs: Sequence[list[str]], cost: Callable[[list[str]], float], share: tuple[int, int]
+) -> list[list[str]]:
+    """The jobs of a rank: the costliest first, each to the rank that has least to do."""
+    rank, world = share
+    load, mine = [0.0] * world, []
+    for names in sorted(jobs, key=cost, reverse=True):
+        least = load.index(min(load))
+        load[least] += cost(names)
+        if least == rank:
+            mine.append(names)
+    return mine
+
+
+def _check(name: str, tensor: Tensor, how: TensorPlan) -> None:
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise TrainingError(
-            f"{name} has {bad} of {w.numel()} weights that are not finite: "
+            f"{name} has {bad} of {tensor.numel()} weights that are not finite: "
             "the training diverged, quantise an earlier checkpoint"
         )
-    floor_share = 0.0
-    if how.kind == "float16":
-        q = QuantizedTensor(w.to(torch.float16).cpu())
-        if not torch.isfinite(q.data).all():
-            raise TrainingError(f"{name} has weights above fp16's 65504: {w.abs().max():g}")
-    else:
-        factors = clip_factors(w, how)
-        codes, scale = quantize_rows(w, factors, how)
-        q = QuantizedTensor(codes.cpu(), how.bits, scale.cpu())
-        floor_share = (w.abs().amax(dim=1) * factors < how.floor).float().mean().item()
-    return q, TensorStats(relative_error(w, q), floor_share)
+    if how.kind == "float16" and not bool(torch.isfinite(tensor.to(torch.float16)).all()):
+        raise TrainingError(f"{name} has weights above fp16's 65504: {tensor.abs().max():g}")
+
+
+def tensor_stats(
+    w: Tensor, q: QuantizedTensor, how: TensorPlan, factor: Factor | None = None
+) -> TensorStats:
+    """What storing w as q does; `factor` of its inputs' Hessian, where there is one."""
+    if q.scale is None:
+        return TensorStats(relative_error(w, q))
+    scale = q.scale.to(w.device, torch.float32)
+    floor = row_scale(torch.zeros_like(scale), how.bits, how.floor)
+    step = scale[:, None] if q.columns is None else scale[:, None] * q.columns.to(scale)
+    qmax = 2 ** (how.bits - 1) - 1
+    error = None
+    if factor is not None:
+        both = torch.stack([dequantize(q).to(w.device) - w, w])
+        alike = stacked([factor, factor], w.device)
+        lost, whole = row_errors(in_order(both, alike), alike.hessian).sum(dim=1).tolist()
+        error = lost / whole if whole else 0.0
+    return TensorStats(
+        relative_error(w, q),
+        (scale == floor).float().mean().item() if how.floor else 0.0,
+        (w.abs() >= (qmax + 0.5) * step).float().mean().item(),
+        error,
+    )
 
 
 def relative_error(w: Tensor, q: QuantizedTensor) -> float:

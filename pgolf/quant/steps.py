@@ -7,11 +7,14 @@ nothing: around its best value, a step's error is flat. Indices and values are e
 the mantissas are integers of the table below.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 PER_OCTAVE = 16
 LOWEST, HIGHEST = -14 * PER_OCTAVE, 16 * PER_OCTAVE - 1  # normal fp16 numbers
+LEAST_STEP = 2.0**-14
 # round(1024 * 2^(m/16)): fp16 numbers have 10 bits of mantissa below the leading one.
 MANTISSAS = (1024, 1069, 1117, 1166, 1218, 1272, 1328, 1387,
              1448, 1512, 1579, 1649, 1722, 1798, 1878, 1961)  # fmt: skip
@@ -28,8 +31,27 @@ def step_values(index: Tensor) -> Tensor:
 
 def nearest_index(step: Tensor) -> Tensor:
     """int64 indices of the grid's steps nearest to `step` (positive), by ratio."""
-    index = (PER_OCTAVE * step.double().log2()).round().to(torch.int64)
-    return index.clamp(LOWEST, HIGHEST)
+    index = (PER_OCTAVE * step.double().log2()).round().clamp(LOWEST, HIGHEST)
+    return index.to(torch.int64)
+
+
+def covering_index(step: Tensor) -> Tensor:
+    """int64 indices of the least steps of the grid that reach `step` (positive), or the last.
+
+    They reach it up to the rounding of fp16, so that every step of the grid is its own.
+    """
+    index = nearest_index(step)
+    short = step_values(index).double() < step.double() * (1 - 2.0**-11)
+    return (index + short).clamp_max(HIGHEST)
+
+
+def snap(step: Tensor, index: Callable[[Tensor], Tensor] = nearest_index) -> Tensor:
+    """The grid's steps for `step` (0 or more), in its dtype; what is below the grid stays as it is.
+
+    Args:
+        index: nearest_index or covering_index.
+    """
+    return torch.where(step < LEAST_STEP, step, step_values(index(step)).to(step.dtype))
 
 
 def exact_index(step: Tensor) -> Tensor | None:
@@ -38,3 +60,4 @@ def exact_index(step: Tensor) -> Tensor | None:
         return None
     index = nearest_index(step)
     return index if torch.equal(step_values(index), step) else None
+
