@@ -1,21 +1,21 @@
 """The artifact format and its reader: no pickle, and every limit is checked before memory is taken.
 
-    file  = magic(6) version(u16) codec(u8) decoded size(u32) blake2b-128(16) compressed body
-    body  = length(u32) header, codes, low bytes of all halves, high bytes of all halves
-    header = JSON {"meta": {...}, "packing": "bytes"|"bits", "tensors": [[name, bits, [dims]], ...]}
+    file  = magic(6) version(u16) codec(u8) body codec(u8) body size(u32) packed size(u32)
+            blake2b-128(16) packed body, stream
+    body  = length(u32) header, integers, low bytes of all halves, high bytes of all halves
 
-All numbers are little-endian. The digest covers the 13 bytes before it and the compressed body.
-Codes are those of the integer tensors in the order of the table, row by row, one a byte or packed
-to bits (each tensor starts on a byte). Halves are fp16: first the steps of the integer tensors (one
-a row), then the values of the fp16 tensors, both in the order of the table. Their high bytes repeat
-far more than their low ones, so the two kinds lie apart.
+All numbers are little-endian. The digest covers the 18 bytes before it and all that follows it. The
+body is packed by its codec, one of the general ones. `table` says what the header is and which
+arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
+the body but in the stream, which is nothing otherwise; else codec and body codec are the same. In a
+body, integers are a byte each, matrices row by row; codes may also be column by column (packing
+"columns") or packed to their bits (packing "bits"; each matrix starts on a byte). Halves are fp16;
+their high bytes repeat far more than their low ones, so the two kinds lie apart.
 """
 
 import hashlib
-import json
 import math
 import os
-import re
 import stat
 import struct
 from dataclasses import dataclass
@@ -25,55 +25,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.codecs import CODECS, codec
+from pgolf.artifact.table import Array, Header, Key, Layout, arrays, parse_header
+from pgolf.codecs import CODECS, GENERAL, codec
 from pgolf.errors import ArtifactError
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 
-MAGIC, VERSION = b"PGOLF\0", 1
-HEAD = struct.Struct("<6sHBI16s")
+MAGIC, VERSION = b"PGOLF\0", 2
+HEAD = struct.Struct("<6sHBBII16s")
 DIGEST_BYTES = 16
-INT_BITS = (4, 5, 6, 7, 8)
 
-MAX_FILE = MAX_DECODED = 512 << 20  # bytes; MAX_DECODED also limits the number of weights
-FREE_EXPANSION, MAX_EXPANSION = 64 << 20, 8  # decoded <= 64 MiB + 8 x file
+MAX_FILE = MAX_DECODED = 512 << 20  # bytes
+FREE_EXPANSION, MAX_EXPANSION = 64 << 20, 8  # a body is at most 64 MiB + 8 x file
+# The entropy coder takes more time a code: a small file must not claim many.
+FREE_CODES, MAX_CODES = 4 << 20, 32  # codes in a stream are at most 4 Mi + 32 x its bytes
 MAX_HEADER = 1 << 20
-MAX_TENSORS = 4096
-MAX_DIMS = 4
-NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-MAX_NAME = 128
-UNPACK_CHUNK = 1 << 20  # codes unpacked at a time, a multiple of 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of the tensor table; bits 16 means fp16 values."""
-
-    name: str
-    bits: int
-    shape: tuple[int, ...]
-
-    def code_bytes(self, packing: str) -> int:
-        """Bytes of its integer codes in the body."""
-        if self.bits == 16:
-            return 0
-        bits = 8 if packing == "bytes" else self.bits
-        return (math.prod(self.shape) * bits + 7) // 8
-
-    def halves(self) -> int:
-        """How many fp16 numbers it has: values, or steps of its rows."""
-        return math.prod(self.shape) if self.bits == 16 else self.shape[0]
+CHUNK = 1 << 20  # codes or indices turned into numbers at a time, a multiple of 8
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a file holds. Tensors are in the order of its table."""
+    """What a file holds. Tensors are in the order of its table.
 
-    meta: dict[str, Any]
+    Attributes:
+        layout: the header, and the arrays that the tensors are made from.
+        body_bytes, stream_bytes: of the packed body and of the stream; all else is the head.
+        decoded_bytes: of the body as it was before, and a byte for each code of the stream.
+    """
+
     tensors: dict[str, QuantizedTensor]
     codec: str
-    packing: str
+    layout: Layout
     file_bytes: int
+    body_bytes: int
+    stream_bytes: int
     decoded_bytes: int
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.layout.header.meta
+
+    @property
+    def packing(self) -> str:
+        return self.layout.header.packing
 
     def state_dict(self) -> dict[str, Tensor]:
         """fp32 weights by name."""
@@ -96,9 +89,9 @@ def read_artifact(source: Path | str | bytes) -> Artifact:
         raise ArtifactError(f"{where}{e}") from None
 
 
-def digest(head: bytes, body: bytes) -> bytes:
-    """Checksum of the head up to the checksum itself, and the compressed body."""
-    return hashlib.blake2b(head + body, digest_size=DIGEST_BYTES).digest()
+def digest(head: bytes, rest: bytes) -> bytes:
+    """Checksum of the head up to the checksum itself, and of what follows it."""
+    return hashlib.blake2b(head + rest, digest_size=DIGEST_BYTES).digest()
 
 
 def _read_file(path: Path) -> bytes:
@@ -118,120 +111,131 @@ def _read_file(path: Path) -> bytes:
 def _decode(data: bytes) -> Artifact:
     if len(data) < HEAD.size:
         raise ArtifactError(f"{len(data)} bytes are too few for an artifact")
-    magic, version, codec_id, size, checksum = HEAD.unpack_from(data)
+    magic, version, codec_id, body_id, size, packed, checksum = HEAD.unpack_from(data)
     if magic != MAGIC:
         raise ArtifactError("not an artifact: it does not begin with PGOLF")
     if version != VERSION:
         raise ArtifactError(f"format version {version}; this pgolf reads version {VERSION}")
-    names = [name for name, known in CODECS.items() if known == codec_id]
-    if not names:
-        raise ArtifactError(f"unknown codec {codec_id}")
+    names = {known: name for name, known in CODECS.items()}
+    name, body_name = names.get(codec_id), names.get(body_id)
+    if name is None or body_name not in GENERAL or name not in ("rans", body_name):
+        raise ArtifactError(f"unknown codec {codec_id} with a body of codec {body_id}")
     if size > min(MAX_DECODED, FREE_EXPANSION + MAX_EXPANSION * len(data)):
         raise ArtifactError(f"declares {size} bytes, too many for a file of {len(data)}")
-    packed = data[HEAD.size :]
-    if digest(data[: HEAD.size - DIGEST_BYTES], packed) != checksum:
+    if digest(data[: HEAD.size - DIGEST_BYTES], data[HEAD.size :]) != checksum:
         raise ArtifactError("wrong checksum: the file is damaged or cut short")
-    body = bytearray(codec(names[0]).decompress(packed, size))
-    meta, packing, entries, start = _parse_header(body)
-    tensors = _parse_tensors(torch.frombuffer(body, dtype=torch.uint8)[start:], packing, entries)
-    return Artifact(meta, tensors, names[0], packing, len(data), size)
+    end = HEAD.size + packed
+    if end > len(data) or (name != "rans" and end < len(data)):
+        raise ArtifactError(f"a body of {packed} bytes in a file of {len(data)}")
+    body = codec(body_name).decompress(data[HEAD.size : end], size)
+    header, start = _header(body)
+    rest = torch.frombuffer(body, dtype=torch.uint8)[start:]
+    stream = data[end:] if name == "rans" else None
+    layout = Layout(header, _arrays(header, rest, stream))
+    if stream is not None:
+        size += sum(math.prod(a.shape) for a in arrays(header)[0])
+    tensors = _tensors(layout)
+    return Artifact(tensors, name, layout, len(data), packed, len(data) - end, size)
 
 
-def _parse_header(body: bytearray) -> tuple[dict[str, Any], str, list[Entry], int]:
-    """Meta, packing, tensor table, and where the data begins."""
+def _header(body: bytearray) -> tuple[Header, int]:
+    """The header, and where the data begins."""
     end = 4 + int.from_bytes(body[:4], "little")
     if end > min(len(body), 4 + MAX_HEADER):
         raise ArtifactError(f"a header of {end - 4} bytes in a body of {len(body)}")
-    try:
-        header = json.loads(body[4:end].decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as e:
-        raise ArtifactError(f"the header is not UTF-8 JSON: {e}") from None
-    if not isinstance(header, dict) or set(header) != {"meta", "packing", "tensors"}:
-        raise ArtifactError("the header is not an object of meta, packing and tensors")
-    meta, packing, table = header["meta"], header["packing"], header["tensors"]
-    if not isinstance(meta, dict):
-        raise ArtifactError("meta is not an object")
-    if packing not in ("bytes", "bits"):
-        raise ArtifactError(f"unknown packing {packing!r:.40}")
-    if not isinstance(table, list) or len(table) > MAX_TENSORS:
-        raise ArtifactError(f"the tensor table is not a list of at most {MAX_TENSORS}")
-    entries: dict[str, Entry] = {}
-    for line in table:
-        entry = _parse_entry(line)
-        if entry.name in entries:
-            raise ArtifactError(f"tensor {entry.name} comes twice")
-        entries[entry.name] = entry
-    return meta, packing, list(entries.values()), end
+    return parse_header(bytes(body[4:end])), end
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _parse_entry(line: Any) -> Entry:
-    if not isinstance(line, list) or len(line) != 3:
-        raise ArtifactError(f"tensor table: {line!r:.80} is not [name, bits, dims]")
-    name, bits, dims = line
-    if not isinstance(name, str) or len(name) > MAX_NAME or not NAME.fullmatch(name):
-        raise ArtifactError(f"tensor table: {name!r:.80} is not a tensor name")
-    if type(bits) is not int or bits not in (*INT_BITS, 16):
-        raise ArtifactError(f"tensor {name}: {bits!r:.40} bits")
-    if (
-        not isinstance(dims, list)
-        or len(dims) > MAX_DIMS
-        or not all(type(d) is int and 0 <= d <= MAX_DECODED for d in dims)
-        or math.prod(dims) > MAX_DECODED
-        or (bits != 16 and len(dims) != 2)
-    ):
-        raise ArtifactError(f"tensor {name}: bad shape {dims!r:.80}")
-    return Entry(name, bits, tuple(dims))
-
-
-def _parse_tensors(
-    data: Tensor, packing: str, entries: list[Entry]
-) -> dict[str, QuantizedTensor]:
-    """Cut the data of the body (uint8) into tensors; they must cover it exactly."""
-    code_sizes = [e.code_bytes(packing) for e in entries]
-    halves = sum(e.halves() for e in entries)
-    needed = sum(code_sizes) + 2 * halves
+def _arrays(header: Header, data: Tensor, stream: bytes | None) -> dict[Key, Tensor]:
+    """Cut the data of the body (uint8) and the stream into arrays; they must cover it exactly."""
+    integers, halves = arrays(header)
+    in_body = integers if stream is None else []
+    sizes = [a.body_bytes(header.packing) for a in in_body]
+    count = sum(math.prod(a.shape) for a in halves)
+    needed = sum(sizes) + 2 * count
     if needed != data.numel():
         raise ArtifactError(f"the table needs {needed} bytes of data, there are {data.numel()}")
-    if sum(math.prod(e.shape) for e in entries) > MAX_DECODED:
-        raise ArtifactError(f"more than {MAX_DECODED} weights")
+    if stream is None:
+        pieces = data[: sum(sizes)].split(sizes)
+        found = [_unpack(p, header.packing, a) for p, a in zip(pieces, integers, strict=True)]
+    else:
+        found = _decode_stream(stream, integers)
+    for array, matrix in zip(integers, found, strict=True):
+        limit = 1 << (array.bits - 1)
+        if matrix.numel() and not -limit <= int(matrix.min()) <= int(matrix.max()) < limit:
+            raise ArtifactError(f"tensor {array.owner}: a code does not fit {array.bits} bits")
 
-    # Steps come first, then values; tensors keep the order of the table.
-    low, high = data[sum(code_sizes) :].view(2, halves)
+    low, high = data[sum(sizes) :].view(2, count)
     numbers = torch.stack((low, high), dim=1).view(torch.float16).flatten()
-    by_part = sorted(entries, key=lambda e: e.bits == 16)
-    parts = numbers.split([e.halves() for e in by_part])
-    half = {e.name: part for e, part in zip(by_part, parts, strict=True)}
-
-    tensors = {}
-    for entry, packed in zip(entries, data[: sum(code_sizes)].split(code_sizes), strict=True):
-        numbers = half[entry.name]
-        if not torch.isfinite(numbers).all():
-            raise ArtifactError(f"tensor {entry.name}: a value or step is not finite")
-        if entry.bits == 16:
-            tensors[entry.name] = QuantizedTensor(numbers.view(entry.shape))
-        else:
-            codes = _codes(packed, packing, entry).view(entry.shape)
-            tensors[entry.name] = QuantizedTensor(codes, entry.bits, numbers)
-    return tensors
+    found += numbers.split([math.prod(a.shape) for a in halves])
+    return {
+        (a.owner, a.kind): values.view(a.shape)
+        for a, values in zip([*integers, *halves], found, strict=True)
+    }
 
 
-def _codes(packed: Tensor, packing: str, entry: Entry) -> Tensor:
-    """int8 codes of one tensor, all of them within its bits."""
-    if packing == "bytes":
-        codes = packed.view(torch.int8)
-        limit = 1 << (entry.bits - 1)
-        if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
-            raise ArtifactError(f"tensor {entry.name}: a code does not fit {entry.bits} bits")
-        return codes
+def _decode_stream(stream: bytes, integers: list[Array]) -> list[Tensor]:
+    count = sum(math.prod(a.shape) for a in integers)
+    if count > FREE_CODES + MAX_CODES * len(stream):
+        raise ArtifactError(f"declares {count} codes, too many for a stream of {len(stream)} bytes")
+    shapes, groups = [a.shape for a in integers], [a.group for a in integers]
+    return [torch.from_numpy(m) for m in codec("rans").decompress(stream, shapes, groups)]
+
+
+def _unpack(packed: Tensor, packing: str, array: Array) -> Tensor:
+    """int8 matrix of a piece of the body."""
+    rows, columns = array.shape
+    if packing == "bytes" or array.kind != "codes":
+        return packed.view(torch.int8).view(rows, columns)
+    if packing == "columns":
+        return packed.view(torch.int8).view(columns, rows).t().contiguous()
     # Only files packed to bits need it. The reference: decoding takes no compiled code of ours.
     from pgolf.ops.pack_bits import reference_unpack
 
-    codes = torch.empty(math.prod(entry.shape), dtype=torch.int8)
-    pieces = packed.split(UNPACK_CHUNK // 8 * entry.bits)
-    for out, piece in zip(codes.split(UNPACK_CHUNK), pieces, strict=True):
-        out.copy_(reference_unpack(piece, entry.bits, out.numel()))
-    return codes
+    codes = torch.empty(rows * columns, dtype=torch.int8)
+    pieces = packed.split(CHUNK // 8 * array.bits)
+    for out, piece in zip(codes.split(CHUNK), pieces, strict=True):
+        out.copy_(reference_unpack(piece, array.bits, out.numel()))
+    return codes.view(rows, columns)
+
+
+def _tensors(layout: Layout) -> dict[str, QuantizedTensor]:
+    header, stored = layout.header, layout.stored
+    factors = [
+        _numbers(f"column factors {i}", stored[i, "columns"], v.base)
+        for i, v in enumerate(header.columns)
+    ]
+    tensors = {}
+    for e in header.tensors:
+        if e.bits == 16:
+            tensors[e.name] = QuantizedTensor(_finite(e.name, stored[e.name, "values"]))
+            continue
+        tensors[e.name] = QuantizedTensor(
+            stored[e.name, "codes"],
+            e.bits,
+            _numbers(f"tensor {e.name}", stored[e.name, "steps"], e.steps),
+            None if e.columns is None else factors[e.columns],
+        )
+    return tensors
+
+
+def _numbers(whose: str, stored: Tensor, base: int | None) -> Tensor:
+    """fp16 numbers (n,) of int8 distances (1, n) from `base`, or the halves as they are."""
+    if base is None:
+        return _finite(whose, stored)
+    # Only files with steps on the grid need it.
+    from pgolf.quant.steps import HIGHEST, LOWEST, step_values
+
+    numbers = torch.empty(stored.numel(), dtype=torch.float16)
+    for out, piece in zip(numbers.split(CHUNK), stored.flatten().split(CHUNK), strict=True):
+        index = base + piece.to(torch.int64)
+        if piece.numel() and not LOWEST <= int(index.min()) <= int(index.max()) <= HIGHEST:
+            raise ArtifactError(f"{whose}: an index of a step is not from {LOWEST} to {HIGHEST}")
+        out.copy_(step_values(index))
+    return numbers
+
+
+def _finite(whose: str, numbers: Tensor) -> Tensor:
+    if not torch.isfinite(numbers).all():
+        raise ArtifactError(f"{whose}: a value or step is not finite")
+    return numbers

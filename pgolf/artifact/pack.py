@@ -1,19 +1,16 @@
-"""Writing artifacts: the body, the smallest of codec and packing, and whose bytes they are.
+"""Writing artifacts: what is stored and how, and the smallest of all codecs and packings.
 
-The format is described in `container`. A codec compresses the body as one, so the bytes of a group
-are an estimate: each group is compressed alone, quickly, and all are scaled to add up to the file.
+The format is described in `container` and `table`, what is stored how in `layout`.
 """
 
-import json
-import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pgolf.artifact.container import (
     DIGEST_BYTES,
@@ -24,27 +21,30 @@ from pgolf.artifact.container import (
     digest,
     read_artifact,
 )
-from pgolf.codecs import CODECS, codec
+from pgolf.artifact.layout import lay_out, pack_matrix, planes
+from pgolf.artifact.sizes import byte_shares
+from pgolf.artifact.table import PACKINGS, Layout
+from pgolf.codecs import CODECS, GENERAL, codec, rans_encode
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.files import atomic_write
-from pgolf.ops.pack_bits import pack_bits
 from pgolf.progress import Progress
 from pgolf.quant.dequantize import QuantizedTensor
-from pgolf.quant.policy import category
 from pgolf.quant.quantize import QuantizedModel
-
-GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A whole file in memory; `tried` holds the size of every combination."""
+    """A whole file in memory.
+
+    Attributes:
+        tried: size of the file for every codec and packing that was tried, as in `PackReport`.
+    """
 
     data: bytes
     codec: str
     packing: str
-    tried: dict[str, int]
+    tried: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,16 @@ class PackReport:
 
     Attributes:
         total: size of the file.
-        groups: its bytes by group; they add up to `total`. Estimated: each group compressed alone
-            with zstd level 1, and all of them scaled to the total.
-        tried: size of the file for each codec and packing that was tried, as 'zstd bytes'.
+        groups: its bytes by group; they add up to `total`. See `sizes` for how exact they are.
+        tensors: its bytes by tensor with steps and column factors (shared ones count for the first
+            tensor that has them); they add up to `total` with the head and header.
+        tried: size of the file for each codec and packing that was tried, as 'zstd bytes' or
+            'rans'.
     """
 
     total: int
     groups: dict[str, int]
+    tensors: dict[str, int]
     tried: dict[str, int]
     codec: str
     packing: str
@@ -68,23 +71,31 @@ class PackReport:
 def encode(
     model: QuantizedModel, meta: Mapping[str, Any], config: ArtifactConfig, progress: bool = True
 ) -> Encoded:
-    """The file's bytes with the smallest of the codecs and packings that `config` allows."""
-    codecs = CODECS if config.codec == "auto" else (config.codec,)
-    packings = ("bytes", "bits") if config.packing == "auto" else (config.packing,)
-    bodies = {packing: _body(model.tensors, meta, packing) for packing in packings}
-    names = [(name, packing) for packing in packings for name in codecs]
-    files = {}
-    # Two at a time: the codecs let go of the GIL, and each needs some hundred MB.
+    """The file's bytes with the smallest of the codecs and packings that `config` allows.
+
+    Raises:
+        ArtifactError: the model is too large for an artifact.
+    """
+    return encode_layout(lay_out(model.tensors, meta), config, progress)
+
+
+def encode_layout(layout: Layout, config: ArtifactConfig, progress: bool = True) -> Encoded:
+    """As `encode`, for arrays that are laid out."""
+    forms = _forms(config)
+    files: dict[str, Encoded] = {}
+    # Two at a time: the general codecs let go of the GIL, and each needs some hundred MB.
     with (
-        Progress("compressing", len(names), "tries", enabled=progress) as bar,
+        Progress("compressing", len(forms), "tries", enabled=progress) as bar,
         ThreadPoolExecutor(2) as pool,
     ):
-        jobs = [pool.submit(_seal, bodies[packing], name, config) for name, packing in names]
-        for key, job in zip(names, jobs, strict=True):
+        jobs = {pool.submit(_file, layout, *form, config): form for form in forms}
+        for job in as_completed(jobs):
+            name, packing = jobs[job]
+            key = f"{name} {packing}" if name in GENERAL else name
             files[key] = job.result()
-            bar.update(note=f"{' '.join(key)}: {len(files[key]):,} bytes")
-    best = min(names, key=lambda key: len(files[key]))
-    return Encoded(files[best], *best, {" ".join(key): len(files[key]) for key in names})
+            bar.update(note=f"{key}: {len(files[key].data):,} bytes")
+    tried = {key: len(files[key].data) for key in sorted(files)}
+    return dataclasses.replace(files[min(tried, key=tried.__getitem__)], tried=tried)
 
 
 def write_artifact(
@@ -103,84 +114,53 @@ def write_artifact(
         ArtifactError: what was encoded does not decode to the same tensors.
         StorageError: the file could not be written.
     """
-    encoded = encode(model, meta, config, progress)
+    layout = lay_out(model.tensors, meta)
+    encoded = encode_layout(layout, config, progress)
     decoded = read_artifact(encoded.data)
     for name, q in model.tensors.items():
         if not _same(q, decoded.tensors[name]):
             raise ArtifactError(f"{name} does not survive packing: this is a bug")
-    groups = _groups(model.tensors, meta, encoded)
+    groups, tensors = byte_shares(decoded)
     atomic_write(path, encoded.data)
-    return PackReport(len(encoded.data), groups, encoded.tried, encoded.codec, encoded.packing)
+    return PackReport(
+        len(encoded.data), groups, tensors, encoded.tried, encoded.codec, encoded.packing
+    )
 
 
 def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    if a.bits != b.bits or not torch.equal(a.data, b.data):
-        return False
-    return a.scale is None or torch.equal(a.scale, b.scale)
+    pairs = ((a.data, b.data), (a.scale, b.scale), (a.columns, b.columns))
+    return a.bits == b.bits and all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in pairs
+    )
 
 
-def _ordered(tensors: Mapping[str, QuantizedTensor]) -> list[tuple[str, QuantizedTensor]]:
-    """By role, then layer: neighbours with like statistics compress a little better."""
-
-    def key(item: tuple[str, QuantizedTensor]) -> tuple[str, list[int]]:
-        return re.sub(r"\d+", "", item[0]), [int(n) for n in re.findall(r"\d+", item[0])]
-
-    return sorted(tensors.items(), key=key)
+def _forms(config: ArtifactConfig) -> list[tuple[str, str]]:
+    """Codecs with packings to try, the slowest first."""
+    names = reversed(CODECS) if config.codec == "auto" else (config.codec,)
+    packings = PACKINGS if config.packing == "auto" else (config.packing,)
+    return [(n, p) for n in names for p in (packings if n in GENERAL else PACKINGS[:1])]
 
 
-def _header(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any], packing: str) -> bytes:
-    table = [[name, q.bits, list(q.shape)] for name, q in _ordered(tensors)]
-    header = {"meta": meta, "packing": packing, "tensors": table}
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True, allow_nan=False)
-    return len(text).to_bytes(4, "little") + text.encode("ascii")
-
-
-def _codes(tensors: Mapping[str, QuantizedTensor], packing: str) -> bytes:
-    parts = [q for _, q in _ordered(tensors) if q.scale is not None]
-    if packing == "bits":
-        return b"".join(pack_bits(q.data, q.bits).numpy().tobytes() for q in parts)
-    return b"".join(q.data.numpy().tobytes() for q in parts)
-
-
-def _planes(halves: Iterable[Tensor]) -> bytes:
-    """Low bytes of all fp16 numbers, then their high bytes."""
-    flat = torch.cat([h.flatten() for h in halves] or [torch.empty(0, dtype=torch.float16)])
-    return flat.view(torch.uint8).view(-1, 2).t().contiguous().numpy().tobytes()
-
-
-def _body(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any], packing: str) -> bytes:
-    ordered = _ordered(tensors)
-    scales = [q.scale for _, q in ordered if q.scale is not None]
-    values = [q.data for _, q in ordered if q.scale is None]
-    return _header(tensors, meta, packing) + _codes(tensors, packing) + _planes(scales + values)
-
-
-def _seal(body: bytes, name: str, config: ArtifactConfig) -> bytes:
-    """The file for a body."""
+def _file(layout: Layout, name: str, packing: str, config: ArtifactConfig) -> Encoded:
+    """The file with this codec and packing."""
+    levels = (config.zstd_level, config.lzma_preset, config.brotli_quality)
+    level = dict(zip(GENERAL, levels, strict=True))
+    header = dataclasses.replace(layout.header, packing=packing).to_json()
+    body, stream = len(header).to_bytes(4, "little") + header, b""
+    table, matrices = layout.integers()
+    if name == "rans":
+        stream = rans_encode.compress([m.numpy() for m in matrices], [a.group for a in table])
+    else:
+        body += b"".join(pack_matrix(*pair, packing) for pair in zip(table, matrices, strict=True))
+    body += planes(layout.halves()[1])
     if len(body) > MAX_DECODED:
         raise ArtifactError(f"the model is {len(body)} bytes decoded, the limit is {MAX_DECODED}")
-    levels = {"zstd": config.zstd_level, "lzma": config.lzma_preset}
-    packed = codec(name).compress(body, levels[name])
-    head = HEAD.pack(MAGIC, VERSION, CODECS[name], len(body), bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
-    return head + digest(head, packed) + packed
-
-
-def _groups(
-    tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any], encoded: Encoded
-) -> dict[str, int]:
-    """Bytes of the file by group, as `PackReport` has them."""
-    alone = {"meta": _header(tensors, meta, encoded.packing)}
-    alone["scales"] = _planes(q.scale for q in tensors.values() if q.scale is not None)
-    for group in GROUPS[:6]:
-        members = {name: q for name, q in tensors.items() if category(name) == group}
-        values = [q.data for q in members.values() if q.scale is None]
-        alone[group] = _codes(members, encoded.packing) + _planes(values)
-    sizes = {g: len(codec("zstd").compress(alone[g], 1)) if alone[g] else 0 for g in GROUPS}
-
-    # Round the running sum, not each share, so that the parts add up to the file.
-    groups, total, so_far, done = {}, sum(sizes.values()), 0, 0
-    for group in GROUPS:
-        so_far += sizes[group]
-        upto = len(encoded.data) * so_far // total
-        groups[group], done = upto - done, upto
-    return groups
+    # Beside a stream the body is small, and the best general codec for it is soon found.
+    names = GENERAL if name == "rans" else (name,)
+    packed = {n: codec(n).compress(body, level[n]) for n in names}
+    best = min(packed, key=lambda n: len(packed[n]))
+    sizes, rest = (len(body), len(packed[best])), packed[best] + stream
+    head = HEAD.pack(MAGIC, VERSION, CODECS[name], CODECS[best], *sizes, bytes(DIGEST_BYTES))
+    head = head[:-DIGEST_BYTES]
+    return Encoded(head + digest(head, rest) + rest, name, packing)

@@ -6,34 +6,82 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pgolf.artifact.container import Artifact, Entry, read_artifact
+from pgolf.artifact.container import VERSION, Artifact, read_artifact
+from pgolf.artifact.sizes import byte_shares
+from pgolf.artifact.table import Entry
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A valid artifact, and the bytes of its tensors before compression (codes and steps)."""
+    """A valid artifact, and the bytes of its file by group and by tensor, see `sizes`."""
 
     path: Path
     artifact: Artifact
+    group_bytes: dict[str, int]
     tensor_bytes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON values; the keys are the same for every file."""
+        a = self.artifact
+        return {
+            "path": str(self.path),
+            "format": VERSION,
+            "codec": a.codec,
+            "packing": a.packing,
+            "file_bytes": a.file_bytes,
+            "decoded_bytes": a.decoded_bytes,
+            "weights": sum(math.prod(e.shape) for e in a.layout.header.tensors),
+            "bytes_by_group": self.group_bytes,
+            "meta": a.meta,
+            "tensors": [self._row(e) for e in a.layout.header.tensors],
+        }
+
+    def _row(self, entry: Entry) -> dict[str, Any]:
+        integers, count = entry.bits != 16, math.prod(entry.shape)
+        vectors = self.artifact.layout.header.columns
+        own = None if entry.columns is None else vectors[entry.columns]
+        size = self.tensor_bytes[entry.name]
+        return {
+            "name": entry.name,
+            "stored": f"int{entry.bits}" if integers else "float16",
+            "shape": list(entry.shape),
+            "steps": ("halves" if entry.steps is None else "indices") if integers else None,
+            "columns": None if own is None else "halves" if own.base is None else "indices",
+            "columns_index": entry.columns,
+            "file_bytes": size,
+            "bits_per_weight": 8 * size / count if count else None,
+        }
 
     def to_text(self) -> str:
         """A table of the tensors, the sizes and the meta data."""
-        a = self.artifact
-        width = max([4, *map(len, a.tensors)])
-        lines = [f"{'name':{width}}  {'stored as':9}  {'bytes':>12}  shape"]
-        for name, q in a.tensors.items():
-            kind = "float16" if q.scale is None else f"int{q.bits}"
-            shape = " x ".join(map(str, q.shape)) or "scalar"
-            lines.append(f"{name:{width}}  {kind:9}  {self.tensor_bytes[name]:12,}  {shape}")
-        weights = sum(math.prod(q.shape) for q in a.tensors.values())
+        found = self.to_dict()
+        rows = found["tensors"]
+        width = max([4, *(len(row["name"]) for row in rows)])
+        lines = [
+            f"{'name':{width}}  {'stored as':9}  {'steps':7}  {'columns':>11}  "
+            f"{'bytes':>10}  {'bits/weight':>11}  shape"
+        ]
+        for row in rows:
+            columns = f"{row['columns']} {row['columns_index']}" if row["columns"] else "-"
+            per_weight = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+            lines.append(
+                f"{row['name']:{width}}  {row['stored']:9}  {row['steps'] or '-':7}  "
+                f"{columns:>11}  {row['file_bytes']:10,}  {per_weight:>11}  "
+                f"{' x '.join(map(str, row['shape'])) or 'scalar'}"
+            )
+        groups = ", ".join(f"{name} {size:,}" for name, size in found["bytes_by_group"].items())
+        codes = "coded by rans" if found["codec"] == "rans" else f"as {found['packing']}"
         lines += [
             "",
-            f"{len(a.tensors)} tensors, {weights:,} weights, {a.decoded_bytes:,} bytes decoded "
-            f"(codes as {a.packing})",
-            f"meta: {json.dumps(a.meta, sort_keys=True)}",
-            f"{self.path}: valid, {a.file_bytes:,} bytes with {a.codec}",
+            "Bytes are those of the file, with steps and column factors; factors that several "
+            "tensors share count for the first.",
+            f"bytes by group: {groups}",
+            f"{len(rows)} tensors, {found['weights']:,} weights, {found['decoded_bytes']:,} bytes "
+            f"decoded (codes {codes})",
+            f"meta: {json.dumps(found['meta'], sort_keys=True)}",
+            f"{self.path}: valid, {found['file_bytes']:,} bytes with {found['codec']}",
         ]
         return "\n".join(lines)
 
@@ -45,16 +93,21 @@ def verify(path: Path | str) -> VerifyReport:
         ArtifactError: it is not a valid artifact; the message says why.
     """
     artifact = read_artifact(Path(path))
-    sizes = {}
-    for name, q in artifact.tensors.items():
-        entry = Entry(name, q.bits, q.shape)
-        sizes[name] = entry.code_bytes(artifact.packing) + 2 * entry.halves()
-    return VerifyReport(Path(path), artifact, sizes)
+    return VerifyReport(Path(path), artifact, *byte_shares(artifact))
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the report of one artifact; errors are for the caller to show."""
-    parser = argparse.ArgumentParser(prog="pgolf verify", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="pgolf verify",
+        description="Decode an artifact with every check, and list its tensors: how each is "
+        "stored, and the bytes that it takes in the file. With the codec rans these are what the "
+        "coder says; otherwise the order-0 entropy of its codes, scaled to the file.",
+        epilog="example: pgolf verify runs/demo-seed1337/artifact --json | jq .bytes_by_group",
+    )
     parser.add_argument("artifact", type=Path, help="file written by training or packing")
-    print(verify(parser.parse_args(argv).artifact).to_text())
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    args = parser.parse_args(argv)
+    report = verify(args.artifact)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report.to_text())
     return 0

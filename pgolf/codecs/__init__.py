@@ -1,17 +1,23 @@
-"""Codecs of the artifact: one module each, with the same two functions.
+"""Codecs of the artifact, one module each; a module is imported when it is used.
+
+The general ones take and give bytes:
 
     compress(data: bytes, level: int) -> bytes
-    decompress(data: bytes, size: int) -> bytes
+    decompress(data: bytes, size: int) -> bytearray
 
 `size` is what the file declares. `decompress` returns exactly so many bytes or raises
-ArtifactError, and at no time holds more than a small multiple of `size`. A module is imported when
-it is used: decoding loads one. An entropy coder joins by a module and a line in the table.
+ArtifactError, and at no time holds more than a small multiple of `size`.
+
+`rans` is the entropy coder for codes of weights. It takes int8 matrices, each with the number of a
+group: matrices of a group are expected to be alike. Its encoder is the module `rans_encode`, so
+that decoding does not load it.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-CODECS = {"zstd": 1, "lzma": 2}  # name -> id in the file; ids are never used again
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "rans": 4}  # name -> id in files, for ever
+GENERAL = ("zstd", "lzma", "brotli")
 
 
 def codec(name: str) -> ModuleType:

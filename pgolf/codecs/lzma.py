@@ -9,6 +9,7 @@ import lzma
 from pgolf.errors import ArtifactError
 
 LEAST_DICTIONARY, LARGEST_DICTIONARY = 1 << 12, 1 << 26  # liblzma's least; that of preset 9
+PIECE = 1 << 16  # bytes decoded at a time
 
 
 def _filters(size: int, **preset: int) -> list[dict[str, int]]:
@@ -22,15 +23,21 @@ def compress(data: bytes, level: int) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters)
 
 
-def decompress(data: bytes, size: int) -> bytes:
-    """Decode one stream of exactly `size` bytes.
+def decompress(data: bytes, size: int) -> bytearray:
+    """Decode one stream of exactly `size` bytes, piece by piece: a bomb stops at `size`.
 
     Raises:
         ArtifactError: damaged data, another size, or trailing bytes.
     """
     decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_filters(size))
+    decoded, piece = bytearray(), data
     try:
-        decoded = decoder.decompress(data, max_length=size + 1)
+        while not decoder.eof and len(decoded) <= size:
+            part = decoder.decompress(piece, max_length=PIECE)
+            piece = b""
+            decoded += part
+            if not part and decoder.needs_input:
+                break
     except lzma.LZMAError as e:
         raise ArtifactError(f"the lzma body is damaged: {e}") from None
     if len(decoded) > size:

@@ -19,7 +19,7 @@ def compress(data: bytes, level: int) -> bytes:
     return min(tries, key=len)
 
 
-def decompress(data: bytes, size: int) -> bytes:
+def decompress(data: bytes, size: int) -> bytearray:
     """Decode one frame of exactly `size` bytes.
 
     The frame's own claims are checked first, so that neither the result nor the window can take
@@ -39,4 +39,4 @@ def decompress(data: bytes, size: int) -> bytes:
         raise ArtifactError(f"the zstd body is damaged: {e}") from None
     if len(decoded) != size:
         raise ArtifactError(f"the zstd body holds {len(decoded)} bytes, declared are {size}")
-    return decoded
+    return bytearray(decoded)

@@ -1,5 +1,6 @@
 """A small quantised model, and a forger that seals any content with a right checksum."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,17 @@ import torch
 from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAGIC, VERSION, digest
 from pgolf.codecs import CODECS, codec
 from pgolf.config import QuantConfig
+from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.steps import step_values
 
 META = {"recipe": "demo", "model": {"layers": 2, "dim": 24}, "seq_len": 256, "note": "é"}
 
 
 @pytest.fixture(scope="session")
 def model() -> QuantizedModel:
-    """All kinds of tensors: each grid, fp16 matrices, vectors, scalars, an empty one."""
+    """All kinds of tensors: each grid, fp16 matrices, vectors, scalars, an empty one; steps and
+    column factors on the grid of steps and off it, factors that two matrices share."""
     torch.manual_seed(0)
     state = {
         "tok_emb.weight": torch.randn(33, 24),
@@ -34,7 +38,22 @@ def model() -> QuantizedModel:
         small_numel=0, attn_bits="5", mlp_bits="8/4", tok_bits="16", bigram_bits="4", ve_bits="7",
         bits_overrides="blocks.3.*=6,blocks.4.*=8", full_range=True,
     )
-    return quantize(state, config, progress=False)
+    model = quantize(state, config, progress=False)
+    on_grid = {
+        f"blocks.{i}.{role}.weight": columns
+        for i in range(5, 8)
+        for columns in (step_values(torch.randint(-9, 9, (24,))),)
+        for role in ("attn.c_q", "mlp.fc")
+    }
+    tensors = dict(model.tensors)
+    for name, columns in on_grid.items():
+        q = tensors[name]
+        steps = step_values(torch.randint(-60, -40, q.scale.shape))
+        tensors[name] = QuantizedTensor(q.data, q.bits, steps, columns.clone())
+    q = tensors["blocks.9.mlp.fc.weight"]
+    columns = torch.rand(24).half()
+    tensors["blocks.9.mlp.fc.weight"] = dataclasses.replace(q, columns=columns)
+    return dataclasses.replace(model, tensors=tensors)
 
 
 @pytest.fixture(scope="session")
@@ -42,26 +61,42 @@ def meta() -> dict[str, Any]:
     return META
 
 
-def seal(packed: bytes, size: int, codec_id: int = 1, version: int = VERSION) -> bytes:
-    """A file with this compressed body and a right checksum, whatever else is wrong."""
-    head = HEAD.pack(MAGIC, version, codec_id, size, bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
-    return head + digest(head, packed) + packed
+def seal(
+    packed: bytes,
+    size: int,
+    codec_id: int = 1,
+    body_id: int | None = None,
+    stream: bytes = b"",
+    version: int = VERSION,
+    length: int | None = None,
+) -> bytes:
+    """A file with this packed body and a right checksum, whatever else is wrong."""
+    body_id = codec_id if body_id is None else body_id
+    length = len(packed) if length is None else length
+    head = HEAD.pack(MAGIC, version, codec_id, body_id, size, length, bytes(DIGEST_BYTES))
+    head = head[:-DIGEST_BYTES]
+    return head + digest(head, packed + stream) + packed + stream
 
 
-def from_body(body: bytes, name: str = "zstd") -> bytes:
-    """A file that decodes to `body`."""
-    return seal(codec(name).compress(body, 1), len(body), CODECS[name])
+def from_body(body: bytes, name: str = "zstd", stream: bytes | None = None) -> bytes:
+    """A file whose body is `body`, packed with `name`; with a stream, its codec is rans."""
+    own = CODECS[name]
+    known = own if stream is None else CODECS["rans"]
+    return seal(codec(name).compress(body, 1), len(body), known, own, stream or b"")
 
 
-def from_header(header: Any, data: bytes = b"") -> bytes:
+def from_header(header: Any, data: bytes = b"", stream: bytes | None = None) -> bytes:
     """A file with this header (JSON text, or an object) and this data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return from_body(len(text).to_bytes(4, "little") + text + data)
+    return from_body(len(text).to_bytes(4, "little") + text + data, stream=stream)
 
 
-def from_table(*lines: Any, data: bytes = b"", packing: str = "bytes") -> bytes:
-    """A file with this tensor table."""
-    return from_header({"meta": {}, "packing": packing, "tensors": list(lines)}, data)
+def from_table(
+    *lines: Any, data: bytes = b"", packing: Any = "bytes", columns: Any = (), stream=None
+) -> bytes:
+    """A file with these tables."""
+    header = {"meta": {}, "packing": packing, "tensors": list(lines), "columns": columns}
+    return from_header(header, data, stream)
 
 
 @pytest.fixture(scope="session")

@@ -13,21 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from pgolf.artifact.container import (
-    HEAD,
-    MAX_DECODED,
-    MAX_HEADER,
-    MAX_TENSORS,
-    Artifact,
-    read_artifact,
-)
+from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAX_DECODED, MAX_HEADER, read_artifact
 from pgolf.artifact.pack import encode
+from pgolf.artifact.table import MAX_TENSORS
 from pgolf.codecs import codec
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
+from pgolf.quant.steps import step_values
 
-ONE = ["a.weight", 6, [2, 3]]  # needs 6 bytes of codes and 2 steps
+ONE = ["a.weight", 6, [2, 3], 2, None, None]  # needs 6 bytes of codes and 2 steps
+INDEXED = ["a.weight", 6, [2, 3], 2, -50, 0]  # 6 bytes of codes and 2 of indices
+FACTORS = [[3, 5]]  # 3 bytes of indices
 HALVES = np.array([1, 1], "<f2").view(np.uint8).reshape(2, 2).T.tobytes()  # two steps of 1
 ONE_DATA = bytes(6) + HALVES
 
@@ -55,7 +53,8 @@ ATTACKS = {
     "head only": lambda f: (f.seal(b"", 0), "not a zstd frame"),
     "other file type": lambda f: (b"PK\3\4" + bytes(100), "PGOLF"),
     "pickle": lambda f: (b"\x80\x04cos\nsystem\n" + bytes(40), "PGOLF"),
-    "next version": lambda f: (f.seal(b"", 0, version=2), "version 2"),
+    "next version": lambda f: (f.seal(b"", 0, version=3), "version 3"),
+    "version 1": lambda f: (f.seal(b"", 0, version=1), "version 1"),
     "version 0": lambda f: (f.seal(b"", 0, version=0), "version 0"),
     "unknown codec": lambda f: (f.seal(b"", 0, codec_id=77), "codec 77"),
     "declares 4 GiB": lambda f: (f.seal(b"x", 2**32 - 1), "declares 4294967295"),
@@ -71,25 +70,28 @@ ATTACKS = {
     "header is not UTF-8": lambda f: (f.header(b'{"\xff": 1}'), "not UTF-8 JSON"),
     "header is UTF-16": lambda f: (f.header("{}".encode("utf-16")), "not UTF-8 JSON"),
     "header has a lone surrogate": lambda f: (
-        f.table(["\ud800.weight", 6, [2, 3]], data=ONE_DATA), "not a tensor name"),
+        f.table(["\ud800.weight", *ONE[1:]], data=ONE_DATA), "not a tensor name"),
     "header nests deeply": lambda f: (f.header(b"[" * 500_000), "not UTF-8 JSON"),
     "header with an endless number": lambda f: (f.header(b"9" * 100_000), "header"),
     "header with NaN": lambda f: (
-        f.header(b'{"meta":{"x":NaN},"packing":"bytes","tensors":[]}'), "NaN"),
+        f.header(b'{"meta":{"x":NaN},"packing":"bytes","tensors":[],"columns":[]}'), "NaN"),
     "header is a list": lambda f: (f.header([]), "not an object"),
-    "header without tensors": lambda f: (f.header({"meta": {}, "packing": "bytes"}), "object of"),
+    "header without tensors": lambda f: (
+        f.header({"meta": {}, "packing": "bytes", "columns": []}), "object of"),
     "header with one key more": lambda f: (
-        f.header({"meta": {}, "packing": "bytes", "tensors": [], "x": 1}), "object of"),
+        f.header({"meta": {}, "packing": "bytes", "tensors": [], "columns": [], "x": 1}),
+        "object of"),
     "meta is not an object": lambda f: (
-        f.header({"meta": 3, "packing": "bytes", "tensors": []}), "meta is not"),
+        f.header({"meta": 3, "packing": "bytes", "tensors": [], "columns": []}), "meta is not"),
     "unknown packing": lambda f: (f.table(packing="base64"), "packing 'base64'"),
     "packing is a list": lambda f: (f.table(packing=[]), "packing"),
     "table is an object": lambda f: (
-        f.header({"meta": {}, "packing": "bytes", "tensors": {}}), "tensor table"),
+        f.header({"meta": {}, "packing": "bytes", "tensors": {}, "columns": []}),
+        "table of tensors"),
     "too many tensors": lambda f: (
         f.table(*([f"t{i}", 16, [0]] for i in range(MAX_TENSORS + 1))), "at most 4096"),
-    "line is no list": lambda f: (f.table("a.weight"), "is not [name, bits, dims]"),
-    "line is too short": lambda f: (f.table(["a.weight", 6]), "is not [name, bits, dims]"),
+    "line is no list": lambda f: (f.table("a.weight"), "is not a line of 3 or 6"),
+    "line is too short": lambda f: (f.table(["a.weight", 6]), "is not a line of 3 or 6"),
     "duplicate name": lambda f: (f.table(ONE, ONE, data=ONE_DATA * 2), "a.weight comes twice"),
     "name of another type": lambda f: (f.table([7, 16, [1]], data=b"\0\0"), "not a tensor name"),
     "empty name": lambda f: (f.table(["", 16, [1]], data=b"\0\0"), "not a tensor name"),
@@ -100,23 +102,25 @@ ATTACKS = {
     "name in another alphabet": lambda f: (f.table(["а.weight", 16, [1]]), "not a tensor name"),
     "name with other digits": lambda f: (f.table(["a.٣", 16, [1]]), "not a tensor name"),
     "long name": lambda f: (f.table(["a" * 129, 16, [1]], data=b"\0\0"), "not a tensor name"),
-    "bits 3": lambda f: (f.table(["a", 3, [2, 3]], data=ONE_DATA), "3 bits"),
-    "bits 32": lambda f: (f.table(["a", 32, [2, 3]], data=bytes(24)), "32 bits"),
-    "bits true": lambda f: (f.table(["a", True, [2, 3]], data=ONE_DATA), "True bits"),
-    "bits 6.0": lambda f: (f.table(["a", 6.0, [2, 3]], data=ONE_DATA), "6.0 bits"),
-    "bits a list": lambda f: (f.table(["a", [6], [2, 3]], data=ONE_DATA), "[6] bits"),
+    "bits 3": lambda f: (f.table(["a", 3, *ONE[2:]], data=ONE_DATA), "3 bits"),
+    "bits 32": lambda f: (f.table(["a", 32, *ONE[2:]], data=bytes(24)), "32 bits"),
+    "bits true": lambda f: (f.table(["a", True, *ONE[2:]], data=ONE_DATA), "True bits"),
+    "bits 6.0": lambda f: (f.table(["a", 6.0, *ONE[2:]], data=ONE_DATA), "6.0 bits"),
+    "bits a list": lambda f: (f.table(["a", [6], *ONE[2:]], data=ONE_DATA), "[6] bits"),
     "negative dim": lambda f: (f.table(["a", 16, [-1]]), "bad shape [-1]"),
-    "two negative dims": lambda f: (f.table(["a", 6, [-2, -3]], data=ONE_DATA), "bad shape"),
-    "dim that is a float": lambda f: (f.table(["a", 6, [2.0, 3]], data=ONE_DATA), "bad shape"),
+    "two negative dims": lambda f: (
+        f.table(["a", 6, [-2, -3], *ONE[3:]], data=ONE_DATA), "bad shape"),
+    "dim that is a float": lambda f: (
+        f.table(["a", 6, [2.0, 3], *ONE[3:]], data=ONE_DATA), "bad shape"),
     "dim that is a truth value": lambda f: (f.table(["a", 16, [True]], data=b"\0\0"), "bad shape"),
     "dims are text": lambda f: (f.table(["a", 16, "1"], data=b"\0\0"), "bad shape"),
     "product wraps to 6 in 64 bits": lambda f: (
         f.table(["a", 16, [2**32 + 3, 2**32 + 2]], data=bytes(12)), "bad shape"),
     "product over the limit": lambda f: (f.table(["a", 16, [2**20, 2**20]]), "bad shape"),
     "five dims": lambda f: (f.table(["a", 16, [1] * 5], data=b"\0\0"), "bad shape"),
-    "codes in one dim": lambda f: (f.table(["a", 6, [6]], data=ONE_DATA), "bad shape"),
+    "codes in one dim": lambda f: (f.table(["a", 6, [6], *ONE[3:]], data=ONE_DATA), "bad shape"),
     "many large empty tensors": lambda f: (
-        f.table(*([f"t{i}", 6, [2**29, 0]] for i in range(64))), "the table needs"),
+        f.table(*([f"t{i}", 6, [2**29, 0], *ONE[3:]] for i in range(64))), "the table needs"),
     "data missing": lambda f: (f.table(ONE, data=ONE_DATA[:-1]), "needs 10 bytes of data, there"),
     "data left over": lambda f: (f.table(ONE, data=ONE_DATA + b"\0"), "there are 11"),
     "data without tensors": lambda f: (f.table(data=b"\0"), "needs 0 bytes of data"),
@@ -126,7 +130,7 @@ ATTACKS = {
     "code above its bits": lambda f: (f.table(ONE, data=b"\x20" + bytes(5) + HALVES), "6 bits"),
     "code below its bits": lambda f: (f.table(ONE, data=b"\xdf" + bytes(5) + HALVES), "6 bits"),
     "zstd bomb": lambda f: (f.seal(codec("zstd").compress(bytes(2**28), 1), 1000), "1000 bytes"),
-    "lzma bomb": lambda f: (f.seal(codec("lzma").compress(bytes(2**24), 0), 1000, 2), "more than"),
+    "lzma bomb": lambda f: (f.seal(codec("lzma").compress(bytes(2**26), 0), 1000, 2), "more than"),
     "zstd body as lzma": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1), 9, 2), "lzma"),
     "lzma body as zstd": lambda f: (f.seal(codec("lzma").compress(bytes(9), 1), 9, 1), "zstd"),
     "second zstd frame": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1) * 2, 9), "unused"),
@@ -134,7 +138,72 @@ ATTACKS = {
         f.seal(codec("lzma").compress(bytes(9), 1) * 2, 9, 2), "trailing"),
     "sealed trailing byte": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1) + b"!", 9),
                                        "unused"),
+    "bits 6 in a short line": lambda f: (f.table(ONE[:3], data=ONE_DATA), "6 bits in a line of 3"),
+    "bits 16 in a long line": lambda f: (f.table(["a", 16, [1], 2, None, None]), "16 bits in a"),
+    "weights over the limit together": lambda f: (
+        f.table(*([f"t{i}", 16, [2**28]] for i in range(3))), "more than 536870912 weights"),
+    "group of the steps": lambda f: (f.table([*ONE[:3], 0, None, None]), "bad group 0"),
+    "group of the factors": lambda f: (f.table([*ONE[:3], 1, None, None]), "bad group 1"),
+    "group over the limit": lambda f: (f.table([*ONE[:3], 64, None, None]), "bad group 64"),
+    "group that is a truth value": lambda f: (f.table([*ONE[:3], True, None, None]), "group True"),
+    "base of steps is text": lambda f: (f.table([*ONE[:4], "half", None]), "bad base of steps"),
+    "base of steps over 16 bits": lambda f: (f.table([*ONE[:4], 2**15, None]), "base of steps 3"),
+    "columns of nothing": lambda f: (f.table([*ONE[:4], None, 0]), "no column factors 0"),
+    "negative columns": lambda f: (
+        f.table([*ONE[:4], None, -1], columns=FACTORS), "no column factors -1"),
+    "columns past the table": lambda f: (f.table(INDEXED, [*INDEXED[:5], 1], columns=FACTORS),
+                                         "no column factors 1"),
+    "columns that are a truth value": lambda f: (
+        f.table([*ONE[:4], None, False], columns=FACTORS), "no column factors False"),
+    "factors of another length": lambda f: (
+        f.table(INDEXED, columns=[[4, 5]], data=bytes(12)), "4 factors for 3 columns"),
+    "factors that no tensor has": lambda f: (
+        f.table(ONE, columns=FACTORS, data=bytes(3) + ONE_DATA), "no tensor has"),
+    "table of columns is an object": lambda f: (f.table(columns={}), "the table of columns"),
+    "too many column factors": lambda f: (
+        f.table(columns=[[0, None]] * (MAX_TENSORS + 1)), "at most 4096"),
+    "line of columns is a number": lambda f: (f.table(columns=[3]), "3 is not [length, base]"),
+    "line of columns is too long": lambda f: (f.table(columns=[[3, 5, 5]]), "is not [length"),
+    "negative length of factors": lambda f: (f.table(columns=[[-3, 5]]), "is not [length"),
+    "length of factors over the limit": lambda f: (f.table(columns=[[2**40, 5]]), "is not [len"),
+    "base of factors is a float": lambda f: (f.table(columns=[[3, 5.0]]), "is not [length"),
+    "index above the grid": lambda f: (
+        f.table([*ONE[:4], 255, None], data=bytes(7) + b"\1"), "tensor a.weight: an index"),
+    "index below the grid": lambda f: (
+        f.table([*ONE[:4], -224, None], data=bytes(7) + b"\xff"), "tensor a.weight: an index"),
+    "base far from the grid": lambda f: (
+        f.table([*ONE[:4], -(2**15), None], data=bytes(8)), "tensor a.weight: an index"),
+    "index of a factor off the grid": lambda f: (
+        f.table(INDEXED, columns=[[3, 200]], data=bytes(8) + b"\x7f\0\0"), "column factors 0: an"),
+    "NaN factor": lambda f: (
+        f.table(INDEXED, columns=[[3, None]], data=bytes(8) + halves(1, np.nan, 1)),
+        "column factors 0: a value or step is not finite"),
+    "infinite factor": lambda f: (
+        f.table(INDEXED, columns=[[3, None]], data=bytes(8) + halves(1, 1, np.inf)),
+        "column factors 0: a value or step is not finite"),
+    "packing is of the stream": lambda f: (f.table(packing="rans"), "packing 'rans'"),
+    "rans as codec of a body": lambda f: (f.seal(b"", 0, 4), "codec 4 with a body of codec 4"),
+    "two general codecs": lambda f: (f.seal(b"", 0, 1, 2), "codec 1 with a body of codec 2"),
+    "body longer than the file": lambda f: (
+        f.seal(b"abc", 9, length=4), "a body of 4 bytes in a file of 37"),
+    "body of 4 GiB": lambda f: (f.seal(b"abc", 9, length=2**32 - 1), "a body of 4294967295"),
+    "bytes behind the body": lambda f: (f.seal(b"abc", 9, stream=b"!"), "a body of 3 bytes"),
+    "checksum of another file": lambda f: (
+        swapped(f.table(), f.table(ONE, data=ONE_DATA)), "wrong checksum"),
+    "brotli bomb": lambda f: (f.seal(codec("brotli").compress(bytes(2**26), 5), 1000, 3), "more"),
+    "brotli window of 1 GiB": lambda f: (
+        f.seal(b"\x11\x1e" + codec("brotli").compress(bytes(99), 5)[1:], 99, 3), "brotli"),
+    "brotli body as zstd": lambda f: (f.seal(codec("brotli").compress(bytes(9), 1), 9, 1), "zstd"),
+    "zstd body as brotli": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1), 9, 3), "brotli"),
+    "second brotli stream": lambda f: (
+        f.seal(codec("brotli").compress(bytes(9), 1) * 2, 9, 3), "brotli body is damaged"),
 }
+
+
+def swapped(file: bytes, other: bytes) -> bytes:
+    """`file` with the checksum of `other`."""
+    end = HEAD.size
+    return file[: end - DIGEST_BYTES] + other[end - DIGEST_BYTES : end] + file[end:]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -149,6 +218,10 @@ def test_the_forger_can_make_valid_files(forge):
     assert artifact.tensors["a.weight"].shape == (2, 3)
     assert artifact.state_dict()["b"].item() == 0.5
     assert read_artifact(forge.table()).tensors == {}
+    indexed = read_artifact(forge.table(INDEXED, columns=FACTORS, data=bytes(11)))
+    q = indexed.tensors["a.weight"]
+    assert q.scale.tolist() == [step_values(torch.tensor(-50)).item()] * 2
+    assert q.columns.tolist() == [step_values(torch.tensor(5)).item()] * 3
 
 
 def test_cut_short_anywhere(good):
@@ -165,7 +238,7 @@ def test_every_flipped_bit_of_the_head(good):
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         message = refuse(bytes(data))
-        assert bit < 9 * 8 or "checksum" in message or "too many" in message
+        assert bit < 10 * 8 or "checksum" in message or "too many" in message
 
 
 def test_flipped_bits_of_the_body(good):
@@ -177,11 +250,10 @@ def test_flipped_bits_of_the_body(good):
 
 
 def test_cut_short_at_every_section_inside_a_right_checksum(forge, good):
-    body = codec("zstd").decompress(good[HEAD.size :], HEAD.unpack_from(good)[3])
+    body = bytes(codec("zstd").decompress(good[HEAD.size :], HEAD.unpack_from(good)[4]))
     header = 4 + struct.unpack_from("<I", body)[0]
-    codes = sum(
-        rows[0] * rows[1] for _, bits, rows in json.loads(body[4:header])["tensors"] if bits != 16
-    )
+    table = json.loads(body[4:header])["tensors"]
+    codes = sum(line[2][0] * line[2][1] for line in table if line[1] != 16)
     for end in (0, 2, 4, header // 2, header - 1, header, header + 1, header + codes - 1,
                 header + codes, header + codes + 1, len(body) - 1):
         refuse(forge.body(body[:end]))
@@ -244,73 +316,22 @@ def test_no_attack_takes_much_memory(tmp_path, forge, good):
     (tmp_path / "00-good").write_bytes(good)
     for i, attack in enumerate(ATTACKS, 1):
         (tmp_path / f"{i:02}").write_bytes(ATTACKS[attack](forge)[0])
-    # 500,000 brackets of JSON are the largest; the bombs hold 256 and 16 MiB.
-    assert peak_growth(tmp_path) < 12 << 20
+    # Brotli's window of 16 MiB is the largest; the bombs hold 64 MiB and more.
+    assert peak_growth(tmp_path) < 20 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("name", ["zstd", "lzma"])
-def test_reading_takes_a_small_multiple_of_what_is_declared(tmp_path, forge, good, name: str):
+@pytest.mark.parametrize(("name", "packing"), [
+    ("zstd", "bytes"), ("lzma", "bytes"), ("brotli", "bytes"), ("zstd", "columns"),
+])
+def test_reading_takes_a_small_multiple_of_what_is_declared(
+    tmp_path, forge, good, name: str, packing: str
+):
     side = 6000
-    header = {"meta": {}, "packing": "bytes", "tensors": [["a", 6, [side, side]]]}
+    table = [["a", 6, [side, side], *ONE[3:]]]
+    header = {"meta": {}, "packing": packing, "tensors": table, "columns": []}
     text = json.dumps(header).encode()
     body = len(text).to_bytes(4, "little") + text + bytes(side * side) + halves(*[1] * side)
     (tmp_path / "0").write_bytes(good)
     (tmp_path / "1").write_bytes(forge.body(body, name))
-    assert len(body) < peak_growth(tmp_path) < 4 * len(body)
-
-
-def mutate(rng: random.Random, good: bytes, forge) -> bytes:
-    """Damage the file, the compressed body or the decoded body; the latter two sealed again."""
-    size = HEAD.unpack_from(good)[3]
-    packed = good[HEAD.size :]
-    level = rng.randrange(3)
-    data = bytearray([good, packed, codec("zstd").decompress(packed, size)][level])
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        # The head of the data has the most structure: hit it as often as all the rest.
-        at = rng.randrange(min(len(data), rng.choice((32, 400, len(data), len(data)))))
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at] = rng.choice(b'\0\xff\x7f[]{}",:-0123456789.eE')
-        elif kind == 2:
-            del data[at : at + rng.choice((1, 2, 8, 300))]
-        elif kind == 3:
-            data[at:at] = rng.choice((b"9", b"-", b"]", b'"', bytes(9), bytes(data[:60])))
-        else:
-            other = rng.randrange(len(data))
-            data[at : at + 8] = data[other : other + 8]
-        data = data or bytearray(1)
-    if level == 0:
-        return bytes(data)
-    return forge.seal(bytes(data), size) if level == 1 else forge.body(bytes(data))
-
-
-def fuzz(good: bytes, forge, seeds: range) -> dict[str, int]:
-    """Read damaged files: an ArtifactError or a well-formed artifact, and nothing else."""
-    seen = {"refused": 0, "read": 0}
-    for seed in seeds:
-        try:
-            artifact = read_artifact(mutate(random.Random(seed), good, forge))
-        except ArtifactError as e:
-            assert len(str(e)) < 400
-            seen["refused"] += 1
-        else:
-            assert isinstance(artifact, Artifact) and isinstance(artifact.meta, dict)
-            for name, tensor in artifact.state_dict().items():
-                assert tensor.shape == artifact.tensors[name].shape
-            seen["read"] += 1
-    return seen
-
-
-def test_fuzz_sample(good, forge):
-    seen = fuzz(good, forge, range(200))
-    assert seen["refused"] > 100 and seen["read"] > 5, "both ends must be reached"
-
-
-@pytest.mark.slow
-def test_fuzz(good, forge, model, meta):
-    fuzz(good, forge, range(80_000))
-    bits = encode(model, meta, ArtifactConfig(codec="zstd", packing="bits"), False).data
-    fuzz(bits, forge, range(80_000, 100_000))
+    assert len(body) < peak_growth(tmp_path) < (8 << 20) + 2 * len(body)

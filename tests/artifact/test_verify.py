@@ -1,5 +1,7 @@
 """`pgolf verify`: what it lists, and what it refuses."""
 
+import json
+
 import pytest
 
 from pgolf.artifact.pack import write_artifact
@@ -8,9 +10,9 @@ from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 
 
-@pytest.fixture(params=["bytes", "bits"])
+@pytest.fixture(params=["zstd", "rans"])
 def written(request, tmp_path, model, meta):
-    config = ArtifactConfig(codec="zstd", packing=request.param)
+    config = ArtifactConfig(codec=request.param, packing="bytes")
     return tmp_path / "a.pgolf", write_artifact(tmp_path / "a.pgolf", model, meta, config, False)
 
 
@@ -21,21 +23,45 @@ def test_lists_every_tensor_and_the_sizes(written, model, capsys):
     for name, q in model.tensors.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
         assert ("float16" if q.bits == 16 else f"int{q.bits}") in line
+        assert f" {packed.tensors[name]:,} " in line
     assert "6 x" not in text and "24 x 24" in text and "scalar" in text and "0 x 24" in text
     weights = sum(q.data.numel() for q in model.tensors.values())
     assert f"{len(model.tensors)} tensors, {weights:,} weights" in text
-    assert f"valid, {packed.total:,} bytes with zstd" in text and '"recipe": "demo"' in text
+    assert f"valid, {packed.total:,} bytes with {packed.codec}" in text
+    assert '"recipe": "demo"' in text
     assert main([str(path)]) == 0
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_bytes_before_compression_add_up(written):
-    report = verify(written[0])
-    c_q = report.tensor_bytes["blocks.0.attn.c_q.weight"]
-    assert c_q == 24 * 24 * (8 if written[1].packing == "bytes" else 5) // 8 + 2 * 24
-    assert report.tensor_bytes["bigram.scale"] == 2
-    header = report.artifact.decoded_bytes - sum(report.tensor_bytes.values())
-    assert 0 < header < 3000
+def test_json_has_what_the_table_has(written, model, meta, capsys):
+    path, packed = written
+    assert main([str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == verify(path).to_dict()
+    assert set(found) == {
+        "path", "format", "codec", "packing", "file_bytes", "decoded_bytes", "weights",
+        "bytes_by_group", "meta", "tensors",
+    }
+    assert (found["codec"], found["file_bytes"]) == (packed.codec, path.stat().st_size)
+    assert found["meta"] == meta and found["bytes_by_group"] == packed.groups
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert {name: row["file_bytes"] for name, row in rows.items()} == packed.tensors
+    fc = rows["blocks.6.mlp.fc.weight"]
+    assert (fc["stored"], fc["shape"], fc["steps"]) == ("int8", [50, 24], "indices")
+    assert (fc["columns"], fc["columns_index"]) == ("indices", 1)
+    assert fc["bits_per_weight"] == 8 * fc["file_bytes"] / 1200
+    assert rows["blocks.9.mlp.fc.weight"]["columns"] == "halves"
+    assert rows["blocks.0.mlp.fc.weight"]["steps"] == "halves"
+    scalar = rows["bigram.scale"]
+    assert (scalar["steps"], scalar["columns"], scalar["shape"]) == (None, None, [])
+    assert rows["skip_weights"]["bits_per_weight"] is None
+
+
+def test_decoded_bytes_are_those_before_packing(written, model):
+    codes = sum(q.data.numel() for q in model.tensors.values() if q.bits != 16)
+    halves = sum(q.data.numel() for q in model.tensors.values() if q.bits == 16)
+    header = verify(written[0]).artifact.decoded_bytes - codes - 2 * halves
+    assert 1000 < header < 6000
 
 
 def test_a_damaged_file_is_an_error(written):

@@ -7,16 +7,22 @@ import numpy as np
 import pytest
 import zstandard
 
-from pgolf.codecs import CODECS, codec
+from pgolf.codecs import CODECS, GENERAL, codec
+from pgolf.codecs.lzma import PIECE
 from pgolf.errors import ArtifactError
 
-LEVELS = {"zstd": (1, 19, 22), "lzma": (0, 6, 9)}
-NAMES = sorted(CODECS)
+LEVELS = {"zstd": (1, 19, 22), "lzma": (0, 6, 9), "brotli": (0, 5, 11)}
+NAMES = GENERAL
 
 
 def sample(size: int) -> bytes:
     """Like codes of weights: no repeats, but some values are frequent."""
     return np.random.default_rng(size).normal(32, 8, size).astype(np.uint8).tobytes()
+
+
+def test_every_codec_has_a_module_and_an_id_of_its_own():
+    assert len(set(CODECS.values())) == len(CODECS)
+    assert all(callable(codec(name).decompress) for name in CODECS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,11 +104,36 @@ def test_zstd_dictionary_frame_is_refused():
         codec("zstd").decompress(packed, 900)
 
 
-def test_lzma_bomb_stops_at_the_declared_size():
-    packed = codec("lzma").compress(bytes(20_000_000), 0)
+@pytest.mark.parametrize("name", ["lzma", "brotli"])
+def test_a_bomb_stops_at_the_declared_size(name: str):
+    packed = codec(name).compress(bytes(20_000_000), 5)
     assert len(packed) < 10_000
-    with pytest.raises(ArtifactError, match="more than the declared 1000"):
-        codec("lzma").decompress(packed, 1000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match="more than the declared 1000"):
+            codec(name).decompress(packed, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["lzma", "brotli"])
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_data_of_about_a_piece(name: str, size: int):
+    packed = codec(name).compress(bytes(size), 1)
+    assert codec(name).decompress(packed, size) == bytes(size)
+    for wrong in (size - 1, size + 1):
+        with pytest.raises(ArtifactError):
+            codec(name).decompress(packed, wrong)
+    for other in (packed[:-1], packed + b"\0", packed + packed):
+        with pytest.raises(ArtifactError):
+            codec(name).decompress(other, size)
+
+
+def test_brotli_with_a_large_window_is_refused():
+    """A few bytes could take a GiB. 0x11: the extension; 0x1e: a window of 2^30."""
+    with pytest.raises(ArtifactError, match="damaged"):
+        codec("brotli").decompress(b"\x11\x1e\x03", 0)
 
 
 def test_lzma_dictionary_is_no_larger_than_the_data():

@@ -1,0 +1,112 @@
+"""Whose the bytes of an artifact are: by group and by tensor.
+
+With the codec rans, the bytes of codes and of indices of steps are what its own model says that
+they take: exact but for rounding and the few words that the stream ends with. All else is packed as
+one, and its bytes are estimates: the order-0 entropy of each array of integers, and of the bytes of
+all halves together; each part is scaled so that its sum is that of the file.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from pgolf.artifact.container import Artifact
+from pgolf.artifact.table import Array, Layout
+from pgolf.codecs import codec, rans_encode
+from pgolf.quant.policy import category
+
+GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
+
+
+class Share(NamedTuple):
+    """A part of the file: its group, the tensor that it belongs to, and its size in some unit."""
+
+    group: str
+    tensor: str | None
+    size: float
+
+
+def byte_shares(artifact: Artifact) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of a file by group, which add up to its size, and by tensor.
+
+    Those of a tensor are with its steps and column factors; factors that it shares count for the
+    first tensor that has them. What is missing to the size is head and header.
+    """
+    layout = artifact.layout
+    table, matrices = layout.integers()
+    owners = _owners(layout)
+    bits = integer_bits(artifact.codec, table, matrices)
+    integers = [_share(a, owners, n) for a, n in zip(table, bits, strict=True)]
+    header = len(codec("zstd").compress(layout.header.to_json(), 3))
+    body = [Share("meta", None, 8 * header), *_halves(layout, owners)]
+    if artifact.codec == "rans":
+        shares = _scaled(integers, artifact.stream_bytes) + _scaled(body, artifact.body_bytes)
+    else:
+        shares = _scaled(integers + body, artifact.body_bytes)
+    head = artifact.file_bytes - artifact.body_bytes - artifact.stream_bytes
+    shares.append(Share("meta", None, head))
+    groups = {group: sum(s.size for s in shares if s.group == group) for group in GROUPS}
+    tensors = {
+        e.name: round(sum(s.size for s in shares if s.tensor == e.name))
+        for e in layout.header.tensors
+    }
+    return _rounded(groups), tensors
+
+
+def integer_bits(name: str, table: Sequence[Array], matrices: Sequence[Tensor]) -> list[float]:
+    """Bits of each array of integers with the codec `name`, see above."""
+    if name == "rans":
+        return rans_encode.code_lengths([m.numpy() for m in matrices], [a.group for a in table])
+    return [m.numel() * entropy(m) for m in matrices]
+
+
+def entropy(values: Tensor) -> float:
+    """Order-0 entropy of int8 or uint8 numbers, in bits a number."""
+    counts = np.bincount(values.numpy().view(np.uint8).ravel(), minlength=256)
+    share = counts[counts > 0] / max(values.numel(), 1)
+    return float(-(share * np.log2(share)).sum())
+
+
+def _owners(layout: Layout) -> dict[str | int, str]:
+    """The tensor that each array is counted for: shared column factors for the first."""
+    owners: dict[str | int, str] = {e.name: e.name for e in layout.header.tensors}
+    for e in layout.header.tensors:
+        if e.columns is not None:
+            owners.setdefault(e.columns, e.name)
+    return owners
+
+
+def _share(array: Array, owners: dict[str | int, str], size: float) -> Share:
+    tensor = owners[array.owner]
+    return Share("scales" if array.kind in ("steps", "columns") else category(tensor), tensor, size)
+
+
+def _halves(layout: Layout, owners: dict[str | int, str]) -> list[Share]:
+    """Bits of each array of halves, coded with the frequencies of low and high bytes of all."""
+    table, numbers = layout.halves()
+    planes = [h.numpy().reshape(-1).view(np.uint8).reshape(-1, 2) for h in numbers]
+    bits = np.zeros((2, 256))
+    for k in range(2):
+        counts = sum((np.bincount(p[:, k], minlength=256) for p in planes), np.zeros(256, int))
+        bits[k] = np.log2(max(counts.sum(), 1)) - np.log2(np.maximum(counts, 1))
+    return [
+        _share(a, owners, float(sum(bits[k, p[:, k]].sum() for k in range(2))))
+        for a, p in zip(table, planes, strict=True)
+    ]
+
+
+def _scaled(shares: Sequence[Share], total: int) -> list[Share]:
+    """With sizes that add up to `total`."""
+    scale = total / (sum(s.size for s in shares) or 1)
+    return [s._replace(size=s.size * scale) for s in shares]
+
+
+def _rounded(groups: dict[str, float]) -> dict[str, int]:
+    """In whole bytes that add up to the same: the running sum is rounded, not each."""
+    rounded, so_far, done = {}, 0.0, 0
+    for group, size in groups.items():
+        so_far += size
+        rounded[group], done = round(so_far) - done, round(so_far)
+    return rounded
