@@ -31,7 +31,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {remedy}") from e
 
 
-def _fsync_folder(path: Path) -> None:
+def _fsync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -58,7 +59,7 @@ def atomic_write(path: Path | str, content: bytes | str | Callable[[BinaryIO], o
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -79,24 +80,23 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     with storage_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as f:
-                        os.fsync(f.fileno())
-            replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+            for item in (*temporary.rglob("*"), temporary):
+                _fsync(item)
             if path.exists():
                 os.replace(path, replaced)
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except BaseException:
+            _fsync(path.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            if replaced.exists() and not path.exists():  # the second rename failed
+                os.replace(replaced, path)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sha256_of(path: Path | str) -> str:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -50,6 +51,111 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         atomic_write(path, "new")
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+class Faults:
+    """Fails the call number `at` of those that change the disk, by `fail`; counts them all."""
+
+    def __init__(self, monkeypatch, at: int, fail):
+        self.calls, self.at, self.fail = 0, at, fail
+        for name in ("fsync", "replace", "open"):
+            monkeypatch.setattr(files.os, name, self.wrapped(getattr(os, name)))
+        monkeypatch.setattr(files, "open", self.opened, raising=False)
+
+    def wrapped(self, call):
+        def run(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.at:
+                self.fail()
+            return call(*args, **kwargs)
+
+        return run
+
+    def opened(self, path, mode="r"):
+        file = self.wrapped(open)(path, mode)
+        if "w" not in mode:
+            return file
+        faulty = MagicMock(wraps=file)
+        faulty.write, faulty.flush = self.wrapped(file.write), self.wrapped(file.flush)
+        faulty.__enter__.return_value = faulty
+        faulty.__exit__.side_effect = lambda *exc: file.__exit__(*exc)
+        return faulty
+
+
+def disk_error():
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def write_file(path):
+    atomic_write(path, lambda f: [f.write(b"new "), f.write(b"content")])
+
+
+def write_folder(path):
+    with atomic_folder(path) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(f"new {name}")
+
+
+def content(path) -> dict[str, str]:
+    """Of a file or folder, by name."""
+    found = [path] if path.is_file() else sorted(path.iterdir())
+    return {p.name: p.read_text() for p in found}
+
+
+def prepared(folder, write):
+    """A path in a new folder where something old stands."""
+    path = folder / "x"
+    (folder if write is write_file else path).mkdir(parents=True)
+    (path if write is write_file else path / "c").write_text("old")
+    return path
+
+
+def count_calls(folder, write) -> int:
+    path = prepared(folder, write)
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, 0, None)
+        write(path)
+    return faults.calls
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_an_error_in_any_call_leaves_the_old_or_the_new(tmp_path, write):
+    """Every write, flush, fsync, open and rename fails in turn."""
+    calls = count_calls(tmp_path / "0", write)
+    old, new = content(prepared(tmp_path / "old", write)), content(tmp_path / "0" / "x")
+    left = []
+    for at in range(1, calls + 1):
+        path = prepared(tmp_path / str(at), write)
+        with pytest.MonkeyPatch.context() as patch:
+            Faults(patch, at, disk_error)
+            try:
+                write(path)
+            except StorageError:
+                assert names(path.parent) == ["x"], at
+            else:  # only what tidies up may fail unheard
+                assert content(path) == new, at
+        left.append([old, new].index(content(path)))
+    assert left == sorted(left) and set(left) == {0, 1}
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_kill_in_any_call_leaves_the_old_or_the_new(tmp_path, write):
+    """The process ends there without a word."""
+    calls = count_calls(tmp_path / "0", write)
+    old, new = content(prepared(tmp_path / "old", write)), content(tmp_path / "0" / "x")
+    left = []
+    for at in range(1, calls + 1):
+        path = prepared(tmp_path / str(at), write)
+        child = os.fork()
+        if not child:
+            Faults(pytest.MonkeyPatch(), at, lambda: os._exit(7))
+            write(path)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, at
+        if not path.exists():  # between the two renames of a folder: the old one stands beside it
+            path = next(p for p in path.parent.iterdir() if p.name.endswith(".old.tmp"))
+        left.append([old, new].index(content(path)))
+    assert left == sorted(left) and set(left) == {0, 1}
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):

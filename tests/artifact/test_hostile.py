@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAX_DECODED, MAX_HEADER, read_artifact
 from pgolf.artifact.pack import encode
 from pgolf.artifact.table import MAX_TENSORS
-from pgolf.codecs import codec
+from pgolf.codecs import codec, rans_encode
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.quant.steps import step_values
@@ -33,6 +34,15 @@ ONE_DATA = bytes(6) + HALVES
 def halves(*values: float) -> bytes:
     """fp16 numbers as the body holds them: low bytes, then high bytes."""
     return np.array(values, "<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def streamed(*matrices: np.ndarray) -> bytes:
+    """What rans makes of matrices of the group of ONE."""
+    return rans_encode.compress(matrices, [2] * len(matrices))
+
+
+CODES = np.array([[3, -20, 1], [0, 15, -1]], np.int8)
+STREAM = streamed(CODES)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +205,33 @@ ATTACKS = {
         f.seal(b"\x11\x1e" + codec("brotli").compress(bytes(99), 5)[1:], 99, 3), "brotli"),
     "brotli body as zstd": lambda f: (f.seal(codec("brotli").compress(bytes(9), 1), 9, 1), "zstd"),
     "zstd body as brotli": lambda f: (f.seal(codec("zstd").compress(bytes(9), 1), 9, 3), "brotli"),
+    "more codes than a stream may hold": lambda f: (
+        f.table(["a.weight", 6, [2**14, 2**14], 2, 0, None], stream=b""), "declares 268451840 c"),
+    "more steps than a stream may hold": lambda f: (
+        f.table(["a.weight", 6, [2**29, 0], 2, 0, None], stream=b""), "declares 536870912 codes"),
+    "codes in body and stream": lambda f: (
+        f.table(ONE, data=ONE_DATA, stream=STREAM), "needs 4 bytes of data, there are 10"),
+    "empty stream": lambda f: (f.table(ONE, data=HALVES, stream=b""), "rans"),
+    "stream without an end": lambda f: (f.table(ONE, data=HALVES, stream=STREAM[:-2]), "rans"),
+    "half a word behind the stream": lambda f: (
+        f.table(ONE, data=HALVES, stream=STREAM + b"!"), "rans"),
+    "word behind the stream": lambda f: (
+        f.table(ONE, data=HALVES, stream=STREAM + b"!!"), "rans"),
+    "two streams": lambda f: (f.table(ONE, data=HALVES, stream=STREAM * 2), "rans"),
+    "stream of another shape": lambda f: (
+        f.table([*ONE[:2], [2, 4], *ONE[3:]], data=HALVES, stream=STREAM), "rans"),
+    "stream of a matrix more": lambda f: (f.table(ONE, data=HALVES, stream=streamed(CODES, CODES)),
+                                          "rans"),
+    "model data of a stream out of range": lambda f: (
+        f.table(ONE, data=HALVES, stream=b"\xff\xff\xff" + STREAM[3:]), "rans body is damaged"),
+    "states of a stream below their least": lambda f: (
+        f.table(ONE, data=HALVES, stream=STREAM[:3] + bytes(5) + STREAM[8:]), "rans"),
+    "states of a stream of 2^40": lambda f: (
+        f.table(ONE, data=HALVES, stream=STREAM[:3] + b"\xff" * 5 + STREAM[8:]), "rans"),
+    "code above its bits in a stream": lambda f: (
+        f.table(["a.weight", 4, *ONE[2:]], data=HALVES, stream=STREAM), "does not fit 4 bits"),
+    "stream for a general codec": lambda f: (
+        f.seal(codec("zstd").compress(b"", 1), 0, stream=STREAM), "a body of"),
     "second brotli stream": lambda f: (
         f.seal(codec("brotli").compress(bytes(9), 1) * 2, 9, 3), "brotli body is damaged"),
 }
@@ -218,6 +255,8 @@ def test_the_forger_can_make_valid_files(forge):
     assert artifact.tensors["a.weight"].shape == (2, 3)
     assert artifact.state_dict()["b"].item() == 0.5
     assert read_artifact(forge.table()).tensors == {}
+    coded = read_artifact(forge.table(ONE, data=HALVES, stream=STREAM))
+    assert coded.codec == "rans" and coded.tensors["a.weight"].data.tolist() == CODES.tolist()
     indexed = read_artifact(forge.table(INDEXED, columns=FACTORS, data=bytes(11)))
     q = indexed.tensors["a.weight"]
     assert q.scale.tolist() == [step_values(torch.tensor(-50)).item()] * 2
@@ -324,7 +363,7 @@ def test_no_attack_takes_much_memory(tmp_path, forge, good):
 @pytest.mark.parametrize(("name", "packing"), [
     ("zstd", "bytes"), ("lzma", "bytes"), ("brotli", "bytes"), ("zstd", "columns"),
 ])
-def test_reading_takes_a_small_multiple_of_what_is_declared(
+def test_reading_a_body_takes_a_small_multiple_of_what_is_declared(
     tmp_path, forge, good, name: str, packing: str
 ):
     side = 6000
@@ -335,3 +374,25 @@ def test_reading_takes_a_small_multiple_of_what_is_declared(
     (tmp_path / "0").write_bytes(good)
     (tmp_path / "1").write_bytes(forge.body(body, name))
     assert len(body) < peak_growth(tmp_path) < (8 << 20) + 2 * len(body)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, forge, good):
+    shape = (500, 8000)
+    codes = (np.random.default_rng(0).normal(0, 5, shape)).astype(np.int8)
+    line = ["a", 6, list(shape), 2, 0, None]
+    stream = rans_encode.compress([codes, np.zeros((1, 500), np.int8)], [2, 0])
+    (tmp_path / "0").write_bytes(good)
+    (tmp_path / "1").write_bytes(forge.table(line, stream=stream))
+    assert codes.size < peak_growth(tmp_path) < (24 << 20) + 2 * codes.size
+
+
+def test_a_small_stream_of_many_codes_ends_soon(forge):
+    """As many codes as a file of its size may declare, all of them 0."""
+    codes = np.zeros((512, 8192), np.int8)
+    line = ["a", 6, [512, 8192], 2, None, None]
+    data = forge.table(line, data=halves(*[1] * 512), stream=streamed(codes))
+    assert len(data) < 40_000
+    began = time.process_time()
+    assert not read_artifact(data).tensors["a"].data.any()
+    assert time.process_time() - began < 4  # twice what is promised: the machine may be busy
