@@ -301,7 +301,10 @@ if __name__ == "__main__":
     setup(
         packages=sorted(packages),
         package_dir={"pgolf.triton_kernels": "triton_kernels"},
-        package_data={"pgolf.triton_kernels": ["configs.json"]},
+        package_data={
+            "pgolf.triton_kernels": ["configs.json"],
+            "pgolf.submission": ["inside/*.py"],  # read as text, not imported
+        },
         ext_modules=[Extension(MODULE, sources=[])] if make_plan(os.environ).cxx else [],
         cmdclass={"build": BuildEverything, "build_ext": NinjaBuild},
     )

@@ -119,7 +119,7 @@ def _variant(
     with contextlib.redirect_stdout(io.StringIO()):  # what a run says at its start
         # Steps alone write nothing, so the folder is never made.
         folder = RunFolder(Path("bench-step"), writes=False)
-        trainer = build(recipe, config, ranks, open_data(config, ranks), folder, "")
+        trainer = build(recipe.title, config, ranks, open_data(config, ranks), folder, "")
         trainer.warm_up()
     return Variant(ops, compiled, trainer)
 

@@ -86,6 +86,12 @@ def _verify(argv: list[str]) -> int:
     return main(argv)
 
 
+def _submit(argv: list[str]) -> int:
+    from pgolf.submission.cli import main
+
+    return main(argv)
+
+
 def _sample(argv: list[str]) -> int:
     from pgolf.sample import main
 
@@ -109,6 +115,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "eval": (_eval, "score an artifact in a fresh process"),
     "pack": (_pack, "quantise and pack a run's checkpoint again, with other settings"),
     "verify": (_verify, "check an artifact and list what is in it"),
+    "submit": (_submit, "write the contest's record folder from finished runs"),
     "sample": (_sample, "print text from an artifact"),
     "data": (_data, "prepare, fetch, check training data"),
     "recipes": (_recipes, "list recipes and the source of every value"),

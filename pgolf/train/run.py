@@ -59,14 +59,14 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
 
 
 def opening_lines(
-    recipe: Recipe, config: Config, dataset: Dataset, folder: Path, reasons: Mapping[str, str]
+    title: str, config: Config, dataset: Dataset, folder: Path, reasons: Mapping[str, str]
 ) -> str:
     """What a run says before it starts: what it is, what limits it, what counts."""
     s, lines = config.schedule, []
     limits = [f"{s.max_seconds:g} s"] if s.max_seconds else []
     limits += [f"{s.max_tokens:,} tokens"] if s.max_tokens else []
     limits += [f"{s.max_steps:,} steps"] if s.max_steps else []
-    lines.append(f"{recipe.name}: {recipe.title}")
+    lines.append(title)
     lines.append(f"  run folder      {folder}")
     lines.append(f"  data            {dataset.folder} (corpus {dataset.corpus})")
     lines += [f"  {name:<15} {reason}" for name, reason in reasons.items()]
@@ -77,12 +77,13 @@ def opening_lines(
     if config.artifact.budget_bytes:
         lines.append(f"  size limit      {config.artifact.budget_bytes:,} bytes of code + model")
     if config.seed_exact:
-        lines.append(f"  seed_exact      what `pgolf recipes {recipe.name}` lists is as published")
+        listed = f"what `pgolf recipes {config.recipe}` lists"
+        lines.append(f"  seed_exact      {listed} is as published")
     return "\n".join(lines)
 
 
 def build(
-    recipe: Recipe, config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, note: str
+    title: str, config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, note: str
 ) -> Trainer:
     """The model with its initial weights and the trainer around it; says what was chosen."""
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
@@ -124,8 +125,40 @@ def build(
     }
     if note:
         reasons["environment"] = note
-    trainer.say(opening_lines(recipe, config, dataset, folder.path, reasons))
+    trainer.say(opening_lines(title, config, dataset, folder.path, reasons))
     return trainer
+
+
+def train(
+    title: str, config: Config, ranks: Ranks, note: str
+) -> tuple[Config, Dataset, RunFolder, Trainer]:
+    """Open the data and the run folder, build the model, train until the budget is spent.
+
+    Args:
+        title: what the run is, in one line.
+        note: which settings the environment gave.
+    """
+    folder = RunFolder(_folder(config, ranks), writes=ranks.first)
+    dataset = open_data(config, ranks)
+    # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
+    config = with_overrides(
+        config,
+        {
+            "data": str(dataset.folder.resolve()),
+            "tokenizer": str(dataset.tokenizer_path.resolve()),
+        },
+    )
+    trainer = build(title, config, ranks, dataset, folder, note)
+    ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
+    trainer.warm_up()
+    if config.run.resume:
+        state, path = folder.load(ranks.device)
+        trainer.load_state_dict(state)
+        folder.forget_after(trainer.clock.step)
+        trainer.say(f"going on from {path}")
+    with Interrupt(folder.path, config.recipe) as interrupt:
+        trainer.train(interrupt)
+    return config, dataset, folder, trainer
 
 
 def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
@@ -133,27 +166,10 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
-        folder = RunFolder(_folder(config, ranks), writes=ranks.first)
-        dataset = open_data(config, ranks)
-        # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
-        config = with_overrides(
-            config,
-            {
-                "data": str(dataset.folder.resolve()),
-                "tokenizer": str(dataset.tokenizer_path.resolve()),
-            },
-        )
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        trainer = build(recipe, config, ranks, dataset, folder, note)
-        ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
-        trainer.warm_up()
-        if config.run.resume:
-            state, path = folder.load(ranks.device)
-            trainer.load_state_dict(state)
-            folder.forget_after(trainer.clock.step)
-            trainer.say(f"going on from {path}")
-        with Interrupt(folder.path, recipe.name) as interrupt:
-            trainer.train(interrupt)
+        config, dataset, folder, trainer = train(
+            f"{recipe.name}: {recipe.title}", config, ranks, note
+        )
         finish(config, ranks, dataset, folder, trainer)
         trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:

@@ -1,0 +1,53 @@
+"""`pgolf submit`: write the record folder of finished runs."""
+
+import argparse
+import datetime
+import re
+from pathlib import Path
+
+from pgolf.recipes import get
+from pgolf.submission.record import About, write_record
+from pgolf.train.run_folder import read_config
+
+
+def main(argv: list[str]) -> int:
+    """Write the folder, say what is in it."""
+    parser = argparse.ArgumentParser(
+        prog="pgolf submit",
+        description="Write the contest's record folder: one self-contained script with all code, "
+        "the artifact of the best run, README, submission.json, a log for each seed. The script "
+        "scores the artifact in an empty folder before anything is written.",
+        epilog="example: pgolf submit runs/pr1473-seed* --author 'A. Name' --github-id aname",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders that differ in their seed")
+    parser.add_argument("--out", type=Path, help="folder to write; default: DATE_NAME")
+    parser.add_argument("--author", default="")
+    parser.add_argument("--github-id", default="")
+    parser.add_argument("--name", help="of the record; default: the recipe's")
+    parser.add_argument("--blurb", help="one sentence; default: the recipe's title")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="today")
+    parser.add_argument("--track", help="default: track_10min_16mb for a contest recipe")
+    parser.add_argument("--hardware", default="", help="default: the device of the runs")
+    args = parser.parse_args(argv)
+
+    recipe = get(read_config(args.runs[0]).get("recipe", ""))
+    about = About(
+        author=args.author,
+        github_id=args.github_id,
+        name=args.name or recipe.name,
+        blurb=args.blurb or recipe.title,
+        date=args.date,
+        track=args.track or ("track_10min_16mb" if recipe.contest else "track_non_record_16mb"),
+        hardware=args.hardware,
+    )
+    out = args.out or Path(f"{about.date}_{re.sub(r'[^A-Za-z0-9]+', '-', about.name).strip('-')}")
+    values = write_record(args.runs, out, about)
+    print(
+        f"{out}: val_bpb {values['val_bpb']:.8f} over {len(args.runs)} seed"
+        f"{'s' * (len(args.runs) > 1)}, model {values['bytes_model']:,} + code "
+        f"{values['bytes_code']:,} = {values['bytes_total']:,} bytes"
+    )
+    for name in ("author", "github_id"):
+        if not values[name]:
+            print(f"{name} is empty: fill it in in {out / 'submission.json'}")
+    return 0

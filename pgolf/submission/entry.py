@@ -1,0 +1,113 @@
+"""What the script of a submission does: score an artifact, or train one.
+
+    python train_gpt.py [ARTIFACT]                   score it; default: `artifact`, beside the script
+    torchrun --nproc_per_node=8 train_gpt.py train   train, pack, decode and score
+
+Both run under torchrun or alone. Data and settings come from the environment names of the contest.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf.config import Config, environment_overrides, from_dict, with_overrides
+from pgolf.data.contest import ContestLayout
+from pgolf.device import pick_dtype
+from pgolf.errors import ArtifactError, PgolfError
+from pgolf.evaluate import Sums
+from pgolf.files import sha256_of
+from pgolf.model.gpt import DTYPES
+from pgolf.score import score
+from pgolf.submission.script import build_script
+from pgolf.train.ranks import Ranks
+
+ARTIFACT = "artifact"
+
+
+def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
+    """Score an artifact on all ranks together, and print what the contest's scripts print.
+
+    Raises:
+        ArtifactError: there is no such file, or it is damaged.
+        DataError: shards or tokenizer are missing, or not those that the artifact names.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file; name an artifact as the only argument")
+    started = time.perf_counter()
+    folder = Path(config.data.data)
+    tokenizer = config.data.tokenizer or ContestLayout.around(folder).tokenizer_of(folder)
+    dtype = pick_dtype(config.run.compute_dtype, ranks.device)[0]
+    part = score(
+        {
+            "artifact": path,
+            "device": ranks.device,
+            "dtype": next(name for name, d in DTYPES.items() if d == dtype),
+            "data": folder,
+            "tokenizer": tokenizer,
+            "tokenizer_sha256": sha256_of(tokenizer),
+            "stride": config.eval.stride,
+            "val_tokens": config.eval.val_tokens,
+            "eval_tokens": config.eval.eval_tokens,
+            "part": (ranks.rank, ranks.world),
+            "compile": ranks.device.type == "cuda",
+            "progress": "scoring" if ranks.first else "",
+        }
+    )
+    nll, targets, size = ranks.sum([part["nll"], part["targets"], part["bytes"]])
+    sums = Sums(nll, int(targets), int(size))
+    if ranks.first:
+        model, code = path.stat().st_size, len(build_script(config).data)
+        print(f"Total submission size: {model + code} bytes (model {model} + code {code})")
+        print(
+            f"final_roundtrip_exact val_loss:{sums.loss:.8f} val_bpb:{sums.bpb:.8f} "
+            f"eval_time:{1000 * (time.perf_counter() - started):.0f}ms",
+            flush=True,
+        )
+    return sums
+
+
+def train_artifact(config: Config, ranks: Ranks) -> Path:
+    """Train and pack; the artifact's place in its run folder."""
+    from pgolf.train.finish import pack_to_budget
+    from pgolf.train.run import train
+
+    config, dataset, folder, trainer = train(config.recipe, config, ranks, "")
+    state, exported = trainer.averager.export()
+    trainer.say(f"exporting {exported}")
+    ranks.on_first(lambda: pack_to_budget(state, config, dataset, folder.artifact))
+    torch.set_float32_matmul_precision("highest")  # as in a process that only scores
+    return folder.artifact
+
+
+def configure(settings: dict[str, Any]) -> Config:
+    """The run's settings with those of the environment; data where the contest has them."""
+    config = from_dict(settings)
+    data = f"data/datasets/fineweb10B_sp{config.model.vocab_size}"
+    return with_overrides(config, {"data": data} | environment_overrides())
+
+
+def main(settings: dict[str, Any]) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Args:
+        settings: the run's configuration, as `from_dict` takes it.
+    """
+    words = sys.argv[1:]
+    try:
+        config = configure(settings)
+        ranks = Ranks.start(config.run.device)
+        try:
+            path = Path(words[0] if words else Path(sys.argv[0]).with_name(ARTIFACT))
+            if words == ["train"]:
+                path = train_artifact(config, ranks)
+            score_file(path, config, ranks)
+        finally:
+            ranks.stop()
+    except PgolfError as e:
+        print(f"error (rank {os.environ.get('RANK', 0)}): {e}", file=sys.stderr)
+        return e.exit_code
+    return 0

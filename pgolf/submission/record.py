@@ -1,0 +1,229 @@
+"""The contest's record folder: script, artifact, README, submission.json, logs, requirements.
+
+Nothing is written before the script, alone in an empty folder, has scored the artifact to the bits
+per byte of the run's result.json.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgolf.config import Config, from_dict, to_dict
+from pgolf.errors import BudgetError, ConfigError, PgolfError
+from pgolf.files import atomic_folder
+from pgolf.recipes.recipe import CONTEST_BYTES
+from pgolf.submission.entry import ARTIFACT
+from pgolf.submission.script import Script, build_script
+from pgolf.submission.texts import console_log, readme, requirements
+from pgolf.train.run_folder import FREE_KEYS, flat, read_config
+
+SCRIPT = "train_gpt.py"
+# What may differ between the runs of one record.
+OF_ONE_RUN = FREE_KEYS | {"run.seed", "data.data", "data.tokenizer"}
+NEEDED = ("val_bpb", "val_loss", "steps", "train_seconds", "bytes_model", "provenance")
+
+
+@dataclass(frozen=True)
+class About:
+    """What only the author knows.
+
+    Attributes:
+        author, github_id: who submits.
+        name, blurb: what the record is called, and one sentence about it.
+        date: YYYY-MM-DD.
+        track: such as track_10min_16mb.
+        hardware: '' for the device that the runs name.
+    """
+
+    author: str
+    github_id: str
+    name: str
+    blurb: str
+    date: str
+    track: str
+    hardware: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        config: its settings.
+        result: what result.json holds.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    path: Path
+    config: Config
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Read the folder of a run.
+
+        Raises:
+            ConfigError: it is none, or the run has not finished; names the file.
+        """
+        config = from_dict(read_config(path))
+        try:
+            result = json.loads((path / "result.json").read_bytes())
+            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            metrics = [json.loads(line) for line in lines]
+            size = (path / ARTIFACT).stat().st_size
+        except FileNotFoundError as e:
+            name = Path(e.filename).name
+            raise ConfigError(f"{path} has no {name}: finish the run (resume=true)") from e
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{path} cannot be read ({e}): train again") from e
+        if missing := [key for key in NEEDED if key not in result]:
+            raise ConfigError(f"{path / 'result.json'} states no {missing[0]}: train again")
+        if size != result["bytes_model"]:
+            raise ConfigError(
+                f"{path / ARTIFACT} has {size:,} bytes, result.json is about one of "
+                f"{result['bytes_model']:,}: restore it, or train again"
+            )
+        return cls(path, config, result, metrics)
+
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+    @property
+    def artifact(self) -> Path:
+        return self.path / ARTIFACT
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+    """Raise ConfigError unless the runs differ in nothing but their seed."""
+    first, *others = runs
+    for run in others:
+        a, b = flat(to_dict(first.config)), flat(to_dict(run.config))
+        if changed := [k for k in sorted(a) if a[k] != b[k] and k not in OF_ONE_RUN]:
+            what = "; ".join(f"{k}={a[k]} and {b[k]}" for k in changed)
+            raise ConfigError(
+                f"{first.path} and {run.path} are not two seeds of one record: {what}"
+            )
+    seeds = [run.seed for run in runs]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ConfigError(f"seed {twice[0]} is given twice: name each run once, with its own seed")
+
+
+def check_budget(runs: Sequence[Run], script: Script) -> None:
+    """Raise BudgetError if a run's artifact and the script exceed the limit together."""
+    code = len(script.data)
+    for run in runs:
+        model = run.result["bytes_model"]
+        limit = min(run.config.artifact.budget_bytes or CONTEST_BYTES, CONTEST_BYTES)
+        if model + code > limit:
+            raise BudgetError(
+                f"{run.path}: model {model:,} + code {code:,} = {model + code:,} bytes, "
+                f"{model + code - limit:,} over the limit of {limit:,}: pack it again with fewer "
+                "bits, or train a smaller model"
+            )
+
+
+def verify(run: Run, script: Script) -> None:
+    """Score the artifact with the script alone.
+
+    Raises:
+        PgolfError: the script fails, or finds another score than result.json states.
+    """
+    data = run.config.data
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"DATA_PATH": data.data, "TOKENIZER_PATH": data.tokenizer}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / SCRIPT).write_bytes(script.data)
+        shutil.copy(run.artifact, folder / ARTIFACT)
+        done = subprocess.run(
+            [sys.executable, SCRIPT], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        )
+    found = re.search(r"val_loss:(\S+) val_bpb:(\S+)", done.stdout)
+    if done.returncode or not found:
+        raise PgolfError(f"the script cannot score {run.artifact}: see above")
+    stated = f"{run.result['val_loss']:.8f}", f"{run.result['val_bpb']:.8f}"
+    if found.groups() != stated:
+        raise PgolfError(
+            f"the script scores {run.artifact} with {found[2]} bits per byte, result.json states "
+            f"{stated[1]}: score it where it was scored, on the same device and number of threads"
+        )
+
+
+def submission(runs: Sequence[Run], best: Run, script: Script, about: About) -> dict[str, Any]:
+    """The content of submission.json: means over the seeds, and the sizes of what is shipped."""
+    code = len(script.data)
+    results = {str(run.seed): run.result for run in runs}
+    values = {
+        "author": about.author,
+        "github_id": about.github_id,
+        "name": about.name,
+        "blurb": about.blurb,
+        "date": about.date,
+        "track": about.track,
+        "val_loss": statistics.fmean(r["val_loss"] for r in results.values()),
+        "val_bpb": statistics.fmean(r["val_bpb"] for r in results.values()),
+        "bytes_total": best.result["bytes_model"] + code,
+        "bytes_code": code,
+        "bytes_model": best.result["bytes_model"],
+        "seeds": [run.seed for run in runs],
+        "seed_results": {
+            seed: {
+                "val_loss": r["val_loss"],
+                "val_bpb": r["val_bpb"],
+                "steps": r["steps"],
+                "train_seconds": r["train_seconds"],
+                "bytes_total": r["bytes_model"] + code,
+            }
+            for seed, r in results.items()
+        },
+        "hardware": about.hardware or best.result["provenance"]["device"],
+        "pytorch_version": best.result["provenance"]["torch"],
+    }
+    if len(runs) > 1:
+        values["val_bpb_std"] = statistics.stdev(r["val_bpb"] for r in results.values())
+    return values
+
+
+def write_record(paths: Sequence[Path], out: Path, about: About) -> dict[str, Any]:
+    """Write the record folder of one or more runs; returns what submission.json holds.
+
+    Args:
+        paths: run folders that differ in their seed alone. The artifact of the best is shipped.
+        out: the folder to make.
+
+    Raises:
+        ConfigError: `out` exists, a run has not finished, or they are of different settings.
+        BudgetError: an artifact and the script are too large together.
+        PgolfError: the script does not reproduce the score.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose another folder with --out")
+    runs = [Run.read(path) for path in paths]
+    check_alike(runs)
+    best = min(runs, key=lambda run: run.result["val_bpb"])
+    script = build_script(best.config)
+    check_budget(runs, script)
+    verify(best, script)
+    values = submission(runs, best, script, about)
+    with atomic_folder(out) as folder:
+        (folder / SCRIPT).write_bytes(script.data)
+        shutil.copy(best.artifact, folder / ARTIFACT)
+        (folder / "submission.json").write_text(json.dumps(values, indent=2) + "\n")
+        (folder / "README.md").write_text(readme(values, best.config), encoding="utf-8")
+        (folder / "requirements.txt").write_text(requirements(script.libraries))
+        for run in runs:
+            log = console_log(run.metrics, run.result, len(script.data))
+            (folder / f"train_seed{run.seed}.log").write_text(log, encoding="utf-8")
+    return values
