@@ -1,6 +1,6 @@
 """What the script of a submission does: score an artifact, or train one.
 
-    python train_gpt.py [ARTIFACT]                   score it; default: `artifact`, beside the script
+    python train_gpt.py [ARTIFACT]                   score; default: `artifact`, beside the script
     torchrun --nproc_per_node=8 train_gpt.py train   train, pack, decode and score
 
 Both run under torchrun or alone. Data and settings come from the environment names of the contest.
@@ -17,7 +17,7 @@ import torch
 from pgolf.config import Config, environment_overrides, from_dict, with_overrides
 from pgolf.data.contest import ContestLayout
 from pgolf.device import pick_dtype
-from pgolf.errors import ArtifactError, PgolfError
+from pgolf.errors import ArtifactError, DataError, PgolfError
 from pgolf.evaluate import Sums
 from pgolf.files import sha256_of
 from pgolf.model.gpt import DTYPES
@@ -40,6 +40,8 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
     started = time.perf_counter()
     folder = Path(config.data.data)
     tokenizer = config.data.tokenizer or ContestLayout.around(folder).tokenizer_of(folder)
+    if not Path(tokenizer).is_file():
+        raise DataError(f"no tokenizer at {tokenizer}: set TOKENIZER_PATH to the shards' own")
     dtype = pick_dtype(config.run.compute_dtype, ranks.device)[0]
     part = score(
         {

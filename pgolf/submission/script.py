@@ -19,6 +19,7 @@ import python_minifier
 
 from pgolf.codecs import CODECS
 from pgolf.config import Config, to_dict, with_overrides
+from pgolf.submission.rename import shorten
 from pgolf.submission.shake import PACKAGE, Shaker
 from pgolf.submission.specialise import COMPILED, KERNELS, specialise
 
@@ -122,6 +123,7 @@ def _build(settings: str, codec: str, roots: tuple[str, ...], without: frozenset
     shaker = Shaker(parse, absent=[f"pgolf.codecs.{name}" for name in others])
     for root in roots:
         trees = shaker.reach(ENTRY, root)
+    shorten(trees, {*shaker.looked_up, *roots})
     sources = {name: minified(ast.unparse(tree), name) for name, tree in sorted(trees.items())}
     loader = minified((INSIDE / "loader.py").read_text(encoding="utf-8"), "loader")
     parts = [f"settings={settings}\n{loader}"]

@@ -28,8 +28,8 @@ from typing import Any
 from pgolf.submission.specialise import last_name
 
 PACKAGE = "pgolf"
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_IMPORTS = (ast.Import, ast.ImportFrom)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 @dataclass(eq=False)
@@ -60,15 +60,15 @@ class Module:
         return [u for u in self.units if name in u.names]
 
 
-def _bound(node: ast.AST) -> set[str]:
+def bound(node: ast.AST) -> set[str]:
     """Names that a statement binds in the scope that it stands in."""
-    if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
         return {node.name}
-    if isinstance(node, _IMPORTS):
+    if isinstance(node, IMPORTS):
         return {a.asname or a.name.partition(".")[0] for a in node.names}
     if isinstance(node, ast.Name):
         return {node.id} if isinstance(node.ctx, ast.Store) else set()
-    return set().union(*map(_bound, ast.iter_child_nodes(node)))
+    return set().union(*map(bound, ast.iter_child_nodes(node)))
 
 
 def _root(node: ast.expr) -> str:
@@ -78,21 +78,26 @@ def _root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _target(node: ast.ImportFrom) -> str:
+def is_ours(module: str) -> bool:
+    """Whether a module belongs to the package."""
+    return module.partition(".")[0] == PACKAGE
+
+
+def target_of(node: ast.ImportFrom) -> str:
     if node.level or any(a.name == "*" for a in node.names):
         raise ValueError(f"from {'.' * node.level}{node.module} import: name what is imported")
     return node.module
 
 
 @functools.cache
-def _is_module(name: str) -> bool:
+def is_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is no package
         return False
 
 
-def _aliases(nodes: Iterable[ast.stmt]) -> dict[str, str]:
+def aliases_of(nodes: Iterable[ast.stmt]) -> dict[str, str]:
     """The names that imports give to modules of the package."""
     found = {}
     for node in nodes:
@@ -101,7 +106,7 @@ def _aliases(nodes: Iterable[ast.stmt]) -> dict[str, str]:
                 target = a.name if a.asname else a.name.partition(".")[0]
             else:
                 target = f"{node.module}.{a.name}"
-            if target.partition(".")[0] == PACKAGE and _is_module(target):
+            if is_ours(target) and is_module(target):
                 found[a.asname or a.name.partition(".")[0]] = target
     return found
 
@@ -129,6 +134,12 @@ class Shaker:
             self._by_word()
         return {m.name: _live_tree(m) for m in self.modules.values() if m.live}
 
+    @property
+    def looked_up(self) -> set[str]:
+        """Names by which something may be looked up at run time: they have to stay."""
+        open_to_words = [u for m in self.modules.values() if m.computed for u in m.units]
+        return self.strings.union(*(u.names for u in open_to_words))
+
     def _size(self) -> tuple[int, int]:
         units = [u for m in self.modules.values() for u in (*m.units, *m.methods)]
         return len(self.words), sum(u.live for u in units) + len(self.computed)
@@ -139,7 +150,7 @@ class Shaker:
     def _module(self, name: str) -> Module:
         """The module, live: what acts in it and in the packages around it is live too."""
         if name not in self.modules:
-            if not _is_module(name):
+            if not is_module(name):
                 raise ValueError(f"{name} is asked for, and no module defines it")
             self.modules[name] = self._split(name)
         module = self.modules[name]
@@ -158,30 +169,30 @@ class Shaker:
             if isinstance(node, ast.Import):
                 parts = [ast.Import([a]) for a in node.names]
             elif isinstance(node, ast.ImportFrom):
-                parts = [ast.ImportFrom(_target(node), [a], 0) for a in node.names]
+                parts = [ast.ImportFrom(target_of(node), [a], 0) for a in node.names]
             else:
                 parts = [node]
-            module.units += [Unit(module, part, _bound(part)) for part in parts]
-        module.aliases = _aliases(u.node for u in module.units if isinstance(u.node, _IMPORTS))
+            module.units += [Unit(module, part, bound(part)) for part in parts]
+        module.aliases = aliases_of(u.node for u in module.units if isinstance(u.node, IMPORTS))
         self._judge(module)
         for unit in module.units:
             if isinstance(unit.node, ast.ClassDef):
-                methods = [n for n in unit.node.body if isinstance(n, _FUNCTIONS)]
+                methods = [n for n in unit.node.body if isinstance(n, FUNCTIONS)]
                 module.methods += [Unit(module, n, {n.name}, owner=unit) for n in methods]
         return module
 
     def _judge(self, module: Module) -> None:
         """Which statements act, and on what."""
-        functions = {n for u in module.units if isinstance(u.node, _FUNCTIONS) for n in u.names}
+        functions = {n for u in module.units if isinstance(u.node, FUNCTIONS) for n in u.names}
         own, ours = set(functions), set(functions)
         for unit in module.units:
-            if not isinstance(unit.node, _IMPORTS):
+            if not isinstance(unit.node, IMPORTS):
                 own |= unit.names
-            elif isinstance(unit.node, ast.ImportFrom) and unit.node.module.startswith(PACKAGE):
+            elif isinstance(unit.node, ast.ImportFrom) and is_ours(unit.node.module):
                 ours |= unit.names
         for unit in module.units:
             node = unit.node
-            if isinstance(node, _FUNCTIONS):
+            if isinstance(node, FUNCTIONS):
                 roots = [_root(d) for d in node.decorator_list if not isinstance(d, ast.Name)]
                 unit.subject = next((r for r in roots if r in own), "")
                 unit.acts = bool(unit.subject)
@@ -194,7 +205,7 @@ class Shaker:
                 calls = {_root(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
                 unit.subject = inside[0] if inside else ""
                 unit.acts = bool(inside or calls & ours)
-            elif not isinstance(node, (*_IMPORTS, ast.ClassDef)):
+            elif not isinstance(node, (*IMPORTS, ast.ClassDef)):
                 unit.acts = any(isinstance(n, ast.Raise | ast.Expr) for n in ast.walk(node))
 
     # --- reachability ---------------------------------------------------------------------------
@@ -227,7 +238,7 @@ class Shaker:
         for module in list(self.modules.values()):
             if module.computed:
                 for unit in module.units:
-                    if self.words & unit.names and not isinstance(unit.node, _IMPORTS):
+                    if self.words & unit.names and not isinstance(unit.node, IMPORTS):
                         self._revive(unit)
             for unit in module.methods:
                 if unit.owner.live and not unit.live and self._is_called(unit):
@@ -246,13 +257,13 @@ class Shaker:
             for unit in module.binding(_root(base)):
                 if isinstance(unit.node, ast.ClassDef):
                     found += self._outside(module, unit.node)
-                elif isinstance(unit.node, _IMPORTS):
+                elif isinstance(unit.node, IMPORTS):
                     found += self._imported(unit.node, base)
         return found
 
     def _imported(self, node: ast.Import | ast.ImportFrom, base: ast.expr) -> list[Any]:
         alias, path = node.names[0], ast.unparse(base).split(".")[1:]
-        if isinstance(node, ast.ImportFrom) and node.module.startswith(PACKAGE):
+        if isinstance(node, ast.ImportFrom) and is_ours(node.module):
             other = self.modules[node.module]
             units = [u for u in other.binding(alias.name) if isinstance(u.node, ast.ClassDef)]
             return [c for u in units for c in self._outside(other, u.node)]
@@ -278,8 +289,8 @@ class _Reader(ast.NodeVisitor):
 
     def __init__(self, shaker: Shaker, unit: Unit):
         self.shaker, self.unit = shaker, unit
-        inner = [n for n in ast.walk(unit.node) if isinstance(n, _IMPORTS)]
-        self.aliases = unit.module.aliases | _aliases(inner)
+        inner = [n for n in ast.walk(unit.node) if isinstance(n, IMPORTS)]
+        self.aliases = unit.module.aliases | aliases_of(inner)
 
     def read(self) -> None:
         node = self.unit.node
@@ -293,11 +304,11 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
-            if alias.name.partition(".")[0] == PACKAGE:
+            if is_ours(alias.name):
                 self.shaker._module(alias.name)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if _target(node).partition(".")[0] == PACKAGE:
+        if is_ours(target_of(node)):
             for alias in node.names:
                 self.shaker._want(node.module, alias.name)
 
@@ -325,7 +336,7 @@ class _Reader(ast.NodeVisitor):
             return self.aliases.get(node.id)
         if isinstance(node, ast.Attribute) and (parent := self._module_of(node.value)):
             name = f"{parent}.{node.attr}"
-            return name if _is_module(name) else None
+            return name if is_module(name) else None
         return None
 
     def visit_Constant(self, node: ast.Constant) -> None:

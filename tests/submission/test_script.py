@@ -1,0 +1,152 @@
+"""The script of a submission: alone, it does what the package does."""
+
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from pgolf.artifact.container import read_artifact
+from pgolf.config import ENVIRONMENT, to_dict, with_overrides
+from pgolf.submission import entry
+from pgolf.submission.script import build_script, literal, script_parts
+
+from ..train.tiny import ROOT
+
+
+def test_scores_as_the_package_does(alone, one_run, script):
+    hidden = alone("-c", "import pgolf")
+    assert hidden.returncode and "pgolf is hidden" in hidden.stderr
+    result = json.loads((one_run / "result.json").read_text())
+    done = alone()
+    assert done.returncode == 0, done.stderr
+    line = f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}"
+    assert line in done.stdout
+    model, code = result["bytes_model"], len(script.data)
+    assert f"{model + code} bytes (model {model} + code {code})" in done.stdout
+
+
+def test_trains_and_writes_an_artifact(alone, script):
+    done = alone("train_gpt.py", "train", ITERATIONS="2", SEED="7")
+    assert done.returncode == 0, done.stderr
+    assert "step:2/2 train_loss:" in done.stdout and "val_bpb:" in done.stdout.splitlines()[-1]
+    run = alone.folder / "runs" / "demo-seed7"
+    assert read_artifact(run / "artifact").meta["seed"] == 7
+    assert f"code {len(script.data)})" in done.stdout, "its own size, not that of pgolf's files"
+
+
+@pytest.mark.slow
+def test_trains_and_scores_under_torchrun(alone):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = alone("train_gpt.py", "train", launcher=launcher, ITERATIONS="2")
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout and done.stdout.count("final_roundtrip_exact") == 1
+    one = alone("train_gpt.py", "runs/demo-seed1337/artifact").stdout.splitlines()[-1]
+    two = done.stdout.splitlines()[-1]
+    numbers = [[float(w.split(":")[1]) for w in line.split()[1:3]] for line in (one, two)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-7)
+
+
+@pytest.mark.slow
+def test_triton_kernels_run_from_the_script(alone):
+    """Triton reads the source of its kernels, here through the script's importer."""
+    done = alone("train_gpt.py", "train", ITERATIONS="1", PGOLF_OPS="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert "xsa             triton" in done.stdout
+
+
+def test_refuses_a_damaged_artifact(alone):
+    artifact = alone.folder / "artifact"
+    damaged = bytearray(artifact.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    artifact.write_bytes(damaged)
+    done = alone()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error (rank 0): artifact" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "artifact, environment, words",
+    [
+        ("gone", {}, "gone: no such file"),
+        ("here", {}, "no tokenizer for the shards in data/datasets/fineweb10B_sp400"),
+        ("here", {"TOKENIZER_PATH": "lost"}, "no tokenizer at lost: set TOKENIZER_PATH"),
+        ("here", {"TOKENIZER_PATH": "here"}, "here is not the tokenizer of here"),
+    ],
+)
+def test_says_what_is_missing(artifact, environment, words, one_run, config, tmp_path, monkeypatch,
+                              capsys):  # fmt: skip
+    shutil.copy(one_run / "artifact", tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", artifact])
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert entry.main(to_dict(with_overrides(config, {"tokenizer": ""}))) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_is_the_same_in_another_process(config, script, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    program = (
+        "import json, sys; from pgolf.config import from_dict; "
+        "from pgolf.submission.script import build_script; "
+        "config = from_dict(json.load(open(sys.argv[1]))); "
+        "sys.stdout.buffer.write(build_script(config).data)"
+    )
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(file)], stdout=subprocess.PIPE, check=True,
+            cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.stdout == script.data
+
+
+def test_where_a_run_lies_is_no_part_of_it(config, script):
+    elsewhere = with_overrides(config, {"out": "b", "data": "c", "tokenizer": "d"})
+    assert build_script(elsewhere).data == script.data
+
+
+def test_every_module_compiles_and_reads_nothing_of_the_package(script):
+    for name, source in script.sources.items():
+        compile(source, name, "exec")
+        assert "__file__" not in source.replace("sys.modules['__main__'].__file__", "")
+    compile(script.data, "train_gpt.py", "exec")
+    ast.parse(script.data)
+    assert b"\0" not in script.data and b"\r" not in script.data
+    assert not [n for n in script.sources if n.startswith(("pgolf.report", "pgolf.recipes"))]
+    libraries = {"torch", "numpy", "sentencepiece", "triton", "zstandard"}
+    assert set(script.libraries) - {"brotli"} == libraries
+
+
+def test_sizes(config, script):
+    parts = script_parts(config)
+    assert sum(parts[p] for p in ("scoring", "training")) == len(script.data) < 60_000
+    assert 100 < parts["decoder"] < parts["scoring"] < 30_000
+
+
+@pytest.mark.parametrize(
+    "data", [b'"', b'""""""', b"\0\x001\x009", b"\\", b"\\\r\n\r", b'a"', b"\x1a\x0c\x85\xff", b""]
+)
+def test_literal(data):
+    assert ast.literal_eval(_latin(data)).encode("latin1") == data
+
+
+def test_literal_of_noise():
+    data = random.Random(0).randbytes(100_000)
+    source = _latin(data)
+    assert ast.literal_eval(source).encode("latin1") == data
+    assert len(literal(data)) < 1.02 * len(data)
+
+
+def _latin(data: bytes) -> str:
+    """The literal as Python reads it from a file in latin-1."""
+    module = ast.parse(b"#coding:latin1\nx=" + literal(data) + b"\n")
+    return repr(module.body[0].value.value)
