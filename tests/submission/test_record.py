@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import statistics
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,12 +103,13 @@ def test_refuses_over_the_budget_and_names_the_parts(one_run, script):
         check_budget([run], longer)
 
 
-def test_refuses_another_score(copied, script, monkeypatch):
-    result = json.loads((copied / "result.json").read_text())
-    result["val_bpb"] += 2e-8
-    (copied / "result.json").write_text(json.dumps(result))
-    with pytest.raises(PgolfError, match="score it where it was scored"):
-        verify(Run.read(copied), script)
-    monkeypatch.setattr(record.sys, "executable", "/bin/false")
-    with pytest.raises(PgolfError, match="cannot score"):
-        verify(Run.read(copied), script)
+@pytest.mark.parametrize(
+    "code, more, message", [(0, 2e-8, "score it where"), (1, 0, "cannot score"), (0, 0, "")]
+)
+def test_refuses_another_score(one_run, script, monkeypatch, code, more, message):
+    run = Run.read(one_run)
+    loss, bpb = run.result["val_loss"], run.result["val_bpb"] + more
+    done = SimpleNamespace(returncode=code, stdout=f"x val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n")
+    monkeypatch.setattr(record.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(PgolfError, match=message) if message else nullcontext():
+        verify(run, script)

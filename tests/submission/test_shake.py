@@ -105,7 +105,7 @@ def test_short_names_go_everywhere_or_nowhere():
             "from pgolf import b\n"
             "def method_or_function(): return b.compute(), looked_up\n"
             "class Thing:\n"
-            "    def compute(self, shadowed): return self.compute(handler=1)\n"
+            "    def run(self, shadowed): return self.compute(handler=1)\n"
         ),
         "pgolf.b": ast.parse(
             "def compute(): return shadowed\n"
@@ -119,7 +119,7 @@ def test_short_names_go_everywhere_or_nowhere():
     a, b = (ast.unparse(tree) for tree in trees.values())
     short = re.search(r"import (\w+), handler as other, looked_up", a)[1]
     assert short != "compute" and f"b.{short}()" in a and f"def {short}():" in b
-    assert "def compute(self, shadowed)" in a and "self.compute(handler=1)" in a
+    assert "def run(self, shadowed)" in a and "self.compute(handler=1)" in a
     assert f"handler = {short}() + 1" in b and "shadowed = looked_up = handler = 1" in b
     assert "setter" not in b and "Thing" not in a
 
