@@ -11,44 +11,17 @@ from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import ConfigError, DataError
 from pgolf.files import sha256_of
-from pgolf.model import GPT
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    ids: list[int],
-    count: int,
-    temperature: float,
-    length: int,
-    seed: int,
-    pieces: int,
-) -> list[int]:
-    """Continue ids by `count` tokens; the context is the last `length` tokens.
-
-    Args:
-        temperature: 0 takes the most likely token.
-        pieces: size of the tokenizer; the model may have more ids than it.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(ids)
-    for _ in range(count):
-        x = model.features(torch.tensor([ids[-length:]], device=device))
-        logits = model.logits(x[0, -1])[:pieces].cpu()
-        if temperature:
-            p = torch.softmax(logits / temperature, -1)
-            ids.append(int(torch.multinomial(p, 1, generator=generator)))
-        else:
-            ids.append(int(logits.argmax()))
-    return ids
+from pgolf.model.decode import generate
+from pgolf.model.frozen import frozen_copy
 
 
 def main(argv: list[str]) -> int:
     """`pgolf sample`."""
     parser = argparse.ArgumentParser(
         prog="pgolf sample",
-        description="Print text from the decoded artifact.",
+        description="Print text from the decoded artifact. The context is all text so far; when it "
+        "is as long as the sequences that the model was trained on, it starts over with its last "
+        "half.",
         epilog='example: pgolf sample runs/demo-seed1337/artifact --prompt "The river"',
     )
     parser.add_argument("artifact", type=Path, help="artifact file of a run")
@@ -69,19 +42,22 @@ def main(argv: list[str]) -> int:
     sp = load_tokenizer(path)
     if sha256_of(path) != meta["tokenizer_sha256"]:
         raise DataError(f"{path} is not the tokenizer that {args.artifact} was trained with")
-    ids = [sp.bos_id(), *sp.encode(args.prompt)]
+    prompt = torch.tensor([[sp.bos_id(), *sp.encode(args.prompt)]], device=device)
+    chances = torch.rand(
+        (1, args.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(args.seed)
+    ).to(device)
     ids = generate(
-        model,
-        ids,
+        frozen_copy(model),
+        prompt,
         args.tokens,
-        args.temperature,
         meta["seq_len"],
-        args.seed,
         sp.get_piece_size(),
+        args.temperature,
+        chances,
     )
     # A document that ends starts the next: show it as an empty line.
     documents: list[list[int]] = [[]]
-    for token in ids[1:]:
+    for token in ids[0, 1:].tolist():
         if token == sp.bos_id():
             documents.append([])
         else:

@@ -4,7 +4,8 @@ Forward pass: embed (+ bigram), norm, smear; blocks with U-Net skips; norm; capp
 Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.fields import resolve_layers
 from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
+from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.registry import OPERATORS
@@ -97,9 +99,28 @@ class GPT(nn.Module):
 
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""
-        c = self.config
-        x0 = self.embed(ids)
         rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
+        return self.trunk(ids, self.embed(ids), rope, self.attend)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention over whole sequences, the same in every layer."""
+        return attention(q, k, v, self.backend)
+
+    def trunk(
+        self,
+        ids: Tensor,
+        x0: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """`features` of embedded tokens.
+
+        Args:
+            x0: (N, T, D) from `embed`.
+            rope: cos and sin (T, r/2) of the positions.
+            attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
+        """
+        c = self.config
         value = self.ve_shared(ids, x0.dtype) if self.ve_index else None
         skips: list[Tensor] = []
         middle = None
@@ -114,7 +135,7 @@ class GPT(nn.Module):
             v = None
             if i in self.ve_index:
                 v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x0.dtype)
-            before, stream = block(stream, skip, x0, rope, v, self.backend)
+            before, stream = block(stream, skip, x0, rope, v, partial(attend, i))
             if 0 < i < self.encoder:
                 skips.append(before)
             if self.backout is not None and i == c.layers // 2:

@@ -4,7 +4,7 @@ Module and parameter names are those of the contest's public scripts, so that th
 load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
-from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.fake_quant import fake_quant_all
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
@@ -96,6 +95,19 @@ def _cast_alike(
     return [w.to(dtype) for w in weights]
 
 
+# q (N, T, H, d), k and v (N, T, G, d) of a layer -> what its queries see (N, T, H, d).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class BlockWeights(NamedTuple):
+    """The matrices of a block as its forward pass takes them: cast, q, k and v in one."""
+
+    qkv: Tensor  # ((H + 2 G) d, D)
+    out: Tensor  # (D, D)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+
+
 class Attention(nn.Module):
     """Causal self attention with q/k norm, partial RoPE, query gain and optional XSA."""
 
@@ -111,29 +123,28 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(config.heads))
 
     def matrices(self) -> list[Matrix]:
-        """In the order in which `forward` takes their weights."""
+        """Queries, keys, values, output."""
         return [self.c_q, self.c_k, self.c_v, self.proj]
 
     def forward(
         self,
         h: Tensor,
-        weights: Sequence[Tensor],
+        weights: BlockWeights,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
-        backend: str,
+        attend: Attend,
     ) -> Tensor:
-        """h (N, T, D) normed; weights cast; value (N, T, G d) is added to v."""
+        """h (N, T, D) normed; value (N, T, G d) is added to v."""
         c = self.config
         batch, time, _ = h.shape
-        *w_qkv, w_out = weights
         q, k, v = qk_rope(
-            F.linear(h, torch.cat(w_qkv)), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
+            F.linear(h, weights.qkv), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
             c.qk_norm, value, self.qk_rope_impl,
         )  # fmt: skip
-        y = attention(q, k, v, backend)
+        y = attend(q, k, v)
         if self.exclusive:
             y = xsa(y, v, self.xsa_impl)
-        return F.linear(y.reshape(batch, time, -1), w_out)
+        return F.linear(y.reshape(batch, time, -1), weights.out)
 
 
 class MLP(nn.Module):
@@ -147,13 +158,12 @@ class MLP(nn.Module):
         self.slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
 
     def matrices(self) -> list[Matrix]:
-        """In the order in which `forward` takes their weights."""
+        """Up, down."""
         return [self.fc, self.proj]
 
-    def forward(self, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """h (N, T, D) normed; weights cast."""
-        w_up, w_down = weights
-        return leaky_relu2_mlp(h, w_up, w_down, self.slope, impl=self.impl)
+    def forward(self, h: Tensor, weights: BlockWeights) -> Tensor:
+        """h (N, T, D) normed."""
+        return leaky_relu2_mlp(h, weights.up, weights.down, self.slope, impl=self.impl)
 
 
 class Stream(NamedTuple):
@@ -178,6 +188,8 @@ class Block(nn.Module):
 
     Where `weight_cast` is a kernel, a and b are folded into the rows of the matrices that the
     branches end in: their gradients then cost no pass over the tokens.
+
+    `frozen` is None, or what `weights` gave once, for passes that train nothing.
     """
 
     def __init__(self, config: ModelConfig, layer: int, exclusive: bool, ops: Mapping[str, str]):
@@ -188,6 +200,7 @@ class Block(nn.Module):
             "impl": ops["residual_norm"],
         }
         self.cast_impl = ops["weight_cast"]
+        self.frozen: BlockWeights | None = None
         self.attn = Attention(config, exclusive, ops)
         self.mlp = MLP(config, ops)
         self.attn_scale = nn.Parameter(torch.empty(config.dim))
@@ -197,6 +210,15 @@ class Block(nn.Module):
             None if config.resid_mix == "off" else nn.Parameter(torch.empty(2, config.dim)),
         )
 
+    def weights(self, dtype: torch.dtype) -> BlockWeights:
+        """The matrices in `dtype`, fake-quantised in late QAT, the scales folded in if they are."""
+        scales = [None] * 6
+        if self.cast_impl != "reference":
+            scales[3], scales[5] = self.attn_scale, self.mlp_scale
+        matrices = [*self.attn.matrices(), *self.mlp.matrices()]
+        *qkv, out, up, down = cast_all(matrices, dtype, scales, self.cast_impl)
+        return BlockWeights(torch.cat(qkv), out, up, down)
+
     def forward(
         self,
         stream: Stream,
@@ -204,25 +226,21 @@ class Block(nn.Module):
         x0: Tensor,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
-        backend: str,
+        attend: Attend,
     ) -> tuple[Tensor, Stream]:
         """The input added up, skip (tensor, weight) included, and the state after this block."""
         x, branch, scale = stream
-        folded, later = (None, None), (self.attn_scale, self.mlp_scale)
-        if self.cast_impl != "reference":
-            folded, later = later, folded
-        weights = cast_all(
-            [*self.attn.matrices(), *self.mlp.matrices()], x.dtype,
-            [None, None, None, folded[0], None, folded[1]], self.cast_impl,
-        )  # fmt: skip
+        weights = self.frozen or self.weights(x.dtype)
+        folds = self.cast_impl != "reference"
+        later = (None, None) if folds else (self.attn_scale, self.mlp_scale)
         skipped, weight = skip or (None, None)
         total, x, h = residual_norm(
             x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
             x0=x0, mix=self.resid_mix, keep_total=True, **self.norm,
         )  # fmt: skip
-        branch = self.attn(h, weights[:-2], rope, value, backend)
+        branch = self.attn(h, weights, rope, value, attend)
         x, h = residual_norm(x, branch=branch, branch_scale=later[0], **self.norm)
-        return total, Stream(x, self.mlp(h, weights[-2:]), later[1])
+        return total, Stream(x, self.mlp(h, weights), later[1])
 
 
 class Table(nn.Module):

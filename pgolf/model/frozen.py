@@ -1,0 +1,41 @@
+"""A copy of a model whose weights are cast once, for passes that train nothing."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pgolf.model.gpt import GPT
+from pgolf.model.layers import Matrix, Table
+
+
+def frozen_copy(
+    model: GPT,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    ops: Mapping[str, str] | None = None,
+) -> GPT:
+    """The same function without late QAT, with matrices and tables in the dtype of activations.
+
+    What is in that dtype already is shared with the model, not copied: do not train it meanwhile.
+
+    Args:
+        state: other parameters by name, such as averaged ones; None is the model's own.
+        dtype: of activations, matrices and tables; None is the model's.
+        ops: operator -> implementation; None is the reference for all.
+    """
+    dtype = dtype or model.compute_dtype
+    backend = model.backend if dtype == model.compute_dtype else "sdpa"
+    with torch.device("meta"):
+        copy = GPT(model.config, dtype, backend, 0, ops)
+    cast = {f"{name}.weight" for name, m in copy.named_modules() if isinstance(m, Matrix | Table)}
+    state = state or model.export_state()
+    copy.load_state_dict(
+        {name: t.detach().to(dtype if name in cast else t.dtype) for name, t in state.items()},
+        assign=True,
+    )
+    copy.rope_cos, copy.rope_sin = model.rope_cos, model.rope_sin
+    copy.requires_grad_(False)
+    for block in copy.blocks:
+        block.frozen = block.weights(dtype)
+    return copy
