@@ -1,4 +1,4 @@
-"""`python -m bench count`: launches, bytes and memory of a training step, without a GPU."""
+"""`python -m bench count`: launches, bytes and memory of a step, without a GPU."""
 
 import argparse
 import json
@@ -12,14 +12,14 @@ from typing import Any
 
 from bench.counting import build, extension
 from bench.counting.launches import KINDS, CountingError
-from bench.counting.worker import PHASES, Request, run
+from bench.counting.worker import LEAST_CACHED, Request, run
 from pgolf import recipes
 from pgolf.config import parse_overrides
 from pgolf.errors import ConfigError, PgolfError, StorageError
 from pgolf.extension import CUDA_VARIABLE
 from pgolf.files import atomic_write
 
-QAT = "+qat"
+QAT, EAGER = "+qat", "+eager"
 SETTINGS = (
     "reference",
     "triton",
@@ -28,7 +28,7 @@ SETTINGS = (
     "fake_quant=triton" + QAT,
     "auto" + QAT,
 )
-STEP = ("forward", "backward")  # what the settings are compared by
+DECODING = ("reference" + EAGER, "auto" + EAGER, "reference", "auto")
 
 DESCRIPTION = """\
 Count what a training step does on a GPU, on a machine without one: a stand-in for CUDA's libraries
@@ -42,17 +42,22 @@ of the call to cuBLAS; Triton kernels of pgolf: the tensors of each launch; its 
 tensors of each call of a launcher, however many kernels it starts, twice those that the operator
 changes in place (and once more the directions that muon_momentum's second kernel goes through
 again); other kernels of torch: the tensors of the call. Caches of the GPU are not modelled.
+
+With --decode, what is counted is one more token of each sequence, with key/value caches: `step` is
+the model and `pick` draws from its logits. Its least bytes are every weight and cached vector once.
 """
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
 kernels of torch; gemm, calls of cuBLAS; then attention, memsets and copies.
-With +qat, block matrices pass through fake_quant, switched off, as in a run with late QAT.
+With +qat, block matrices pass through fake_quant, switched off, as in a run with late QAT; with
++eager there is no torch.compile.
 Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that do not add up.
 
 examples:
   python -m bench count
   python -m bench count pr1473 --ops reference+qat --ops fake_quant=triton+qat
   python -m bench count demo --micro 16x256 --json counts.json layers=4
+  python -m bench count pr1473 --decode --micro 64x2048
 """
 
 
@@ -80,11 +85,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as in PGOLF_OPS, the others are the reference, and +qat; may be repeated "
-        f"(default: {', then '.join(SETTINGS)})",
+        help="operators as in PGOLF_OPS, the others are the reference, +qat and +eager; may be "
+        f"repeated (default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)})",
     )  # fmt: skip
     parser.add_argument(
         "--micro", default="48x2048", metavar="NxT", help="sequences x tokens of a pass"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="count token T of N sequences, not a training step"
     )
     parser.add_argument(
         "--detail", action="store_true", help="shapes of the products, kernels, operators"
@@ -107,18 +115,27 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         raise ConfigError(f"--micro {args.micro}: it is sequences x tokens, as 48x2048")
     overrides = parse_overrides(args.overrides)
     recipes.get(args.recipe).config({**overrides, "seq_len": int(tokens)})
-    base = Request(args.recipe, overrides, sequences=int(sequences), tokens=int(tokens))
-    return [setting(base, text) for text in args.ops or SETTINGS]
+    if args.decode and int(tokens) < LEAST_CACHED:
+        raise ConfigError(
+            f"--micro {args.micro}: --decode counts the last of {LEAST_CACHED} tokens or more"
+        )
+    base = Request(
+        args.recipe, overrides, sequences=int(sequences), tokens=int(tokens), decode=args.decode
+    )
+    return [setting(base, text) for text in args.ops or (DECODING if args.decode else SETTINGS)]
 
 
 def setting(base: Request, text: str) -> Request:
-    """`base` with the operators, and the late QAT, that `text` names."""
-    return replace(base, ops=text.removesuffix(QAT), qat=text.endswith(QAT))
+    """`base` with the operators, the late QAT and the eager mode that `text` names."""
+    ops = text.removesuffix(EAGER)
+    return replace(
+        base, ops=ops.removesuffix(QAT), qat=ops.endswith(QAT), compiled=not text.endswith(EAGER)
+    )
 
 
 def name_of(request: Request) -> str:
     """The text of a request's setting."""
-    return request.ops + QAT * request.qat
+    return request.ops + QAT * request.qat + EAGER * (not request.compiled)
 
 
 def count(
@@ -156,15 +173,16 @@ def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
     """The table of one setting, and how it differs from the reference."""
     yield f"\n{name}   ({result['device']}, {version_of(result)})"
     yield f"  {'':22}" + "".join(f"{kind:>16}" for kind in (*KINDS, "total"))
-    for phase in PHASES:
-        part = result["phases"][phase]
+    for phase, part in result["phases"].items():
         for what in ("launches", "bytes"):
             label = f"{phase} {what}"
             yield f"  {label:22}" + "".join(f"{n:>16,}" for n in part[what].values())
         yield f"  {phase + ' peak memory':22}{part['peak_memory']:>16,}"
+        for name, least in part.get("least_bytes", {}).items():
+            yield f"  {'bytes of ' + name:22}{least:>16,}"
     for what in ("launches", "bytes"):
         total = total_of(result, what)
-        line = f"  forward + backward: {total:,} {what}"
+        line = f"  {' + '.join(_compared(result))}: {total:,} {what}"
         if reference is not None:
             before = total_of(reference, what)
             line += f", {total - before:+,} ({100 * (total / before - 1):+.1f} %) to the reference"
@@ -172,8 +190,7 @@ def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
 
 
 def _details(result: dict) -> Iterator[str]:
-    for phase in PHASES:
-        part = result["phases"][phase]
+    for phase, part in result["phases"].items():
         for label in ("gemms", "kernels", "aten", "operators"):
             for name, value in part[label].items():
                 yield f"  {phase} {label} {name}: {value}"
@@ -184,9 +201,14 @@ def version_of(result: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
 
 
+def _compared(result: dict) -> list[str]:
+    """The phases that settings are compared by."""
+    return [phase for phase in result["phases"] if phase != "optimizer"]
+
+
 def total_of(result: dict, what: str) -> int:
-    """Launches or bytes of forward and backward together."""
-    return sum(result["phases"][phase][what]["total"] for phase in STEP)
+    """Launches or bytes of forward and backward, or of a decoded token."""
+    return sum(result["phases"][phase][what]["total"] for phase in _compared(result))
 
 
 def write(path: Path, found: dict[str, dict], request: Request, command: str) -> None:
@@ -196,7 +218,7 @@ def write(path: Path, found: dict[str, dict], request: Request, command: str) ->
         StorageError: the file can't be written, or what is there is not such a file.
         ConfigError: it holds counts of something else.
     """
-    what = asdict(replace(request, ops="", qat=False))
+    what = asdict(replace(request, ops="", qat=False, compiled=True))
     table = {"command": command, "counted": what, "versions": {}}
     if path.exists():
         try:

@@ -1,4 +1,4 @@
-"""The process that is counted: training steps of a model on the counting device.
+"""The process that is counted: training or decoding steps of a model on the counting device.
 
     python -m bench.counting.worker REQUEST.json      (started by `run`, with `build.environment`)
 
@@ -12,15 +12,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.counting.launches import CountingError
 
-PHASES = ("forward", "backward", "optimizer")
 STEPS = 3
+LEAST_CACHED = STEPS + 3  # steps after three tokens are all alike
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,6 +35,7 @@ class Request:
         sequences, tokens: of one pass.
         qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
         compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
+        decode: not a training step, but one more token of each sequence, the last of `tokens`.
     """
 
     recipe: str = "pr1473"
@@ -44,6 +45,7 @@ class Request:
     tokens: int = 2048
     qat: bool = False
     compiled: bool = True
+    decode: bool = False
 
 
 def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -72,13 +74,12 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _build(request: Request) -> tuple[Any, Any]:
-    """(model, optimizers) as `pgolf train` makes them, with empty weights."""
+    """(config, model) as `pgolf train` makes them, with empty weights."""
     import torch
 
     from pgolf import recipes
     from pgolf.model import GPT
     from pgolf.ops import registry
-    from pgolf.optim.groups import Optimizers
     from pgolf.train.trainer import Trainer
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
@@ -94,7 +95,55 @@ def _build(request: Request) -> tuple[Any, Any]:
         trainer.config, trainer.model = config, model
         trainer.qat_switch = torch.zeros((), device="cuda")
         trainer._prepare_qat()
-    return model, Optimizers(model, config.optim)
+    return config, model
+
+
+def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
+    """The phases of a training step, in order, and what to add to their counts: nothing."""
+    import torch
+
+    from pgolf.optim.groups import Optimizers
+
+    config, model = _build(request)
+    optimizers = Optimizers(model, config.optim)
+    step = torch.compile(model, fullgraph=True, dynamic=False) if request.compiled else model
+    ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
+    losses = []
+    return {
+        "forward": lambda: losses.append(step(ids, ids)),
+        "backward": lambda: losses.pop().backward(),
+        "optimizer": lambda: optimizers.step(1.0, 0.9),
+    }, {}
+
+
+def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
+    """The phases of a decoded token, the model and drawing from its logits, and the least bytes.
+
+    Of tables only a few rows are read: they are left out, but for the one that gives the logits.
+    """
+    import torch
+
+    from pgolf.model.decode import Decoder, pick
+    from pgolf.model.frozen import frozen_copy
+    from pgolf.model.layers import Table
+
+    _, model = _build(request)
+    model = frozen_copy(model, ops=model.ops)
+    decoder = Decoder(model, request.sequences, request.tokens, request.compiled)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, Table)}
+    read = [p for p in model.parameters() if id(p) not in tables] + [model.head_weight]
+    least = {
+        "weights": sum(p.nbytes for p in read),
+        "caches": decoder.keys.nbytes + decoder.values.nbytes,
+    }
+    ids = torch.zeros(request.sequences, dtype=torch.int64, device="cuda")
+    chance = torch.zeros(request.sequences, dtype=torch.float64, device="cuda")
+    decoder.read(ids[:, None].expand(-1, request.tokens - STEPS))
+    logits = []
+    return {
+        "step": lambda: logits.append(decoder.step(ids)),
+        "pick": lambda: pick(logits.pop(), 0.8, chance),
+    }, {"step": {"least_bytes": least}}
 
 
 def count(request: Request, log: Path) -> dict[str, Any]:
@@ -117,9 +166,8 @@ def count(request: Request, log: Path) -> dict[str, Any]:
     os.environ.pop("LD_PRELOAD", None)
     device = Device(log)
     attention.install(device)
-    model, optimizers = _build(request)
-    step = torch.compile(model, fullgraph=True, dynamic=False) if request.compiled else model
-    ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
+    phases, extra = _decoding(request) if request.decode else _training(request)
+    compiled = next(iter(phases))  # the phase that torch.compile is called in
     peaks: dict[str, int] = {}
 
     @contextlib.contextmanager
@@ -127,7 +175,7 @@ def count(request: Request, log: Path) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         device.note(kind="phase", name=f"{name} {number}")
         # torch.compile refuses to enter a compiled forward pass under a mode.
-        closed = request.compiled and (name == "forward" or not number)
+        closed = request.compiled and (name == compiled or not number)
         with contextlib.nullcontext() if closed else Counted(device):
             yield
         device.note(kind="phase", name="")
@@ -135,25 +183,26 @@ def count(request: Request, log: Path) -> dict[str, Any]:
 
     with inductor.recorded() as graphs, operators_counted(device):
         for number in range(STEPS):
-            with phase("forward", number):
-                loss = step(ids, ids)
-            with phase("backward", number):
-                loss.backward()
-            with phase("optimizer", number):
-                optimizers.step(1.0, 0.9)
+            for name, work in phases.items():
+                with phase(name, number):
+                    work()
     device.close()
 
-    expected = 2 if request.compiled else 0
+    expected = (1 if request.decode else 2) * request.compiled
     if len(graphs) != expected:
         raise CountingError(f"Inductor compiled {len(graphs)} graphs, not {expected}")
-    inductor_bytes = {("backward" if g.backward else "forward"): g.bytes for g in graphs}
+    inductor_bytes = {("backward" if g.backward else compiled): g.bytes for g in graphs}
     events = launches.phases(launches.read(log))
     counted = [
         {
-            name: launches.summarise(
-                events[f"{name} {number}"], inductor_bytes.get(name, 0), peaks[f"{name} {number}"]
-            )
-            for name in PHASES
+            name: {
+                **launches.summarise(
+                    events[f"{name} {number}"], inductor_bytes.get(name, 0),
+                    peaks[f"{name} {number}"],
+                ),
+                **extra.get(name, {}),
+            }
+            for name in phases
         }
         for number in range(1, STEPS)
     ]
