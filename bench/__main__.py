@@ -11,6 +11,7 @@ COMMANDS = {
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
     "aot": "compile every Triton and CUDA kernel: registers, shared memory, spills, instructions",
+    "artifact": "bytes, time and memory of every codec on a model's codes, against their entropy",
     "gpu": "all that only a GPU can show: tests, compute-sanitizer, times",
 }
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Microbenchmarks and counts of pgolf's operators.",
+        description="Microbenchmarks and counts of pgolf's operators and codecs.",
         epilog="`python -m bench COMMAND --help` says more.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -72,6 +72,33 @@ class StepTiming(Setting):
     loss: float  # of the first step, the same tokens for every choice
 
 
+@dataclass(frozen=True, kw_only=True)
+class FormSize(Setting):
+    """A line of `bench artifact`: one model in one codec and packing."""
+
+    source: str
+    form: str  # codec and packing
+    weights: int
+    file_bytes: int
+    entropy_bytes: float  # order-0, of all codes, tensor by tensor
+    encode_seconds: float
+    decode_seconds: float  # of read_artifact, in a fresh process
+    decoder_bytes: int  # by which that raised the peak of the process
+    decoded_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSize(Setting):
+    """Another: the codes of one tensor, without steps and factors."""
+
+    source: str
+    tensor: str
+    shape: list[int]
+    bits: int
+    entropy_bits: float  # order-0, a weight
+    coded_bits: float  # what rans takes, a weight
+
+
 def setting(device: torch.device, command: str, malloc: str) -> Setting:
     """This machine, now."""
     known = provenance(device)

@@ -39,7 +39,7 @@ FREE_EXPANSION, MAX_EXPANSION = 64 << 20, 8  # a body is at most 64 MiB + 8 x fi
 # The entropy coder takes more time a code: a small file must not claim many.
 FREE_CODES, MAX_CODES = 4 << 20, 32  # codes in a stream are at most 4 Mi + 32 x its bytes
 MAX_HEADER = 1 << 20
-CHUNK = 1 << 20  # codes or indices turned into numbers at a time, a multiple of 8
+CHUNK = 1 << 16  # codes unpacked, or indices looked up, at a time; a multiple of 8
 
 
 @dataclass(frozen=True)

@@ -81,17 +81,16 @@ def encode(
 
 def encode_layout(layout: Layout, config: ArtifactConfig, progress: bool = True) -> Encoded:
     """As `encode`, for arrays that are laid out."""
-    forms = _forms(config)
+    todo = forms(config)
     files: dict[str, Encoded] = {}
     # Two at a time: the general codecs let go of the GIL, and each needs some hundred MB.
     with (
-        Progress("compressing", len(forms), "tries", enabled=progress) as bar,
+        Progress("compressing", len(todo), "tries", enabled=progress) as bar,
         ThreadPoolExecutor(2) as pool,
     ):
-        jobs = {pool.submit(_file, layout, *form, config): form for form in forms}
+        jobs = {pool.submit(encode_form, layout, *form, config): form for form in todo}
         for job in as_completed(jobs):
-            name, packing = jobs[job]
-            key = f"{name} {packing}" if name in GENERAL else name
+            key = form_name(*jobs[job])
             files[key] = job.result()
             bar.update(note=f"{key}: {len(files[key].data):,} bytes")
     tried = {key: len(files[key].data) for key in sorted(files)}
@@ -135,15 +134,24 @@ def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     )
 
 
-def _forms(config: ArtifactConfig) -> list[tuple[str, str]]:
-    """Codecs with packings to try, the slowest first."""
+def forms(config: ArtifactConfig) -> list[tuple[str, str]]:
+    """(codec, packing) that `config` allows, the slowest first."""
     names = reversed(CODECS) if config.codec == "auto" else (config.codec,)
     packings = PACKINGS if config.packing == "auto" else (config.packing,)
     return [(n, p) for n in names for p in (packings if n in GENERAL else PACKINGS[:1])]
 
 
-def _file(layout: Layout, name: str, packing: str, config: ArtifactConfig) -> Encoded:
-    """The file with this codec and packing."""
+def form_name(name: str, packing: str) -> str:
+    """A codec and packing in words: 'zstd bits', or 'rans', which has but one."""
+    return f"{name} {packing}" if name in GENERAL else name
+
+
+def encode_form(layout: Layout, name: str, packing: str, config: ArtifactConfig) -> Encoded:
+    """The file with the codec `name` and this packing.
+
+    Raises:
+        ArtifactError: the model is too large for an artifact.
+    """
     levels = (config.zstd_level, config.lzma_preset, config.brotli_quality)
     level = dict(zip(GENERAL, levels, strict=True))
     header = dataclasses.replace(layout.header, packing=packing).to_json()

@@ -377,6 +377,17 @@ def test_reading_a_body_takes_a_small_multiple_of_what_is_declared(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_unpacking_and_looking_up_take_little_memory(tmp_path, forge):
+    """A body packed to bits whose every row has an index: both become int64 on the way."""
+    rows = 4_000_000
+    for name, count in (("0", 1), ("1", rows)):  # the first also loads the unpacker
+        line = ["a", 4, [count, 2], 2, 0, None]
+        file = forge.table(line, data=bytes(2 * count), packing="bits")
+        (tmp_path / name).write_bytes(file)
+    assert 5 * rows < peak_growth(tmp_path) < (24 << 20) + 2 * 5 * rows
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, forge, good):
     shape = (500, 8000)
     codes = (np.random.default_rng(0).normal(0, 5, shape)).astype(np.int8)
