@@ -11,10 +11,14 @@ Their product is the predicted magnitude of a code. Rounded to quarter octaves i
 and each context has an adaptive table of magnitudes, which starts from a bell of that width and
 which all matrices of a group share. A code and its negative are equally likely.
 
+Rows that are nearly the same, as the embeddings of tokens that no text has, are found by the
+encoder and replaced by their differences from the mean of such rows above.
+
 All arithmetic is on integers, so encoder and decoder agree on every machine. The tables serve a
 range coder or rANS (J. Duda, "Asymmetric numeral systems", arXiv 1311.2540).
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,9 +30,11 @@ SYMBOLS = 256  # code + 128
 MAGNITUDES = np.outer(1 << np.arange(6, 17), [64, 76, 91, 108]).ravel() >> 6
 BORDERS = np.outer(1 << np.arange(6, 17), [70, 83, 99, 117]).ravel()[:-1] >> 6
 CONTEXTS = len(MAGNITUDES)
-STRENGTH = 400  # codes that a table's first shape is worth, and again at a magnitude of 4, 8, ...
-MOST_SHRINKAGE = 15
 STEP = 32  # weight of one code in the tables' counts
+STRENGTH = 400  # codes that a table's first shape is worth, and again at a magnitude of 4, 8, ...
+SIDE_MAGNITUDE, SIDE_STRENGTH = MAGNITUDES[16:17], 8  # the same of levels: 1 on average
+MOST_SHRINKAGE = 15
+ALIKE_SHIFT = 5  # differences of rows are taken for 2^5 times smaller than codes to begin with
 LEAST_NEWS = 1024  # codes after which tables are made anew; later, an eighth of all before
 
 # Codes a vector: (tables, context of each code, the codes int8). A decoder fills the codes in.
@@ -43,11 +49,13 @@ class Head(NamedTuple):
         base: level of the whole matrix, 0 to CONTEXTS - 1.
         shrinkage: log2 of how many vectors a line's factor of 1 is worth beside those seen, 0 to
             MOST_SHRINKAGE. The more alike the lines, the higher.
+        alike: whether some of its rows are coded as differences, 0 or 1.
     """
 
     largest: int
     base: int
     shrinkage: int
+    alike: int
 
 
 class Tables:
@@ -92,45 +100,73 @@ class WeightModel:
     """The tables of all groups. Give it the matrices one by one, in the same order to decode."""
 
     def __init__(self) -> None:
-        self.codes: dict[int, Tables] = {}
-        self.levels: dict[int, Tables] = {}
+        self.codes = defaultdict(lambda: Tables(MAGNITUDES, STRENGTH))
+        self.levels = defaultdict(lambda: Tables(SIDE_MAGNITUDE, SIDE_STRENGTH))
+        self.alike = defaultdict(lambda: Tables(SIDE_MAGNITUDE, SIDE_STRENGTH))
 
     def run(
         self,
         group: int,
         head: Head,
+        alike: np.ndarray,
         levels: np.ndarray,
         vectors: np.ndarray,
         code: Coder,
     ) -> None:
-        """Code one matrix.
+        """Code one matrix (R, C).
 
         Args:
+            alike: int8 (R,), 1 for the rows that are differences. Not coded if the head has none.
             levels: int8 (V,), level of each vector less the base.
             vectors: int8 (V, N), the codes.
         """
-        tables = self.levels.setdefault(group, Tables(MAGNITUDES[16:17], 8))
-        tables.ready(CONTEXTS)
-        contexts = np.zeros(len(levels), np.int64)
-        code(tables, contexts, levels)
-        tables.learn(contexts, levels)
+        if head.alike:
+            _run_side(self.alike[group], alike, code)
+            alike &= 1
+        _run_side(self.levels[group], levels, code)
 
-        tables = self.codes.setdefault(group, Tables(MAGNITUDES, STRENGTH))
-        # A line's factor is (seen + free) / (expected + free), its sums over the vectors so far.
+        tables = self.codes[group]
+        # A line's factor is seen / (expected + free), with sums over the vectors so far.
         free = MAGNITUDES[head.base] << head.shrinkage
-        seen = np.zeros(vectors.shape[1], np.int64)
+        seen = np.full(vectors.shape[1], free)
+        if len(alike) > len(levels):  # lines are rows
+            seen >>= ALIKE_SHIFT * alike
         expected = 0
         levels = np.clip(head.base + levels.astype(np.int64), 0, CONTEXTS - 1)
         for level, vector in zip(levels, vectors, strict=True):
             tables.ready(head.largest)
             borders = BORDERS * (expected + free) // MAGNITUDES[level]
-            contexts = np.searchsorted(borders, seen + free)
+            contexts = np.searchsorted(borders, seen)
             code(tables, contexts, vector)
             tables.learn(contexts, vector)
             seen += abs(vector.astype(np.int64)) << 10
             expected += MAGNITUDES[level]
 
 
+def _run_side(tables: Tables, values: np.ndarray, code: Coder) -> None:
+    """Code side information (n,), all in one context."""
+    tables.ready(CONTEXTS)
+    contexts = np.zeros(len(values), np.int64)
+    code(tables, contexts, values)
+    tables.learn(contexts, values)
+
+
 def vectors(matrix: np.ndarray) -> np.ndarray:
     """A view (V, N) of a matrix (R, C) whose vectors are along its longer side."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def replace_alike(matrix: np.ndarray, alike: np.ndarray, sign: int) -> None:
+    """Replace the rows of `alike` by differences from the mean of those above, or back, in place.
+
+    Args:
+        matrix: int8 (R, C); differences wrap around.
+        alike: int8 (R,), not 0 for these rows.
+        sign: -1 to make differences, 1 to undo it.
+    """
+    total = np.zeros(matrix.shape[1], np.int64)
+    for count, row in enumerate(np.flatnonzero(alike)):
+        codes = matrix[row].astype(np.int64)
+        mean = (2 * total + count) // max(2 * count, 1)
+        matrix[row] = (codes + sign * mean).astype(np.int8)
+        total += matrix[row] if sign > 0 else codes
