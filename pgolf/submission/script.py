@@ -28,6 +28,7 @@ INSIDE = Path(__file__).with_name("inside")
 REPLACED = {
     "pgolf.extension": "extension.py",
     "pgolf.data.corpus": "corpus.py",
+    "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
     "pgolf.train.scoring": "scoring.py",
     "pgolf.artifact.code_size": "code_size.py",
@@ -136,13 +137,15 @@ def _build(settings: str, codec: str, roots: tuple[str, ...], without: frozenset
 def minified(source: str, name: str) -> str:
     """A module without comments, blanks and long names of locals.
 
-    Names that anything outside of a function sees stay: globals, attributes, parameters. In Triton
-    kernels a new local for a constant would be no constant, so their names stay too.
+    Names that anything outside of a function sees stay: globals, attributes, parameters. A long
+    parameter gets a short local beside it, but not in Triton kernels, where the copy of a constant
+    is no constant.
     """
+    parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return python_minifier.minify(
         source,
         name,
-        rename_locals="triton" not in name,
+        preserve_locals=sorted(parameters) if "triton" in name else None,
         rename_globals=False,
         hoist_literals=False,
         remove_annotations=False,

@@ -312,7 +312,13 @@ class _Reader(ast.NodeVisitor):
             for alias in node.names:
                 self.shaker._want(node.module, alias.name)
 
+    def visit_Global(self, node: ast.Global) -> None:
+        for unit in [u for name in node.names for u in self.unit.module.binding(name)]:
+            self.shaker._revive(unit)
+
     def visit_Name(self, node: ast.Name) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            return
         for unit in self.unit.module.binding(node.id):
             self.shaker._revive(unit)
         if node.id in self.aliases:  # a module as a value: anything of it may be used

@@ -40,6 +40,7 @@ class _Specialiser(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
         if not READS_ANNOTATIONS.intersection(map(last_name, node.decorator_list)):
             a = node.args
             for argument in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
@@ -85,18 +86,47 @@ class _Specialiser(ast.NodeTransformer):
         node.keys, node.values = [k for k, _ in kept], [v for _, v in kept]
         return self.generic_visit(node)
 
+    def visit_For(self, node: ast.For) -> ast.For | None:
+        self.generic_visit(node)
+        return node if node.body else None
+
     def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt] | None:
-        """A module is not the one that is started, and has its own name."""
-        test = node.test
+        """Without a check of an operator's caller; a module knows its own name."""
+        test, chosen = node.test, None
         if isinstance(test, ast.Compare) and last_name(test.left) == "__name__":
             equal = test.comparators[0].value == self.module
             chosen = node.body if equal is isinstance(test.ops[0], ast.Eq) else node.orelse
-            return [self.visit(s) for s in chosen] or None
-        return self.generic_visit(node)
+        elif self.module.startswith("pgolf.ops.") and _checks_the_caller(node):
+            chosen = node.orelse
+        if chosen is not None:
+            return self.generic_visit(ast.Module(chosen, [])).body or None
+        self.generic_visit(node)
+        if not node.body and not node.orelse:
+            return None
+        node.body = node.body or [ast.Pass()]
+        return node
+
+
+def _checks_the_caller(node: ast.If) -> bool:
+    """Whether a statement refuses wrong arguments of an operator.
+
+    A script calls operators as the package does, and in no other way, so these checks go: those
+    that raise ValueError. What an implementation cannot do is still refused; that message names
+    `impl`.
+    """
+    first = node.body[0]
+    if not isinstance(first, ast.Raise) or last_name(first.exc) != "ValueError":
+        return False
+    names = {n.id for n in ast.walk(first) if isinstance(n, ast.Name)}
+    return "impl" not in names and not any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
 
 
 class _ReferenceOnly(ast.NodeTransformer):
     """Folds `impl == "reference"`, which always holds where an operator has no implementations."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        return ast.Constant("reference") if last_name(node) == "resolve" else node
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         if last_name(node.left) == "impl" and ast.unparse(node.comparators[0]) == "'reference'":

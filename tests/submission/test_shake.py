@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from pgolf.ops.registry import OPERATORS
+from pgolf.optim import fused
 from pgolf.submission import shake
 from pgolf.submission.rename import shorten
 from pgolf.submission.shake import Shaker
@@ -124,12 +126,27 @@ def test_short_names_go_everywhere_or_nowhere():
     assert "setter" not in b and "Thing" not in a
 
 
+def test_a_name_that_is_only_bound_keeps_nothing(reach):
+    a = reach(
+        a="""
+        def opaque(): pass
+        @opaque.fake
+        def _(): pass
+        mode = 0
+        def main():
+            global mode
+            for _ in (): mode = 1
+        """
+    )["pgolf.a"]
+    assert "opaque" not in a and "mode = 0" in a
+
+
 @pytest.fixture
 def special(tmp_path):
-    def call(source: str) -> str:
+    def call(source: str, module: str = "pgolf.a") -> str:
         file = tmp_path / "a.py"
         file.write_text(textwrap.dedent(source))
-        return ast.unparse(specialise("pgolf.a", file, COMPILED))
+        return ast.unparse(specialise(module, file, COMPILED))
 
     return call
 
@@ -151,6 +168,28 @@ def test_keeps_the_annotations_that_are_read(special):
     assert "opaque(x: Tensor) -> Tensor" in text and "SIZE: tl.constexpr" in text
     assert "size: float = opt(1.0, '', ge=0)" in text
     assert "Gone" not in text and "gone" not in text and "Mapping" not in text
+
+
+def test_operators_do_not_check_their_callers(special):
+    source = """
+        def f(x, y):
+            if x < 0: raise ValueError("negative")
+            for t in y:
+                if t: raise ValueError("true")
+            if y is None: raise ConfigError("a user's")
+            elif x > 9: raise ValueError("too large")
+            if x == 9: raise ValueError(f"{impl} takes 8")
+            return x
+    """
+    short = special(source, "pgolf.ops.f")
+    assert "ConfigError" in short and "for" not in short and "too large" not in short
+    assert short.count("ValueError") == 1, "what an implementation cannot do is refused"
+    assert special(source).count("ValueError") == 4
+
+
+def test_no_operator_of_the_fused_step_has_kernels_in_triton():
+    """Otherwise the script would have to take pgolf.optim.fused along."""
+    assert not [n for n in fused.OPERATORS if "triton" in OPERATORS[n].implementations]
 
 
 OPERATOR = """
