@@ -118,7 +118,8 @@ def _checks_the_caller(node: ast.If) -> bool:
     if not isinstance(first, ast.Raise) or last_name(first.exc) != "ValueError":
         return False
     names = {n.id for n in ast.walk(first) if isinstance(n, ast.Name)}
-    return "impl" not in names and not any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
+    binds = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
+    return "impl" not in names and not binds
 
 
 class _ReferenceOnly(ast.NodeTransformer):
