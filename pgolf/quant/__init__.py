@@ -1,7 +1,8 @@
-"""From trained weights to integer codes: which grid each tensor gets, its clip, pruning to fit.
+"""From trained weights to integer codes: which grid each tensor gets, its steps, pruning to fit.
 
-`policy` says what is stored for each tensor, `gptq_lite` finds the clips, `quantize` applies both,
-`prune` makes a model smaller until it fits, `dequantize` is all that decoding needs. Full GPTQ
-(with Hessians) belongs beside `gptq_lite`, and choosing clips or bits so that the file lands just
-under the limit belongs beside `prune`: both end in the same `QuantizedTensor`.
+`policy` says what is stored for each tensor. `quantize` does it: by `gptq` where the Hessian of its
+inputs is known, on a grid per row (`rows`) or on one step a matrix with factors per column
+(`uniform`, with the bits of codes from `rate`); by the clip search of `gptq_lite` where it is not.
+`steps` is the grid that steps lie on, `prune` makes a model smaller until it fits, and `dequantize`
+is all that decoding needs.
 """

@@ -82,7 +82,7 @@ def uniform_step(w: Tensor, relative_step: float) -> Tensor:
 
 
 def clip_of_step(step: Tensor, w: Tensor, plan: TensorPlan) -> Tensor:
-    """Clip factors (R,) that give rows of w (R, C) the step `step`, or the least that clips none.
+    """Clip factors (R,) that give rows of w (R, C) `step`, 0-d or (R,), or the least without clip.
 
     Above 1 for most rows: their largest weight is not worth the largest code.
     """

@@ -1,9 +1,9 @@
 """Pruning to fit: zero the cheapest of the smallest codes until the file is small enough.
 
 Candidates are the codes of each integer tensor with its smallest magnitude above zero (1; 4 on the
-grid of multiples of 4). Zeroing a code m costs (m * step)² of squared error, so they go in that
-order, and in flat order where it is equal. The size comes from the real codec: it is the caller's
-function, asked a few times.
+grid of multiples of 4). Zeroing a code m costs (m * step)² of squared error, the step with its
+column's factor, so they go in that order, and in flat order where it is equal. The size comes from
+the real codec: it is the caller's function, asked a few times.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pgolf.errors import BudgetError
 from pgolf.progress import Progress
-from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel
 
 
@@ -87,8 +86,11 @@ def _ranked_candidates(model: QuantizedModel) -> tuple[dict[str, tuple[Tensor, T
             continue
         smallest = nonzero.min()
         positions[name] = torch.nonzero(magnitude.flatten() == smallest).flatten()
-        rows = positions[name] // q.data.size(1)
-        costs[name] = (q.scale.float() * smallest).square()[rows]
+        rows, columns = positions[name] // q.data.size(1), positions[name] % q.data.size(1)
+        steps = q.scale.float()[rows]
+        if q.columns is not None:
+            steps *= q.columns.float()[columns]
+        costs[name] = (steps * smallest).square()
     if not positions:
         return {}, 0
     cost = torch.cat(list(costs.values()))
@@ -108,5 +110,5 @@ def _without(
         q = model.tensors[name]
         codes = q.data.flatten().clone()
         codes[positions[rank < count]] = 0
-        tensors[name] = QuantizedTensor(codes.view(q.shape), q.bits, q.scale)
+        tensors[name] = dataclasses.replace(q, data=codes.view(q.shape))
     return dataclasses.replace(model, tensors=tensors)

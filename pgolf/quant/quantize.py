@@ -33,12 +33,15 @@ class TensorStats:
         clipped_share: share of weights beyond the largest code by half a step or more.
         hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), E the error, by the Hessian H of the inputs; None
             where there is none.
+        loss: what the error is expected to add to the loss, in nats a token: the second-order term
+            tr(M E H Eᵀ) / 2 with the moments M of the outputs; None where they are not known.
     """
 
     relative_error: float
     floor_share: float = 0.0
     clipped_share: float = 0.0
     hessian_error: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def quantize(
     config: QuantConfig,
     progress: bool = True,
     factors: Factors | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     steps: Mapping[str, float] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> QuantizedModel:
@@ -64,7 +68,11 @@ def quantize(
         state: parameters by name (no buffers), of any float dtype.
         factors: of the Hessians of some of them, for quantizer=gptq; the others only have their
             clips searched.
-        steps: of some matrices, for grid=uniform; the others' follow from `width`.
+        moments: (R,) mean squared gradients of the loss by the outputs of some of them: for
+            grid=uniform, a row's step is then divided by the root of its moment, as a share of the
+            geometric mean.
+        steps: of some matrices, for grid=uniform; the others' follow from `width`. With moments,
+            the geometric mean of its rows'.
         share: (rank, world): matrices are shared out over the ranks of torch.distributed, and each
             gets the whole model.
 
@@ -79,7 +87,7 @@ def quantize(
         if name not in plans or plans[name].clip != "uniform":
             raise ConfigError(f"steps: {name} is no matrix of grid=uniform: it has no one step")
     weights = {name: tensor.detach().float() for name, tensor in state.items()}
-    work = _Work(weights, plans, config, factors or {}, steps or {})
+    work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {})
     mine = _shared_out(work.jobs(share[1]), work.cost, share)
     done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
     with Progress("quantising", sum(map(len, mine)), "tensors", enabled=progress) as bar:
@@ -102,6 +110,7 @@ class _Work:
     plans: Mapping[str, TensorPlan]
     config: QuantConfig
     factors: Mapping[str, Factor | None]
+    moments: Mapping[str, Tensor]
     steps: Mapping[str, float]
 
     def jobs(self, world: int) -> list[list[str]]:
@@ -133,13 +142,14 @@ class _Work:
             w, how = torch.stack([self.weights[n] for n in by_gptq]), self.plans[by_gptq[0]]
             factor = stacked([factors[n] for n in by_gptq], w.device)
             if how.clip == "uniform":
-                step = [self._step(n) for n in by_gptq]
-                matrices = gptq_uniform(w, factor, step, self.config.rate_weight)
+                steps = torch.stack([self._row_steps(n) for n in by_gptq])
+                matrices = gptq_uniform(w, factor, steps, self.config.rate_weight)
             else:
                 matrices = gptq_rows(w, factor, how)
             stored.update(zip(by_gptq, matrices, strict=True))
+        known = {n: (factors.get(n), self.moments.get(n)) for n in names}
         return {
-            n: (q, tensor_stats(self.weights[n], q, self.plans[n], factors.get(n)))
+            n: (q, tensor_stats(self.weights[n], q, self.plans[n], *known[n]))
             for n, q in stored.items()
         }
 
@@ -147,12 +157,20 @@ class _Work:
         wanted = self.config.quantizer == "gptq" and self.plans[name].kind == "int"
         return wanted and name in self.factors
 
-    def _step(self, name: str) -> Tensor:
-        """The step of a matrix of grid=uniform, 0-d."""
+    def _row_steps(self, name: str) -> Tensor:
+        """Steps (R,) of a matrix of grid=uniform, before any is made coarser to avoid a clip."""
         w = self.weights[name]
         if name in self.steps:
-            return snap(torch.tensor(self.steps[name], device=w.device))
-        return uniform_step(w, self.plans[name].relative_step)
+            step = torch.tensor(self.steps[name], device=w.device)
+        else:
+            step = uniform_step(w, self.plans[name].relative_step)
+        share = torch.zeros(w.size(0), device=w.device)
+        if name in self.moments:
+            moment = self.moments[name].to(w.device)
+            # As with a Hessian: what no calibration text happened to need is needed a little.
+            moment = moment + self.config.damping * moment.mean()
+            share = moment.log() / 2 if bool(moment.min() > 0) else share
+        return snap(step * (share.mean() - share).exp())
 
     def _without_hessian(self, name: str) -> QuantizedTensor:
         w, how = self.weights[name], self.plans[name]
@@ -161,7 +179,7 @@ class _Work:
         if how.clip != "uniform":
             codes, scale = quantize_rows(w, clip_factors(w, how), how)
             return QuantizedTensor(codes.cpu(), how.bits, scale.cpu())
-        codes, scale = quantize_rows(w, clip_of_step(self._step(name), w, how), how)
+        codes, scale = quantize_rows(w, clip_of_step(self._row_steps(name), w, how), how)
         return QuantizedTensor(codes.cpu(), least_bits(codes), scale.cpu())
 
 
@@ -191,26 +209,33 @@ def _check(name: str, tensor: Tensor, how: TensorPlan) -> None:
 
 
 def tensor_stats(
-    w: Tensor, q: QuantizedTensor, how: TensorPlan, factor: Factor | None = None
+    w: Tensor,
+    q: QuantizedTensor,
+    how: TensorPlan,
+    factor: Factor | None = None,
+    moment: Tensor | None = None,
 ) -> TensorStats:
-    """What storing w as q does; `factor` of its inputs' Hessian, where there is one."""
+    """What storing w as q does; with the factor and moments of `quantize`, where there are any."""
     if q.scale is None:
         return TensorStats(relative_error(w, q))
     scale = q.scale.to(w.device, torch.float32)
     floor = row_scale(torch.zeros_like(scale), how.bits, how.floor)
     step = scale[:, None] if q.columns is None else scale[:, None] * q.columns.to(scale)
     qmax = 2 ** (how.bits - 1) - 1
-    error = None
+    error = loss = None
     if factor is not None:
         both = torch.stack([dequantize(q).to(w.device) - w, w])
         alike = stacked([factor, factor], w.device)
-        lost, whole = row_errors(in_order(both, alike), alike.hessian).sum(dim=1).tolist()
+        rows = row_errors(in_order(both, alike), alike.hessian)  # (2, R)
+        lost, whole = rows.sum(dim=1).tolist()
         error = lost / whole if whole else 0.0
+        loss = None if moment is None else (rows[0] @ moment.to(rows)).item() / 2
     return TensorStats(
         relative_error(w, q),
         (scale == floor).float().mean().item() if how.floor else 0.0,
         (w.abs() >= (qmax + 0.5) * step).float().mean().item(),
         error,
+        loss,
     )
 
 

@@ -3,14 +3,15 @@
 An error of t steps in column j costs (t step_j / U_jj)², so with steps that are proportional to
 U_jj all codes' errors count the same: the least error at a given rate where steps are fine, which
 is reverse water-filling (Lifar, Savkin, Ordentlich, Polyanskiy: WaterSIC, arXiv 2603.04956).
-Nothing is clipped: a row whose largest code would be above 127 gets a coarser step of its own.
+Rows whose outputs matter more may have finer steps likewise. Nothing is clipped: a row whose
+largest code would be above 127 gets a coarser step.
 
 With `rate_weight` a code is chosen for its error and its bits: of the two nearest and 0, the least
 (t - code)² + rate_weight * bits(code), t in steps. What bits cost is seen in a first pass.
 Shapes: w (B, R, C), K classes of costs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,22 +33,19 @@ def column_factors(factor: Factor) -> Tensor:
 
 
 def gptq_uniform(
-    w: Tensor, factor: Factor, step: Sequence[Tensor], rate_weight: float = 0.0
+    w: Tensor, factor: Factor, steps: Tensor, rate_weight: float = 0.0
 ) -> list[QuantizedTensor]:
     """Codes, steps and column factors of matrices w (B, R, C), fp32.
 
     Args:
         factor: of the B matrices, stacked.
-        step: of each matrix, 0-d, on the grid.
+        steps: (B, R) of rows, on the grid.
         rate_weight: squared steps that a bit is worth.
     """
     columns = column_factors(factor)
     weights = in_order(w, factor)  # (B, C, R)
     in_columns = weights / columns[:, :, None]
-    steps = torch.maximum(
-        torch.stack(list(step))[:, None],
-        snap(in_columns.abs().amax(dim=1) / LARGEST, covering_index),
-    )  # (B, R)
+    steps = torch.maximum(steps, snap(in_columns.abs().amax(dim=1) / LARGEST, covering_index))
 
     def gptq(rounding: Rounding) -> Tensor:
         def quantise(x: Tensor, j: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """GPTQ against the textbook in float64, its invariances, and what it does with bad Hessians."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -180,12 +181,30 @@ def test_explicit_steps():
     w, h = weights(20, 40), hessian(40)
     factors = Factors({NAME: h}, 0.01)
     for step in (0.2, 0.5):
-        q = quantize({NAME: w}, settings(grid="uniform"), False, factors, {NAME: step})
+        q = quantize({NAME: w}, settings(grid="uniform"), False, factors, steps={NAME: step})
         scale = q.tensors[NAME].scale
         assert scale.float().log2().allclose(torch.tensor(step).log2(), atol=1 / 32 + 1e-3)
     for config, name in ((settings(), NAME), (settings(grid="uniform"), "tok_emb.weight")):
         with pytest.raises(ConfigError, match=name):
-            quantize({NAME: w}, config, False, factors, {name: 0.1})
+            quantize({NAME: w}, config, False, factors, steps={name: 0.1})
+
+
+def test_rows_that_matter_more_get_finer_steps():
+    w, h = weights(20, 40), hessian(40)
+    moments = torch.rand(20, generator=torch.Generator().manual_seed(0)) ** 4
+    factors, config = Factors({NAME: h}, 0.01), settings(grid="uniform", width=100.0)
+    plain = quantize({NAME: w}, config, False, factors)
+    model = quantize({NAME: w}, config, False, factors, {NAME: moments})
+    moment = moments + 0.01 * moments.mean()
+    expected = (moment.log().mean() - moment.log()) / 2 / math.log(2)
+    ratio = model.tensors[NAME].scale.float() / plain.tensors[NAME].scale.float()
+    assert (ratio.log2() - expected).abs().max() < 1 / 32 + 1e-3
+    assert expected.max() - expected.min() > 3, "the rows must differ for this to test"
+    loss = 0.5 * moments.double().numpy() @ row_error(w, dequantize(model.tensors[NAME]), h)
+    assert model.stats[NAME].loss == pytest.approx(loss, rel=1e-4)
+    assert plain.stats[NAME].loss is None
+    unused = quantize({NAME: w}, config, False, factors, {NAME: torch.zeros(20)})
+    assert torch.equal(unused.tensors[NAME].scale, plain.tensors[NAME].scale)
 
 
 def two_layers() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

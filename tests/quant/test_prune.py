@@ -1,5 +1,7 @@
 """Pruning to fit: order by cost, least count, few probes, and when it cannot fit."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -51,6 +53,13 @@ def test_cheapest_first_ties_in_flat_order(count: int, a: list, b: list):
     assert pruned.tensors["b"].data.tolist() == b
     assert torch.equal(pruned.tensors["c"].data, SMALL["c"].data), "fp16 values are left alone"
     assert SMALL["a"].data.tolist()[0] == [1, -1, 5], "the input is left alone"
+
+
+def test_columns_weigh_in_and_are_kept():
+    q = dataclasses.replace(ints([[1, 1, 1]], [1.0]), columns=torch.tensor([1.0, 0.25, 0.5]).half())
+    pruned, zeroed = fit(model(a=q), 1)
+    assert zeroed == 2 and pruned.tensors["a"].data.tolist() == [[1, 0, 0]]
+    assert torch.equal(pruned.tensors["a"].columns, q.columns)
 
 
 def test_a_model_that_fits_is_returned_as_it_is():
