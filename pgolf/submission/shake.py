@@ -84,6 +84,11 @@ def is_ours(module: str) -> bool:
 
 
 def target_of(node: ast.ImportFrom) -> str:
+    """The module that names are imported from.
+
+    Raises:
+        ValueError: a relative or a star import.
+    """
     if node.level or any(a.name == "*" for a in node.names):
         raise ValueError(f"from {'.' * node.level}{node.module} import: name what is imported")
     return node.module
@@ -91,6 +96,7 @@ def target_of(node: ast.ImportFrom) -> str:
 
 @functools.cache
 def is_module(name: str) -> bool:
+    """Whether there is a module of that name."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is no package
