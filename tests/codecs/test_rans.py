@@ -50,27 +50,26 @@ def matrix(draw) -> np.ndarray:
 
 
 @given(st.lists(st.tuples(matrix(), st.integers(0, 5)), max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_round_trip(parts):
     round_trip([m for m, _ in parts], [g for _, g in parts])
 
 
 def test_round_trip_with_several_lanes():
-    sizes = [(1, 60_000), (60_000, 1), (200, 333), (333, 200), (0, 5), (7, 0), (1, 1)]
+    sizes = [(1, 35_000), (35_000, 1), (200, 333), (333, 200), (0, 5), (7, 0), (1, 1)]
     matrices = [bell(*size, std=20) for size in sizes]
     assert lanes(sum(m.size for m in matrices)) == 4
     round_trip(matrices, [0, 0, 1, 1, 2, 2, 3])
 
 
-@pytest.mark.parametrize("value", [-128, -1, 0, 1, 127])
-@pytest.mark.parametrize("shape", [(70, 300), (300, 70)])
-def test_constant_matrices(shape: tuple[int, int], value: int):
-    round_trip([np.full(shape, value, np.int8)] * 2, [0, 1])
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30)])
+def test_constant_matrices(shape: tuple[int, int]):
+    round_trip([np.full(shape, value, np.int8) for value in (-128, -1, 0, 1, 127)], [0] * 5)
 
 
 def test_all_zeros_take_a_word_for_64_codes():
     """So that a few bytes cannot declare hours of work."""
-    zeros = np.zeros((512, 512), np.int8)
+    zeros = np.zeros((128, 256), np.int8)
     assert round_trip([zeros], [0]) >= 2 * zeros.size // CODES_A_WORD
     data = compress([zeros], [0])
     with pytest.raises(ArtifactError, match="cannot be"):
@@ -92,9 +91,9 @@ SMALL = [bell(12, 30, 6), bell(10, 7, 2, seed=1)]
 SHAPES = [m.shape for m in SMALL]
 
 
-def test_every_truncation_and_tail_is_refused():
+def test_truncations_and_tails_are_refused():
     data = compress(SMALL, [0, 0])
-    for end in range(len(data)):
+    for end in range(0, len(data), 3):
         with pytest.raises(ArtifactError):
             decompress(data[:end], SHAPES, [0, 0])
     for tail in (b"\0", b"\0\0", data):
@@ -113,7 +112,7 @@ def test_damage_is_refused():
 
 
 @given(st.binary(min_size=600, max_size=640), st.integers(0, 10))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_noise_is_refused(noise: bytes, kept: int):
     """Behind some of the true front, so that it isn't only the heads that are refused."""
     data = compress(SMALL, [0, 0])
@@ -130,13 +129,13 @@ def test_other_shapes_are_refused():
 
 
 def test_a_decoder_takes_little_more_memory_than_its_result():
-    matrices = [bell(1024, 2048, 8), bell(2048, 1024, 8)]
+    matrices = [bell(512, 1024, 8), bell(1024, 512, 8)]
     data, shapes = compress(matrices, [0, 1]), [m.shape for m in matrices]
     tracemalloc.start()
     decompress(data, shapes, [0, 1])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < sum(m.size for m in matrices) + 8e6
+    assert peak < sum(m.size for m in matrices) + 6e6
 
 
 def test_code_lengths_are_those_of_the_stream():
