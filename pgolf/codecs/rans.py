@@ -45,7 +45,7 @@ def decompress(
 ) -> list[np.ndarray]:
     """The matrices, int8 (R, C), of a stream that `rans_encode.compress` made of them.
 
-    Beside them it takes some 6 MB, whatever the data says, and a time that the shapes set.
+    Beside them it takes some 7 MB, whatever the data says, and a time that the shapes set.
 
     Args:
         shapes, groups: of each matrix, the same as when encoding.
