@@ -1,16 +1,16 @@
 """The artifact format and its reader: no pickle, and every limit is checked before memory is taken.
 
-    file  = magic(6) version(u16) codec(u8) body codec(u8) body size(u32) packed size(u32)
-            blake2b-128(16) packed body, stream
+    file  = magic(6) version(u16) codec(u8) body size(u32) packed size(u32) blake2b-128(16)
+            packed body, stream
     body  = length(u32) header, integers, low bytes of all halves, high bytes of all halves
 
-All numbers are little-endian. The digest covers the 18 bytes before it and all that follows it. The
-body is packed by its codec, one of the general ones. `table` says what the header is and which
+All numbers are little-endian. The digest covers the 17 bytes before it and all that follows it. The
+body is packed by the codec, or by lzma if that is rans. `table` says what the header is and which
 arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
-the body but in the stream, which is nothing otherwise; else codec and body codec are the same. In a
-body, integers are a byte each, matrices row by row; codes may also be column by column (packing
-"columns") or packed to their bits (packing "bits"; each matrix starts on a byte). Halves are fp16;
-their high bytes repeat far more than their low ones, so the two kinds lie apart.
+the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, matrices
+row by row; codes may also be column by column (packing "columns") or packed to their bits (packing
+"bits"; each matrix starts on a byte). Halves are fp16; their high bytes repeat far more than their
+low ones, so the two kinds lie apart.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.table import Array, Header, Key, Layout, arrays, parse_header
-from pgolf.codecs import CODECS, GENERAL, codec
+from pgolf.codecs import CODECS, body_codec, codec
 from pgolf.errors import ArtifactError
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 
 MAGIC, VERSION = b"PGOLF\0", 2
-HEAD = struct.Struct("<6sHBBII16s")
+HEAD = struct.Struct("<6sHBII16s")
 DIGEST_BYTES = 16
 
 MAX_FILE = MAX_DECODED = 512 << 20  # bytes
@@ -111,15 +111,14 @@ def _read_file(path: Path) -> bytes:
 def _decode(data: bytes) -> Artifact:
     if len(data) < HEAD.size:
         raise ArtifactError(f"{len(data)} bytes are too few for an artifact")
-    magic, version, codec_id, body_id, size, packed, checksum = HEAD.unpack_from(data)
+    magic, version, codec_id, size, packed, checksum = HEAD.unpack_from(data)
     if magic != MAGIC:
         raise ArtifactError("not an artifact: it does not begin with PGOLF")
     if version != VERSION:
         raise ArtifactError(f"format version {version}; this pgolf reads version {VERSION}")
-    names = {known: name for name, known in CODECS.items()}
-    name, body_name = names.get(codec_id), names.get(body_id)
-    if name is None or body_name not in GENERAL or name not in ("rans", body_name):
-        raise ArtifactError(f"unknown codec {codec_id} with a body of codec {body_id}")
+    name = next((name for name, known in CODECS.items() if known == codec_id), None)
+    if name is None:
+        raise ArtifactError(f"unknown codec {codec_id}")
     if size > min(MAX_DECODED, FREE_EXPANSION + MAX_EXPANSION * len(data)):
         raise ArtifactError(f"declares {size} bytes, too many for a file of {len(data)}")
     if digest(data[: HEAD.size - DIGEST_BYTES], data[HEAD.size :]) != checksum:
@@ -127,7 +126,7 @@ def _decode(data: bytes) -> Artifact:
     end = HEAD.size + packed
     if end > len(data) or (name != "rans" and end < len(data)):
         raise ArtifactError(f"a body of {packed} bytes in a file of {len(data)}")
-    body = codec(body_name).decompress(data[HEAD.size : end], size)
+    body = codec(body_codec(name)).decompress(data[HEAD.size : end], size)
     header, start = _header(body)
     rest = torch.frombuffer(body, dtype=torch.uint8)[start:]
     stream = data[end:] if name == "rans" else None

@@ -24,7 +24,7 @@ from pgolf.artifact.container import (
 from pgolf.artifact.layout import lay_out, pack_matrix, planes
 from pgolf.artifact.sizes import byte_shares
 from pgolf.artifact.table import PACKINGS, Layout
-from pgolf.codecs import CODECS, GENERAL, codec, rans_encode
+from pgolf.codecs import CODECS, GENERAL, body_codec, codec, rans_encode
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.files import atomic_write
@@ -164,11 +164,8 @@ def encode_form(layout: Layout, name: str, packing: str, config: ArtifactConfig)
     body += planes(layout.halves()[1])
     if len(body) > MAX_DECODED:
         raise ArtifactError(f"the model is {len(body)} bytes decoded, the limit is {MAX_DECODED}")
-    # Beside a stream the body is small, and the best general codec for it is soon found.
-    names = GENERAL if name == "rans" else (name,)
-    packed = {n: codec(n).compress(body, level[n]) for n in names}
-    best = min(packed, key=lambda n: len(packed[n]))
-    sizes, rest = (len(body), len(packed[best])), packed[best] + stream
-    head = HEAD.pack(MAGIC, VERSION, CODECS[name], CODECS[best], *sizes, bytes(DIGEST_BYTES))
-    head = head[:-DIGEST_BYTES]
+    general = body_codec(name)
+    packed = codec(general).compress(body, level[general])
+    head = HEAD.pack(MAGIC, VERSION, CODECS[name], len(body), len(packed), bytes(DIGEST_BYTES))
+    head, rest = head[:-DIGEST_BYTES], packed + stream
     return Encoded(head + digest(head, rest) + rest, name, packing)

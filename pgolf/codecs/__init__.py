@@ -10,7 +10,7 @@ ArtifactError, and at no time holds more than a small multiple of `size`.
 
 `rans` is the entropy coder for codes of weights. It takes int8 matrices, each with the number of a
 group: matrices of a group are expected to be alike. Its encoder is the module `rans_encode`, so
-that decoding does not load it.
+that decoding does not load it. All that is no code is left to a general codec beside it.
 """
 
 from importlib import import_module
@@ -18,6 +18,15 @@ from types import ModuleType
 
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "rans": 4}  # name -> id in files, for ever
 GENERAL = ("zstd", "lzma", "brotli")
+
+
+def body_codec(name: str) -> str:
+    """The general codec of a file whose codec is `name`.
+
+    With rans it is lzma: of what little is no code, brotli would save a hundred bytes, and decoding
+    would need a package more.
+    """
+    return "lzma" if name == "rans" else name
 
 
 def codec(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ from pathlib import Path
 import brotli
 import python_minifier
 
-from pgolf.codecs import CODECS
+from pgolf.codecs import CODECS, body_codec
 from pgolf.config import Config, to_dict, with_overrides
 from pgolf.submission.rename import shorten
 from pgolf.submission.shake import PACKAGE, Shaker
@@ -114,7 +114,8 @@ def _settings(config: Config) -> str:
 
 @functools.cache
 def _build(settings: str, codec: str, roots: tuple[str, ...], without: frozenset[str]) -> Script:
-    others = [name for name in CODECS if codec not in ("auto", name)]
+    wanted = CODECS if codec == "auto" else (codec, body_codec(codec))
+    others = [name for name in CODECS if name not in wanted]
 
     def parse(module: str) -> ast.Module:
         inside = REPLACED.get(module)

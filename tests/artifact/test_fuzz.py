@@ -13,7 +13,7 @@ import torch
 
 from pgolf.artifact.container import HEAD, Artifact, read_artifact
 from pgolf.artifact.pack import encode
-from pgolf.codecs import CODECS, GENERAL, codec
+from pgolf.codecs import CODECS, body_codec, codec
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.quant.dequantize import QuantizedTensor
@@ -45,9 +45,9 @@ def files() -> list[bytes]:
 
 def mutate(rng: random.Random, good: bytes, forge) -> bytes:
     """Damage the file, or its body, stream or decoded body, and seal it again."""
-    _, _, codec_id, body_id, size, length, _ = HEAD.unpack_from(good)
+    _, _, codec_id, size, length, _ = HEAD.unpack_from(good)
     packed, stream = good[HEAD.size : HEAD.size + length], good[HEAD.size + length :]
-    name = GENERAL[body_id - 1]
+    name = body_codec(list(CODECS)[codec_id - 1])
     level = rng.choice((0, 0, 0, 1, 2, 3))
     parts = [good, packed, codec(name).decompress(packed, size), stream or packed]
     data = bytearray(parts[level])
@@ -72,8 +72,8 @@ def mutate(rng: random.Random, good: bytes, forge) -> bytes:
     if level == 2:
         return forge.body(bytes(data), name, stream if stream else None)
     if level == 3 and stream:
-        return forge.seal(packed, size, codec_id, body_id, bytes(data))
-    return forge.seal(bytes(data), size, codec_id, body_id, stream)
+        return forge.seal(packed, size, codec_id, bytes(data))
+    return forge.seal(bytes(data), size, codec_id, stream)
 
 
 def memory(field: str) -> int:
@@ -83,7 +83,7 @@ def memory(field: str) -> int:
 
 def declared(data: bytes) -> int:
     """The size that a head declares."""
-    return HEAD.unpack_from(data)[4] if len(data) >= HEAD.size else 0
+    return HEAD.unpack_from(data)[3] if len(data) >= HEAD.size else 0
 
 
 def fuzz(files: list[bytes], forge, seeds: range) -> dict[str, int]:
