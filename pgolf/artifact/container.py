@@ -7,10 +7,10 @@
 All numbers are little-endian. The digest covers the 17 bytes before it and all that follows it. The
 body is packed by the codec, or by lzma if that is rans. `table` says what the header is and which
 arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
-the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, matrices
-row by row; codes may also be column by column (packing "columns") or packed to their bits (packing
-"bits"; each matrix starts on a byte). Halves are fp16; their high bytes repeat far more than their
-low ones, so the two kinds lie apart.
+the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, row by
+row; codes may also be column by column (packing "columns") or packed to their bits (packing "bits";
+each matrix starts on a byte). Halves are fp16; their high bytes repeat far more than their low
+ones, so the two kinds lie apart.
 """
 
 import hashlib
@@ -89,9 +89,11 @@ def read_artifact(source: Path | str | bytes) -> Artifact:
         raise ArtifactError(f"{where}{e}") from None
 
 
-def digest(head: bytes, rest: bytes) -> bytes:
+def digest(head: bytes, rest: bytes | memoryview) -> bytes:
     """Checksum of the head up to the checksum itself, and of what follows it."""
-    return hashlib.blake2b(head + rest, digest_size=DIGEST_BYTES).digest()
+    checksum = hashlib.blake2b(head, digest_size=DIGEST_BYTES)
+    checksum.update(rest)
+    return checksum.digest()
 
 
 def _read_file(path: Path) -> bytes:
@@ -121,20 +123,20 @@ def _decode(data: bytes) -> Artifact:
         raise ArtifactError(f"unknown codec {codec_id}")
     if size > min(MAX_DECODED, FREE_EXPANSION + MAX_EXPANSION * len(data)):
         raise ArtifactError(f"declares {size} bytes, too many for a file of {len(data)}")
-    if digest(data[: HEAD.size - DIGEST_BYTES], data[HEAD.size :]) != checksum:
+    rest = memoryview(data)[HEAD.size :]
+    if digest(data[: HEAD.size - DIGEST_BYTES], rest) != checksum:
         raise ArtifactError("wrong checksum: the file is damaged or cut short")
-    end = HEAD.size + packed
-    if end > len(data) or (name != "rans" and end < len(data)):
+    if packed > len(rest) or (name != "rans" and packed < len(rest)):
         raise ArtifactError(f"a body of {packed} bytes in a file of {len(data)}")
-    body = codec(body_codec(name)).decompress(data[HEAD.size : end], size)
+    body = codec(body_codec(name)).decompress(rest[:packed], size)
     header, start = _header(body)
-    rest = torch.frombuffer(body, dtype=torch.uint8)[start:]
-    stream = data[end:] if name == "rans" else None
-    layout = Layout(header, _arrays(header, rest, stream))
+    stream = rest[packed:] if name == "rans" else None
+    numbers = torch.frombuffer(body, dtype=torch.uint8)[start:]
+    layout = Layout(header, _arrays(header, numbers, stream))
     if stream is not None:
         size += sum(math.prod(a.shape) for a in arrays(header)[0])
     tensors = _tensors(layout)
-    return Artifact(tensors, name, layout, len(data), packed, len(data) - end, size)
+    return Artifact(tensors, name, layout, len(data), packed, len(rest) - packed, size)
 
 
 def _header(body: bytearray) -> tuple[Header, int]:
@@ -145,7 +147,7 @@ def _header(body: bytearray) -> tuple[Header, int]:
     return parse_header(bytes(body[4:end])), end
 
 
-def _arrays(header: Header, data: Tensor, stream: bytes | None) -> dict[Key, Tensor]:
+def _arrays(header: Header, data: Tensor, stream: memoryview | None) -> dict[Key, Tensor]:
     """Cut the data of the body (uint8) and the stream into arrays; they must cover it exactly."""
     integers, halves = arrays(header)
     in_body = integers if stream is None else []
@@ -173,7 +175,7 @@ def _arrays(header: Header, data: Tensor, stream: bytes | None) -> dict[Key, Ten
     }
 
 
-def _decode_stream(stream: bytes, integers: list[Array]) -> list[Tensor]:
+def _decode_stream(stream: memoryview, integers: list[Array]) -> list[Tensor]:
     count = sum(math.prod(a.shape) for a in integers)
     if count > FREE_CODES + MAX_CODES * len(stream):
         raise ArtifactError(f"declares {count} codes, too many for a stream of {len(stream)} bytes")

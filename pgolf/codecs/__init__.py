@@ -3,7 +3,7 @@
 The general ones take and give bytes:
 
     compress(data: bytes, level: int) -> bytes
-    decompress(data: bytes, size: int) -> bytearray
+    decompress(data: bytes | memoryview, size: int) -> bytearray
 
 `size` is what the file declares. `decompress` returns exactly so many bytes or raises
 ArtifactError, and at no time holds more than a small multiple of `size`.

@@ -13,7 +13,7 @@ def compress(data: bytes, level: int) -> bytes:
     return brotli.compress(data, quality=level, lgwin=LARGEST_WINDOW)
 
 
-def decompress(data: bytes, size: int) -> bytearray:
+def decompress(data: bytes | memoryview, size: int) -> bytearray:
     """Decode one stream of exactly `size` bytes, piece by piece: a bomb stops at `size`.
 
     Raises:

@@ -23,7 +23,7 @@ def compress(data: bytes, level: int) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters)
 
 
-def decompress(data: bytes, size: int) -> bytearray:
+def decompress(data: bytes | memoryview, size: int) -> bytearray:
     """Decode one stream of exactly `size` bytes, piece by piece: a bomb stops at `size`.
 
     Raises:

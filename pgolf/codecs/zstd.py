@@ -19,7 +19,7 @@ def compress(data: bytes, level: int) -> bytes:
     return min(tries, key=len)
 
 
-def decompress(data: bytes, size: int) -> bytearray:
+def decompress(data: bytes | memoryview, size: int) -> bytearray:
     """Decode one frame of exactly `size` bytes.
 
     The frame's own claims are checked first, so that neither the result nor the window can take
