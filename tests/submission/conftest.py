@@ -131,7 +131,7 @@ def alone(script, one_run, shards, tmp_path):
         }  # fmt: skip
         return subprocess.run(
             [sys.executable, *launcher, *(words or ("train_gpt.py",))],
-            cwd=folder, env=names, capture_output=True, text=True, timeout=300,
+            cwd=folder, env=names, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
 
     run.folder = folder
