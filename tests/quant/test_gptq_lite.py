@@ -9,6 +9,7 @@ from pgolf.quant import gptq_lite
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq_lite import clip_factors, quantize_rows
 from pgolf.quant.policy import TensorPlan, plan
+from pgolf.quant.quantize import quantize
 
 CANDIDATES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
@@ -111,3 +112,23 @@ def test_late_qat_sees_exactly_what_is_exported(bits, clip, floor, full_range):
     assert torch.equal(w.grad, weight), "the gradient passes straight through"
     off = fake_quant(w, factors, torch.tensor(float(how.bits)), torch.tensor(0.0), **how.grid())
     assert torch.equal(off, w)
+
+
+@pytest.mark.parametrize("bits", ["5", "8", "8/4"])
+def test_late_qat_on_one_step_sees_what_is_exported(bits: str):
+    config = QuantConfig(attn_bits=bits, grid="uniform", width=12.0, small_numel=0)
+    name = "blocks.0.attn.c_q.weight"
+    w = heavy_rows(300, 257)
+    w[4] = 0
+    how = plan(config, {name: tuple(w.shape)})[name]
+    factors = clip_factors(w, how)
+    assert (factors > 1).any(), "most rows' largest weights are not worth the largest code"
+    qat = fake_quant(w, factors, torch.tensor(float(how.bits)), torch.tensor(1.0), **how.grid())
+    q = quantize({name: w}, config, progress=False).tensors[name]
+    assert torch.equal(qat, dequantize(q))
+    step = 12.0 * w.square().mean().sqrt() / {"5": 15, "8": 127, "8/4": 31}[bits]
+    usual = q.scale.float().median()
+    assert (usual / step).log2().abs() <= 1 / 32 + 1e-3
+    too_wide = w.abs().amax(dim=1) > 127 * usual * 1.03
+    assert (q.scale[~too_wide & (w.abs().amax(dim=1) < 127 * usual * 0.97)] <= usual.half()).all()
+    assert (q.scale[too_wide] > usual).all() and bool(too_wide.any()) == (bits == "8")

@@ -120,6 +120,26 @@ def test_the_first_of_two_patterns_wins():
     assert bits["blocks.5.attn.c_q.weight"] == (8, 4)
 
 
+def test_one_step_a_matrix_has_codes_of_eight_bits():
+    plans = plan(QuantConfig(grid="uniform", width=3.1, mlp_bits="5"), full_size_shapes())
+    for name, step in (("attn.c_q", 0.1), ("mlp.fc", 3.1 / 15)):
+        p = plans[f"blocks.0.{name}.weight"]
+        assert (p.clip, p.bits, p.on_grid, p.floor) == ("uniform", 8, True, 0.0)
+        assert p.relative_step == pytest.approx(step)
+
+
+def test_steps_on_the_grid_and_widths_are_for_gptq():
+    name = "blocks.0.attn.c_q.weight"
+    for more, on_grid, widths in (
+        ({}, True, (3.5, 4.0)),
+        ({"quantizer": "lite"}, False, ()),
+        ({"min_scale": 1.0}, False, (3.5, 4.0)),
+        ({"clip_search": "matrix"}, False, (3.5, 4.0)),
+    ):
+        p = plan(QuantConfig(clip_widths="3.5,4", **more), full_size_shapes())[name]
+        assert (p.on_grid, p.widths) == (on_grid, widths), more
+
+
 def test_max_clip_is_by_bits_as_written():
     plans = plan(QuantConfig(max_clip_bits="8/4,6", attn_bits="8/4", min_scale=2.0),
                  full_size_shapes())
@@ -145,6 +165,9 @@ def test_max_clip_is_by_bits_as_written():
         ("clip_percentiles", "nan", "nan"),
         ("clip_percentiles", "half", "half"),
         ("clip_percentiles", "", "clip_percentiles"),
+        ("clip_widths", "3,x", "3,x"),
+        ("clip_widths", "0", "clip_widths"),
+        ("clip_widths", "inf", "clip_widths"),
     ],
 )
 def test_malformed_settings_are_named(key: str, value: str, message: str):
