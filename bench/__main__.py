@@ -12,6 +12,7 @@ COMMANDS = {
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
     "aot": "compile every Triton and CUDA kernel: registers, shared memory, spills, instructions",
     "artifact": "bytes, time and memory of every codec on a model's codes, against their entropy",
+    "quality": "quantise a run's weights in every way: bytes, and what it costs in bits per byte",
     "gpu": "all that only a GPU can show: tests, compute-sanitizer, times",
 }
 

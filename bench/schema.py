@@ -97,6 +97,17 @@ class TensorSize(Setting):
     bits: int
     entropy_bits: float  # order-0, a weight
     coded_bits: float  # what rans takes, a weight
+class Quality(Setting):
+    """A line of `bench quality`: a run's weights, quantised in one way."""
+
+    run: str
+    method: str
+    bits: int  # nominal, of the block matrices
+    bytes_model: int
+    bpb_live: float  # of the weights before
+    bpb: float  # of the decoded file
+    expected_loss: float  # nats a token, by Hessians and moments
+    stride: int
 
 
 def setting(device: torch.device, command: str, malloc: str) -> Setting:

@@ -143,6 +143,14 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"batch_tokens={d.batch_tokens} must be a multiple of seq_len={d.seq_len}"
         )
+    q, a = config.quant, config.artifact
+    if a.fit_to_budget and (q.grid, q.quantizer) != ("uniform", "gptq"):
+        raise ConfigError(
+            "fit_to_budget=true needs grid=uniform and quantizer=gptq, not "
+            f"grid={q.grid} and quantizer={q.quantizer}"
+        )
+    if a.fit_to_budget and not a.budget_bytes:
+        raise ConfigError("fit_to_budget=true needs a budget_bytes above 0")
     if config.eval.stride > d.seq_len:
         raise ConfigError(f"stride={config.eval.stride} must be at most seq_len={d.seq_len}")
     if config.recipe and not (s.max_seconds or s.max_tokens or s.max_steps):

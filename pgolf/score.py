@@ -1,8 +1,7 @@
 """Score an artifact in a process that has seen nothing else: `python -m pgolf.score JSON`.
 
 It loads the artifact, the validation shards and the tokenizer (for byte counts alone), and prints
-one JSON object. The modules of pgolf that are loaded when it ends are exactly the code that
-decoding and scoring need: their compressed size is the code's share of the budget.
+one JSON object.
 """
 
 import json
@@ -26,44 +25,37 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     """Score one rank's part of the windows.
 
     Args:
-        job: artifact, device, dtype; and unless only the code is asked for: data (folder),
-            tokenizer and its tokenizer_sha256, stride, val_tokens (0 = all), eval_tokens,
-            part [rank, world], compile, progress.
+        job: artifact, device, dtype; data (folder), tokenizer and its tokenizer_sha256, stride,
+            val_tokens (0 = all), eval_tokens, part [rank, world], compile, progress.
     """
     model, meta = load_model(job["artifact"], torch.device(job["device"]), DTYPES[job["dtype"]])
-    result: dict[str, Any] = {"meta": meta}
-    if "data" in job:
-        if job["tokenizer_sha256"] != meta["tokenizer_sha256"]:
-            raise DataError(
-                f"{job['tokenizer']} is not the tokenizer of {job['artifact']}: its sha256 differs "
-                "from the one that the artifact names"
-            )
-        length = meta["seq_len"]
-        tokens = load_validation(
-            Path(job["data"]), model.config.vocab_size, length, job["val_tokens"]
+    if job["tokenizer_sha256"] != meta["tokenizer_sha256"]:
+        raise DataError(
+            f"{job['tokenizer']} is not the tokenizer of {job['artifact']}: its sha256 differs "
+            "from the one that the artifact names"
         )
-        table = ByteTable(load_tokenizer(job["tokenizer"]), model.config.vocab_size)
-        forward = torch.compile(model, dynamic=False) if job["compile"] else model
-        started = time.perf_counter()
-        sums = evaluate(
-            forward,
-            tokens,
-            table,
-            length,
-            job["stride"],
-            job["eval_tokens"],
-            tuple(job["part"]),
-            job["progress"],
-        )
-        result |= {"nll": sums.nll, "targets": sums.targets, "bytes": sums.bytes}
-        result["seconds"] = time.perf_counter() - started
-    return result
-
-
-def loaded_code() -> list[str]:
-    """Source files of pgolf that this process has loaded."""
-    ours = [m for name, m in sys.modules.items() if name == "__main__" or name.startswith("pgolf")]
-    return sorted({str(Path(m.__file__).resolve()) for m in ours if getattr(m, "__file__", None)})
+    length = meta["seq_len"]
+    tokens = load_validation(Path(job["data"]), model.config.vocab_size, length, job["val_tokens"])
+    table = ByteTable(load_tokenizer(job["tokenizer"]), model.config.vocab_size)
+    forward = torch.compile(model, dynamic=False) if job["compile"] else model
+    started = time.perf_counter()
+    sums = evaluate(
+        forward,
+        tokens,
+        table,
+        length,
+        job["stride"],
+        job["eval_tokens"],
+        tuple(job["part"]),
+        job["progress"],
+    )
+    return {
+        "meta": meta,
+        "nll": sums.nll,
+        "targets": sums.targets,
+        "bytes": sums.bytes,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def main() -> int:
@@ -74,7 +66,7 @@ def main() -> int:
         result = {"error": str(e), "kind": type(e).__name__}
     except KeyboardInterrupt:  # the process that asked says so
         return 130
-    print(json.dumps(result | {"code": loaded_code()}))
+    print(json.dumps(result))
     return 0
 
 

@@ -23,11 +23,19 @@ WINDOW = 320  # the size may end up to 1/320 under the budget: 50,000 of 16,000,
 
 @dataclass(frozen=True)
 class Probe:
-    """A setting that was tried: the dial, index of each matrix's step, and the size in bytes."""
+    """A setting that was tried.
+
+    Attributes:
+        dial: the setting.
+        steps: index of each matrix's step.
+        size: bytes.
+        loss: expected, in nats a token.
+    """
 
     dial: float
     steps: dict[str, int]
     size: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def fit(
     start: float,
     weights: int,
     budget: int,
-    measure: Callable[[Mapping[str, int]], int],
+    measure: Callable[[Mapping[str, int]], tuple[int, float]],
     progress: bool = True,
 ) -> Fit:
     """Turn the dial until the size is within the budget and at most 1/320 of it below.
@@ -111,7 +119,7 @@ def fit(
         start: where to begin.
         weights: how many weights the dial moves: an index is worth a 16th of a bit of each.
         budget: bytes that `measure` may give.
-        measure: step indices -> size in bytes.
+        measure: step indices -> size in bytes, and expected loss in nats a token.
 
     Raises:
         BudgetError: with the coarsest steps it is larger still.
@@ -120,9 +128,9 @@ def fit(
 
         def probe(at: float) -> Probe:
             steps = dial.at(at)
-            size = measure(steps)
+            size, loss = measure(steps)
             bar.update(note=f"{size:,} bytes, {size - budget:+,}")
-            return Probe(at, steps, size)
+            return Probe(at, steps, size, loss)
 
         best, probes = _search(dial, start, weights / 8 / PER_OCTAVE, budget, probe)
         beside = (dial.next(best.dial, +1), dial.next(best.dial, -1))

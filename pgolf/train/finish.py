@@ -1,4 +1,4 @@
-"""After training: quantise, pack to the budget, decode and score in fresh processes, report."""
+"""After the export: decode and score the file in fresh processes, and report."""
 
 import dataclasses
 import json
@@ -11,104 +11,21 @@ import numpy as np
 import torch
 import zstandard
 
-from pgolf.artifact.code_size import code_bytes
-from pgolf.artifact.pack import PackReport, encode, write_artifact
 from pgolf.config import Config
 from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import load_tokenizer
-from pgolf.errors import BudgetError
 from pgolf.evaluate import Sums
 from pgolf.files import atomic_write
 from pgolf.model.gpt import DTYPES
 from pgolf.optim.schedule import Clock
+from pgolf.quant.fit import Fit
 from pgolf.quant.policy import category
-from pgolf.quant.prune import prune_to_fit
-from pgolf.quant.quantize import QuantizedModel, quantize, relative_error
+from pgolf.train.export import Export
 from pgolf.train.provenance import provenance
 from pgolf.train.ranks import Ranks
-from pgolf.train.scoring import ask, code_files, relative, sums_of
+from pgolf.train.scoring import ask, sums_of
 
 BASELINE_TOKENS = 20_000_000  # a larger text would take xz minutes
-
-
-@dataclasses.dataclass
-class Packed:
-    """A written artifact and what it weighs."""
-
-    model: QuantizedModel
-    report: PackReport
-    code: list[Path]
-    bytes_code: int
-    pruned: int
-
-    @property
-    def total(self) -> int:
-        return self.report.total + self.bytes_code
-
-
-def metadata(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What an artifact says of itself: all that scoring needs, and where it comes from."""
-    return {
-        "model": dataclasses.asdict(config.model),
-        "seq_len": config.data.seq_len,
-        "recipe": config.recipe,
-        "seed": config.run.seed,
-        "corpus": dataset.corpus,
-        "tokenizer_sha256": dataset.tokenizer_sha256,
-    }
-
-
-def pack_to_budget(
-    state: dict[str, torch.Tensor], config: Config, dataset: Dataset, path: Path
-) -> Packed:
-    """Quantise and write; prune if code + model exceed the budget.
-
-    Raises:
-        BudgetError: they exceed it still, or pruning is off; no file is left.
-    """
-    try:
-        return _packed(state, config, dataset, path)
-    except BudgetError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _packed(
-    state: dict[str, torch.Tensor], config: Config, dataset: Dataset, path: Path
-) -> Packed:
-    meta = metadata(config, dataset)
-    model = quantize(state, config.quant)
-    report = write_artifact(path, model, meta, config.artifact)
-    answer = ask(artifact=str(path), device="cpu", dtype="fp32")
-    code = code_files(answer)
-    packed = Packed(model, report, code, code_bytes(code), 0)
-    limit = config.artifact.budget_bytes
-    if not limit or packed.total <= limit:
-        return packed
-    over = (
-        f"model {report.total:,} + code {packed.bytes_code:,} = {packed.total:,} bytes, "
-        f"{packed.total - limit:,} over the limit of {limit:,}"
-    )
-    if not config.artifact.prune_to_fit:
-        raise BudgetError(f"{over}: use prune_to_fit=true, fewer bits, or a smaller model")
-    print(f"{over}: pruning", flush=True)
-    fixed = dataclasses.replace(config.artifact, codec=report.codec, packing=report.packing)
-    # The codec never writes more at a higher level, so quick probes only err on the safe side.
-    quick = dataclasses.replace(fixed, zstd_level=1)
-
-    def size(candidate: QuantizedModel) -> int:
-        return len(encode(candidate, meta, quick, progress=False).data)
-
-    model, pruned = prune_to_fit(model, size, limit - packed.bytes_code)
-    report = write_artifact(path, model, meta, fixed)
-    stats = {
-        name: dataclasses.replace(
-            s, relative_error=relative_error(state[name], model.tensors[name])
-        )
-        for name, s in model.stats.items()
-    }
-    model = dataclasses.replace(model, stats=stats)
-    return dataclasses.replace(packed, model=model, report=report, pruned=pruned)
 
 
 def score_artifact(path: Path, config: Config, dataset: Dataset, ranks: Ranks, dtype: str) -> Sums:
@@ -149,8 +66,9 @@ def baselines(tokens: np.ndarray, dataset: Dataset) -> dict[str, dict[str, float
     return {n: {"bytes": size, "bpb": 8 * size / len(text)} for n, size in sizes.items()}
 
 
-def tensor_rows(model: QuantizedModel) -> list[dict[str, Any]]:
+def tensor_rows(packed: Export) -> list[dict[str, Any]]:
     """One row a tensor for result.json."""
+    model = packed.model
     return [
         {
             "name": name,
@@ -158,18 +76,30 @@ def tensor_rows(model: QuantizedModel) -> list[dict[str, Any]]:
             "kind": model.plans[name].kind,
             "bits": q.bits,
             "shape": list(q.shape),
-            "relative_error": model.stats[name].relative_error,
-            "floor_share": model.stats[name].floor_share,
+            **dataclasses.asdict(model.stats[name]),
+            "expected_loss": packed.losses.get(name),
         }
         for name, q in model.tensors.items()
     ]
+
+
+def fit_row(fit: Fit | None) -> dict[str, Any] | None:
+    """How the budget was filled, for result.json; None where it was not."""
+    if fit is None:
+        return None
+    beside = {"chosen": fit.chosen, "cheaper": fit.cheaper, "dearer": fit.dearer}
+    return {
+        "probes": fit.probes,
+        "full": fit.full,
+        **{k: p and {"bytes_model": p.size, "expected_loss": p.loss} for k, p in beside.items()},
+    }
 
 
 def write_result(
     path: Path,
     config: Config,
     dataset: Dataset,
-    packed: Packed,
+    packed: Export,
     clock: Clock,
     decoded: Sums,
     live: Sums | None,
@@ -192,7 +122,9 @@ def write_result(
         "bytes_by_group": packed.report.groups,
         "codecs_tried": packed.report.tried,
         "codes_pruned": packed.pruned,
-        "code_files": relative(packed.code),
+        "budget_fit": fit_row(packed.fit),
+        "quantise_seconds": packed.seconds,
+        "code_modules": sorted(packed.script.sources),
         "steps": clock.step,
         "tokens": clock.tokens,
         "train_seconds": clock.seconds,
@@ -214,7 +146,7 @@ def write_result(
         "attention": attention,
         "ops": dict(ops),
         "baselines": baselines(tokens, dataset),
-        "tensors": tensor_rows(packed.model),
+        "tensors": tensor_rows(packed),
         "provenance": provenance(device),
     }
     atomic_write(path, json.dumps(result, indent=2) + "\n")

@@ -8,6 +8,7 @@ import torch
 
 from pgolf.config import (
     ArtifactConfig,
+    Config,
     QuantConfig,
     find_key,
     from_dict,
@@ -15,15 +16,53 @@ from pgolf.config import (
     with_overrides,
 )
 from pgolf.data.manifest import Dataset
+from pgolf.device import pick_device
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
 from pgolf.recipes import get
-from pgolf.train.finish import pack_to_budget
+from pgolf.train.export import export
+from pgolf.train.ranks import Ranks
 from pgolf.train.run_folder import RunFolder, read_config
 
 SECTIONS = {"quant": QuantConfig, "artifact": ArtifactConfig}
+ALIASES = {"budget": "budget_bytes"}
+
+
+def load_weights(run: Path, trained: Config, device: torch.device) -> tuple[GPT, str]:
+    """The model with the weights that a run exports from its newest checkpoint, and their name.
+
+    Raises:
+        DataError: there is no checkpoint that is whole.
+    """
+    state, path = RunFolder(run, writes=False).load(torch.device("cpu"))
+    model = GPT(trained.model, max_length=trained.data.seq_len)
+    model.load_state_dict({name: state["model"][name] for name, _ in model.named_parameters()})
+    averager = Averager(model, Schedule(trained))
+    averager.load_state_dict(state["averager"])
+    weights, words = averager.export()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    return model.to(device), f"{path.name}: {words}"
+
+
+def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:
+    """The settings of a run as it was trained, and those to pack it with.
+
+    Raises:
+        ConfigError: an override is not about packing, or lifts the contest's limit.
+    """
+    trained = from_dict(read_config(run))
+    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    for key in overrides:
+        section = find_key(key)[0]
+        if section not in SECTIONS:
+            raise ConfigError(f"{key}: packing takes keys of {' and '.join(SECTIONS)} only")
+    config = with_overrides(trained, overrides)
+    get(config.recipe).check_limit(config)
+    return trained, config
 
 
 def main(argv: list[str]) -> int:
@@ -31,37 +70,26 @@ def main(argv: list[str]) -> int:
     keys = ", ".join(f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls))
     parser = argparse.ArgumentParser(
         prog="pgolf pack",
-        description="Quantise and pack the weights of a run's newest checkpoint again.",
-        epilog=f"keys: {keys}. example: pgolf pack runs/demo-seed1337 --out small attn_bits=5 "
-        "mlp_bits=5; then pgolf eval small --data FOLDER",
+        description="Quantise and pack the weights of a run's newest checkpoint again. "
+        "budget=BYTES fills that many with code and model, if fit_to_budget=true.",
+        epilog=f"keys: {keys}. examples: pgolf pack runs/demo-seed1337 --out small attn_bits=5 "
+        "mlp_bits=5; pgolf pack runs/demo-seed1337 --out tiny grid=uniform fit_to_budget=true "
+        "budget=1000000; then pgolf eval tiny --data FOLDER",
     )
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
 
-    trained = from_dict(read_config(args.run))
-    overrides = parse_overrides(args.overrides)
-    for key in overrides:
-        section = find_key(key)[0]
-        if section not in SECTIONS:
-            raise ConfigError(f"{key}: packing takes keys of {' and '.join(SECTIONS)} only")
-    config = with_overrides(trained, overrides)
-    get(config.recipe).check_limit(config)
+    trained, config = settings(args.run, parse_overrides(args.overrides))
     dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
-
-    state, path = RunFolder(args.run, writes=False).load(torch.device("cpu"))
-    model = GPT(config.model, max_length=config.data.seq_len)
-    model.load_state_dict(
-        {name: state["model"][name] for name, _ in model.named_parameters()}, strict=True
-    )
-    averager = Averager(model, Schedule(trained))
-    averager.load_state_dict(state["averager"])
-    weights, words = averager.export()
-    print(f"{path.name}: {words}")
-    packed = pack_to_budget(weights, config, dataset, args.out)
+    device = pick_device(args.device)
+    model, words = load_weights(args.run, trained, device)
+    print(words)
+    packed = export(model, config, dataset, Ranks(0, 1, device), args.out, print)
     for tried, size in packed.report.tried.items():
-        print(f"  {tried:<12} {size:>12,} bytes")
+        print(f"  {tried:<16} {size:>12,} bytes")
     limit = config.artifact.budget_bytes
     print(
         f"{args.out}: model {packed.report.total:,} + code {packed.bytes_code:,} = "

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pgolf
 from pgolf import errors
 from pgolf.config import from_dict
 from pgolf.data.manifest import Dataset
@@ -16,8 +15,6 @@ from pgolf.errors import PgolfError
 from pgolf.evaluate import Sums
 from pgolf.model.gpt import DTYPES
 from pgolf.train.run_folder import read_config
-
-SOURCE = Path(pgolf.__file__).resolve().parent.parent
 
 
 def ask(**job: Any) -> dict[str, Any]:
@@ -36,16 +33,6 @@ def ask(**job: Any) -> dict[str, Any]:
     if "error" in result:
         raise getattr(errors, result["kind"], PgolfError)(result["error"])
     return result
-
-
-def code_files(result: dict[str, Any]) -> list[Path]:
-    """The source files that a scoring process needed, as paths."""
-    return [Path(name) for name in result["code"]]
-
-
-def relative(files: list[Path]) -> list[str]:
-    """Source files by their name in the package."""
-    return [str(f.relative_to(SOURCE)) for f in files]
 
 
 def sums_of(result: dict[str, Any]) -> Sums:

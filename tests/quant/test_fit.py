@@ -1,11 +1,12 @@
 """The search for a budget, on sizes that follow the law of high rates and on ones that do not."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from pgolf.errors import BudgetError
-from pgolf.quant.fit import PROBES, WINDOW, Dial, fit
+from pgolf.quant.fit import PROBES, WINDOW, Dial, Fit, fit
 from pgolf.quant.steps import PER_OCTAVE
 
 SHAPES = {f"m{i}": (1 << 18) + 1000 * i for i in range(60)}
@@ -22,27 +23,35 @@ def size_of(steps) -> int:
     return int(sum(bits) / 8) + 12_345
 
 
+def fitted(d: Dial, start: float, budget: int, size: Callable[[Mapping], int] = size_of) -> Fit:
+    def measure(steps: Mapping[str, int]) -> tuple[int, float]:
+        return size(steps), sum(4.0 ** (index / PER_OCTAVE) for index in steps.values())
+
+    return fit(d, start, sum(SHAPES[n] for n in d.offsets), budget, measure, progress=False)
+
+
 @pytest.mark.parametrize("budget", [6_000_000, 9_000_000, 15_937_000])
 @pytest.mark.parametrize("start", [-100.0, -40.0, 0.0, 30.0])
 def test_it_lands_in_the_window(budget: int, start: float) -> None:
-    found = fit(dial(), start, sum(SHAPES.values()), budget, size_of, progress=False)
+    found = fitted(dial(), start, budget)
     assert budget - budget // WINDOW <= found.chosen.size <= budget
     assert found.full and found.probes <= 5
     assert size_of(found.chosen.steps) == found.chosen.size
 
 
 def test_the_neighbours_move_one_matrix_by_one_index() -> None:
-    found = fit(dial(), 0.0, sum(SHAPES.values()), 9_000_000, size_of, progress=False)
+    found = fitted(dial(), 0.0, 9_000_000)
     for beside, sign in ((found.cheaper, 1), (found.dearer, -1)):
         moved = {n: beside.steps[n] - i for n, i in found.chosen.steps.items()
                  if beside.steps[n] != i}  # fmt: skip
         assert list(moved.values()) == [sign]
         assert (beside.size - found.chosen.size) * sign < 0
+        assert (beside.loss - found.chosen.loss) * sign > 0
 
 
 def test_ratios_of_steps_are_those_asked_for() -> None:
     d = dial()
-    found = fit(d, 0.0, sum(SHAPES.values()), 9_000_000, size_of, progress=False)
+    found = fitted(d, 0.0, 9_000_000)
     off = [index - (found.chosen.dial + d.offsets[n]) for n, index in found.chosen.steps.items()]
     assert max(map(abs, off)) <= 0.5 + 1e-9
 
@@ -50,13 +59,13 @@ def test_ratios_of_steps_are_those_asked_for() -> None:
 def test_room_that_the_finest_steps_leave_is_left() -> None:
     d = dial()
     finest = size_of(d.finest)
-    found = fit(d, 0.0, sum(SHAPES.values()), 2 * finest, size_of, progress=False)
+    found = fitted(d, 0.0, 2 * finest)
     assert found.chosen.size == finest and not found.full and found.dearer is None
 
 
 def test_what_no_step_makes_small_enough() -> None:
     with pytest.raises(BudgetError, match="too large even with the coarsest steps"):
-        fit(dial(), 0.0, sum(SHAPES.values()), 10_000, size_of, progress=False)
+        fitted(dial(), 0.0, 10_000)
 
 
 def test_sizes_with_a_jump_still_fit() -> None:
@@ -64,13 +73,13 @@ def test_sizes_with_a_jump_still_fit() -> None:
         size = size_of(steps)
         return size + 2_000_000 if size > 8_800_000 else size
 
-    found = fit(dial(), 0.0, sum(SHAPES.values()), 9_000_000, jumping, progress=False)
+    found = fitted(dial(), 0.0, 9_000_000, jumping)
     assert found.chosen.size <= 8_800_000 and not found.full
     assert found.chosen.size > 8_700_000 and found.probes <= PROBES
 
 
 def test_one_matrix_alone_comes_as_near_as_the_grid_allows() -> None:
     alone = Dial({"m0": 1.0}, {"m0": 2.0**-10})
-    found = fit(alone, 0.0, SHAPES["m0"], 100_000, size_of, progress=False)
+    found = fitted(alone, 0.0, 100_000)
     index = found.chosen.steps["m0"]
     assert size_of({"m0": index}) <= 100_000 < size_of({"m0": index - 1})

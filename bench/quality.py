@@ -1,0 +1,185 @@
+"""`python -m bench quality`: what each way to quantise a run's weights costs in bits per byte."""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bench import schema
+from pgolf.artifact.pack import encode
+from pgolf.bpb import ByteTable
+from pgolf.config import Config, QuantConfig, with_overrides
+from pgolf.data.manifest import Dataset
+from pgolf.data.shards import load_validation
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import pick_device, pick_dtype
+from pgolf.errors import PgolfError
+from pgolf.evaluate import evaluate
+from pgolf.model import GPT
+from pgolf.model.gpt import DTYPES
+from pgolf.quant.budget import Steps, expected_losses, fill_budget
+from pgolf.quant.calibration import calibration_tokens
+from pgolf.quant.gptq import Factors
+from pgolf.quant.hessians import Calibration, collect
+from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.train.export import metadata
+from pgolf.train.repack import load_weights, settings
+from pgolf.train.scoring import ask, sums_of
+
+DESCRIPTION = """\
+Quantise the weights of a run in every way that pgolf knows, write each to a file, decode and score
+it in a fresh process. Rows of one grid of so many bits a weight come first; for each width there is
+then the uniform grid, fitted to the very bytes that GPTQ took.
+"""
+EPILOG = """\
+examples:
+  python -m bench quality runs/demo-seed1337
+  python -m bench quality runs/demo-seed1337 --bits 5 6 --stride 256 --json quality.jsonl
+"""
+LITE = {"quantizer": "lite", "grid": "rows", "min_scale": 0.0, "max_clip_bits": ""}
+GPTQ = LITE | {"quantizer": "gptq", "clip_search": "row"}
+METHODS = {
+    "round to nearest": LITE | {"clip_search": "max"},
+    "lite, a clip a matrix": LITE | {"clip_search": "matrix"},
+    "lite, a clip a row": LITE | {"clip_search": "row"},
+    "gptq, self-generated": GPTQ | {"calibration": "self"},
+    "gptq, training text": GPTQ | {"calibration": "train"},
+}
+UNIFORM = {
+    "uniform, same bytes": {"rate_weight": 0.0},
+    "uniform by rate, same bytes": {"rate_weight": 0.1},
+}
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench quality", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("run", type=Path, help="run folder with a checkpoint")
+    add("--bits", type=int, nargs="+", default=[6, 5, 4], choices=range(4, 9), metavar="BITS",
+        help="widths of the block matrices (6 5 4); tables keep those of the run")
+    add("--stride", type=int, default=64, help="targets a window scores (64)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well, as JSON lines")
+    args = parser.parse_args(argv)
+    try:
+        return _run(args, shlex.join(["python", "-m", "bench", "quality", *argv]))
+    except PgolfError as e:
+        print(f"python -m bench quality: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    trained, config = settings(args.run, {"codec": "rans"})
+    if not 1 <= args.stride <= config.data.seq_len:
+        raise PgolfError(f"--stride {args.stride}: expected 1 to {config.data.seq_len}")
+    bench = _Bench(args.run, trained, config, pick_device(args.device), args.stride)
+    setting = schema.setting(bench.device, command, "default")
+    live = bench.live()
+    print(f"{bench.words}: {live:.5f} bits per byte before quantisation, stride {args.stride}\n"
+          f"{'':28} {'bits':>4} {'bytes':>10} {'BPB':>8} {'lost':>8} {'expected':>9}")  # fmt: skip
+    lines = []
+    for bits in args.bits:
+        for method in (*METHODS, *UNIFORM):
+            if method in METHODS:
+                model = bench.rows(bits, METHODS[method])
+            else:
+                model = bench.uniform(bits, UNIFORM[method], met)
+            size, bpb = bench.score(model)
+            met = size if method in METHODS else met  # the last of METHODS
+            losses = bench.expected(model)
+            line = schema.Quality(
+                **asdict(setting), run=str(args.run), method=method, bits=bits, bytes_model=size,
+                bpb_live=live, bpb=bpb, expected_loss=losses, stride=args.stride,
+            )  # fmt: skip
+            lines.append(line)
+            print(f"{method:28} {bits:>4} {size:>10,} {bpb:>8.5f} {bpb - live:>+8.5f} "
+                  f"{losses:>9.6f}", flush=True)  # fmt: skip
+    print("bytes: the artifact with the entropy coder; expected: loss in nats a token, by Hessians")
+    if args.json:
+        schema.write_jsonl(args.json, lines)
+    return 0
+
+
+class _Bench:
+    """A run's weights, the statistics of both calibrations, and how to score a model."""
+
+    def __init__(
+        self, run: Path, trained: Config, config: Config, device: torch.device, stride: int
+    ):
+        self.config, self.device, self.stride = config, device, stride
+        self.dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+        self.model, self.words = load_weights(run, trained, device)
+        self.state = self.model.export_state()
+        self.dtype = pick_dtype("auto", device)[0]
+        self.statistics = {name: self._collect(name) for name in ("train", "self")}
+        damping = config.quant.damping
+        self.factors = {n: Factors(s.hessians, damping) for n, s in self.statistics.items()}
+
+    def _collect(self, calibration: str) -> Calibration:
+        config = with_overrides(self.config, {"calibration": calibration})
+        tokens = calibration_tokens(
+            config, self.model, self.dataset.train_shards, self.dataset.vocab_size
+        )
+        return collect(self.model, tokens, config.eval.eval_tokens)
+
+    def _quant(self, bits: int, overrides: Mapping[str, object]) -> QuantConfig:
+        widths = {"attn_bits": str(bits), "mlp_bits": str(bits)}
+        return with_overrides(self.config, widths | dict(overrides)).quant
+
+    def rows(self, bits: int, overrides: Mapping[str, object]) -> QuantizedModel:
+        """The model on grids per row."""
+        quant = self._quant(bits, overrides)
+        return quantize(self.state, quant, factors=self.factors[quant.calibration])
+
+    def uniform(self, bits: int, overrides: Mapping[str, object], size: int) -> QuantizedModel:
+        """The model on a uniform grid, in at most `size` bytes."""
+        quant = self._quant(bits, {"grid": "uniform"} | dict(overrides))
+        steps = Steps(self.state, quant, self.statistics["train"], self.factors["train"])
+        return fill_budget(steps, size, lambda m: len(self._encode(m)))[0]
+
+    def _encode(self, model: QuantizedModel) -> bytes:
+        meta = metadata(self.config, self.dataset)
+        return encode(model, meta, self.config.artifact, progress=False).data
+
+    def expected(self, model: QuantizedModel) -> float:
+        """Expected loss by the training text, in nats a token."""
+        return sum(expected_losses(self.state, model, self.statistics["train"]).values())
+
+    def live(self) -> float:
+        """Bits per byte of the weights as they are."""
+        tokens = load_validation(
+            self.dataset.folder, self.config.model.vocab_size, self.config.data.seq_len,
+            self.config.eval.val_tokens,
+        )  # fmt: skip
+        table = ByteTable(load_tokenizer(self.dataset.tokenizer_path), self.config.model.vocab_size)
+        model = GPT(self.config.model, self.dtype, "sdpa", self.config.data.seq_len)
+        model.load_state_dict(self.state)
+        return evaluate(
+            model.to(self.device), tokens, table, self.config.data.seq_len, self.stride,
+            self.config.eval.eval_tokens, progress="scoring live",
+        ).bpb  # fmt: skip
+
+    def score(self, model: QuantizedModel) -> tuple[int, float]:
+        """Bytes of the file, and its bits per byte by a fresh process."""
+        data = self._encode(model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "artifact"
+            path.write_bytes(data)
+            answer = ask(
+                artifact=str(path), device=str(self.device),
+                dtype=next(n for n, d in DTYPES.items() if d == self.dtype),
+                data=str(self.dataset.folder), tokenizer=str(self.dataset.tokenizer_path),
+                tokenizer_sha256=self.dataset.tokenizer_sha256, stride=self.stride,
+                val_tokens=self.config.eval.val_tokens, eval_tokens=self.config.eval.eval_tokens,
+                part=[0, 1], compile=False, progress="",
+            )  # fmt: skip
+        return len(data), sums_of(answer).bpb

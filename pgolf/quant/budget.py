@@ -1,0 +1,139 @@
+"""Quantising all matrices of a model to a byte budget: what `fit` turns the dial of.
+
+The expected loss of storing W as W + E is, to second order and in nats a token,
+
+    1/2 m tr(E H Eᵀ)
+
+with the Hessian H of the inputs and the mean moment m of the outputs' gradients (`hessians`): a
+unit that can be compared between matrices. On a uniform grid with column steps proportional to the
+Cholesky diagonal U (`uniform`), e H eᵀ is s²/12 C / g² for every row, g the geometric mean of U's
+diagonal: the best steps are in proportion to g / sqrt(m).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pgolf.config import QuantConfig
+from pgolf.errors import ConfigError
+from pgolf.quant.dequantize import dequantize
+from pgolf.quant.fit import Dial, Fit, fit
+from pgolf.quant.gptq import Factors
+from pgolf.quant.hessians import Calibration
+from pgolf.quant.policy import plan
+from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.steps import PER_OCTAVE, step_values
+
+LARGEST_CODE = 127
+
+
+def expected_losses(
+    state: Mapping[str, Tensor], model: QuantizedModel, statistics: Calibration
+) -> dict[str, float]:
+    """Expected loss in nats a token of every stored tensor that has a Hessian."""
+    losses = {}
+    for name, hessian in statistics.hessians.items():
+        error = dequantize(model.tensors[name]).to(hessian) - state[name].to(hessian)
+        spread = (error @ hessian * error).sum(dtype=torch.float64).item()
+        losses[name] = 0.5 * statistics.moments[name].double().mean().item() * spread
+    return losses
+
+
+class Steps:
+    """Models by the step index of their matrices; a matrix is quantised when its step changes.
+
+    Args:
+        state: parameters by name.
+        factors: of all matrices that the dial moves; others are quantised once.
+        share: (rank, world) of the ranks that work together.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        config: QuantConfig,
+        statistics: Calibration,
+        factors: Factors,
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.state, self.config, self.statistics = state, config, statistics
+        self.factors, self.share = factors, share
+        plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
+        self.names = [n for n, how in plans.items()
+                      if how.clip == "uniform" and factors.get(n) is not None]  # fmt: skip
+        if not self.names:
+            raise ConfigError("fit_to_budget=true: every matrix is stored as fp16, none has a step")
+        self.known: dict[str, int] = {}
+        self.model: QuantizedModel | None = None
+
+        rms = {n: state[n].float().square().mean().sqrt().item() for n in self.names}
+        nominal = {n: rms[n] * plans[n].relative_step for n in self.names}
+        relative = {}
+        for n in self.names:
+            spread = factors[n].upper.diagonal().double().log().mean().exp().item()
+            moment = statistics.moments[n].double().mean().item()
+            # A matrix that nothing depends on gets the step of its policy, not an infinite one.
+            relative[n] = spread * moment**-0.5 if moment > 0 else nominal[n]
+        self.dial = Dial(relative, {n: config.width * rms[n] / LARGEST_CODE for n in self.names})
+        self.weights = sum(state[n].numel() for n in self.names)
+        logs = torch.tensor([nominal[n] / relative[n] for n in self.names]).double().log2()
+        share_of = torch.tensor([state[n].numel() for n in self.names]).double() / self.weights
+        self.nominal = PER_OCTAVE * float(logs @ share_of)
+
+    def at(self, steps: Mapping[str, int], progress: bool = False) -> QuantizedModel:
+        """The model with these step indices."""
+        changed = {n for n, index in steps.items() if self.known.get(n) != index}
+        values = {n: step_values(torch.tensor(steps[n])).item() for n in changed}
+        part = quantize(
+            self.state, self.config, progress, self.factors, values, self.share,
+            None if self.model is None else changed,
+        )  # fmt: skip
+        if self.model is None:
+            self.model = part
+        else:
+            self.model = QuantizedModel(
+                self.model.tensors | part.tensors, self.model.plans, self.model.stats | part.stats
+            )
+        self.known |= dict(steps)
+        return self.model
+
+
+def fill_budget(
+    steps: Steps, budget: int, size: Callable[[QuantizedModel], int], progress: bool = True
+) -> tuple[QuantizedModel, Fit]:
+    """The model whose size is just within the budget, and how it was found.
+
+    Args:
+        size: bytes of a model after the real codec, the same on every rank.
+
+    Raises:
+        BudgetError: it does not fit with the coarsest steps.
+    """
+
+
+    def measure(indices: Mapping[str, int]) -> tuple[int, float]:
+        model = steps.at(indices)
+        return size(model), sum(expected_losses(steps.state, model, steps.statistics).values())
+
+    found = fit(steps.dial, steps.nominal, steps.weights, budget, measure, progress)
+    return steps.at(found.chosen.steps), found
+
+
+def fit_lines(found: Fit, budget: int) -> list[str]:
+    """What was chosen and what lies beside it, for people."""
+    size, loss = found.chosen.size, found.chosen.loss
+    lines = [
+        f"steps fitted with {found.probes} probes: {size:,} bytes, {budget - size:,} below the "
+        f"{budget:,} that code leaves; expected loss {loss:.5f} nats a token"
+    ]
+    if not found.full:
+        lines.append("  finer steps than these are not offered, or are too large")
+    for word, probe in (("cheaper", found.cheaper), ("dearer", found.dearer)):
+        if probe is not None:
+            name = next(n for n, i in probe.steps.items() if i != found.chosen.steps[n])
+            lines.append(
+                f"  next {word}: {name}, {probe.size - size:+,} bytes, "
+                f"{probe.loss - loss:+.2e} nats a token"
+            )
+    return lines
