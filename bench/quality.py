@@ -91,10 +91,10 @@ def _run(args: argparse.Namespace, command: str) -> int:
         for method in (*METHODS, *UNIFORM):
             if method in METHODS:
                 model = bench.rows(bits, METHODS[method])
-            else:
-                model = bench.uniform(bits, UNIFORM[method], met)
+            else:  # METHODS ends with GPTQ, whose bytes are the budget
+                budget = next(x.bytes_model for x in reversed(lines) if x.method in METHODS)
+                model = bench.uniform(bits, UNIFORM[method], budget)
             size, bpb = bench.score(model)
-            met = size if method in METHODS else met  # the last of METHODS
             losses = bench.expected(model)
             line = schema.Quality(
                 **asdict(setting), run=str(args.run), method=method, bits=bits, bytes_model=size,

@@ -1,7 +1,7 @@
 """Weights to stored tensors by the plan, with the error that this costs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def quantize(
     moments: Mapping[str, Tensor] | None = None,
     steps: Mapping[str, float] | None = None,
     share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
 ) -> QuantizedModel:
     """Quantise parameters on the device where they are; the result is on the CPU.
 
@@ -75,6 +76,7 @@ def quantize(
             the geometric mean of its rows'.
         share: (rank, world): matrices are shared out over the ranks of torch.distributed, and each
             gets the whole model.
+        only: leave out all others; None takes all.
 
     Raises:
         TrainingError: a weight is not finite, or too large for fp16; names the tensor.
@@ -86,7 +88,8 @@ def quantize(
     for name in steps or ():
         if name not in plans or plans[name].clip != "uniform":
             raise ConfigError(f"steps: {name} is no matrix of grid=uniform: it has no one step")
-    weights = {name: tensor.detach().float() for name, tensor in state.items()}
+    chosen = [name for name in state if only is None or name in only]
+    weights = {name: state[name].detach().float() for name in chosen}
     work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {})
     mine = _shared_out(work.jobs(share[1]), work.cost, share)
     done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
@@ -98,8 +101,8 @@ def quantize(
         parts = [done] * share[1]
         dist.all_gather_object(parts, done)
         done = {name: result for part in parts for name, result in part.items()}
-    tensors = {name: done[name][0] for name in state}
-    return QuantizedModel(tensors, plans, {name: done[name][1] for name in state})
+    tensors = {name: done[name][0] for name in chosen}
+    return QuantizedModel(tensors, plans, {name: done[name][1] for name in chosen})
 
 
 @dataclass(frozen=True)

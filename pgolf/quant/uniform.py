@@ -3,8 +3,8 @@
 An error of t steps in column j costs (t step_j / U_jj)², so with steps that are proportional to
 U_jj all codes' errors count the same: the least error at a given rate where steps are fine, which
 is reverse water-filling (Lifar, Savkin, Ordentlich, Polyanskiy: WaterSIC, arXiv 2603.04956).
-Rows whose outputs matter more may have finer steps likewise. Nothing is clipped: a row whose
-largest code would be above 127 gets a coarser step.
+Rows whose outputs matter more may have finer steps likewise. Nothing is clipped: where a code would
+be above 127, its column gets a coarser step, or its row if a quarter of it is that large.
 
 With `rate_weight` a code is chosen for its error and its bits: of the two nearest and 0, the least
 (t - code)² + rate_weight * bits(code), t in steps. What bits cost is seen in a first pass.
@@ -42,10 +42,9 @@ def gptq_uniform(
         steps: (B, R) of rows, on the grid.
         rate_weight: squared steps that a bit is worth.
     """
-    columns = column_factors(factor)
     weights = in_order(w, factor)  # (B, C, R)
+    steps, columns = _room(weights, steps, column_factors(factor))
     in_columns = weights / columns[:, :, None]
-    steps = torch.maximum(steps, snap(in_columns.abs().amax(dim=1) / LARGEST, covering_index))
 
     def gptq(rounding: Rounding) -> Tensor:
         def quantise(x: Tensor, j: int) -> tuple[Tensor, Tensor]:
@@ -75,6 +74,20 @@ def gptq_uniform(
         QuantizedTensor(c, least_bits(c), s, f)
         for c, s, f in zip(codes.cpu(), steps.half().cpu(), columns.half().cpu(), strict=True)
     ]
+
+
+def _room(weights: Tensor, steps: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps of rows (B, R) and factors of columns (B, C) that keep every code within 127.
+
+    Inputs that vary far more than others need large codes in their column, and a step for the
+    whole row that suits them would spoil all the rest.
+    """
+    excess = weights.abs() / (LARGEST * steps[:, None] * columns[:, :, None])  # (B, C, R)
+    wide = (excess > 1).float().mean(dim=1) > 0.25
+    coarser = torch.where(wide, excess.amax(dim=1), 1.0).clamp_min(1)
+    left = (excess / coarser[:, None]).amax(dim=2).clamp_min(1)
+    steps = torch.where(coarser > 1, snap(steps * coarser, covering_index), steps)
+    return steps, torch.where(left > 1, snap(columns * left, covering_index), columns)
 
 
 def nearest(t: Tensor) -> Tensor:

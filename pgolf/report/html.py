@@ -162,7 +162,7 @@ def _folded(title: str, note: str, inside: Markup, columns: bool = False) -> Mar
 def _page(run: RunFiles) -> Markup:
     result = run.result
     recipe = _value(result.get("recipe"))
-    tensors, files = objects(result.get("tensors")), result.get("code_files")
+    tensors, files = objects(result.get("tensors")), result.get("code_modules")
     files = files if isinstance(files, list) else []
     under = (f"seed {_value(result.get('seed'))} · corpus {_value(result.get('corpus'))} · "
              f"commit {short(_value(mapping(result.get('provenance')).get('commit')), 13)}")
@@ -177,8 +177,8 @@ def _page(run: RunFiles) -> Markup:
             "section",
             _folded("Configuration", "every setting of the run", _config_tables(run.config), True),
             _folded("Tensors", f"{len(tensors)} in the artifact", _tensor_table(tensors)),
-            _folded("Code", f"{len(files)} files counted, {decimal(result.get('bytes_code'), 0)} "
-                    "bytes compressed", join(tag("p", name) for name in files), True),
+            _folded("Code", f"{len(files)} modules in the submission's script of "
+                    f"{decimal(result.get('bytes_code'), 0)} bytes", join(tag("p", name) for name in files), True),
             class_="more",
         ),
         tag("p", NOT_COMPARABLE, class_="foot"),

@@ -74,13 +74,12 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
 
 def train_artifact(config: Config, ranks: Ranks) -> Path:
     """Train and pack; the artifact's place in its run folder."""
-    from pgolf.train.finish import pack_to_budget
+    from pgolf.train.export import export
     from pgolf.train.run import train
 
     config, dataset, folder, trainer = train(config.recipe, config, ranks, "")
-    state, exported = trainer.averager.export()
-    trainer.say(f"exporting {exported}")
-    ranks.on_first(lambda: pack_to_budget(state, config, dataset, folder.artifact))
+    trainer.take_export()
+    export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
     torch.set_float32_matmul_precision("highest")  # as in a process that only scores
     return folder.artifact
 

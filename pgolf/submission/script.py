@@ -30,8 +30,6 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
-    "pgolf.train.scoring": "scoring.py",
-    "pgolf.artifact.code_size": "code_size.py",
 }
 ENTRY = "pgolf.submission.entry"
 # What the two uses of a script start from.

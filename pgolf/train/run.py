@@ -24,7 +24,8 @@ from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import Recipe
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
-from pgolf.train.finish import pack_to_budget, score_artifact, write_result
+from pgolf.train.export import export
+from pgolf.train.finish import score_artifact, write_result
 from pgolf.train.interrupt import Interrupt
 from pgolf.train.ranks import Ranks
 from pgolf.train.run_folder import RunFolder
@@ -188,19 +189,14 @@ def _folder(config: Config, ranks: Ranks) -> Path:
 def finish(
     config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
 ) -> None:
-    """Export, score the live weights, pack, score the decoded bytes, write and show the result."""
-    state, exported = trainer.averager.export()
-    trainer.say(f"exporting {exported}")
-    live = None
-    if config.eval.score_live:
-        with torch.no_grad():
-            for name, p in trainer.model.named_parameters():
-                p.copy_(state[name])
-        trainer.qat_switch.zero_()
-        live = trainer.score(config.eval.stride, "scoring live")
+    """Pack, score the live weights and the decoded bytes, write and show the result."""
+    exported = trainer.take_export()
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
-    packed = ranks.on_first(lambda: pack_to_budget(state, config, dataset, folder.artifact))
+    packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    live = None
+    if config.eval.score_live:
+        live = trainer.score(config.eval.stride, "scoring live")
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
     name = next(n for n, d in DTYPES.items() if d == dtype)

@@ -312,6 +312,16 @@ class Trainer:
             "clock": vars(self.clock),
         }
 
+    def take_export(self) -> str:
+        """Put the weights that are exported into the model, late QAT off; returns their name."""
+        state, words = self.averager.export()
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(state[name])
+        self.qat_switch.zero_()
+        self.say(f"exporting {words}")
+        return words
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])

@@ -29,7 +29,7 @@ def result() -> dict[str, Any]:
         "val_bpb": 2.02, "val_bpb_live": 2.0, "val_loss": 3.4,
         "bytes_model": 900, "bytes_code": 100, "bytes_total": 1000, "budget_bytes": 4000,
         "bytes_by_group": {"attn": 500, "mlp": 300, "tok": 80, "meta": 20},
-        "code_files": ["pgolf/score.py"], "steps": 20, "tokens": 81920, "ms_per_step": 640.25,
+        "code_modules": ["pgolf/score.py"], "steps": 20, "tokens": 81920, "ms_per_step": 640.25,
         "train_seconds": 75.0, "tokens_per_second": 1092.27, "parameters": 123456,
         "recipe": "demo", "corpus": "wikipedia-leads-en", "corpus_sha256": "9f" * 32,
         "tokenizer_sha256": "ab" * 32, "seed": 1337, "stride": 64, "seq_len": 256,

@@ -197,7 +197,7 @@ def test_error_chart_groups_by_layer(write_run, result, metrics):
 def test_names_from_files_are_escaped(write_run, result, metrics):
     attack = "<script>alert(1)</script>\"'><img src=x onerror=y>&amp;</title></style>\x00\x1b\ud800"
     texts = {"recipe": attack, "corpus": attack, "seed": attack, "exported_weights": attack,
-             "code_files": [attack, [attack]], "provenance": {attack: attack, "commit": attack},
+             "code_modules": [attack, [attack]], "provenance": {attack: attack, "commit": attack},
              "baselines": {attack: {"bpb": 2.5}}, "bytes_by_group": {attack: 5},
              "corpus_sha256": attack}
     result["tensors"] += [{"name": f"blocks.0.{attack}.weight", "group": attack, "kind": attack,

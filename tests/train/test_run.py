@@ -13,10 +13,10 @@ import numpy as np
 import sentencepiece
 import torch
 
-from pgolf.artifact.code_size import code_bytes
 from pgolf.artifact.container import read_artifact
-from pgolf.config import ModelConfig
+from pgolf.config import ModelConfig, from_dict
 from pgolf.model import GPT
+from pgolf.submission.script import build_script
 
 from .tiny import ONE_THREAD, ROOT, TINY, metrics
 
@@ -26,7 +26,6 @@ def test_run_folder(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["bytes_model"] == (finished / "artifact").stat().st_size
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
-    assert result["bytes_code"] == code_bytes(ROOT / f for f in result["code_files"])
     assert sum(result["bytes_by_group"].values()) == result["bytes_model"]
     assert result["steps"] == 20 and result["tokens"] == 5120
     assert result["corpus"] == "words" and result["recipe"] == "demo" and result["seed"] == 1337
@@ -34,20 +33,19 @@ def test_run_folder(finished):
         assert key in result["provenance"]
     config = json.loads((finished / "config.json").read_text())
     assert config["model"]["layers"] == 3
+    assert result["bytes_code"] == len(build_script(from_dict(config)).data)
     assert (finished / "report.html").stat().st_size > 1000
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_code_files_are_those_of_decoding(finished):
-    """Nothing of training or packing is among the code that is counted; the model is."""
-    files = set(json.loads((finished / "result.json").read_text())["code_files"])
-    assert {"pgolf/score.py", "pgolf/model/gpt.py", "pgolf/bpb.py", "pgolf/ops/xsa.py"} <= files
-    for name in files:
-        assert name.endswith(".py")
-        assert not name.startswith(
-            ("pgolf/train/", "pgolf/optim/", "pgolf/report/", "pgolf/recipes")
-        )
-        assert name not in ("pgolf/artifact/pack.py", "pgolf/quant/gptq_lite.py", "pgolf/cli.py")
+def test_the_code_that_is_counted_trains_and_scores(finished):
+    """Reports, recipes and the preparation of data are not in it."""
+    modules = set(json.loads((finished / "result.json").read_text())["code_modules"])
+    assert {"pgolf.score", "pgolf.model.gpt", "pgolf.bpb", "pgolf.ops.xsa"} <= modules
+    assert {"pgolf.train.trainer", "pgolf.quant.gptq"} <= modules
+    for name in modules:
+        assert not name.startswith(("pgolf.report", "pgolf.recipes", "pgolf.cli", "pgolf.doctor"))
+        assert name not in ("pgolf.data.prepare", "pgolf.data.fetch")
 
 
 def test_score_is_that_of_the_decoded_bytes(finished, shards):
