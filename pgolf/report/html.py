@@ -178,7 +178,8 @@ def _page(run: RunFiles) -> Markup:
             _folded("Configuration", "every setting of the run", _config_tables(run.config), True),
             _folded("Tensors", f"{len(tensors)} in the artifact", _tensor_table(tensors)),
             _folded("Code", f"{len(files)} modules in the submission's script of "
-                    f"{decimal(result.get('bytes_code'), 0)} bytes", join(tag("p", name) for name in files), True),
+                    f"{decimal(result.get('bytes_code'), 0)} bytes",
+                    join(tag("p", name) for name in files), True),
             class_="more",
         ),
         tag("p", NOT_COMPARABLE, class_="foot"),
