@@ -51,11 +51,18 @@ SEED_VALUES = (
     V("ema_horizon", 0.049, "I", "decay 0.997 is 333 steps of about 6,800"),
     V("ema_decay", 0.997, "C"),
     V("swa_every_iters", 50, "C"),
-    V("small_numel", 65536, "C"),
-    V("clip_search", "row", "P", "PR texts say per row; the scripts choose one for a matrix"),
+    V("small_numel", 4096, "P", "scripts keep matrices of up to 65,536 weights in fp16"),
+    V("quantizer", "gptq", "P", "errors weighed by what a matrix reads: NOTES.md has the figures"),
+    V("grid", "uniform", "P", "no clips: the entropy coder pays for what is used"),
+    V("rate_weight", 0.1, "P", "codes that cost fewer bits where it hardly matters"),
+    V("fit_to_budget", True, "P", "steps of all matrices fill the 16,000,000 bytes together"),
+    V("calibration", "train", "P", "within the training time, as in later records"),
+    V("calibration_sequences", 64, "C", "PR 1060 and PR 1473"),
+    V("reserve_s", 20.0, "I", "PR 1060 kept 14 s for one pass; the fit makes a few"),
+    V("clip_search", "row", "P", "for grid=rows; the scripts choose one for a matrix"),
     V("max_clip_bits", "5", "C", "5-bit rows take their maximum and no floor"),
     V("int8_percentile", 0.9999984, "C"),
-    V("min_scale", 1.0, "C", FLOOR_NOTE),
+    V("min_scale", 1.0, "C", f"for grid=rows: {FLOOR_NOTE}"),
     V("data", "data/datasets/fineweb10B_sp1024", "C", "where `pgolf data fetch` puts it"),
     V("tokenizer", "", "C", "data/tokenizers/fineweb_1024_bpe.model is found by its name"),
     V("seq_len", 2048, "C"),
@@ -65,10 +72,20 @@ SEED_VALUES = (
     V("val_every", 500, "L"),
     V("checkpoint_every", 2000, "P"),
     V("budget_bytes", 16_000_000, "C", "decimal; one script's 15.9 'MB' were 16,672,358 bytes"),
-    V("codec", "auto", "P", "zstd-22 or lzma-9, whichever is smaller"),
+    V("codec", "auto", "P", "the smallest of all"),
+)
+
+# What all scripts but PR 1473's do.
+SEED_QUANT = (
+    V("quantizer", "lite", "C"),
+    V("grid", "rows", "C"),
+    V("fit_to_budget", False, "C"),
+    V("reserve_s", 0.0, "C"),
+    V("small_numel", 65536, "C"),
 )
 
 SEED_EXACT = (
+    *SEED_QUANT,
     V("schedule", "iterations", "C"),
     V("clip_search", "matrix", "C"),
     V("qat_start", 1.0, "C", "the switch was compiled in as off: late QAT never ran"),
@@ -92,8 +109,12 @@ ROPE_CORRECTION = (
     "the training length."
 )
 SIZE_CORRECTION = (
-    "Code + model over 16,000,000 bytes is an error before anything is reported; +-1 pruning is "
-    "tried first, with a target in bytes."
+    "Steps are chosen so that code + model fill the 16,000,000 bytes and never exceed them; the "
+    "scripts hoped, or pruned with a target in the wrong unit."
+)
+GPTQ_CORRECTION = (
+    "Quantised by full GPTQ with column steps, on training text and within the 600 s, where the "
+    "script searched one clip a matrix."
 )
 EVAL_CORRECTION = (
     "The sliding window scores every target once; scripts scored the last 64 32 times."

@@ -63,6 +63,7 @@ RECIPE = Recipe(
         common.ROW_CORRECTION,
         common.RANGE_CORRECTION,
         common.ROPE_CORRECTION,
+        common.GPTQ_CORRECTION,
         common.SIZE_CORRECTION,
     ),
     seed_exact=(*common.SEED_EXACT, V("codec", "zstd", "C", "zstd-22, in our container")),

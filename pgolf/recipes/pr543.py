@@ -77,9 +77,11 @@ RECIPE = Recipe(
         common.SHARE_CORRECTION,
         common.ROW_CORRECTION,
         common.ROPE_CORRECTION,
+        common.GPTQ_CORRECTION,
         common.SIZE_CORRECTION,
     ),
     seed_exact=(
+        *common.SEED_QUANT,
         V("schedule", "iterations", "R"),
         V("clip_search", "matrix", "R"),
         V("attn_bits", "8/4", "R"),
