@@ -22,11 +22,11 @@ from pgolf.errors import PgolfError
 from pgolf.evaluate import evaluate
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
-from pgolf.quant.budget import Steps, expected_losses, fill_budget
+from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.calibration import calibration_tokens
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration, collect
-from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.quantize import QuantizedModel, quantize, tensor_stats
 from pgolf.train.export import metadata
 from pgolf.train.repack import load_weights, settings
 from pgolf.train.scoring import ask, sums_of
@@ -152,7 +152,12 @@ class _Bench:
 
     def expected(self, model: QuantizedModel) -> float:
         """Expected loss by the training text, in nats a token."""
-        return sum(expected_losses(self.state, model, self.statistics["train"]).values())
+        factors, moments = self.factors["train"], self.statistics["train"].moments
+        stats = (
+            tensor_stats(self.state[n].float(), q, model.plans[n], factors.get(n), moments.get(n))
+            for n, q in model.tensors.items()
+        )
+        return sum(s.loss or 0.0 for s in stats)
 
     def live(self) -> float:
         """Bits per byte of the weights as they are."""

@@ -2,14 +2,16 @@
 
 The expected loss of storing W as W + E is, to second order and in nats a token,
 
-    1/2 m tr(E H Eᵀ)
+    1/2 sum_r m_r (E H Eᵀ)_rr
 
-with the Hessian H of the inputs and the mean moment m of the outputs' gradients (`hessians`): a
-unit that can be compared between matrices. On a uniform grid with column steps proportional to the
-Cholesky diagonal U (`uniform`), e H eᵀ is s²/12 C / g² for every row, g the geometric mean of U's
-diagonal: the best steps are in proportion to g / sqrt(m).
+with the Hessian H of the inputs and the moments m of the outputs' gradients (`hessians`): a unit
+that can be compared between matrices. On a uniform grid with column steps proportional to the
+Cholesky diagonal U and row steps to 1/sqrt(m) (`uniform`), every term is m s²/12 C / g², with the
+geometric means m of the moments and g of U's diagonal: the best steps are in proportion to
+g / sqrt(m).
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,27 +19,19 @@ from torch import Tensor
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError
-from pgolf.quant.dequantize import dequantize
 from pgolf.quant.fit import Dial, Fit, fit
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration
 from pgolf.quant.policy import plan
-from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.quantize import QuantizedModel, quantize, row_factors
 from pgolf.quant.steps import PER_OCTAVE, step_values
 
 LARGEST_CODE = 127
 
 
-def expected_losses(
-    state: Mapping[str, Tensor], model: QuantizedModel, statistics: Calibration
-) -> dict[str, float]:
-    """Expected loss in nats a token of every stored tensor that has a Hessian."""
-    losses = {}
-    for name, hessian in statistics.hessians.items():
-        error = dequantize(model.tensors[name]).to(hessian) - state[name].to(hessian)
-        spread = (error @ hessian * error).sum(dtype=torch.float64).item()
-        losses[name] = 0.5 * statistics.moments[name].double().mean().item() * spread
-    return losses
+def expected_loss(model: QuantizedModel) -> float:
+    """Nats a token that the model's quantisation is expected to cost, where that is known."""
+    return sum(stats.loss or 0.0 for stats in model.stats.values())
 
 
 class Steps:
@@ -57,7 +51,7 @@ class Steps:
         factors: Factors,
         share: tuple[int, int] = (0, 1),
     ):
-        self.state, self.config, self.statistics = state, config, statistics
+        self.state, self.config, self.moments = state, config, statistics.moments
         self.factors, self.share = factors, share
         plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
         self.names = [n for n, how in plans.items()
@@ -69,24 +63,25 @@ class Steps:
 
         rms = {n: state[n].float().square().mean().sqrt().item() for n in self.names}
         nominal = {n: rms[n] * plans[n].relative_step for n in self.names}
-        relative = {}
-        for n in self.names:
-            spread = factors[n].upper.diagonal().double().log().mean().exp().item()
-            moment = statistics.moments[n].double().mean().item()
-            # A matrix that nothing depends on gets the step of its policy, not an infinite one.
-            relative[n] = spread * moment**-0.5 if moment > 0 else nominal[n]
+        relative = {n: self._relative(n) or nominal[n] for n in self.names}
         self.dial = Dial(relative, {n: config.width * rms[n] / LARGEST_CODE for n in self.names})
         self.weights = sum(state[n].numel() for n in self.names)
-        logs = torch.tensor([nominal[n] / relative[n] for n in self.names]).double().log2()
-        share_of = torch.tensor([state[n].numel() for n in self.names]).double() / self.weights
-        self.nominal = PER_OCTAVE * float(logs @ share_of)
+        # Where the mean over weights of log2(step) is that of the policy's steps.
+        logs = (state[n].numel() * math.log2(nominal[n] / relative[n]) for n in self.names)
+        self.nominal = PER_OCTAVE * sum(logs) / self.weights
+
+    def _relative(self, name: str) -> float:
+        """The best step up to a common factor; 0 where nothing depends on the matrix."""
+        spread = self.factors[name].upper.diagonal().double().log().mean().exp().item()
+        moment = row_factors(self.moments[name], self.config.damping)[1]
+        return spread / math.sqrt(moment) if moment else 0.0
 
     def at(self, steps: Mapping[str, int], progress: bool = False) -> QuantizedModel:
         """The model with these step indices."""
         changed = {n for n, index in steps.items() if self.known.get(n) != index}
         values = {n: step_values(torch.tensor(steps[n])).item() for n in changed}
         part = quantize(
-            self.state, self.config, progress, self.factors, values, self.share,
+            self.state, self.config, progress, self.factors, self.moments, values, self.share,
             None if self.model is None else changed,
         )  # fmt: skip
         if self.model is None:
@@ -111,10 +106,9 @@ def fill_budget(
         BudgetError: it does not fit with the coarsest steps.
     """
 
-
     def measure(indices: Mapping[str, int]) -> tuple[int, float]:
         model = steps.at(indices)
-        return size(model), sum(expected_losses(steps.state, model, steps.statistics).values())
+        return size(model), expected_loss(model)
 
     found = fit(steps.dial, steps.nominal, steps.weights, budget, measure, progress)
     return steps.at(found.chosen.steps), found

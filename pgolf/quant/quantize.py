@@ -167,13 +167,9 @@ class _Work:
             step = torch.tensor(self.steps[name], device=w.device)
         else:
             step = uniform_step(w, self.plans[name].relative_step)
-        share = torch.zeros(w.size(0), device=w.device)
-        if name in self.moments:
-            moment = self.moments[name].to(w.device)
-            # As with a Hessian: what no calibration text happened to need is needed a little.
-            moment = moment + self.config.damping * moment.mean()
-            share = moment.log() / 2 if bool(moment.min() > 0) else share
-        return snap(step * (share.mean() - share).exp())
+        if name not in self.moments:
+            return snap(step.expand(w.size(0)))
+        return snap(step * row_factors(self.moments[name].to(w.device), self.config.damping)[0])
 
     def _without_hessian(self, name: str) -> QuantizedTensor:
         w, how = self.weights[name], self.plans[name]
@@ -184,6 +180,19 @@ class _Work:
             return QuantizedTensor(codes.cpu(), how.bits, scale.cpu())
         codes, scale = quantize_rows(w, clip_of_step(self._row_steps(name), w, how), how)
         return QuantizedTensor(codes.cpu(), least_bits(codes), scale.cpu())
+
+
+def row_factors(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """What the steps of rows with these moments (R,) are multiplied by: (R,), geometric mean 1.
+
+    Also the moment that a row with factor 1 has; 0 where nothing depends on the matrix.
+    """
+    # As with a Hessian: what no calibration text happened to need is needed a little.
+    moment = moment.double() + damping * moment.double().mean()
+    if not bool(moment.min() > 0):
+        return torch.ones_like(moment, dtype=torch.float32), 0.0
+    log = moment.log()
+    return ((log.mean() - log) / 2).exp().float(), log.mean().exp().item()
 
 
 def _shared_out(

@@ -14,7 +14,7 @@ from pgolf.data.manifest import Dataset
 from pgolf.errors import BudgetError
 from pgolf.model import GPT
 from pgolf.progress import format_seconds
-from pgolf.quant.budget import Steps, expected_losses, fill_budget, fit_lines
+from pgolf.quant.budget import Steps, fill_budget, fit_lines
 from pgolf.quant.calibration import calibration_tokens
 from pgolf.quant.fit import Fit
 from pgolf.quant.gptq import Factors
@@ -35,7 +35,6 @@ class Export:
         script: the submission's code, whose size counts.
         pruned: codes that were zeroed to fit.
         fit: how the budget was filled, if it was.
-        losses: expected loss by tensor in nats a token, where a Hessian is known.
         seconds: for calibration and quantisation.
     """
 
@@ -44,7 +43,6 @@ class Export:
     script: Script
     pruned: int
     fit: Fit | None
-    losses: dict[str, float]
     seconds: float
 
     @property
@@ -102,23 +100,15 @@ def export(
     factors = Factors(statistics.hessians, config.quant.damping) if statistics else None
     script = ranks.on_first(lambda: build_script(config))
     share, found = (ranks.rank, ranks.world), None
-    if config.artifact.fit_to_budget:
-        limit = config.artifact.budget_bytes
-        room = int(ranks.decide(limit - len(script.data) if ranks.first else 0)[0])
-        probing = dataclasses.replace(config.artifact, codec=_probing(config.artifact.codec))
-
-        def size(candidate: QuantizedModel) -> int:
-            """Bytes of the file, on every rank."""
-            data = encode(candidate, meta, probing, progress=False).data if ranks.first else b""
-            return int(ranks.decide(len(data))[0])
-
+    if statistics and config.quant.grid == "uniform":
         steps = Steps(state, config.quant, statistics, factors, share)
-        quantized, found = fill_budget(steps, room, size, ranks.first)
-        for line in fit_lines(found, room):
-            say(line)
+        if config.artifact.fit_to_budget:
+            quantized, found = _fitted(steps, meta, config, script, ranks, say)
+        else:
+            quantized = steps.at(steps.dial.at(steps.nominal), ranks.first)
     else:
-        quantized = quantize(state, config.quant, ranks.first, factors, share=share)
-    losses = expected_losses(state, quantized, statistics) if statistics else {}
+        moments = statistics.moments if statistics else None
+        quantized = quantize(state, config.quant, ranks.first, factors, moments, share=share)
     seconds = time.perf_counter() - started
     if 0 < config.schedule.reserve_s < seconds:
         say(
@@ -132,9 +122,33 @@ def export(
         except BudgetError:
             path.unlink(missing_ok=True)
             raise
-        return Export(packed, report, script, pruned, found, losses, seconds)
+        return Export(packed, report, script, pruned, found, seconds)
 
     return ranks.on_first(write)
+
+
+def _fitted(
+    steps: Steps,
+    meta: Mapping[str, Any],
+    config: Config,
+    script: Script | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> tuple[QuantizedModel, Fit]:
+    """The model that fills what the script leaves of the budget; the first rank has the script."""
+    room = config.artifact.budget_bytes - len(script.data) if ranks.first else 0
+    room = int(ranks.decide(room)[0])
+    probing = dataclasses.replace(config.artifact, codec=_probing(config.artifact.codec))
+
+    def size(candidate: QuantizedModel) -> int:
+        """Bytes of the file, on every rank."""
+        data = encode(candidate, meta, probing, progress=False).data if ranks.first else b""
+        return int(ranks.decide(len(data))[0])
+
+    quantized, found = fill_budget(steps, room, size, ranks.first)
+    for line in fit_lines(found, room):
+        say(line)
+    return quantized, found
 
 
 def _probing(codec: str) -> str:

@@ -77,7 +77,6 @@ def tensor_rows(packed: Export) -> list[dict[str, Any]]:
             "bits": q.bits,
             "shape": list(q.shape),
             **dataclasses.asdict(model.stats[name]),
-            "expected_loss": packed.losses.get(name),
         }
         for name, q in model.tensors.items()
     ]
