@@ -4,7 +4,7 @@ An error of t steps in column j costs (t step_j / U_jj)², so with steps that ar
 U_jj all codes' errors count the same: the least error at a given rate where steps are fine, which
 is reverse water-filling (Lifar, Savkin, Ordentlich, Polyanskiy: WaterSIC, arXiv 2603.04956).
 Rows whose outputs matter more may have finer steps likewise. Nothing is clipped: where a code would
-be above 127, its column gets a coarser step, or its row if a quarter of it is that large.
+be above 127, its row or its column gets a coarser step.
 
 With `rate_weight` a code is chosen for its error and its bits: of the two nearest and 0, the least
 (t - code)² + rate_weight * bits(code), t in steps. What bits cost is seen in a first pass.
@@ -79,12 +79,14 @@ def gptq_uniform(
 def _room(weights: Tensor, steps: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Steps of rows (B, R) and factors of columns (B, C) that keep every code within 127.
 
-    Inputs that vary far more than others need large codes in their column, and a step for the
-    whole row that suits them would spoil all the rest.
+    A weight that is too large makes its row's step coarser or its column's, whichever has the
+    larger share of such weights: an input that varies far more than others asks for large codes in
+    its column, and steps of all rows that suit it would spoil the rest.
     """
     excess = weights.abs() / (LARGEST * steps[:, None] * columns[:, :, None])  # (B, C, R)
-    wide = (excess > 1).float().mean(dim=1) > 0.25
-    coarser = torch.where(wide, excess.amax(dim=1), 1.0).clamp_min(1)
+    over = excess > 1
+    by_row, by_column = (over.float().mean(dim=d, keepdim=True) for d in (1, 2))
+    coarser = excess.where(over & (by_row >= by_column), 1.0).amax(dim=1)
     left = (excess / coarser[:, None]).amax(dim=2).clamp_min(1)
     steps = torch.where(coarser > 1, snap(steps * coarser, covering_index), steps)
     return steps, torch.where(left > 1, snap(columns * left, covering_index), columns)
