@@ -10,10 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Top first; what stands on one line may import each other and whatever stands below.
 LAYERS = [
     ["pgolf.__main__", "pgolf.cli"],
-    ["pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes", "pgolf.report"],
+    [
+        "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
+        "pgolf.report", "pgolf.submission",
+    ],  # fmt: skip
     ["pgolf.artifact", "pgolf.evaluate"],
     ["pgolf.model", "pgolf.optim", "pgolf.quant"],
     ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.config", "pgolf.device"],
+    ["pgolf.sections"],
     ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
     ["pgolf.errors"],
     ["pgolf"],
