@@ -27,9 +27,9 @@ Encode models with every codec and filter, and decode them again. For each: byte
 seconds to encode, seconds to decode in a fresh process, and by how much that raised the peak of its
 memory. One thread. For each matrix: bits a code, against the order-0 entropy of its codes.
 
-A model is an artifact, a run folder (its newest checkpoint is quantised without calibration), or,
-with --synthetic, independent numbers in the shapes of a recipe: rows and columns have the spread of
-rms that those of a trained demo model have. Synthetic codes show sizes and times, not quality.
+A model is an artifact, a run folder (its newest checkpoint is quantised as the run would), or, with
+--synthetic, independent numbers in the shapes of a recipe: rows and columns have the spread of rms
+that those of a trained demo model have. Synthetic codes show sizes and times, not quality.
 
   bytes, columns, bits   codes of a general codec by rows, by columns, packed to their bits
   rans                   the entropy coder for weights

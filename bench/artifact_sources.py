@@ -1,6 +1,7 @@
 """Models for `bench artifact`: artifacts, checkpoints, and synthetic weights."""
 
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,17 +10,26 @@ from torch import Tensor
 
 from pgolf.artifact.container import read_artifact
 from pgolf.artifact.layout import lay_out
+from pgolf.artifact.pack import encode
 from pgolf.artifact.table import Layout
-from pgolf.config import Config, from_dict, with_overrides
+from pgolf.config import Config
+from pgolf.data.manifest import Dataset
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
-from pgolf.optim.averaging import Averager
-from pgolf.optim.schedule import Schedule
+from pgolf.model.init import init_weights
+from pgolf.quant.budget import Steps, fill_budget
+from pgolf.quant.gptq import Factors
+from pgolf.quant.hessians import collect
 from pgolf.quant.policy import category
-from pgolf.quant.quantize import quantize
+from pgolf.quant.quantize import QuantizedModel, quantize
 from pgolf.recipes import get
-from pgolf.train.run_folder import RunFolder, read_config
+from pgolf.submission.script import build_script
+from pgolf.train.export import export
+from pgolf.train.ranks import Ranks
+from pgolf.train.repack import load_weights, settings
 
+CPU = torch.device("cpu")
+SEQUENCES, TOKENS = 4, 512  # of the random text that stands for calibration
 # Standard deviations of the logarithms of the rms of rows and of columns: medians over the layers
 # of a demo model that was trained for two epochs of its corpus.
 SPREADS = {
@@ -36,51 +46,49 @@ NOISES = ("gaussian", "laplacian")
 
 
 def from_path(path: Path, overrides: Mapping[str, str]) -> Layout:
-    """An artifact as it is, or the weights of a run's newest checkpoint, quantised.
-
-    There is no calibration here: where the run says gptq, clips are searched instead. For codes of
-    GPTQ name an artifact.
+    """An artifact as it is, or the weights of a run's newest checkpoint, packed as the run would.
 
     Raises:
-        ArtifactError, ConfigError, StorageError: it can't be read, or `overrides` do not fit.
+        PgolfError: it can't be read, or `overrides` do not fit.
     """
     if not path.is_dir():
         if overrides:
             raise ConfigError(f"{path} is quantised already: settings are for runs and recipes")
         return read_artifact(path).layout
-    trained = from_dict(read_config(path))
-    state, _ = RunFolder(path, writes=False).load(torch.device("cpu"))
-    model = GPT(trained.model, max_length=trained.data.seq_len)
-    names = [name for name, _ in model.named_parameters()]
-    model.load_state_dict({name: state["model"][name] for name in names}, strict=True)
-    averager = Averager(model, Schedule(trained))
-    averager.load_state_dict(state["averager"])
-    weights, _ = averager.export()
-    return _quantised(weights, with_overrides(trained, overrides))
+    trained, config = settings(path, {**overrides, "codec": "rans"})
+    dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+    model, _ = load_weights(path, trained, CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "artifact"
+        export(model, config, dataset, Ranks(0, 1, CPU), file, lambda text: None)
+        return read_artifact(file).layout
 
 
 def synthetic(recipe: str, noise: str, overrides: Mapping[str, str]) -> Layout:
     """Independent numbers in the shapes of a recipe, with the rows and columns of trained weights.
 
     A matrix is RMS * row factor * column factor * unit noise, with log-normal factors of SPREADS.
+    Where the recipe calibrates, what such a model makes of random tokens stands for text.
 
     Raises:
         ConfigError: no such recipe, or `overrides` do not fit.
+        BudgetError: the recipe fits a budget, and no steps are coarse enough.
     """
-    config = get(recipe).config(overrides)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config.model).named_parameters()}
+    config = get(recipe).config({**overrides, "codec": "rans"})
+    model = GPT(config.model, max_length=TOKENS)
+    init_weights(model, config.run.seed)
     generator = torch.Generator().manual_seed(config.run.seed)
-    weights = {name: _weights(name, shape, noise, generator) for name, shape in shapes.items()}
-    return _quantised(weights, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and name.endswith(".weight"):
+                p.copy_(_weights(name, tuple(p.shape), noise, generator))
+    return lay_out(_quantised(model, config, generator).tensors, {"recipe": config.recipe})
 
 
 def _weights(
     name: str, shape: tuple[int, ...], noise: str, generator: torch.Generator
 ) -> Tensor:
     w = RMS * torch.randn(shape, generator=generator)
-    if len(shape) != 2:
-        return w
     if noise == "laplacian":  # a Gaussian of exponential variance
         exponential = torch.empty(shape).exponential_(generator=generator)
         w *= exponential.sqrt_()
@@ -92,8 +100,28 @@ def _weights(
     return w
 
 
-def _quantised(weights: Mapping[str, Tensor], config: Config) -> Layout:
-    return lay_out(quantize(weights, config.quant).tensors, {"recipe": config.recipe})
+def _quantised(model: GPT, config: Config, generator: torch.Generator) -> QuantizedModel:
+    state = model.export_state()
+    if config.quant.quantizer != "gptq":
+        return quantize(state, config.quant)
+    tokens = torch.randint(config.model.vocab_size, (SEQUENCES, TOKENS + 1), generator=generator)
+    statistics = collect(model, tokens, SEQUENCES * TOKENS)
+    factors = Factors(statistics.hessians, config.quant.damping)
+    if config.quant.grid != "uniform":
+        return quantize(state, config.quant, factors=factors, moments=statistics.moments)
+    steps = Steps(state, config.quant, statistics, factors)
+    if not config.artifact.fit_to_budget:
+        return steps.at(steps.dial.at(steps.nominal), progress=True)
+
+    def size(candidate: QuantizedModel) -> int:
+        meta = {"recipe": config.recipe}
+        return len(encode(candidate, meta, config.artifact, progress=False).data)
+
+    code = len(build_script(config).data)
+    fitted, found = fill_budget(steps, config.artifact.budget_bytes - code, size)
+    print(f"{config.recipe}: code {code:,} + model {found.chosen.size:,} = "
+          f"{code + found.chosen.size:,} bytes of {config.artifact.budget_bytes:,}")  # fmt: skip
+    return fitted
 
 
 def weights_of(layout: Layout) -> int:

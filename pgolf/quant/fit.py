@@ -94,7 +94,7 @@ class Dial:
         """The nearest setting with other steps, coarser (1) or finer (-1); None at the end."""
         here = self.at(dial)
         borders = [
-            math.floor(dial + offset + 0.5) + (0.5 if direction > 0 else -0.5) - offset
+            here[name] + 0.5 * direction - offset
             for name, offset in self.offsets.items()
             if (here[name] < HIGHEST if direction > 0 else here[name] > self.finest[name])
         ]

@@ -83,3 +83,11 @@ def test_one_matrix_alone_comes_as_near_as_the_grid_allows() -> None:
     found = fitted(alone, 0.0, 100_000)
     index = found.chosen.steps["m0"]
     assert size_of({"m0": index}) <= 100_000 < size_of({"m0": index - 1})
+
+
+def test_neighbours_of_a_setting_that_the_finest_steps_hold_back() -> None:
+    d = Dial({"a": 1.0, "b": 1.0}, {"a": 2.0**-4, "b": 2.0**-8})
+    at = -100.0  # a is held at -64, 36 indices above where the dial would have it
+    assert d.at(at) == {"a": -64, "b": -100}
+    assert d.at(d.next(at, +1)) == {"a": -64, "b": -99}
+    assert d.at(d.next(at, -1)) == {"a": -64, "b": -101}

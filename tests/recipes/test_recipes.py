@@ -103,7 +103,7 @@ def run(name: str, shards, out, *words: str) -> tuple[dict, str]:
 @pytest.mark.parametrize("name", SEEDS)
 def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
     """The whole structure on a CPU: the second step with QAT on, then the artifact."""
-    quick = ("qat_start=0.5", "zstd_level=1", "codec=zstd", "packing=bytes")
+    quick = ("qat_start=0.5", "codec=rans", "quantizer=lite", "grid=rows", "fit_to_budget=false")
     result, printed = run(name, seed_shards, tmp_path / name, *quick)
     assert "late QAT on for" in printed
     assert result["parameters"] == SEEDS[name]
@@ -115,7 +115,10 @@ def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
 @pytest.mark.parametrize("name", SEEDS)
 def test_published_form_with_every_codec(name, seed_shards, tmp_path):
     """seed_exact=true, packed by every codec and packing at full level."""
-    result, printed = run(name, seed_shards, tmp_path / name, "seed_exact=true", "codec=auto")
+    quick = ("brotli_quality=9", "calibration_sequences=1")
+    result, printed = run(
+        name, seed_shards, tmp_path / name, "seed_exact=true", "codec=auto", *quick
+    )
     # of the four, only PR 543's fake-quant ran; two steps are at the end of its warm-down
     assert result["seed_exact"] and len(result["codecs_tried"]) == 10
     assert result["bytes_model"] == min(result["codecs_tried"].values())
