@@ -19,8 +19,9 @@ from pgolf.quant import quantize as module
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import Factors
 from pgolf.quant.quantize import QuantizedModel, quantize
-from pgolf.quant.rate import code_bits
+from pgolf.quant.rate import code_bits, code_costs
 from pgolf.quant.steps import exact_index
+from pgolf.quant.uniform import Costs
 from tests.quant.gptq_cases import hessian, obq, row_error, weights
 
 NAME = "blocks.0.attn.c_q.weight"
@@ -293,6 +294,20 @@ def test_entropy_constrained_rounding_trades_error_for_bits():
         errors.append(total_error(w, q, h))
     assert bits[0] > 1.005 * bits[1] > 1.01 * bits[2]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_the_cheapest_code_is_chosen_by_its_row_and_column():
+    g = torch.Generator().manual_seed(0)
+    codes = (torch.randn(2, 30, 20, generator=g) * torch.rand(20, generator=g) * 6).round().char()
+    t = 4 * torch.randn(2, 20, generator=g)
+    chosen = Costs(codes).cheapest(t, 7, 0.2)
+    for matrix, numbers, ours in zip(codes, t, chosen, strict=True):
+        classes, bits = code_costs(matrix.mT)
+        for r, x in enumerate(numbers.tolist()):
+            costs = {c: (x - c) ** 2 + 0.2 * bits[int(classes[r, 7]), abs(c)].item()
+                     for c in (math.floor(x), math.ceil(x), 0)}  # fmt: skip
+            assert ours[r] == min(costs, key=costs.get)
+    assert (chosen != t.round()).any(), "bits must decide somewhere for this to test"
 
 
 def test_lite_leaves_hessians_alone():
