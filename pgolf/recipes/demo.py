@@ -45,6 +45,8 @@ RECIPE = Recipe(
         V("bigram_bits", "6", "P"),
         V("ve_bits", "6", "P"),
         V("tok_bits", "8", "P"),
+        V("grid", "uniform", "P", "a sixth smaller than rows of 6 bits at the same loss"),
+        V("rate_weight", 0.1, "P"),
         V(
             "small_numel",
             4096,

@@ -1,7 +1,8 @@
-"""The five charts of a report, each made from a run's files, with its words for screen readers."""
+"""The charts of a report, each made from a run's files, with its words for screen readers."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pgolf.report.bars import Bar, grouped_bars, size_chart
@@ -104,16 +105,17 @@ def _family(name: str) -> str:
     return "attention" if "attn" in parts else "MLP" if "mlp" in parts else "other"
 
 
-def error_figure(run: RunFiles) -> Markup:
-    """Relative quantisation error of every matrix and table, grouped by layer."""
-    tensors = objects(run.result.get("tensors"))
+def _tensor_chart(
+    run: RunFiles, what: str, unit: str, measure: Callable[[dict[str, Any]], float | None]
+) -> Markup:
+    """One bar a matrix or table, grouped by layer, of what `measure` gives for it."""
     layers: dict[int | None, list[Bar]] = {}
-    for t in tensors:
-        name, error = str(t.get("name")), number(t.get("relative_error"))
-        if name.endswith(".weight") and error is not None:
+    for t in objects(run.result.get("tensors")):
+        name, value = str(t.get("name")), measure(t)
+        if name.endswith(".weight") and value is not None:
             block = re.match(r"blocks\.(\d{1,6})\.", name)
-            tip = f"{name}\n{percent(error, 2)} as {stored_as(t)}"
-            bar = Bar(100 * max(error, 0.0), _family(name), tip)
+            tip = f"{name}\n{decimal(value, 2)} {unit} as {stored_as(t)}"
+            bar = Bar(max(value, 0.0), _family(name), tip)
             layers.setdefault(int(block[1]) if block else None, []).append(bar)
     outside = layers.pop(None, [])
     groups = [(str(i), layers[i]) for i in sorted(layers)]
@@ -121,17 +123,50 @@ def error_figure(run: RunFiles) -> Markup:
     bars = [b for _, group in groups for b in group]
     worst = max(bars, key=lambda b: b.value, default=None)
     words = f"largest: {worst.tip}".replace("\n", " ") if worst else "no tensors"
-    chart = grouped_bars(
-        f"Quantisation error of {len(bars)} tensors in {len(groups)} groups; {words}.", groups,
+    return grouped_bars(
+        f"{what} of {len(bars)} tensors in {len(groups)} groups; {words}.", groups,
         {f: s for f, s in _FAMILIES.items() if any(b.family == f for b in bars)},
-        "relative error, %", "layer",
+        unit, "layer",
     )
-    return figure("Quantisation error", chart, "One bar a matrix or table, in the order of the "
-                  "artifact: the norm of its change by storing it as a share of its own norm. "
-                  "Those near zero are stored as float16.", wide=True)
+
+
+def bits_figure(run: RunFiles) -> Markup:
+    """Bits a weight of every matrix and table in the file."""
+
+    def bits(t: dict[str, Any]) -> float | None:
+        size, shape = number(t.get("bytes")), t.get("shape")
+        sides = [number(side) for side in shape] if isinstance(shape, list) else [None]
+        count = 0.0 if None in sides else math.prod(sides)
+        return None if size is None or count < 1 else 8 * size / count
+
+    return figure("Bits", _tensor_chart(run, "Bits", "bits a weight", bits),
+                  "One bar a matrix or table, in the order of the artifact: its compressed codes "
+                  "and steps, over its weights.", wide=True)
+
+
+def error_figure(run: RunFiles) -> Markup:
+    """What storing every matrix and table is expected to cost, or else its relative error."""
+
+    def loss(t: dict[str, Any]) -> float | None:
+        value = number(t.get("loss"))
+        return None if value is None else 1e6 * value
+
+    def error(t: dict[str, Any]) -> float | None:
+        value = number(t.get("relative_error"))
+        return None if value is None else 100 * value
+
+    if any(loss(t) is not None for t in objects(run.result.get("tensors"))):
+        chart = _tensor_chart(run, "Expected loss", "millionths of a nat a token", loss)
+        words = ("what its rounding is expected to add to the loss, by the inputs and gradients of "
+                 "the calibration text.")
+    else:
+        chart = _tensor_chart(run, "Quantisation error", "%, relative error", error)
+        words = ("the norm of its change by storing it as a share of its own norm. Those near zero "
+                 "are stored as float16.")
+    return figure("Quantisation error", chart, f"One bar a matrix or table: {words}", wide=True)
 
 
 def all_figures(run: RunFiles) -> Markup:
     """The charts in the order of the page."""
     return join(draw(run) for draw in
-                (bpb_figure, loss_figure, schedule_figure, size_figure, error_figure))
+                (bpb_figure, loss_figure, schedule_figure, size_figure, bits_figure, error_figure))

@@ -76,6 +76,7 @@ def tensor_rows(packed: Export) -> list[dict[str, Any]]:
             "kind": model.plans[name].kind,
             "bits": q.bits,
             "shape": list(q.shape),
+            "bytes": packed.report.tensors[name],
             **dataclasses.asdict(model.stats[name]),
         }
         for name, q in model.tensors.items()

@@ -66,8 +66,8 @@ def test_a_key_may_be_given_with_its_section():
 @pytest.mark.parametrize("limit", [0, 16_000_001])
 def test_the_limit_of_a_contest_recipe_cannot_be_lifted(limit):
     with pytest.raises(ConfigError, match="contest recipe"):
-        get("pr531").config({"budget_bytes": limit})
-    assert get("demo").config({"budget_bytes": limit})
+        get("pr531").config({"fit_to_budget": "false", "budget_bytes": limit})
+    assert get("demo").config({"fit_to_budget": "false", "budget_bytes": limit})
 
 
 def test_unknown_recipe():
