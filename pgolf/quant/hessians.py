@@ -6,9 +6,10 @@ gradient of the summed loss by each output, so that sum_r m_r (E H Eᵀ)_rr esti
 wherever the matrix stands: the second-order term of the loss with the Fisher matrix in Kronecker
 form (K-FAC, arXiv 1503.05671), of which the diagonal is kept on the side of the outputs.
 
-A table's row is read as it is: H is PᵀP of the projection P behind it, or the identity, and
-m_r tr(H) = mean over tokens of |g|², where g is the gradient by what is read, 0 for other rows. A
-tied token table is taken for the output matrix it is, with the final features as its inputs.
+A row of a table is read as it is, so an error e in it is an error of what comes after: with the
+gradient g by what is read, H is mean(g gᵀ) and m_r the share of |g|² that row r has. A tied token
+table is read and is the output matrix too: both costs add up, and their sum, which is no product of
+a column side and a row side, is taken for the nearest such product by the traces.
 
 The fused operators hide inputs, so all of this comes from a copy on the reference operators.
 """
@@ -55,7 +56,9 @@ class _Watch(TorchFunctionMode):
         self.matrices = {id(w): name for name, w in matrices.items()}
         self.tables = {id(w): name for name, w in tables.items()}
         self.inputs = {n: _zeros(w, w.size(1), w.size(1)) for n, w in matrices.items()}
-        self.squares = {n: _zeros(w, w.size(0)) for n, w in (*matrices.items(), *tables.items())}
+        self.squares = {n: _zeros(w, w.size(0)) for n, w in matrices.items()}
+        self.read = {n: _zeros(w, w.size(1), w.size(1)) for n, w in tables.items()}
+        self.read_squares = {n: _zeros(w, w.size(0)) for n, w in tables.items()}
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -75,14 +78,17 @@ class _Watch(TorchFunctionMode):
                 ids = args[0].flatten()
 
                 def add_rows(gradient: Tensor) -> None:
-                    self.squares[name].index_add_(0, ids, _squares(gradient).sum(1))
+                    g = _rows(gradient)
+                    self.read[name] += g.T @ g
+                    self.read_squares[name].index_add_(0, ids, _squares(gradient).sum(1))
 
                 out.register_hook(add_rows)
         return out
 
     def sums(self) -> list[Tensor]:
         """All that is summed up, in an order that every rank has."""
-        return [*self.inputs.values(), *self.squares.values()]
+        parts = (self.inputs, self.squares, self.read, self.read_squares)
+        return [t for part in parts for t in part.values()]
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
@@ -140,7 +146,7 @@ def collect(
     if world > 1:
         for t in watch.sums():
             dist.all_reduce(t)
-    return _calibration(model, watch, tables, count * time)
+    return _calibration(model, watch, count * time)
 
 
 def _matrices(model: GPT) -> dict[str, Tensor]:
@@ -158,8 +164,8 @@ def _matrices(model: GPT) -> dict[str, Tensor]:
 
 
 def _tables(model: GPT) -> dict[str, Tensor]:
-    """Name -> table that is only read by rows."""
-    found = {} if model.lm_head is None else {"tok_emb.weight": model.tok_emb.weight}
+    """Name -> table that is read by rows."""
+    found = {"tok_emb.weight": model.tok_emb.weight}
     for name in ("bigram", "ve_shared"):
         side = getattr(model, name, None)
         if side is not None:
@@ -167,21 +173,21 @@ def _tables(model: GPT) -> dict[str, Tensor]:
     return found
 
 
-def _calibration(
-    model: GPT, watch: _Watch, tables: Mapping[str, Tensor], tokens: int
-) -> Calibration:
+def _calibration(model: GPT, watch: _Watch, tokens: int) -> Calibration:
     """Sums to means, by name of the parameter.
 
     Raises:
         TrainingError: one of them is not finite.
     """
-    hessians = {n: (s / tokens).float() for n, s in watch.inputs.items()}
+    hessians = {n: s / tokens for n, s in watch.inputs.items()}
     moments = {n: s / tokens for n, s in watch.squares.items()}
-    for name, table in tables.items():
-        proj = getattr(model.get_submodule(name.split(".")[0]), "proj", None)
-        p = torch.eye(table.size(1), device=table.device) if proj is None else proj.weight.float()
-        hessians[name] = p.T @ p
-        moments[name] = moments[name] / hessians[name].trace().clamp(min=1e-30)
+    for name, read in watch.read.items():
+        hessian, rows = read / tokens, watch.read_squares[name] / tokens
+        if name in hessians:
+            rows = rows + moments[name] * hessians[name].trace()
+            hessian = hessian + moments[name].sum() * hessians[name]
+        hessians[name], moments[name] = hessian, rows / hessian.trace().clamp(min=1e-30)
+    hessians = {n: h.float() for n, h in hessians.items()}
     for i, block in enumerate(model.blocks):
         prefix = f"blocks.{i}.attn.c_"
         sizes = [m.weight.size(0) for m in block.attn.matrices()[:3]]

@@ -9,7 +9,7 @@ from pgolf.report.bars import Bar, grouped_bars, size_chart
 from pgolf.report.lines import Event, Point, Reference, Series, line_chart
 from pgolf.report.markup import Markup, join, tag
 from pgolf.report.read import RunFiles, mapping, number, objects
-from pgolf.report.words import artifact_parts, decimal, percent, si, stored_as
+from pgolf.report.words import artifact_parts, decimal, si, stored_as
 
 _FAMILIES = {"attention": "a", "MLP": "b", "other": "c"}
 
@@ -106,9 +106,13 @@ def _family(name: str) -> str:
 
 
 def _tensor_chart(
-    run: RunFiles, what: str, unit: str, measure: Callable[[dict[str, Any]], float | None]
+    run: RunFiles,
+    what: str,
+    unit: str,
+    axis: str,
+    measure: Callable[[dict[str, Any]], float | None],
 ) -> Markup:
-    """One bar a matrix or table, grouped by layer, of what `measure` gives for it."""
+    """One bar a matrix or table, grouped by layer, of what `measure` gives for it in `unit`."""
     layers: dict[int | None, list[Bar]] = {}
     for t in objects(run.result.get("tensors")):
         name, value = str(t.get("name")), measure(t)
@@ -126,7 +130,7 @@ def _tensor_chart(
     return grouped_bars(
         f"{what} of {len(bars)} tensors in {len(groups)} groups; {words}.", groups,
         {f: s for f, s in _FAMILIES.items() if any(b.family == f for b in bars)},
-        unit, "layer",
+        axis, "layer",
     )
 
 
@@ -139,7 +143,7 @@ def bits_figure(run: RunFiles) -> Markup:
         count = 0.0 if None in sides else math.prod(sides)
         return None if size is None or count < 1 else 8 * size / count
 
-    return figure("Bits", _tensor_chart(run, "Bits", "bits a weight", bits),
+    return figure("Bits", _tensor_chart(run, "Bits", "bits", "bits a weight", bits),
                   "One bar a matrix or table, in the order of the artifact: its compressed codes "
                   "and steps, over its weights.", wide=True)
 
@@ -156,11 +160,11 @@ def error_figure(run: RunFiles) -> Markup:
         return None if value is None else 100 * value
 
     if any(loss(t) is not None for t in objects(run.result.get("tensors"))):
-        chart = _tensor_chart(run, "Expected loss", "millionths of a nat a token", loss)
+        chart = _tensor_chart(run, "Expected loss", "µnats", "millionths of a nat a token", loss)
         words = ("what its rounding is expected to add to the loss, by the inputs and gradients of "
                  "the calibration text.")
     else:
-        chart = _tensor_chart(run, "Quantisation error", "%, relative error", error)
+        chart = _tensor_chart(run, "Quantisation error", "%", "relative error, %", error)
         words = ("the norm of its change by storing it as a share of its own norm. Those near zero "
                  "are stored as float16.")
     return figure("Quantisation error", chart, f"One bar a matrix or table: {words}", wide=True)

@@ -65,8 +65,8 @@ def render(run) -> tuple[str, Page, list[ElementTree.Element]]:
     assert not list(run.glob(".report*")), "left a temporary file"
     source = path.read_text(encoding="utf-8")
     page, charts = Page(source), charts_of(source)
-    assert len(charts) == 6  # the schedule has two panels
-    assert page.tags.count("h1") == 1 and page.tags.count("figure") == 5
+    assert len(charts) == 7  # the schedule has two panels
+    assert page.tags.count("h1") == 1 and page.tags.count("figure") == 6
     return source, page, charts
 
 
@@ -134,7 +134,7 @@ def test_loss_chart_places_its_points_on_the_axes(write_run, result, metrics):
 def test_schedule_names_its_events(write_run, result, metrics):
     _, _, charts = render(write_run(result, metrics))
     assert [e.text for e in by_class(charts[2], "text", "event-label")] == ["late QAT on"]
-    assert [len(by_class(c, "line", "event")) for c in charts] == [0, 0, 1, 1, 0, 0]
+    assert [len(by_class(c, "line", "event")) for c in charts] == [0, 0, 1, 1, 0, 0, 0]
     assert "late QAT on at 73.7 k tokens" in charts[2].get("aria-label")
 
 
@@ -178,7 +178,7 @@ def test_over_the_budget_is_said_first(write_run, result, metrics):
 
 def test_error_chart_groups_by_layer(write_run, result, metrics):
     _, _, charts = render(write_run(result, metrics))
-    errors = charts[5]
+    errors = charts[6]
     tips = [e.text for e in errors.iter("title")]
     assert len(tips) == 7  # bigram.scale is no matrix
     assert tips[0] == "blocks.0.attn.c_q.weight\n2.00 % as int6"
@@ -192,6 +192,17 @@ def test_error_chart_groups_by_layer(write_run, result, metrics):
     assert heights[0] == pytest.approx(ticks["0"] - ticks["2"], abs=0.02)  # 2 %
     names = [e.text for e in errors.iter("text") if e.get("text-anchor") == "middle"]
     assert names == ["0", "1", "other"]
+
+
+def test_bits_and_expected_losses_by_tensor(write_run, result, metrics):
+    for i, t in enumerate(result["tensors"]):
+        t |= {"bytes": 96 * (i + 1), "loss": 1e-6 * (i + 1) if t["kind"] == "int" else None}
+    result["tensors"][0] |= {"shape": [16, 8]}
+    _, _, charts = render(write_run(result, metrics))
+    bits, losses = ([e.text for e in chart.iter("title")] for chart in charts[5:])
+    assert bits[0] == "blocks.0.attn.c_q.weight\n6.00 bits as int6"
+    assert losses[0] == "blocks.0.attn.c_q.weight\n1.00 µnats as int6"
+    assert len(bits) == len(losses) == 7
 
 
 def test_names_from_files_are_escaped(write_run, result, metrics):
