@@ -44,7 +44,9 @@ changes in place (and once more the directions that muon_momentum's second kerne
 again); other kernels of torch: the tensors of the call. Caches of the GPU are not modelled.
 
 With --decode, what is counted is one more token of each sequence, with key/value caches: `step` is
-the model and `pick` draws from its logits. Its least bytes are every weight and cached vector once.
+the model and `pick` draws from its logits; attention is torch's memory-efficient kernel, one call a
+layer. Beside them stand the bytes of all weights and of all cached keys and values, which a token
+has to read once.
 """
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other

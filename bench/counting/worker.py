@@ -127,6 +127,7 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     from pgolf.model.frozen import frozen_copy
     from pgolf.model.layers import Table
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the device has no cuDNN
     _, model = _build(request)
     model = frozen_copy(model, ops=model.ops)
     decoder = Decoder(model, request.sequences, request.tokens, request.compiled)
