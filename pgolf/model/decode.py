@@ -3,8 +3,8 @@
 A step runs the model's own `trunk` on one position of each sequence; only attention is another,
 over the cached keys and values, and the first embedding comes from the last three tokens, which is
 as far as bigrams and SmearGate look back. Nothing in a step waits for the device or depends on how
-many tokens are cached, but for the number of cached positions that are read, which goes up by SPAN:
-so a step can be compiled, or captured in a graph, once for each of a few shapes.
+many tokens are cached, but for the number of cached positions that are read: one that is compiled
+takes SPANS different numbers at most, the cached positions behind the token being masked.
 Shapes: B sequences, L cached positions, H query heads, G key/value heads, d head width, V logits.
 """
 
@@ -16,7 +16,7 @@ from pgolf.errors import ConfigError
 from pgolf.model.gpt import GPT
 from pgolf.progress import Progress
 
-SPAN = 256
+SPANS = 8  # how many numbers of cached positions compiled steps are made for
 WINDOW = 3  # last tokens on which the first embedding of the last one depends
 
 
@@ -38,9 +38,14 @@ class Decoder:
                 f"{model.rope_cos.size(0)}"
             )
         self.model, self.length = model, length
+        self.stride = -(-length // SPANS) if compiled else 1
         # Zeros, not any memory: a NaN in a value that is masked would still come through.
-        shape = (2, c.layers, batch, c.kv_heads, length, c.dim // c.heads)
-        self.keys, self.values = torch.zeros(shape, dtype=model.compute_dtype, device=device)
+        # A tensor for each layer, so that a compiled step writes into it and copies none.
+        shape = (batch, c.kv_heads, length, c.dim // c.heads)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in model.blocks]
+            for _ in range(2)
+        )
         self.slots = torch.arange(length, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.window = torch.empty((batch, 0), dtype=torch.int64, device=device)
@@ -77,7 +82,7 @@ class Decoder:
             ConfigError: the caches are full.
         """
         self._check(self.used + 1)
-        span = min(-(-(self.used + 1) // SPAN) * SPAN, self.length)
+        span = min(-(-(self.used + 1) // self.stride) * self.stride, self.length)
         whole = self.window.size(1) == WINDOW  # the first steps have shapes of their own
         step = self._compiled if self._compiled and whole else self._step
         logits, self.window = step(self.window, ids, span)
@@ -92,8 +97,8 @@ class Decoder:
             )
 
     def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.keys[layer, :, :, : k.size(1)] = k.transpose(1, 2)
-        self.values[layer, :, :, : v.size(1)] = v.transpose(1, 2)
+        self.keys[layer][:, :, : k.size(1)] = k.transpose(1, 2)
+        self.values[layer][:, :, : v.size(1)] = v.transpose(1, 2)
         return self.model.attend(layer, q, k, v)
 
     def _step(self, window: Tensor, ids: Tensor, span: int) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def generated_tokens(
     Sequence i is drawn with random numbers of its own, so it is the same in any batch and on any
     number of ranks, unless a number falls within the rounding of a matmul of a token's border.
     """
-    model, device = frozen_copy(model), model.rope_cos.device
+    model, device = frozen_copy(model, ops=model.ops), model.rope_cos.device
     rank, world = part
     first, end = count * rank // world, count * (rank + 1) // world
     tokens = torch.zeros((count, length + 1), dtype=torch.int64, device=device)

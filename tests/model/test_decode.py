@@ -29,9 +29,12 @@ def whole(model: GPT, ids: torch.Tensor) -> torch.Tensor:
         return model.logits(model.features(ids))
 
 
-def cached(model: GPT, ids: torch.Tensor, read: int, length: int = TIME) -> torch.Tensor:
+def cached(
+    model: GPT, ids: torch.Tensor, read: int, length: int = TIME, stride: int = 1
+) -> torch.Tensor:
     """Logits (B, T - max(read, 1) + 1, V) where `read` tokens are read in one pass."""
     decoder = Decoder(model, len(ids), length)
+    decoder.stride = stride
     found = [decoder.read(ids[:, :read])] if read else []
     found += [decoder.step(ids[:, t]) for t in range(read, ids.size(1))]
     return torch.stack(found, dim=1)
@@ -54,12 +57,12 @@ def test_every_position_has_the_logits_of_the_whole_pass(name: str) -> None:
     st.sampled_from(list(SEEDS)), st.integers(1, 5), st.integers(1, TIME), st.integers(0, TIME),
     st.integers(1, TIME),
 )  # fmt: skip
-def test_batches_lengths_and_spans(name: str, batch: int, time: int, read: int, span: int) -> None:
+def test_batches_lengths_and_spans(
+    name: str, batch: int, time: int, read: int, stride: int
+) -> None:
     model = randomised(small(SEEDS[name]), torch.float32)
     ids, read = sequences(model, batch, time), min(read, time)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "SPAN", span)
-        found = cached(frozen_copy(model), ids, read, length=time)
+    found = cached(frozen_copy(model), ids, read, time, stride)
     expected = whole(model, ids)[:, max(read, 1) - 1 :]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -74,16 +77,23 @@ def test_our_kernels_decode_the_same() -> None:
     )
 
 
-def test_a_compiled_step_compiles_once() -> None:
+def test_a_compiled_step_compiles_once_a_span() -> None:
     torch._dynamo.reset()
     model = randomised(small(SEEDS["pr1473"], layers=2, ve_layers="0"), torch.float32)
-    ids = sequences(model, 2, TIME)
-    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(error_on_recompile=True):
+    ids, compiled = sequences(model, 2, TIME), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
         compiler = torch.compile
-        patch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="aot_eager", **how))
+        patch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
+        patch.setattr(decode, "SPANS", 2)
         decoder = Decoder(frozen_copy(model), 2, TIME, compiled=True)
         found = [decoder.step(ids[:, t]) for t in range(TIME)]
-        torch.testing.assert_close(torch.stack(found, 1), whole(model, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(found, 1), whole(model, ids), rtol=1e-4, atol=1e-4)
+    assert len(compiled) == 2
 
 
 def test_what_is_masked_cannot_come_through() -> None:
@@ -91,6 +101,7 @@ def test_what_is_masked_cannot_come_through() -> None:
     ids = sequences(model, 2, TIME)
     decoder = Decoder(frozen_copy(model), 2, TIME)
     decoder.read(ids)  # what an earlier text left
+    decoder.stride = TIME
     decoder.read(ids[:, 2:4])
     expected = whole(model, ids[:, 2:5])[:, -1]
     torch.testing.assert_close(decoder.step(ids[:, 4]), expected, rtol=1e-11, atol=1e-11)
@@ -151,14 +162,23 @@ def test_greedy_text_is_that_of_whole_passes(prompt: int) -> None:
         assert row == greedy(model, start, TIME - prompt, pieces)
 
 
-def test_a_full_context_goes_on_from_its_last_half() -> None:
+def test_a_full_context_goes_on_from_its_last_half(monkeypatch) -> None:
+    reads, read = [], Decoder.read
+
+    def noted(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+        reads.append(ids.size(1))
+        return read(decoder, ids)
+
+    monkeypatch.setattr(Decoder, "read", noted)
     model = randomised(small(SEEDS["pr1473"]), torch.float64)
-    pieces, ids = model.config.vocab_size, sequences(model, 1, 2)
-    found = generate(frozen_copy(model), ids, 9, 6, pieces)[0].tolist()
-    text = greedy(model, ids[0].tolist(), 5, pieces)  # 2 + 5: the last was taken from 6
-    for _ in range(2):  # each time 3 are kept, and 4 taken before there are 6 again
-        text = text[:-3] + greedy(model, text[-3:], 4, pieces)
-    assert found == text[:11]
+    pieces, ids = model.config.vocab_size, sequences(model, 8, 2)
+    found = generate(frozen_copy(model), ids, 10, 6, pieces).tolist()
+    for row, start in zip(found, ids.tolist(), strict=True):
+        text = greedy(model, start, 5, pieces)  # 2 + 5: the last was taken from 6
+        for _ in range(2):  # each time 3 are kept, and 4 taken before there are 6 again
+            text = text[:-3] + greedy(model, text[-3:], 4, pieces)
+        assert row == text[:12]
+    assert reads == [2, 3, 3]
 
 
 def test_a_prompt_beyond_the_context_counts_by_its_end() -> None:
