@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
     "step": "time training steps of a recipe with each choice of operators",
+    "decode": "time the generation of text, with key/value caches and without",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
     "aot": "compile every Triton and CUDA kernel: registers, shared memory, spills, instructions",

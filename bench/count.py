@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.counting import build, extension
 from bench.counting.launches import KINDS, CountingError
-from bench.counting.worker import LEAST_CACHED, Request, run
+from bench.counting.worker import Request, run
 from pgolf import recipes
 from pgolf.config import parse_overrides
 from pgolf.errors import ConfigError, PgolfError, StorageError
@@ -43,10 +43,11 @@ tensors of each call of a launcher, however many kernels it starts, twice those 
 changes in place (and once more the directions that muon_momentum's second kernel goes through
 again); other kernels of torch: the tensors of the call. Caches of the GPU are not modelled.
 
-With --decode, what is counted is one more token of each sequence, with key/value caches: `step` is
-the model and `pick` draws from its logits; attention is torch's memory-efficient kernel, one call a
-layer. Beside them stand the bytes of all weights and of all cached keys and values, which a token
-has to read once.
+With --decode, what is counted is one more token of each sequence, the last of T, with key/value
+caches: `step` is the model and `pick` draws from its logits; attention over the caches is one call
+a layer. A cache that a token is written into counts as a whole, so these bytes are above those that
+move: the bytes of all weights and of all cached keys and values, which a token reads once, stand
+beside them.
 """
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
@@ -117,10 +118,6 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         raise ConfigError(f"--micro {args.micro}: it is sequences x tokens, as 48x2048")
     overrides = parse_overrides(args.overrides)
     recipes.get(args.recipe).config({**overrides, "seq_len": int(tokens)})
-    if args.decode and int(tokens) < LEAST_CACHED:
-        raise ConfigError(
-            f"--micro {args.micro}: --decode counts the last of {LEAST_CACHED} tokens or more"
-        )
     base = Request(
         args.recipe, overrides, sequences=int(sequences), tokens=int(tokens), decode=args.decode
     )

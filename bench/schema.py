@@ -97,6 +97,9 @@ class TensorSize(Setting):
     bits: int
     entropy_bits: float  # order-0, a weight
     coded_bits: float  # what rans takes, a weight
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quality(Setting):
     """A line of `bench quality`: a run's weights, quantised in one way."""
 
@@ -108,6 +111,22 @@ class Quality(Setting):
     bpb: float  # of the decoded file
     expected_loss: float  # nats a token, by Hessians and moments
     stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTiming(Setting):
+    """The line of `bench decode`: text of a recipe's model, with caches and with whole passes."""
+
+    recipe: str
+    overrides: dict[str, str]
+    sequences: int  # in one batch, with caches
+    tokens: int  # of a sequence
+    dtype: str
+    rounds: int
+    cached_ms: float  # a step of all sequences
+    cached_tokens_per_second: float
+    whole_ms: float  # a token of one sequence, mean over contexts
+    whole_tokens_per_second: float
 
 
 def setting(device: torch.device, command: str, malloc: str) -> Setting:

@@ -1,20 +1,23 @@
-"""FlashAttention 3 as the counting device sees it: one call that reads q, k, v and writes out, lse.
+"""Attention as the counting device sees it: one call that reads q, k, v and writes out, lse.
 
-It takes the place of the package `flash_attn_interface`, so pgolf's own operator around it runs as
-it is, with the tensors that it saves and the copies that it makes.
+The stand-in for FlashAttention 3 takes the place of the package `flash_attn_interface`, so pgolf's
+own operator around it runs as it is, with the tensors that it saves and the copies that it makes.
+That for the attention over cached keys, which may be cuDNN's or another kernel of torch's, takes
+the place of torch's function.
 """
 
 import sys
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.counting.client import Device
 
 
 def install(device: Device) -> None:
-    """Make `import flash_attn_interface` find the stand-in."""
+    """Make `import flash_attn_interface` and torch's attention with a mask find the stand-ins."""
 
     def note(name: str, *tensors: Tensor) -> None:
         moved = sum(t.numel() * t.element_size() for t in tensors)
@@ -39,3 +42,12 @@ def install(device: Device) -> None:
     module._flash_attn_forward = _flash_attn_forward
     module._flash_attn_backward = _flash_attn_backward
     sys.modules[module.__name__] = module
+
+    @torch.library.custom_op("counting::cached_attention", mutates_args=())
+    def cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        note("cached", q, k, v, mask, out)
+        return out
+
+    cached.register_fake(lambda q, k, v, mask: torch.empty_like(q))
+    F.scaled_dot_product_attention = lambda q, k, v, attn_mask: cached(q, k, v, attn_mask)

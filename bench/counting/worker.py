@@ -20,7 +20,6 @@ from typing import Any
 from bench.counting.launches import CountingError
 
 STEPS = 3
-LEAST_CACHED = STEPS + 3  # steps after three tokens are all alike
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -123,11 +122,10 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     """
     import torch
 
-    from pgolf.model.decode import Decoder, pick
+    from pgolf.model.decode import WINDOW, Decoder, pick
     from pgolf.model.frozen import frozen_copy
     from pgolf.model.layers import Table
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # the device has no cuDNN
     _, model = _build(request)
     model = frozen_copy(model, ops=model.ops)
     decoder = Decoder(model, request.sequences, request.tokens, request.compiled)
@@ -135,16 +133,20 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     read = [p for p in model.parameters() if id(p) not in tables] + [model.head_weight]
     least = {
         "weights": sum(p.nbytes for p in read),
-        "caches": decoder.keys.nbytes + decoder.values.nbytes,
+        "caches": sum(t.nbytes for t in (*decoder.keys, *decoder.values)),
     }
     ids = torch.zeros(request.sequences, dtype=torch.int64, device="cuda")
     chance = torch.zeros(request.sequences, dtype=torch.float64, device="cuda")
-    decoder.read(ids[:, None].expand(-1, request.tokens - STEPS))
+    decoder.read(ids[:, None].expand(-1, WINDOW))  # steps after it are all alike
     logits = []
-    return {
-        "step": lambda: logits.append(decoder.step(ids)),
-        "pick": lambda: pick(logits.pop(), 0.8, chance),
-    }, {"step": {"least_bytes": least}}
+
+    def step() -> None:
+        decoder.used = request.tokens - 1  # every step is that of the last token
+        logits.append(decoder.step(ids))
+
+    return {"step": step, "pick": lambda: pick(logits.pop(), 0.8, chance)}, {
+        "step": {"least_bytes": least}
+    }
 
 
 def count(request: Request, log: Path) -> dict[str, Any]:

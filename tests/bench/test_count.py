@@ -119,6 +119,30 @@ def test_launches_inside_our_operators(reference, ours):
 
 
 @needs_device
+def test_a_decoded_token_of_a_tiny_model(environment):
+    """Products, attention, and the bytes of weights and caches, as on paper."""
+    found = run(replace(TINY, qat=False, decode=True), environment)
+    step = found["phases"]["step"]
+    assert step["gemms"] == {
+        f"TN {D + 2 * KV}x{N}x{D}": L,  # q, k, v
+        f"TN {D}x{N}x{D}": L,  # out
+        f"TN {F}x{N}x{D}": L,
+        f"TN {D}x{N}x{F}": L,
+        f"TN {V}x{N}x{D}": 1,
+    }
+    caches = 2 * L * TOKENS * KV * BF16
+    mask, row = T * BF16, N * D * BF16
+    assert step["launches"]["attention"] == L
+    assert step["bytes"]["attention"] == caches + L * (2 * row + mask)
+    matrices = L * ((D + 2 * KV) * D + D * D + 2 * F * D) + V * D
+    vectors = D + L * (H + 2 * D + 2 * D) + L // 2 * D  # gate; gains, scales, mix; skips
+    assert step["least_bytes"] == {"weights": BF16 * matrices + FP32 * vectors, "caches": caches}
+    pick = found["phases"]["pick"]["launches"]
+    assert pick["total"] == pick["aten"] <= 8
+    assert step["launches"]["memcpy"] <= 1, "nothing goes to the host"
+
+
+@needs_device
 def test_a_process_that_fails_says_so(environment):
     with pytest.raises(launches.CountingError, match="no operator 'xsb'"):
         run(replace(TINY, ops="xsb=triton"), environment)
@@ -218,6 +242,29 @@ def test_table_keeps_other_versions(tmp_path):
 @pytest.fixture(scope="module")
 def table():
     return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("text", ["reference", "auto+qat", "xsa=cuda+eager", "auto+qat+eager"])
+def test_settings_have_one_name(text):
+    request = count.setting(TINY, text)
+    assert count.name_of(request) == text
+    assert (request.qat, request.compiled) == ("+qat" in text, "+eager" not in text)
+
+
+def test_committed_table_of_a_decoded_token():
+    table = json.loads((TABLE.parent / "count-decode-pr1473.json").read_text(encoding="utf-8"))
+    counted = Request(**table["counted"])
+    assert (counted.recipe, counted.sequences, counted.tokens, counted.decode) == (
+        "pr1473", 64, 2048, True,
+    )  # fmt: skip
+    for settings in table["versions"].values():
+        launches = {name: s["step"]["launches"]["total"] for name, s in settings.items()}
+        assert launches["auto+eager"] < launches["reference+eager"] / 3
+        assert max(launches["auto"], launches["reference"]) < launches["auto+eager"]
+        for s in settings.values():
+            # 11 layers, 4 key/value heads of 64, in bf16
+            assert s["step"]["least_bytes"]["caches"] == 2 * 11 * 64 * 2048 * 4 * 64 * 2
+            assert s["step"]["launches"]["attention"] == 11
 
 
 def totals(setting, what):
