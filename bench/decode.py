@@ -76,6 +76,8 @@ def _timed(args: argparse.Namespace, command: str) -> schema.DecodeTiming:
         raise ConfigError(
             f"--micro {args.micro}: it is sequences x tokens, {CONTEXTS} or more, as 64x256"
         )
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds {args.rounds}: it has to be 1 or more")
     count, length = int(sequences), int(tokens)
     name = next((word for word in args.words if "=" not in word), "demo")
     overrides = parse_overrides(w for w in args.words if w != name)
