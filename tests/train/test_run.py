@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 
+from bench import quality
 from pgolf.artifact.container import read_artifact
 from pgolf.config import ModelConfig, from_dict
 from pgolf.model import GPT
@@ -288,3 +290,17 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     assert text.startswith("abc") and len(text) > 10
     assert pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20") == text
     assert "blocks.0.attn.c_q.weight" in pgolf("verify", artifact)
+
+
+@pytest.mark.slow
+def test_every_way_to_quantise_is_scored(finished, tmp_path, capsys):
+    file = tmp_path / "quality.jsonl"
+    assert quality.main([str(finished), "--bits", "5", "--stride", "32", "--json", str(file)]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [x["method"] for x in lines] == [*quality.METHODS, *quality.UNIFORM]
+    by_method = {x["method"]: x for x in lines}
+    best = by_method["gptq, training text"]
+    assert best["expected_loss"] < by_method["round to nearest"]["expected_loss"]
+    for name in quality.UNIFORM:
+        assert by_method[name]["bytes_model"] <= best["bytes_model"]
+    assert "gptq, self-generated" in capsys.readouterr().out
