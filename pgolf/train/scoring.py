@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf import errors
-from pgolf.config import from_dict
+from pgolf.config import from_dict, parse_overrides
 from pgolf.data.manifest import Dataset
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import PgolfError
@@ -45,23 +45,31 @@ def main(argv: list[str]) -> int:
         prog="pgolf eval",
         description="Score an artifact in bits per byte, in a fresh process that loads only the "
         "artifact and the validation shards.",
-        epilog="example: pgolf eval runs/demo-seed1337/artifact --stride 256",
+        epilog="examples: pgolf eval runs/demo-seed1337/artifact --stride 256; "
+        "pgolf eval small data=data/mine",
     )
     parser.add_argument("artifact", type=Path, help="artifact file of a run")
+    parser.add_argument(
+        "words", nargs="*", metavar="data=FOLDER", help="the same as --data FOLDER"
+    )
     parser.add_argument("--data", type=Path, help="folder of shards; default: the run's")
     parser.add_argument("--tokenizer", type=Path, help="default: the one of the shards")
     parser.add_argument("--stride", type=int, default=64, help="targets a window scores (64)")
     parser.add_argument("--val-tokens", type=int, default=0, help="first N tokens only; 0 = all")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
+    for key, value in parse_overrides(args.words).items():
+        if key != "data" or args.data:
+            raise errors.ConfigError(f"{key}={value}: scoring takes one data=FOLDER and options")
+        args.data = Path(value)
     if not args.artifact.is_file():
         raise errors.ArtifactError(f"{args.artifact}: no such file; it is called artifact in a run")
     run = args.artifact.parent
     if not args.data and not (run / "config.json").is_file():
         raise errors.ConfigError(
-            f"{args.artifact}: no config.json beside it that names shards to score: use --data"
+            f"{args.artifact}: no config.json beside it that names shards to score: use data=FOLDER"
         )
     folder, tokenizer = args.data, args.tokenizer
     if not folder:

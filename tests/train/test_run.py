@@ -271,7 +271,8 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
 
     result = json.loads((finished / "result.json").read_text())
     artifact = str(finished / "artifact")
-    out = pgolf("eval", artifact, "--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
+    options = ("--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
+    out = pgolf("eval", artifact, f"data={shards}", *options)
     assert f"val_bpb {result['val_bpb']:.6f}" in out
     # shards alone, as the contest has them: the tokenizer is named by the run
     bare = tmp_path / "run"
@@ -281,7 +282,6 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     config = json.loads((bare / "config.json").read_text())
     config["data"] |= {"data": str(tmp_path), "tokenizer": str(bare / "tokenizer.model")}
     (bare / "config.json").write_text(json.dumps(config))
-    options = ("--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
     assert f"val_bpb {result['val_bpb']:.6f}" in pgolf("eval", str(bare / "artifact"), *options)
     small = tmp_path / "small"
     assert "EMA" in pgolf("pack", str(finished), "--out", str(small), "attn_bits=4", "mlp_bits=4")
