@@ -41,10 +41,14 @@ examples:
   python -m bench quality runs/demo-seed1337
   python -m bench quality runs/demo-seed1337 --bits 5 6 --stride 256 --json quality.jsonl
 """
-LITE = {"quantizer": "lite", "grid": "rows", "min_scale": 0.0, "max_clip_bits": ""}
+LITE = {
+    "quantizer": "lite", "grid": "rows", "fit_to_budget": False, "min_scale": 0.0,
+    "max_clip_bits": "",
+}  # fmt: skip
 GPTQ = LITE | {"quantizer": "gptq", "clip_search": "row"}
 METHODS = {
     "round to nearest": LITE | {"clip_search": "max"},
+    "lite as the seeds, with their floor": LITE | {"clip_search": "matrix", "min_scale": 1.0},
     "lite, a clip a matrix": LITE | {"clip_search": "matrix"},
     "lite, a clip a row": LITE | {"clip_search": "row"},
     "gptq, self-generated": GPTQ | {"calibration": "self"},
@@ -85,7 +89,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     setting = schema.setting(bench.device, command, "default")
     live = bench.live()
     print(f"{bench.words}: {live:.5f} bits per byte before quantisation, stride {args.stride}\n"
-          f"{'':28} {'bits':>4} {'bytes':>10} {'BPB':>8} {'lost':>8} {'expected':>9}")  # fmt: skip
+          f"{'':36} {'bits':>4} {'bytes':>10} {'BPB':>8} {'lost':>8} {'expected':>9}")  # fmt: skip
     lines = []
     for bits in args.bits:
         for method in (*METHODS, *UNIFORM):
@@ -101,7 +105,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
                 bpb_live=live, bpb=bpb, expected_loss=losses, stride=args.stride,
             )  # fmt: skip
             lines.append(line)
-            print(f"{method:28} {bits:>4} {size:>10,} {bpb:>8.5f} {bpb - live:>+8.5f} "
+            print(f"{method:36} {bits:>4} {size:>10,} {bpb:>8.5f} {bpb - live:>+8.5f} "
                   f"{losses:>9.6f}", flush=True)  # fmt: skip
     print("bytes: the artifact with the entropy coder; expected: loss in nats a token, by Hessians")
     if args.json:
@@ -142,7 +146,7 @@ class _Bench:
 
     def uniform(self, bits: int, overrides: Mapping[str, object], size: int) -> QuantizedModel:
         """The model on a uniform grid, in at most `size` bytes."""
-        quant = self._quant(bits, {"grid": "uniform"} | dict(overrides))
+        quant = self._quant(bits, {"grid": "uniform", "quantizer": "gptq"} | dict(overrides))
         steps = Steps(self.state, quant, self.statistics["train"], self.factors["train"])
         return fill_budget(steps, size, lambda m: len(self._encode(m)))[0]
 

@@ -179,7 +179,8 @@ class QuantConfig:
     grid: str = opt(
         "rows",
         "rows: k-bit codes with a clip and a step for each row; uniform: one step a matrix, times "
-        "column steps from the Hessian, no clip: the entropy coder pays for what is used",
+        "column steps from the Hessian, no clip: the entropy coder pays for what is used. With "
+        "gptq, bits then only set how fine the whole is, and 16 stays fp16",
         choices=("rows", "uniform"),
     )
     width: float = opt(

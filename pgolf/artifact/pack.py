@@ -113,8 +113,11 @@ def write_artifact(
         ArtifactError: what was encoded does not decode to the same tensors.
         StorageError: the file could not be written.
     """
-    layout = lay_out(model.tensors, meta)
-    encoded = encode_layout(layout, config, progress)
+    return write_encoded(path, model, encode(model, meta, config, progress))
+
+
+def write_encoded(path: Path | str, model: QuantizedModel, encoded: Encoded) -> PackReport:
+    """`write_artifact` of what `encode` gave for `model`."""
     decoded = read_artifact(encoded.data)
     for name, q in model.tensors.items():
         if not _same(q, decoded.tensors[name]):

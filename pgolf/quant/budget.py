@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pgolf.config import QuantConfig
@@ -54,21 +55,27 @@ class Steps:
         self.state, self.config, self.moments = state, config, statistics.moments
         self.factors, self.share = factors, share
         plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
-        self.names = [n for n, how in plans.items()
-                      if how.clip == "uniform" and factors.get(n) is not None]  # fmt: skip
-        if not self.names:
-            raise ConfigError("fit_to_budget=true: every matrix is stored as fp16, none has a step")
+        rms = {n: w.float().square().mean().sqrt().item() for n, w in state.items()}
+        self.names = [
+            n
+            for n, how in plans.items()
+            if how.clip == "uniform" and rms[n] and factors.get(n) is not None
+        ]
         self.known: dict[str, int] = {}
         self.model: QuantizedModel | None = None
 
-        rms = {n: state[n].float().square().mean().sqrt().item() for n in self.names}
         nominal = {n: rms[n] * plans[n].relative_step for n in self.names}
         relative = {n: self._relative(n) or nominal[n] for n in self.names}
         self.dial = Dial(relative, {n: config.width * rms[n] / LARGEST_CODE for n in self.names})
         self.weights = sum(state[n].numel() for n in self.names)
         # Where the mean over weights of log2(step) is that of the policy's steps.
         logs = (state[n].numel() * math.log2(nominal[n] / relative[n]) for n in self.names)
-        self.nominal = PER_OCTAVE * sum(logs) / self.weights
+        self.nominal = PER_OCTAVE * sum(logs) / max(self.weights, 1)
+        if share[1] > 1:
+            # Factors may differ in their last bits from rank to rank, and then the jobs would too.
+            box = [(self.names, self.dial.offsets, self.dial.finest, self.nominal)]
+            dist.broadcast_object_list(box, 0)
+            self.names, self.dial.offsets, self.dial.finest, self.nominal = box[0]
 
     def _relative(self, name: str) -> float:
         """The best step up to a common factor; 0 where nothing depends on the matrix."""
@@ -104,7 +111,13 @@ def fill_budget(
 
     Raises:
         BudgetError: it does not fit with the coarsest steps.
+        ConfigError: no matrix has a step.
     """
+    if not steps.names:
+        raise ConfigError(
+            "fit_to_budget=true: no matrix has a step to choose, all are stored as fp16 or are "
+            "zero: lower small_numel, or give them bits"
+        )
 
     def measure(indices: Mapping[str, int]) -> tuple[int, float]:
         model = steps.at(indices)

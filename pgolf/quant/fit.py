@@ -124,7 +124,7 @@ def fit(
     Raises:
         BudgetError: with the coarsest steps it is larger still.
     """
-    with Progress("fitting the budget", PROBES, "probes", enabled=progress) as bar:
+    with Progress("fitting the budget", PROBES + 2, "probes", enabled=progress) as bar:
 
         def probe(at: float) -> Probe:
             steps = dial.at(at)

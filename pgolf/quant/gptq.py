@@ -65,6 +65,9 @@ class Factors(Mapping[str, "Factor | None"]):
             self._made[key] = factorize(self.hessians[name], self.damping, words)
         return self._made[key]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would factor it
+        return name in self.hessians
+
     def __iter__(self):
         return iter(self.hessians)
 

@@ -78,7 +78,8 @@ def candidate_factors(w: Tensor, plan: TensorPlan) -> Tensor:
 
 def uniform_step(w: Tensor, relative_step: float) -> Tensor:
     """The step of a matrix, 0-d, on the grid: `relative_step` times its rms."""
-    return snap(relative_step * w.square().mean(dtype=torch.float64).sqrt().float())
+    step = relative_step * w.square().mean(dtype=torch.float64).sqrt().float()
+    return snap(step.clamp_min(LEAST_STEP))
 
 
 def clip_of_step(step: Tensor, w: Tensor, plan: TensorPlan) -> Tensor:

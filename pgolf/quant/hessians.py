@@ -139,7 +139,9 @@ def collect(
         _Watch(matrices, tables) as watch,
         Progress("calibrating", len(own), "sequences", enabled=progress) as bar,
     ):
-        for batch in own.to(model.rope_cos.device).split(max(batch_tokens // time, 1)):
+        # With more ranks than sequences, some have none.
+        batches = own.to(model.rope_cos.device).split(max(batch_tokens // time, 1))
+        for batch in batches if len(own) else ():
             inputs, targets = batch[:, :-1], batch[:, 1:]
             (model(inputs, targets) * targets.numel()).backward()
             bar.update(len(batch))

@@ -8,7 +8,8 @@ The order of the rules is that of the seed scripts, with overrides in front:
     4. the category (attn, mlp, tok, bigram, ve)           its bits
     5. any other matrix (the projections of 4's tables)    8 bits
 
-Late QAT asks for the same plan, so training sees the grid that is exported.
+Late QAT asks for the same plan, so with grid=rows training sees the grid that is exported. With
+grid=uniform it sees one step a matrix, before Hessians, moments and a budget move the steps.
 """
 
 import math

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pgolf.artifact.pack import PackReport, encode, write_artifact
+from pgolf.artifact.pack import PackReport, encode, write_artifact, write_encoded
 from pgolf.config import Config
 from pgolf.data.manifest import Dataset
 from pgolf.errors import BudgetError
@@ -23,6 +24,8 @@ from pgolf.quant.prune import prune_to_fit
 from pgolf.quant.quantize import QuantizedModel, quantize, relative_error
 from pgolf.submission.script import Script, build_script
 from pgolf.train.ranks import Ranks
+
+CALIBRATION_TOKENS = 16_384  # a pass, forward and backward in fp32: 5 GB for a contest recipe
 
 
 @dataclasses.dataclass
@@ -75,7 +78,8 @@ def calibrate(model: GPT, config: Config, dataset: Dataset, ranks: Ranks) -> Cal
     tokens = calibration_tokens(
         config, model, dataset.train_shards, dataset.vocab_size, part, ranks.first
     )
-    return collect(model, tokens, config.eval.eval_tokens, part, progress=ranks.first)
+    batch = min(config.eval.eval_tokens, CALIBRATION_TOKENS)
+    return collect(model, tokens, batch, part, progress=ranks.first)
 
 
 def export(
@@ -91,24 +95,20 @@ def export(
     All ranks take part; the first writes and gets the report, the others get None.
 
     Raises:
-        BudgetError: code + model exceed the budget and nothing that is allowed makes them fit; no
-            file is left.
+        BudgetError: code + model exceed the budget and nothing that is allowed makes them fit; what
+            stood at `path` is left as it was.
+        ConfigError: the budget is to be fitted, and there is no matrix whose step could change.
     """
-    started = time.perf_counter()
     meta, state = metadata(config, dataset), model.export_state()
-    statistics = calibrate(model, config, dataset, ranks)
-    factors = Factors(statistics.hessians, config.quant.damping) if statistics else None
     script = ranks.on_first(lambda: build_script(config))
-    share, found = (ranks.rank, ranks.world), None
-    if statistics and config.quant.grid == "uniform":
-        steps = Steps(state, config.quant, statistics, factors, share)
-        if config.artifact.fit_to_budget:
-            quantized, found = _fitted(steps, meta, config, script, ranks, say)
-        else:
-            quantized = steps.at(steps.dial.at(steps.nominal), ranks.first)
-    else:
-        moments = statistics.moments if statistics else None
-        quantized = quantize(state, config.quant, ranks.first, factors, moments, share=share)
+    started = time.perf_counter()
+    # Products with rounded inputs would be TF32 on a GPU as they are in training.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        quantized, found = _quantized(model, state, config, dataset, meta, script, ranks, say)
+    finally:
+        torch.set_float32_matmul_precision(precision)
     seconds = time.perf_counter() - started
     if 0 < config.schedule.reserve_s < seconds:
         say(
@@ -117,14 +117,36 @@ def export(
         )
 
     def write() -> Export:
-        try:
-            packed, report, pruned = _pack(quantized, state, meta, config, len(script.data), path)
-        except BudgetError:
-            path.unlink(missing_ok=True)
-            raise
+        packed, report, pruned = _pack(quantized, state, meta, config, len(script.data), path)
         return Export(packed, report, script, pruned, found, seconds)
 
     return ranks.on_first(write)
+
+
+def _quantized(
+    model: GPT,
+    state: Mapping[str, Tensor],
+    config: Config,
+    dataset: Dataset,
+    meta: Mapping[str, Any],
+    script: Script | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> tuple[QuantizedModel, Fit | None]:
+    """The quantised model, and how it was fitted if it was."""
+    share = ranks.rank, ranks.world
+    statistics = calibrate(model, config, dataset, ranks)
+    if statistics is None:
+        return quantize(state, config.quant, ranks.first, share=share), None
+    factors = Factors(statistics.hessians, config.quant.damping)
+    if config.quant.grid == "uniform":
+        steps = Steps(state, config.quant, statistics, factors, share)
+        if config.artifact.fit_to_budget:
+            return _fitted(steps, meta, config, script, ranks, say)
+        if steps.names:
+            return steps.at(steps.dial.at(steps.nominal), ranks.first), None
+    moments = statistics.moments
+    return quantize(state, config.quant, ranks.first, factors, moments, share=share), None
 
 
 def _fitted(
@@ -142,8 +164,8 @@ def _fitted(
 
     def size(candidate: QuantizedModel) -> int:
         """Bytes of the file, on every rank."""
-        data = encode(candidate, meta, probing, progress=False).data if ranks.first else b""
-        return int(ranks.decide(len(data))[0])
+        data = ranks.on_first(lambda: encode(candidate, meta, probing, progress=False).data)
+        return int(ranks.decide(len(data or b""))[0])
 
     quantized, found = fill_budget(steps, room, size, ranks.first)
     for line in fit_lines(found, room):
@@ -169,12 +191,12 @@ def _pack(
     Raises:
         BudgetError: they exceed it still, or pruning is off.
     """
-    report = write_artifact(path, model, meta, config.artifact)
-    limit, total = config.artifact.budget_bytes, report.total + bytes_code
+    encoded = encode(model, meta, config.artifact)
+    limit, total = config.artifact.budget_bytes, len(encoded.data) + bytes_code
     if not limit or total <= limit:
-        return model, report, 0
+        return model, write_encoded(path, model, encoded), 0
     over = (
-        f"model {report.total:,} + code {bytes_code:,} = {total:,} bytes, "
+        f"model {len(encoded.data):,} + code {bytes_code:,} = {total:,} bytes, "
         f"{total - limit:,} over the limit of {limit:,}"
     )
     if not config.artifact.prune_to_fit:
@@ -182,8 +204,8 @@ def _pack(
             f"{over}: use grid=uniform fit_to_budget=true, fewer bits, or a smaller model"
         )
     print(f"{over}: pruning", flush=True)
-    fixed = dataclasses.replace(config.artifact, codec=report.codec, packing=report.packing)
-    # The codec never writes more at a higher level, so quick probes only err on the safe side.
+    fixed = dataclasses.replace(config.artifact, codec=encoded.codec, packing=encoded.packing)
+    # zstd never writes more at a higher level, so quick probes only err on the safe side.
     quick = dataclasses.replace(fixed, zstd_level=1)
 
     def size(candidate: QuantizedModel) -> int:
@@ -193,7 +215,10 @@ def _pack(
     report = write_artifact(path, model, meta, fixed)
     stats = {
         name: dataclasses.replace(
-            s, relative_error=relative_error(state[name], model.tensors[name])
+            s,
+            relative_error=relative_error(state[name], model.tensors[name]),
+            hessian_error=None,
+            loss=None,
         )
         for name, s in model.stats.items()
     }

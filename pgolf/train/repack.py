@@ -27,7 +27,6 @@ from pgolf.train.ranks import Ranks
 from pgolf.train.run_folder import RunFolder, read_config
 
 SECTIONS = {"quant": QuantConfig, "artifact": ArtifactConfig}
-ALIASES = {"budget": "budget_bytes"}
 
 
 def load_weights(run: Path, trained: Config, device: torch.device) -> tuple[GPT, str]:
@@ -55,7 +54,14 @@ def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:
         ConfigError: an override is not about packing, or lifts the contest's limit.
     """
     trained = from_dict(read_config(run))
-    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    if "budget" in overrides:
+        if "budget_bytes" in overrides:
+            raise ConfigError("budget and budget_bytes are one key: give it once")
+        overrides = {**overrides, "budget_bytes": overrides["budget"]}
+        del overrides["budget"]
+        asked = {"grid": trained.quant.grid, "quantizer": trained.quant.quantizer} | overrides
+        if (asked["grid"], asked["quantizer"]) == ("uniform", "gptq"):
+            overrides.setdefault("fit_to_budget", "true")
     for key in overrides:
         section = find_key(key)[0]
         if section not in SECTIONS:
@@ -71,10 +77,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="pgolf pack",
         description="Quantise and pack the weights of a run's newest checkpoint again. "
-        "budget=BYTES fills that many with code and model, if fit_to_budget=true.",
+        "budget=BYTES limits code + model; with grid=uniform it is filled.",
         epilog=f"keys: {keys}. examples: pgolf pack runs/demo-seed1337 --out small attn_bits=5 "
-        "mlp_bits=5; pgolf pack runs/demo-seed1337 --out tiny grid=uniform fit_to_budget=true "
-        "budget=1000000; then pgolf eval tiny --data FOLDER",
+        "mlp_bits=5; pgolf pack runs/demo-seed1337 --out tiny grid=uniform budget=1000000; "
+        "then pgolf eval tiny data=FOLDER",
     )
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")

@@ -95,6 +95,12 @@ class Trainer:
         plans = plan(
             self.config.quant, {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         )
+        steps = any(how.clip == "uniform" for how in plans.values())
+        if self.config.artifact.fit_to_budget and not steps:
+            raise ConfigError(
+                "fit_to_budget=true: every matrix is stored as fp16, none has a step to choose: "
+                "lower small_numel, or give them bits"
+            )
         if self.config.quant.qat_start >= 1.0:
             return {}
         chosen = {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.artifact.pack import encode
-from pgolf.config import ArtifactConfig, QuantConfig, with_overrides
+from pgolf.config import ArtifactConfig, QuantConfig
 from pgolf.errors import ConfigError
 from pgolf.quant import budget as budget_module
 from pgolf.quant.budget import Steps, expected_loss, fill_budget, fit_lines
@@ -118,7 +118,15 @@ def test_settings_that_cannot_be_fitted() -> None:
         demo.config({"fit_to_budget": "true", "grid": "rows"})
     with pytest.raises(ConfigError, match="needs a budget_bytes above 0"):
         demo.config({"fit_to_budget": "true", "grid": "uniform", "budget_bytes": "0"})
-    with pytest.raises(ConfigError, match="every matrix is stored as fp16"):
-        config = with_overrides(demo.config(), {"grid": "uniform", "small_numel": "1000000"})
-        w = {"blocks.0.mlp.fc.weight": torch.ones(4, 4)}
-        Steps(w, config.quant, Calibration({}, {}, 1), Factors({}, 0.01))
+
+
+def test_no_matrix_has_a_step(state) -> None:
+    nothing = steps_of({n: torch.zeros_like(w) for n, w in state.items()}, Calibration({}, {}, 1))
+    with pytest.raises(ConfigError, match="no matrix has a step"):
+        fill_budget(nothing, 10_000, size, progress=False)
+
+
+def test_a_matrix_of_zeros_stays_one(state, statistics) -> None:
+    state[NAMES[1]] = torch.zeros(64, 48)
+    model, _ = fill_budget(steps_of(state, statistics), 7_000, size, progress=False)
+    assert not model.tensors[NAMES[1]].data.any()

@@ -141,6 +141,14 @@ def test_batches_and_ranks_change_nothing_but_the_rounding(monkeypatch) -> None:
     assert not sums
 
 
+def test_a_rank_without_a_sequence_adds_nothing(monkeypatch) -> None:
+    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", sums.append)
+    collect(model, text(model)[:1], 64, part=(0, 2), progress=False)
+    assert sums and not any(t.any() for t in sums)
+
+
 def test_the_model_is_left_alone() -> None:
     model = randomised(small(SEEDS["pr1473"]), torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
