@@ -14,7 +14,8 @@ from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel
 from pgolf.quant.steps import PER_OCTAVE, step_values
 
-SMALL = {"layers": "2", "dim": "64", "heads": "4", "kv_heads": "2", "mlp_hidden": "256",
+SMALL = {"grid": "rows", "clip_search": "max",
+         "layers": "2", "dim": "64", "heads": "4", "kv_heads": "2", "mlp_hidden": "256",
          "vocab_size": "512", "rope_dims": "8", "small_numel": "0"}  # fmt: skip
 
 

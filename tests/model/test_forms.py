@@ -65,7 +65,8 @@ def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> No
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(mine, loss, rtol=rtol, atol=0)
     for (name, _), a, b in zip(model.named_parameters(), ours, gradients, strict=True):
-        atol = rtol * b.abs().max().item()
+        # One number is a sum over all tokens whose terms cancel: more of it is rounding.
+        atol = rtol * b.abs().max().item() * (1 if b.dim() else 10)
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
 
 
