@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pgolf.recipes import get
 from pgolf.submission.record import About, write_record
+from pgolf.submission.texts import code_parts, of_seeds
 from pgolf.train.run_folder import read_config
 
 
@@ -41,12 +42,16 @@ def main(argv: list[str]) -> int:
         hardware=args.hardware,
     )
     out = args.out or Path(f"{about.date}_{re.sub(r'[^A-Za-z0-9]+', '-', about.name).strip('-')}")
-    values = write_record(args.runs, out, about)
+    record = write_record(args.runs, out, about)
+    values = record.values
     print(
-        f"{out}: val_bpb {values['val_bpb']:.8f} over {len(args.runs)} seed"
-        f"{'s' * (len(args.runs) > 1)}, model {values['bytes_model']:,} + code "
-        f"{values['bytes_code']:,} = {values['bytes_total']:,} bytes"
+        f"{out}: val_bpb {values['val_bpb']:.8f}{of_seeds(values)}, "
+        f"model {values['bytes_model']:,} + code {values['bytes_code']:,} = "
+        f"{values['bytes_total']:,} bytes"
     )
+    print(f"code by part: {code_parts(record.parts)}")
+    if record.note:
+        print(f"the script's score: {record.note}")
     for name in ("author", "github_id"):
         if not values[name]:
             print(f"{name} is empty: fill it in in {out / 'submission.json'}")

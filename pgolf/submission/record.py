@@ -1,7 +1,8 @@
 """The contest's record folder: script, artifact, README, submission.json, logs, requirements.
 
 Nothing is written before the script, alone in an empty folder, has scored the artifact to the bits
-per byte of the run's result.json.
+per byte of the run's result.json: to every printed digit if one process on a CPU scored the run,
+elsewhere within `TOLERANCE`.
 """
 
 import json
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.config import Config, from_dict, to_dict
+from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, PgolfError
 from pgolf.files import atomic_folder
+from pgolf.model.gpt import DTYPES
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
-from pgolf.submission.script import Script, build_script
+from pgolf.submission.script import Script, build_script, script_parts
 from pgolf.submission.texts import console_log, readme, requirements
 from pgolf.train.run_folder import FREE_KEYS, flat, read_config
 
@@ -30,6 +33,9 @@ SCRIPT = "train_gpt.py"
 # What may differ between the runs of one record.
 OF_ONE_RUN = FREE_KEYS | {"run.seed", "data.data", "data.tokenizer"}
 NEEDED = ("val_bpb", "val_loss", "steps", "train_seconds", "bytes_model", "provenance")
+# Bits per byte by which two scores of one artifact may differ where sums are taken in another
+# order, or matmuls in another precision.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,27 @@ def check_budget(runs: Sequence[Run], script: Script) -> None:
         if model + code > limit:
             raise BudgetError(
                 f"{run.path}: model {model:,} + code {code:,} = {model + code:,} bytes, "
-                f"{model + code - limit:,} over the limit of {limit:,}: pack it again with fewer "
-                "bits, or train a smaller model"
+                f"{model + code - limit:,} over the limit of {limit:,}: train with "
+                "grid=uniform fit_to_budget=true, or a smaller model"
             )
 
 
-def verify(run: Run, script: Script) -> None:
+@dataclass(frozen=True)
+class Score:
+    """What the script makes of the shipped artifact.
+
+    Attributes:
+        loss: nats a token.
+        bpb: bits per byte.
+        note: how it differs from what the run states, in words; '' where no digit does.
+    """
+
+    loss: float
+    bpb: float
+    note: str
+
+
+def verify(run: Run, script: Script) -> Score:
     """Score the artifact with the script alone.
 
     Raises:
@@ -153,16 +174,50 @@ def verify(run: Run, script: Script) -> None:
     found = re.search(r"val_loss:(\S+) val_bpb:(\S+)", done.stdout)
     if done.returncode or not found:
         raise PgolfError(f"the script cannot score {run.artifact}: see above")
+    return compared(run, *found.groups())
+
+
+def compared(run: Run, loss: str, bpb: str) -> Score:
+    """The script's score, as printed, held against the run's.
+
+    Raises:
+        PgolfError: they differ by more than rounding explains.
+    """
     stated = f"{run.result['val_loss']:.8f}", f"{run.result['val_bpb']:.8f}"
-    if found.groups() != stated:
+    if (loss, bpb) == stated:
+        return Score(float(loss), float(bpb), "")
+    difference = float(bpb) - float(stated[1])
+    differs = f"{bpb} bits per byte, {difference:+.8f} from the {stated[1]} of"
+    if must_agree(run):
+        threads = run.result["provenance"].get("threads", "as many")
         raise PgolfError(
-            f"the script scores {run.artifact} with {found[2]} bits per byte, result.json states "
-            f"{stated[1]}: score it where it was scored, on the same device and number of threads"
+            f"the script scores {run.artifact} with {differs} result.json: score it where it was "
+            f"scored, on the same CPU with {threads} threads (OMP_NUM_THREADS)"
         )
+    if not abs(difference) <= TOLERANCE:  # nan is refused too
+        raise PgolfError(
+            f"the script scores {run.artifact} with {differs} result.json, and rounding explains "
+            f"{TOLERANCE:g}: are the shards at {run.config.data.data} those of the run?"
+        )
+    by = run.result.get("scored_by")
+    where = by and f", scored by {by['ranks']} x {by['device']} in {by['dtype']}"
+    return Score(float(loss), float(bpb), f"{differs} the run{where or ''}")
 
 
-def submission(runs: Sequence[Run], best: Run, script: Script, about: About) -> dict[str, Any]:
-    """The content of submission.json: means over the seeds, and the sizes of what is shipped."""
+def must_agree(run: Run) -> bool:
+    """Whether the run was scored as the script is: by one process on a CPU, in the same dtype."""
+    device = pick_device("auto")
+    if device.type != "cpu" or "scored_by" not in run.result:
+        return False
+    ranks, kind, dtype = (run.result["scored_by"][k] for k in ("ranks", "device", "dtype"))
+    same = DTYPES[dtype] == pick_dtype(run.config.run.compute_dtype, device)[0]
+    return (ranks, kind) == (1, "cpu") and same
+
+
+def submission(
+    runs: Sequence[Run], best: Run, script: Script, score: Score, about: About
+) -> dict[str, Any]:
+    """The content of submission.json: score and sizes of what is shipped, results of all seeds."""
     code = len(script.data)
     results = {str(run.seed): run.result for run in runs}
     values = {
@@ -172,8 +227,8 @@ def submission(runs: Sequence[Run], best: Run, script: Script, about: About) -> 
         "blurb": about.blurb,
         "date": about.date,
         "track": about.track,
-        "val_loss": statistics.fmean(r["val_loss"] for r in results.values()),
-        "val_bpb": statistics.fmean(r["val_bpb"] for r in results.values()),
+        "val_loss": score.loss,
+        "val_bpb": score.bpb,
         "bytes_total": best.result["bytes_model"] + code,
         "bytes_code": code,
         "bytes_model": best.result["bytes_model"],
@@ -192,12 +247,28 @@ def submission(runs: Sequence[Run], best: Run, script: Script, about: About) -> 
         "pytorch_version": best.result["provenance"]["torch"],
     }
     if len(runs) > 1:
-        values["val_bpb_std"] = statistics.stdev(r["val_bpb"] for r in results.values())
+        found = [r["val_bpb"] for r in results.values()]
+        values |= {"val_bpb_mean": statistics.fmean(found), "val_bpb_std": statistics.stdev(found)}
     return values
 
 
-def write_record(paths: Sequence[Path], out: Path, about: About) -> dict[str, Any]:
-    """Write the record folder of one or more runs; returns what submission.json holds.
+@dataclass(frozen=True)
+class Record:
+    """What was written.
+
+    Attributes:
+        values: the content of submission.json.
+        parts: bytes of the script by what they are for, as `script_parts` has them.
+        note: how the script's score differs from the run's.
+    """
+
+    values: dict[str, Any]
+    parts: dict[str, int]
+    note: str
+
+
+def write_record(paths: Sequence[Path], out: Path, about: About) -> Record:
+    """Write the record folder of one or more runs.
 
     Args:
         paths: run folders that differ in their seed alone. The artifact of the best is shipped.
@@ -215,15 +286,17 @@ def write_record(paths: Sequence[Path], out: Path, about: About) -> dict[str, An
     best = min(runs, key=lambda run: run.result["val_bpb"])
     script = build_script(best.config)
     check_budget(runs, script)
-    verify(best, script)
-    values = submission(runs, best, script, about)
+    score = verify(best, script)
+    parts = script_parts(best.config)
+    values = submission(runs, best, script, score, about)
     with atomic_folder(out) as folder:
         (folder / SCRIPT).write_bytes(script.data)
         shutil.copy(best.artifact, folder / ARTIFACT)
         (folder / "submission.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "README.md").write_text(readme(values, best.config), encoding="utf-8")
+        page = readme(values, best.config, parts, score.note)
+        (folder / "README.md").write_text(page, encoding="utf-8")
         (folder / "requirements.txt").write_text(requirements(script.libraries))
         for run in runs:
             log = console_log(run.metrics, run.result, len(script.data))
             (folder / f"train_seed{run.seed}.log").write_text(log, encoding="utf-8")
-    return values
+    return Record(values, parts, score.note)

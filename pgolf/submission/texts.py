@@ -1,6 +1,6 @@
 """What is to be read in a record folder: README.md, the logs, requirements.txt."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
@@ -15,12 +15,14 @@ README = """# {name}
 |---|---|---|---|---|
 {rows}
 
-Mean val_bpb **{val_bpb:.8f}**{spread}, {hardware}, PyTorch {pytorch_version}.
+The script scores the artifact with val_bpb **{val_bpb:.8f}**{of_seeds}; {hardware}, PyTorch
+{pytorch_version}.{note}
 
 ## Files
 
 - `train_gpt.py` holds all code: those sources of the package pgolf that a run needs,
-  minified and compressed, {bytes_code:,} bytes. It reads no file of an installed pgolf.
+  minified and compressed, {bytes_code:,} bytes: {code_parts}. It reads no
+  file of an installed pgolf.
 - `artifact` holds the model of seed {seed}, {bytes_model:,} bytes; with the code
   {bytes_total:,} bytes.
 - `train_seed*.log`: the log of each seed. `requirements.txt`: the libraries that the script
@@ -49,14 +51,38 @@ What differs from pgolf's defaults:
 """
 
 
-def readme(values: dict[str, Any], config: Config) -> str:
-    """README.md from what submission.json holds and the settings of the shipped run."""
+def code_parts(parts: Mapping[str, int]) -> str:
+    """What the bytes of a script are for, in words."""
+    return (
+        f"{parts['scoring']:,} for scoring ({parts['decoder']:,} of them for the artifact's "
+        f"codec), {parts['training']:,} more for training"
+    )
+
+
+def of_seeds(values: Mapping[str, Any]) -> str:
+    """What several seeds found, to follow the score of the one that is shipped."""
+    if "val_bpb_mean" not in values:
+        return ""
+    mean, std = values["val_bpb_mean"], values["val_bpb_std"]
+    return f" (mean of {len(values['seeds'])} seeds {mean:.8f}, std {std:.8f})"
+
+
+def readme(
+    values: Mapping[str, Any], config: Config, parts: Mapping[str, int], note: str
+) -> str:
+    """README.md.
+
+    Args:
+        values: what submission.json holds.
+        config: settings of the shipped run.
+        parts: bytes of the script by what they are for.
+        note: how the script's score differs from the run's, if it does.
+    """
     rows = [
         f"| {seed} | {r['steps']:,} | {r['val_loss']:.8f} | {r['val_bpb']:.8f} | "
         f"{r['bytes_total']:,} |"
         for seed, r in values["seed_results"].items()
     ]
-    spread = f" (std {values['val_bpb_std']:.8f})" if "val_bpb_std" in values else ""
     defaults = flat(to_dict(Config()))
     local = ("data.data", "data.tokenizer", "run.out", "run.resume")
     settings = [
@@ -67,7 +93,9 @@ def readme(values: dict[str, Any], config: Config) -> str:
     return README.format(
         **values,
         rows="\n".join(rows),
-        spread=spread,
+        of_seeds=of_seeds(values),
+        note=note and f" That is {note}.",
+        code_parts=code_parts(parts),
         seed=config.run.seed,
         settings="\n".join(settings),
     )
@@ -96,6 +124,7 @@ def console_log(metrics: Sequence[dict[str, Any]], result: dict[str, Any], code:
 
 def requirements(modules: Iterable[str]) -> str:
     """requirements.txt: the distributions that these modules are from, as they are installed."""
-    found = {packages_distributions()[module][0] for module in modules}
+    distributions = packages_distributions()
+    found = {distributions[module][0] for module in modules}
     # A local part, such as +cu130, names a build that an index may not have.
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(found))

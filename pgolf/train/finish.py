@@ -105,12 +105,13 @@ def write_result(
     live: Sums | None,
     exported: str,
     tokens: np.ndarray,
-    device: torch.device,
+    ranks: Ranks,
     dtype: torch.dtype,
     attention: str,
     ops: Mapping[str, str],
 ) -> dict[str, Any]:
     """Assemble and write result.json."""
+    name = next(n for n, d in DTYPES.items() if d == dtype)
     result = {
         "val_bpb": decoded.bpb,
         "val_bpb_live": live.bpb if live else None,
@@ -142,12 +143,13 @@ def write_result(
         "val_targets": decoded.targets,
         "val_bytes": decoded.bytes,
         "exported_weights": exported,
-        "compute_dtype": next(n for n, d in DTYPES.items() if d == dtype),
+        "compute_dtype": name,
+        "scored_by": {"ranks": ranks.world, "device": ranks.device.type, "dtype": name},
         "attention": attention,
         "ops": dict(ops),
         "baselines": baselines(tokens, dataset),
         "tensors": tensor_rows(packed),
-        "provenance": provenance(device),
+        "provenance": provenance(ranks.device),
     }
     atomic_write(path, json.dumps(result, indent=2) + "\n")
     return result

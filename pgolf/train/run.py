@@ -212,7 +212,7 @@ def finish(
             live,
             exported,
             trainer.val,
-            ranks.device,
+            ranks,
             dtype,
             attention,
             model.ops,

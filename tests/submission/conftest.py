@@ -48,7 +48,7 @@ def config(shards) -> Config:
     """A model with every technique that trains in milliseconds, with one codec."""
     words = dict(word.split("=") for word in TINY)
     words |= {
-        "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "zstd",
+        "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "rans",
         "out": "runs/somewhere", "device": "cpu",
     }  # fmt: skip
     return with_overrides(Config(recipe="demo"), words)
@@ -79,7 +79,8 @@ def make_run(config, shards, tmp_path_factory):
         report = write_artifact(path / "artifact", quantized, meta, settings.artifact, False)
         result = scored(path / "artifact", settings, dataset) | {
             "bytes_model": report.total, "steps": 20, "train_seconds": 1.5, "recipe": "demo",
-            "provenance": {"device": "a CPU", "torch": torch.__version__},
+            "scored_by": {"ranks": 1, "device": "cpu", "dtype": "fp32"},
+            "provenance": {"device": "a CPU", "torch": torch.__version__, "threads": 1},
         }  # fmt: skip
         (path / "config.json").write_text(json.dumps(to_dict(settings)))
         (path / "result.json").write_text(json.dumps(result))
@@ -114,21 +115,24 @@ def one_run(make_run) -> Path:
     return make_run()
 
 
+@pytest.fixture(scope="session")
+def hidden(tmp_path_factory) -> dict[str, str]:
+    """An environment in which no process finds pgolf."""
+    folder = tmp_path_factory.mktemp("hidden")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    return {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
-def alone(script, one_run, shards, tmp_path):
+def alone(script, one_run, shards, hidden, tmp_path):
     """Run the script in a folder that holds it and the artifact alone, with pgolf hidden."""
-    hidden, folder = tmp_path / "hidden", tmp_path / "empty"
-    hidden.mkdir()
+    folder = tmp_path / "empty"
     folder.mkdir()
-    (hidden / "sitecustomize.py").write_text(BLOCKER)
     (folder / "train_gpt.py").write_bytes(script.data)
     (folder / "artifact").write_bytes((one_run / "artifact").read_bytes())
 
     def run(*words: str, launcher: tuple[str, ...] = (), **environment: str) -> SimpleNamespace:
-        names = {
-            **os.environ, "PYTHONPATH": str(hidden), "OMP_NUM_THREADS": "1",
-            "DATA_PATH": str(shards), **environment,
-        }  # fmt: skip
+        names = {**os.environ, **hidden, "DATA_PATH": str(shards), **environment}
         return subprocess.run(
             [sys.executable, *launcher, *(words or ("train_gpt.py",))],
             cwd=folder, env=names, capture_output=True, text=True, timeout=900,

@@ -4,39 +4,70 @@ import dataclasses
 import json
 import shutil
 import statistics
-from contextlib import nullcontext
+import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pgolf.cli import main
 from pgolf.errors import BudgetError, ConfigError, PgolfError
 from pgolf.submission import record
-from pgolf.submission.record import About, Run, check_alike, check_budget, verify, write_record
+from pgolf.submission.record import (
+    About,
+    Run,
+    Score,
+    check_alike,
+    check_budget,
+    verify,
+    write_record,
+)
 
 ABOUT = About("A. Name", "aname", "A record", "One sentence.", "2026-11-26", "track_10min_16mb")
 FIELDS = {
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "bytes_total",
     "bytes_code", "bytes_model", "seeds", "seed_results", "hardware", "pytorch_version",
-    "val_bpb_std",
+    "val_bpb_mean", "val_bpb_std",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def two_runs(one_run, make_run):
-    return [one_run, make_run(seed=2)]
+    """The second is the better one."""
+    worse = make_run(seed=2)
+    result = json.loads((worse / "result.json").read_text())
+    better = json.loads((one_run / "result.json").read_text())
+    result["val_bpb"] = better["val_bpb"] + 0.01
+    (worse / "result.json").write_text(json.dumps(result))
+    return [worse, one_run]
 
 
-def test_writes_the_folder(two_runs, tmp_path, script, capsys):
+@pytest.fixture
+def script_alone(monkeypatch, hidden):
+    """The script is run where no process finds pgolf; its size by part is not measured."""
+    run = subprocess.run
+
+    def run_hidden(words, *, env, **how):
+        assert "PYTHONPATH" not in env
+        return run(words, env=env | hidden, **how)
+
+    monkeypatch.setattr(record.subprocess, "run", run_hidden)
+    parts = {"scoring": 20_123, "training": 30_456, "decoder": 1_789}
+    monkeypatch.setattr(record, "script_parts", lambda config: parts)
+
+
+def test_writes_the_folder(two_runs, tmp_path, script_alone, capsys):
     out = tmp_path / "record"
     words = ["--author", "A. Name", "--github-id", "aname", "--date", "2026-11-26"]
     assert main(["submit", *map(str, two_runs), "--out", str(out), *words]) == 0
     results = {r.name: json.loads((r / "result.json").read_text()) for r in two_runs}
-    best = min(two_runs, key=lambda r: results[r.name]["val_bpb"])
+    best = two_runs[1]
     values = json.loads((out / "submission.json").read_text())
     assert set(values) == FIELDS
-    assert values["seeds"] == [1337, 2] and values["author"] == "A. Name"
-    assert values["val_bpb"] == statistics.fmean(r["val_bpb"] for r in results.values())
+    assert values["seeds"] == [2, 1337] and values["author"] == "A. Name"
+    assert values["val_bpb"] == round(results[best.name]["val_bpb"], 8), "of what is shipped"
+    assert values["val_loss"] == round(results[best.name]["val_loss"], 8)
+    assert values["val_bpb_mean"] == statistics.fmean(r["val_bpb"] for r in results.values())
     assert values["seed_results"]["2"]["val_bpb"] == results["seed2"]["val_bpb"]
     assert values["track"] == "track_non_record_16mb", "the demo is no contest recipe"
     code, model = (out / "train_gpt.py").stat().st_size, (out / "artifact").stat().st_size
@@ -56,6 +87,10 @@ def test_writes_the_folder(two_runs, tmp_path, script, capsys):
     assert "torch==" in needed and "sentencepiece==" in needed and "+" not in needed
     readme = (out / "README.md").read_text()
     assert f"{values['val_bpb']:.8f}" in readme and "layers=3" in readme
+    assert f"mean of 2 seeds {values['val_bpb_mean']:.8f}" in readme
+    for text in (readme, capsys.readouterr().out):
+        assert "20,123 for scoring (1,789 of them" in text and "30,456 more for training" in text
+    assert "from the" not in readme, "the script's score is that of the run"
     assert str(two_runs[0]) not in readme and "tokenizer.model" not in readme
 
 
@@ -103,13 +138,73 @@ def test_refuses_over_the_budget_and_names_the_parts(one_run, script):
         check_budget([run], longer)
 
 
+ONE_CPU = {"ranks": 1, "device": "cpu", "dtype": "fp32"}
+
+
+@pytest.fixture
+def verified(one_run, script, monkeypatch):
+    """What `verify` makes of a script that prints another score than a run states."""
+    monkeypatch.setattr(record, "pick_dtype", lambda *_: (torch.float32, ""))
+
+    def verified(more: float, scored_by: dict | None, code: int = 0) -> Score:
+        run = Run.read(one_run)
+        run.result.update({"val_loss": 4.0, "val_bpb": 2.5, "scored_by": scored_by})
+        if scored_by is None:
+            del run.result["scored_by"]
+        printed = f"x val_loss:{4 + more:.8f} val_bpb:{2.5 + more:.8f} eval_time:1ms\n"
+        done = SimpleNamespace(returncode=code, stdout=printed)
+        monkeypatch.setattr(record.subprocess, "run", lambda *_, **__: done)
+        return verify(run, script)
+
+    return verified
+
+
+def test_one_process_on_a_cpu_gives_every_digit(verified):
+    assert verified(0, ONE_CPU) == Score(4.0, 2.5, "")
+    with pytest.raises(PgolfError, match=r"\+0.00000002 .*score it where .* with 1 threads"):
+        verified(2e-8, ONE_CPU)
+
+
 @pytest.mark.parametrize(
-    "code, more, message", [(0, 2e-8, "score it where"), (1, 0, "cannot score"), (0, 0, "")]
+    "change", [{"ranks": 8}, {"ranks": 8, "device": "cuda", "dtype": "bf16"}, {"dtype": "bf16"}]
 )
-def test_refuses_another_score(one_run, script, monkeypatch, code, more, message):
-    run = Run.read(one_run)
-    loss, bpb = run.result["val_loss"], run.result["val_bpb"] + more
-    done = SimpleNamespace(returncode=code, stdout=f"x val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n")
-    monkeypatch.setattr(record.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(PgolfError, match=message) if message else nullcontext():
-        verify(run, script)
+def test_elsewhere_scores_round_differently(verified, change):
+    by = ONE_CPU | change
+    assert verified(0, by).note == ""
+    score = verified(-9e-5, by)
+    assert (score.loss, score.bpb) == (3.99991, 2.49991), "the script's own"
+    where = f"{by['ranks']} x {by['device']} in {by['dtype']}"
+    assert score.note == (
+        f"2.49991000 bits per byte, -0.00009000 from the 2.50000000 of the run, scored by {where}"
+    )
+    for more in (1.1e-4, -1.1e-4, float("nan")):
+        with pytest.raises(PgolfError, match="rounding explains 0.0001"):
+            verified(more, by)
+
+
+def test_a_run_that_does_not_say_where_it_was_scored(verified):
+    assert verified(9e-5, None).note.endswith("of the run")
+
+
+def test_a_script_that_fails(verified):
+    with pytest.raises(PgolfError, match="cannot score"):
+        verified(0, ONE_CPU, code=1)
+
+
+def test_the_note_and_the_scripts_score_are_in_the_record(one_run, tmp_path, script, monkeypatch):
+    score = Score(4.0, 2.5, "2.5 bits per byte, something from the run")
+    monkeypatch.setattr(record, "verify", lambda *_: score)
+    parts = {"scoring": 2, "training": 3, "decoder": 1}
+    monkeypatch.setattr(record, "script_parts", lambda config: parts)
+    written = write_record([one_run], tmp_path / "out", ABOUT)
+    stated = json.loads((one_run / "result.json").read_text())
+    assert (written.values["val_loss"], written.values["val_bpb"]) == (4.0, 2.5)
+    assert written.values["seed_results"]["1337"]["val_bpb"] == stated["val_bpb"]
+    assert written.note == score.note and written.parts == parts
+    assert score.note in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_parts_add_up(one_run, tmp_path):
+    written = write_record([one_run], tmp_path / "out", ABOUT)
+    assert written.parts["scoring"] + written.parts["training"] == written.values["bytes_code"]

@@ -29,6 +29,8 @@ def test_run_folder(finished):
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
     assert sum(result["bytes_by_group"].values()) == result["bytes_model"]
     assert result["steps"] == 20 and result["tokens"] == 5120
+    dtype = result["compute_dtype"]
+    assert result["scored_by"] == {"ranks": 1, "device": "cpu", "dtype": dtype}
     assert result["corpus"] == "words" and result["recipe"] == "demo" and result["seed"] == 1337
     for key in ("commit", "torch", "triton", "driver", "device", "cpu_flags"):
         assert key in result["provenance"]
