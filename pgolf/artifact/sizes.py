@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgolf.artifact.container import Artifact
 from pgolf.artifact.table import Array, Layout
-from pgolf.codecs import codec, rans_encode
+from pgolf.codecs import body_codec, codec, rans_encode
 from pgolf.quant.policy import category
 
 GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
@@ -39,7 +39,8 @@ def byte_shares(artifact: Artifact) -> tuple[dict[str, int], dict[str, int]]:
     owners = _owners(layout)
     bits = integer_bits(artifact.codec, table, matrices)
     integers = [_share(a, owners, n) for a, n in zip(table, bits, strict=True)]
-    header = len(codec("zstd").compress(layout.header.to_json(), 3))
+    # The file's own codec: a script of a submission has no other.
+    header = len(codec(body_codec(artifact.codec)).compress(layout.header.to_json(), 3))
     body = [Share("meta", None, 8 * header), *_halves(layout, owners)]
     if artifact.codec == "rans":
         shares = _scaled(integers, artifact.stream_bytes) + _scaled(body, artifact.body_bytes)
