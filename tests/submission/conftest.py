@@ -48,7 +48,7 @@ def config(shards) -> Config:
     """A model with every technique that trains in milliseconds, with one codec."""
     words = dict(word.split("=") for word in TINY)
     words |= {
-        "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "rans",
+        "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "zstd",
         "out": "runs/somewhere", "device": "cpu",
     }  # fmt: skip
     return with_overrides(Config(recipe="demo"), words)

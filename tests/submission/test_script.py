@@ -41,6 +41,16 @@ def test_trains_and_writes_an_artifact(alone, script):
 
 
 @pytest.mark.slow
+def test_with_the_codec_of_the_recipes_it_needs_no_other(alone, config):
+    script = build_script(with_overrides(config, {"codec": "rans"}))
+    assert script.libraries == ["numpy", "sentencepiece", "torch", "triton"]
+    (alone.folder / "train_gpt.py").write_bytes(script.data)
+    done = alone("train_gpt.py", "train", ITERATIONS="2")
+    assert done.returncode == 0, done.stderr
+    assert "final_roundtrip_exact" in done.stdout
+
+
+@pytest.mark.slow
 def test_trains_and_scores_under_torchrun(alone):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = alone("train_gpt.py", "train", launcher=launcher, ITERATIONS="2")
@@ -130,7 +140,7 @@ def test_every_module_compiles_and_reads_nothing_of_the_package(script):
     ast.parse(script.data)
     assert b"\0" not in script.data and b"\r" not in script.data
     assert not [n for n in script.sources if n.startswith(("pgolf.report", "pgolf.recipes"))]
-    assert script.libraries == ["numpy", "sentencepiece", "torch", "triton"]
+    assert script.libraries == ["numpy", "sentencepiece", "torch", "triton", "zstandard"]
 
 
 def test_size(script):
