@@ -139,7 +139,7 @@ def parse_header(text: bytes) -> Header:
         ArtifactError: it is not one, or one of its limits is exceeded.
     """
     try:
-        header = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+        header = json.loads(text.decode("utf-8"), parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as e:
         raise ArtifactError(f"the header is not UTF-8 JSON: {e}") from None
     keys = ("meta", "packing", "tensors", "columns")
@@ -165,8 +165,10 @@ def parse_header(text: bytes) -> Header:
     return Header(meta, packing, tuple(entries.values()), vectors)
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.40} is not a finite number")
+    return value
 
 
 def _lines(header: dict[str, Any], key: str) -> list[Any]:

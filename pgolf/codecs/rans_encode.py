@@ -5,15 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pgolf.codecs.rans import CODES_A_WORD, HEAD_BYTES, LEAST_STATE, STATE_BYTES, lanes
+from pgolf.codecs.rans import HEAD_BYTES, LEAST_STATE, STATE_BYTES, lanes, least_words
 from pgolf.codecs.weight_model import (
     BORDERS,
     MOST_SHRINKAGE,
     PRECISION,
+    SYMBOLS,
     Coder,
     Head,
     Tables,
     WeightModel,
+    pieces,
     replace_alike,
     vectors,
 )
@@ -30,14 +32,15 @@ def compress(matrices: Sequence[np.ndarray], groups: Sequence[int]) -> bytes:
     starts, frequencies = [], []
 
     def record(tables: Tables, contexts: np.ndarray, codes: np.ndarray) -> None:
-        symbols = codes.astype(np.int64) + 128
-        low = tables.start[contexts, symbols]
-        starts.append(low.astype(np.uint16))
-        frequencies.append((tables.start[contexts, symbols + 1] - low - 1).astype(np.uint16))
+        at = contexts * SYMBOLS + codes.astype(np.int64) + 128
+        low = tables.start[at]
+        starts.append(low.astype(np.uint16))  # in its context, as PRECISION is 16
+        frequencies.append((tables.start[at + 1] - low - 1).astype(np.uint16))
 
     model, heads = WeightModel(), bytearray()
     for matrix, group in zip(matrices, groups, strict=True):
-        heads += bytes(_run(model, matrix, group, record))
+        for piece in pieces(matrix):
+            heads += bytes(_run(model, piece, group, record))
     codes = sum(m.size for m in matrices)
     states = np.full(lanes(codes), LEAST_STATE, np.int64)
     words = [np.empty(0, "<u2")]
@@ -52,7 +55,8 @@ def compress(matrices: Sequence[np.ndarray], groups: Sequence[int]) -> bytes:
             x[full] >>= 16
             x += x // f * ((1 << PRECISION) - f) + low[part]
     ends = states.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :STATE_BYTES]
-    stream = np.concatenate(words)[::-1].tobytes().ljust(2 * (codes // CODES_A_WORD), b"\0")
+    least = 2 * least_words([m.shape for m in matrices])
+    stream = np.concatenate(words)[::-1].tobytes().ljust(least, b"\0")
     return bytes(heads) + ends.tobytes() + stream
 
 
@@ -61,13 +65,15 @@ def code_lengths(matrices: Sequence[np.ndarray], groups: Sequence[int]) -> list[
     model, bits = WeightModel(), []
 
     def add(tables: Tables, contexts: np.ndarray, codes: np.ndarray) -> None:
-        symbols = codes.astype(np.int64) + 128
-        frequency = tables.start[contexts, symbols + 1] - tables.start[contexts, symbols]
+        at = contexts * SYMBOLS + codes.astype(np.int64) + 128
+        frequency = tables.start[at + 1] - tables.start[at]
         bits[-1] += float(PRECISION * len(codes) - np.log2(frequency).sum())
 
     for matrix, group in zip(matrices, groups, strict=True):
-        bits.append(8.0 * HEAD_BYTES)
-        _run(model, matrix, group, add)
+        bits.append(0.0)
+        for piece in pieces(matrix):
+            bits[-1] += 8 * HEAD_BYTES
+            _run(model, piece, group, add)
     return bits
 
 

@@ -14,12 +14,15 @@ which all matrices of a group share. A code and its negative are equally likely.
 Rows that are nearly the same, as the embeddings of tokens that no text has, are found by the
 encoder and replaced by their differences from the mean of such rows above.
 
+What is kept for each line takes some 100 bytes, so a matrix with a side of more than LONGEST is cut
+into pieces, each of which is coded as a matrix: memory beside the codes has a bound.
+
 All arithmetic is on integers, so encoder and decoder agree on every machine. The tables serve a
 range coder or rANS (J. Duda, "Asymmetric numeral systems", arXiv 1311.2540).
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +38,7 @@ STRENGTH = 400  # codes that a table's first shape is worth, and again at a magn
 SIDE_MAGNITUDE, SIDE_STRENGTH = MAGNITUDES[16:17], 8  # the same of levels: 1 on average
 MOST_SHRINKAGE = 15
 ALIKE_SHIFT = 5  # differences of rows are taken for 2^5 times smaller than codes to begin with
+LONGEST = 1 << 16  # side of a piece
 LEAST_NEWS = 1024  # codes after which tables are made anew; later, an eighth of all before
 
 # Codes a vector: (tables, context of each code, the codes int8). A decoder fills the codes in.
@@ -62,8 +66,9 @@ class Tables:
     """Adaptive frequencies of codes in each context.
 
     Attributes:
-        start: cumulative frequencies in each context, int64 (contexts, SYMBOLS + 1), from 0 to
-            2^PRECISION; that of a code is at code + 128. A new array whenever they change.
+        start: cumulative frequencies of all codes in all contexts, one context after another, int64
+            (contexts * SYMBOLS + 1,). That of a code is at context * SYMBOLS + code + 128; those
+            of one context are from context * 2^PRECISION to the next.
     """
 
     def __init__(self, magnitudes: np.ndarray, strength: int):
@@ -85,9 +90,9 @@ class Tables:
         used = abs(code) <= largest
         weights = self.counts[:, abs(code)] * np.where(code == 0, 2, used)
         below = np.cumsum(weights, axis=1)
-        self.start = np.zeros((len(weights), SYMBOLS + 1), np.int64)
-        self.start[:, 1:] = below * ((1 << PRECISION) - used.sum()) // below[:, -1:]
-        self.start[:, 1:] += np.cumsum(used)
+        ends = below * ((1 << PRECISION) - used.sum()) // below[:, -1:] + np.cumsum(used)
+        ends += np.arange(len(weights))[:, None] << PRECISION
+        self.start = np.append(0, ends)
 
     def learn(self, contexts: np.ndarray, codes: np.ndarray) -> None:
         """Count codes that were coded in these contexts."""
@@ -151,6 +156,13 @@ def _run_side(tables: Tables, values: np.ndarray, code: Coder) -> None:
     tables.learn(contexts, values)
 
 
+def pieces(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of a matrix (R, C) that cover it, none of them empty or longer than LONGEST."""
+    for row in range(0, matrix.shape[0], LONGEST):
+        for column in range(0, matrix.shape[1], LONGEST):
+            yield matrix[row : row + LONGEST, column : column + LONGEST]
+
+
 def vectors(matrix: np.ndarray) -> np.ndarray:
     """A view (V, N) of a matrix (R, C) whose vectors are along its longer side."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -159,14 +171,20 @@ def vectors(matrix: np.ndarray) -> np.ndarray:
 def replace_alike(matrix: np.ndarray, alike: np.ndarray, sign: int) -> None:
     """Replace the rows of `alike` by differences from the mean of those above, or back, in place.
 
+    Row by row at first, and then a 32nd as many rows at once as there are above: so it takes few
+    steps, however many rows there are.
+
     Args:
         matrix: int8 (R, C); differences wrap around.
         alike: int8 (R,), not 0 for these rows.
         sign: -1 to make differences, 1 to undo it.
     """
+    rows, above = np.flatnonzero(alike), 0
     total = np.zeros(matrix.shape[1], np.int64)
-    for count, row in enumerate(np.flatnonzero(alike)):
-        codes = matrix[row].astype(np.int64)
-        mean = (2 * total + count) // max(2 * count, 1)
-        matrix[row] = (codes + sign * mean).astype(np.int8)
-        total += matrix[row] if sign > 0 else codes
+    while above < len(rows):
+        block = rows[above : above + max(above >> 5, 1)]
+        codes = matrix[block]
+        mean = (2 * total + above) // max(2 * above, 1)
+        matrix[block] = changed = codes + (sign * mean).astype(np.int8)
+        total += (changed if sign > 0 else codes).sum(axis=0, dtype=np.int64)
+        above += len(block)
