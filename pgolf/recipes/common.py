@@ -55,7 +55,7 @@ SEED_VALUES = (
     V("quantizer", "gptq", "P", "errors weighed by what a matrix reads: NOTES.md has the figures"),
     V("grid", "uniform", "P", "no clips: the entropy coder pays for what is used"),
     V("width", 4.5, "P", "where the fit of the budget begins"),
-    V("rate_weight", 0.1, "P", "codes that cost fewer bits where it hardly matters"),
+    V("rate_weight", 0.0, "P", "no gain at equal bytes: NOTES.md"),
     V("clip_widths", "", "P", "for grid=rows"),
     V("damping", 0.01, "C", "PR 1473 adds it twice"),
     V("fit_to_budget", True, "P", "steps of all matrices fill the 16,000,000 bytes together"),

@@ -46,7 +46,6 @@ RECIPE = Recipe(
         V("ve_bits", "6", "P"),
         V("tok_bits", "8", "P"),
         V("grid", "uniform", "P", "a sixth smaller than rows of 6 bits at the same loss"),
-        V("rate_weight", 0.1, "P"),
         V("codec", "rans", "P", "the smallest; auto tries all"),
         V(
             "small_numel",
