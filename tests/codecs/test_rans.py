@@ -195,6 +195,7 @@ def test_a_decoder_takes_little_more_memory_than_its_result():
     assert decoding_memory(data, shapes, [0, 1]) < sum(m.size for m in matrices) + 3e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEAREST)
 def test_the_dearest_small_streams_take_little_time_and_memory(name: str):
     shapes, groups = DEAREST[name]

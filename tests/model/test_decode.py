@@ -77,6 +77,7 @@ def test_our_kernels_decode_the_same() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_step_compiles_once_a_span() -> None:
     torch._dynamo.reset()
     model = randomised(small(SEEDS["pr1473"], layers=2, ve_layers="0"), torch.float32)
