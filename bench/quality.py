@@ -23,11 +23,11 @@ from pgolf.evaluate import evaluate
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES
 from pgolf.quant.budget import Steps, fill_budget
-from pgolf.quant.calibration import calibration_tokens
 from pgolf.quant.gptq import Factors
-from pgolf.quant.hessians import Calibration, collect
+from pgolf.quant.hessians import Calibration
 from pgolf.quant.quantize import QuantizedModel, quantize, tensor_stats
-from pgolf.train.export import metadata
+from pgolf.train.export import calibrate, metadata
+from pgolf.train.ranks import Ranks
 from pgolf.train.repack import load_weights, settings
 from pgolf.train.scoring import ask, sums_of
 
@@ -129,11 +129,8 @@ class _Bench:
         self.factors = {n: Factors(s.hessians, damping) for n, s in self.statistics.items()}
 
     def _collect(self, calibration: str) -> Calibration:
-        config = with_overrides(self.config, {"calibration": calibration})
-        tokens = calibration_tokens(
-            config, self.model, self.dataset.train_shards, self.dataset.vocab_size
-        )
-        return collect(self.model, tokens, config.eval.eval_tokens)
+        config = with_overrides(self.config, GPTQ | {"calibration": calibration})
+        return calibrate(self.model, config, self.dataset, Ranks(0, 1, self.device))
 
     def _quant(self, bits: int, overrides: Mapping[str, object]) -> QuantConfig:
         widths = {"attn_bits": str(bits), "mlp_bits": str(bits)}

@@ -26,8 +26,7 @@ from pgolf.quant.hessians import Calibration
 from pgolf.quant.policy import plan
 from pgolf.quant.quantize import QuantizedModel, quantize, row_factors
 from pgolf.quant.steps import PER_OCTAVE, step_values
-
-LARGEST_CODE = 127
+from pgolf.quant.uniform import LARGEST
 
 
 def expected_loss(model: QuantizedModel) -> float:
@@ -66,7 +65,7 @@ class Steps:
 
         nominal = {n: rms[n] * plans[n].relative_step for n in self.names}
         relative = {n: self._relative(n) or nominal[n] for n in self.names}
-        self.dial = Dial(relative, {n: config.width * rms[n] / LARGEST_CODE for n in self.names})
+        self.dial = Dial(relative, {n: config.width * rms[n] / LARGEST for n in self.names})
         self.weights = sum(state[n].numel() for n in self.names)
         # Where the mean over weights of log2(step) is that of the policy's steps.
         logs = (state[n].numel() * math.log2(nominal[n] / relative[n]) for n in self.names)

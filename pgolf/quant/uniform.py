@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.codecs.rans_encode import magnitude_bits
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.gptq import Factor, in_order, out_of_order, row_errors, sweep
-from pgolf.quant.rate import code_costs
 from pgolf.quant.steps import covering_index, snap
 
 LARGEST = 127
@@ -104,13 +104,17 @@ def least_bits(codes: Tensor) -> int:
 
 
 class Costs:
-    """Bits of codes (B, C, R) as `code_costs` has them, by matrix and class."""
+    """Bits of codes (B, C, R) in the entropy coder, by matrix and context."""
 
     def __init__(self, codes: Tensor):
-        classes, tables = zip(*(code_costs(c.mT) for c in codes), strict=True)
-        self.bits = torch.stack(tables)  # (B, K, 128)
+        pairs = (magnitude_bits(c.mT.cpu().numpy()) for c in codes)
+        contexts, tables = (
+            torch.stack([torch.from_numpy(a) for a in arrays]).to(codes.device)
+            for arrays in zip(*pairs, strict=True)
+        )
+        self.bits = tables.float()  # (B, K, 128)
         first = torch.arange(len(codes), device=codes.device)[:, None, None] * self.bits.size(1)
-        self.rows = 128 * (torch.stack(classes).mT.to(torch.int32) + first)  # of the flat table
+        self.rows = 128 * (contexts.mT + first).to(torch.int32)  # of the flat table
 
     def cheapest(self, t: Tensor, column: int, rate_weight: float) -> Tensor:
         """Codes (B, R) of numbers t (B, R) in steps, of the two nearest and 0."""

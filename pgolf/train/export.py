@@ -14,7 +14,6 @@ from pgolf.config import Config
 from pgolf.data.manifest import Dataset
 from pgolf.errors import BudgetError
 from pgolf.model import GPT
-from pgolf.progress import format_seconds
 from pgolf.quant.budget import Steps, fill_budget, fit_lines
 from pgolf.quant.calibration import calibration_tokens
 from pgolf.quant.fit import Fit
@@ -25,7 +24,7 @@ from pgolf.quant.quantize import QuantizedModel, quantize, relative_error
 from pgolf.submission.script import Script, build_script
 from pgolf.train.ranks import Ranks
 
-CALIBRATION_TOKENS = 16_384  # a pass, forward and backward in fp32: 5 GB for a contest recipe
+CALIBRATION_TOKENS = 16_384  # a pass at most: forward and backward in fp32 keep much
 
 
 @dataclasses.dataclass
@@ -110,11 +109,6 @@ def export(
     finally:
         torch.set_float32_matmul_precision(precision)
     seconds = time.perf_counter() - started
-    if 0 < config.schedule.reserve_s < seconds:
-        say(
-            f"calibration and quantisation took {format_seconds(seconds)}: raise reserve_s="
-            f"{config.schedule.reserve_s:g} for them to be within max_seconds"
-        )
 
     def write() -> Export:
         packed, report, pruned = _pack(quantized, state, meta, config, len(script.data), path)

@@ -194,6 +194,12 @@ def finish(
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
     packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    reserve = config.schedule.reserve_s
+    if packed is not None and 0 < reserve < packed.seconds:
+        trainer.say(
+            f"calibration and quantisation took {format_seconds(packed.seconds)}: raise "
+            f"reserve_s={reserve:g} for them to be within max_seconds"
+        )
     live = None
     if config.eval.score_live:
         live = trainer.score(config.eval.stride, "scoring live")

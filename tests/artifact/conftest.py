@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAGIC, VERSION, digest
+from pgolf.artifact.pack import encode
 from pgolf.codecs import CODECS, body_codec, codec
-from pgolf.config import QuantConfig
+from pgolf.config import ArtifactConfig, QuantConfig
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel, quantize
 from pgolf.quant.steps import step_values
@@ -102,3 +103,9 @@ def from_table(
 @pytest.fixture(scope="session")
 def forge() -> SimpleNamespace:
     return SimpleNamespace(seal=seal, body=from_body, header=from_header, table=from_table)
+
+
+@pytest.fixture(scope="module")
+def good(model, meta) -> bytes:
+    """A whole file."""
+    return encode(model, meta, ArtifactConfig(codec="zstd", packing="bytes"), False).data

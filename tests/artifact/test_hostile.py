@@ -7,20 +7,14 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAX_DECODED, MAX_HEADER, read_artifact
-from pgolf.artifact.pack import encode
 from pgolf.artifact.table import MAX_TENSORS
 from pgolf.codecs import codec, rans_encode
-from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.quant.steps import step_values
 
@@ -43,11 +37,6 @@ def streamed(*matrices: np.ndarray) -> bytes:
 
 CODES = np.array([[3, -20, 1], [0, 15, -1]], np.int8)
 STREAM = streamed(CODES)
-
-
-@pytest.fixture(scope="module")
-def good(model, meta) -> bytes:
-    return encode(model, meta, ArtifactConfig(codec="zstd", packing="bytes"), False).data
 
 
 def refuse(data: bytes) -> str:
@@ -330,97 +319,3 @@ def test_errors_name_the_file(tmp_path, forge):
     (tmp_path / "x.pgolf").write_bytes(forge.table(["a", 3, [1, 1]]))
     with pytest.raises(ArtifactError, match=r"x\.pgolf: tensor a: 3 bits"):
         read_artifact(tmp_path / "x.pgolf")
-
-
-PEAK = """
-import sys
-from pathlib import Path
-from pgolf.artifact.container import read_artifact
-from pgolf.errors import ArtifactError
-
-def peak():  # of this program alone: ru_maxrss would count the parent's from before exec
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) << 10
-
-files = sorted(Path(sys.argv[1]).iterdir())
-read_artifact(files[0])
-before = peak()
-for file in files[1:]:
-    try:
-        read_artifact(file)
-    except ArtifactError:
-        pass
-print(peak() - before)
-"""
-
-
-def peak_growth(folder: Path) -> int:
-    """Bytes by which reading all files but the first raises the peak of a fresh process."""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder)], cwd=root, text=True,
-                          capture_output=True, check=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_no_attack_takes_much_memory(tmp_path, forge, good):
-    (tmp_path / "00-good").write_bytes(good)
-    for i, attack in enumerate(ATTACKS, 1):
-        (tmp_path / f"{i:02}").write_bytes(ATTACKS[attack](forge)[0])
-    # Brotli's window of 16 MiB is the largest; the bombs hold 64 MiB and more.
-    assert peak_growth(tmp_path) < 20 << 20
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(("name", "packing"), [
-    ("zstd", "bytes"), ("lzma", "bytes"), ("brotli", "bytes"), ("zstd", "columns"),
-])
-def test_reading_a_body_takes_a_small_multiple_of_what_is_declared(
-    tmp_path, forge, good, name: str, packing: str
-):
-    side = 6000
-    table = [["a", 6, [side, side], *ONE[3:]]]
-    header = {"meta": {}, "packing": packing, "tensors": table, "columns": []}
-    text = json.dumps(header).encode()
-    body = len(text).to_bytes(4, "little") + text + bytes(side * side) + halves(*[1] * side)
-    (tmp_path / "0").write_bytes(good)
-    (tmp_path / "1").write_bytes(forge.body(body, name))
-    assert len(body) < peak_growth(tmp_path) < (8 << 20) + 2 * len(body)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_unpacking_and_looking_up_take_little_memory(tmp_path, forge):
-    """A body packed to bits whose every row has an index: both become int64 on the way."""
-    rows = 4_000_000
-    for name, count in (("0", 1), ("1", rows)):  # the first also loads the unpacker
-        line = ["a", 4, [count, 2], 2, 0, None]
-        file = forge.table(line, data=bytes(2 * count), packing="bits")
-        (tmp_path / name).write_bytes(file)
-    assert 5 * rows < peak_growth(tmp_path) < (24 << 20) + 2 * 5 * rows
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, forge, good):
-    shape = (500, 8000)
-    codes = (np.random.default_rng(0).normal(0, 5, shape)).astype(np.int8)
-    line = ["a", 6, list(shape), 2, 0, None]
-    stream = rans_encode.compress([codes, np.zeros((1, 500), np.int8)], [2, 0])
-    (tmp_path / "0").write_bytes(good)
-    (tmp_path / "1").write_bytes(forge.table(line, stream=stream))
-    assert codes.size < peak_growth(tmp_path) < (24 << 20) + 2 * codes.size
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("shapes", [
-    [(256, 8192)], [(1, 4 << 20)], [(0, 1 << 29)] * 9, [(1, 1)] * 2000,
-], ids=["many codes", "wide", "empty", "many matrices"])
-def test_small_streams_end_soon_in_little_memory(tmp_path, forge, good, shapes):
-    """As much work as streams of their sizes may declare, all codes being 0."""
-    lines = [[f"t{i}", 6, shape, 2, None, None] for i, shape in enumerate(shapes)]
-    stream = streamed(*(np.zeros(shape, np.int8) for shape in shapes))
-    data = forge.table(*lines, data=halves(*[1] * sum(r for r, _ in shapes)), stream=stream)
-    (tmp_path / "0").write_bytes(good)
-    (tmp_path / "1").write_bytes(data)
-    began = time.process_time()
-    assert not any(t.data.any() for t in read_artifact(data).tensors.values())
-    assert time.process_time() - began < 6  # more than is promised: the machine may be busy
-    assert peak_growth(tmp_path) < (24 << 20) + 2 * sum(r * c for r, c in shapes)

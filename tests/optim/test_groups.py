@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from pgolf import device
 from pgolf.config import ModelConfig, OptimConfig
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
@@ -169,3 +170,16 @@ def test_state_round_trips() -> None:
         assert torch.equal(p, q)
     kept = second.adamw.state[nets[1].tok_emb.weight]["exp_avg"]
     assert kept.dtype is torch.bfloat16, "also after a load"
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "expected"),
+    [
+        ("auto", {"avx2"}, torch.float32),
+        ("auto", {"avx512_bf16"}, torch.bfloat16),
+        ("bf16", {"avx2"}, torch.bfloat16),
+    ],
+)
+def test_newton_schulz_is_in_bf16_where_the_hardware_has_it(monkeypatch, asked, flags, expected):
+    monkeypatch.setattr(device, "cpu_flags", lambda: flags)
+    assert Optimizers(model(), OptimConfig(ns_dtype=asked)).muon.ns_dtype == expected

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from pgolf.config import Config, with_overrides
+from pgolf.errors import ConfigError
 from pgolf.optim.schedule import Clock, Schedule
 
 
@@ -128,6 +129,15 @@ def test_published_momentum(step: int, expected: float) -> None:
 
 
 # --- the end ---------------------------------------------------------------------------------
+
+
+def test_what_is_reserved_is_not_trained_in() -> None:
+    s = schedule(max_seconds=100, reserve_s=20, warmdown=0.5)
+    assert s.share(Clock(step=1, seconds=40)) == 0.5
+    assert s.warmdown(Clock(step=1, seconds=60)) == 0.5
+    assert not s.finished(Clock(step=10, seconds=70)) and s.finished(Clock(step=10, seconds=75))
+    with pytest.raises(ConfigError, match="reserve_s=100 leaves nothing of max_seconds=100"):
+        schedule(max_seconds=100, reserve_s=100)
 
 
 def test_finished_by_steps_tokens_and_time() -> None:

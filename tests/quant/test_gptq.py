@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgolf.codecs.rans_encode import code_lengths, magnitude_bits
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError, TrainingError
 from pgolf.quant import gptq
@@ -19,7 +20,6 @@ from pgolf.quant import quantize as module
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import Factors
 from pgolf.quant.quantize import QuantizedModel, quantize
-from pgolf.quant.rate import code_bits, code_costs
 from pgolf.quant.steps import exact_index
 from pgolf.quant.uniform import Costs
 from tests.quant.gptq_cases import hessian, obq, row_error, weights
@@ -290,7 +290,7 @@ def test_entropy_constrained_rounding_trades_error_for_bits():
     bits, errors = [], []
     for rate_weight in (0.0, 0.05, 0.2):
         q = run(w, h, settings(grid="uniform", width=40.0, rate_weight=rate_weight))
-        bits.append(code_bits(q.data))
+        bits += code_lengths([q.data.numpy()], [0])
         errors.append(total_error(w, q, h))
     assert bits[0] > 1.005 * bits[1] > 1.01 * bits[2]
     assert errors[0] < errors[1] < errors[2]
@@ -302,9 +302,9 @@ def test_the_cheapest_code_is_chosen_by_its_row_and_column():
     t = 4 * torch.randn(2, 20, generator=g)
     chosen = Costs(codes).cheapest(t, 7, 0.2)
     for matrix, numbers, ours in zip(codes, t, chosen, strict=True):
-        classes, bits = code_costs(matrix.mT)
+        contexts, bits = magnitude_bits(matrix.mT.numpy())
         for r, x in enumerate(numbers.tolist()):
-            costs = {c: (x - c) ** 2 + 0.2 * bits[int(classes[r, 7]), abs(c)].item()
+            costs = {c: (x - c) ** 2 + 0.2 * bits[contexts[r, 7], abs(c)]
                      for c in (math.floor(x), math.ceil(x), 0)}  # fmt: skip
             assert ours[r] == min(costs, key=costs.get)
     assert (chosen != t.round()).any(), "bits must decide somewhere for this to test"

@@ -16,8 +16,10 @@ import torch
 from bench import quality
 from pgolf.artifact.container import read_artifact
 from pgolf.config import ModelConfig, from_dict
+from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.submission.script import build_script
+from pgolf.train.repack import settings
 
 from .tiny import ONE_THREAD, ROOT, TINY, metrics
 
@@ -288,6 +290,9 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     assert "EMA" in out and "next cheaper" in out
     left = budget - result["bytes_code"] - small.stat().st_size
     assert 0 <= left < 2_000  # a step of one matrix
+    with pytest.raises(ConfigError, match="one key"):
+        settings(finished, {"budget": "9", "budget_bytes": "9"})
+    assert not settings(finished, {"budget": "9", "grid": "rows"})[1].artifact.fit_to_budget
     text = pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20")
     assert text.startswith("abc") and len(text) > 10
     assert pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20") == text
