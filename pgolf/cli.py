@@ -19,6 +19,9 @@ EPILOG = """examples:
   pgolf data fetch --variant sp1024       the contest's data
   torchrun --standalone --nproc_per_node=8 -m pgolf train pr1473
                                           a contest recipe on eight GPUs
+  pgolf pack runs/mine --out small budget=1000000
+                                          the same weights in so many bytes of code and model
+  pgolf submit runs/mine                  the contest's record folder
   pgolf recipes pr1473                    every value of a recipe, with its source
 `pgolf COMMAND --help` says more."""
 
