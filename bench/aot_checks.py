@@ -81,8 +81,6 @@ APPROXIMATE = ("div.full.f32", "div.approx.f32", "rcp.approx.f32")
 CAST = RequiredCuda(("LDG.128 or STG.128",), 3, ("div.rn.f32",), APPROXIMATE)
 # A kernel of csrc/cuda that is not in here is an error, too.
 REQUIRED_CUDA = {
-    "pack_kernel": RequiredCuda(),  # groups of `bits` bytes have no alignment
-    "unpack_kernel": RequiredCuda(),
     "sum_rows_kernel": RequiredCuda(),  # eight columns of four bytes of a row at once
     "xsa_forward_rows": _rows(1),
     "xsa_backward_rows": _rows(1),

@@ -31,7 +31,7 @@ A model is an artifact, a run folder (its newest checkpoint is quantised as the 
 --synthetic, independent numbers in the shapes of a recipe: rows and columns have the spread of rms
 that those of a trained demo model have. Synthetic codes show sizes and times, not quality.
 
-  bytes, columns, bits   codes of a general codec by rows, by columns, packed to their bits
+  bytes, columns         codes of a general codec by rows, by columns
   rans                   the entropy coder for weights
   order-0                what an ideal coder would need that knows the frequencies of a matrix's
                          codes and nothing else
@@ -51,7 +51,7 @@ examples:
 DECODE = """
 import sys, time
 import torch
-import pgolf.artifact.model, pgolf.ops.pack_bits
+import pgolf.artifact.model
 from pgolf.artifact.container import read_artifact
 
 def memory(field):

@@ -1,7 +1,7 @@
 // pgolf._C: checks the arguments, lets go of the GIL and calls a launcher.
 //
 // Pointers arrive as integers (tensor.data_ptr()), so that nothing here depends on torch. The size of
-// a buffer follows from the shape beside it, or is given and checked (pack_bits).
+// a buffer follows from the shape beside it, or is given and checked.
 #include "bindings/bindings.h"
 #include "kernels.h"
 
@@ -32,7 +32,6 @@ PYBIND11_MODULE(_C, m) {
   pgolf::bindings::bind_leaky_relu2(m);
   pgolf::bindings::bind_muon_momentum(m);
   pgolf::bindings::bind_newton_schulz(m);
-  pgolf::bindings::bind_pack_bits(m);
   pgolf::bindings::bind_param_update(m);
   pgolf::bindings::bind_qk_rope(m);
   pgolf::bindings::bind_residual_norm(m);

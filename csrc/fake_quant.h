@@ -8,9 +8,11 @@
 
 #include "element.h"
 #include "host_device.h"
-#include "pack_bits.h"
 
 namespace pgolf {
+
+constexpr int kMinBits = 4;
+constexpr int kMaxBits = 8;
 
 // What all rows share.
 template <typename F>

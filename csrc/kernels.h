@@ -210,8 +210,6 @@ constexpr int kMaxHeadsPerGroup = 256;
 // The launchers, compiled for one instruction set. Outputs are contiguous; `threads` is the most
 // that may run, and no result depends on it.
 struct Kernels {
-  void (*pack_bits)(const int8_t* codes, uint8_t* packed, int64_t count, int bits);
-  void (*unpack_bits)(const uint8_t* packed, int8_t* codes, int64_t count, int bits);
   void (*xsa)(const XsaShape& shape, Heads y, Heads v, void* z, int threads);
   void (*xsa_backward)(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
                        int threads);
@@ -273,9 +271,6 @@ namespace cuda {
 constexpr int64_t kMaxXsaSize = 256;
 constexpr int kMaxCastMatrices = 96;  // a launch; of more there are several
 
-const char* pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits, void* stream);
-const char* unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits,
-                        void* stream);
 const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream);
 const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
                          void* stream);

@@ -221,9 +221,8 @@ class ArtifactConfig:
     )
     packing: str = opt(
         "auto",
-        "integer codes for zstd, lzma and brotli: a byte each by rows or by columns, packed to "
-        "bits, or the smallest of all",
-        choices=("auto", "bytes", "columns", "bits"),
+        "integer codes for zstd, lzma and brotli: by rows, by columns, or the smaller of both",
+        choices=("auto", "bytes", "columns"),
     )
     zstd_level: int = opt(22, "zstd level", ge=1, le=22)
     lzma_preset: int = opt(9, "lzma preset", ge=0, le=9)

@@ -14,7 +14,6 @@ void bind_grad_norm(pybind11::module_& m);
 void bind_leaky_relu2(pybind11::module_& m);
 void bind_muon_momentum(pybind11::module_& m);
 void bind_newton_schulz(pybind11::module_& m);
-void bind_pack_bits(pybind11::module_& m);
 void bind_param_update(pybind11::module_& m);
 void bind_qk_rope(pybind11::module_& m);
 void bind_residual_norm(pybind11::module_& m);

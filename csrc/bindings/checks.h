@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "kernels.h"
-#include "pack_bits.h"
 
 namespace pgolf::bindings {
 
@@ -44,10 +43,6 @@ inline void check_launch(const char* error) {
 inline int checked_threads(int threads) {
   if (threads < 1) refuse("threads", threads, "it has to be at least 1");
   return threads;
-}
-
-inline void check_bits(int bits) {
-  if (bits < kMinBits || bits > kMaxBits) refuse("bits", bits, "it has to be 4 to 8");
 }
 
 // The product of sizes that are not negative, which is the number of elements.

@@ -7,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/checks.h"
+#include "fake_quant.h"
 
 namespace py = pybind11;
 

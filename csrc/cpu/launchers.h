@@ -5,8 +5,6 @@
 
 namespace pgolf::cpu::PGOLF_ISA {
 
-void pack_bits(const int8_t* codes, uint8_t* packed, int64_t count, int bits);
-void unpack_bits(const uint8_t* packed, int8_t* codes, int64_t count, int bits);
 void xsa(const XsaShape& shape, Heads y, Heads v, void* z, int threads);
 void xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
                   int threads);

@@ -5,8 +5,6 @@ namespace pgolf::cpu::PGOLF_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    pack_bits,
-    unpack_bits,
     xsa,
     xsa_backward,
     leaky_relu2,

@@ -8,9 +8,8 @@ All numbers are little-endian. The digest covers the 17 bytes before it and all 
 body is packed by the codec, or by lzma if that is rans. `table` says what the header is and which
 arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
 the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, row by
-row; codes may also be column by column (packing "columns") or packed to their bits (packing "bits";
-each matrix starts on a byte). Halves are fp16; their high bytes repeat far more than their low
-ones, so the two kinds lie apart.
+row; codes may also be column by column (packing "columns"). Halves are fp16; their high bytes
+repeat far more than their low ones, so the two kinds lie apart.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ DIGEST_BYTES = 16
 MAX_FILE = MAX_DECODED = 512 << 20  # bytes
 FREE_EXPANSION, MAX_EXPANSION = 64 << 20, 8  # a body is at most 64 MiB + 8 x file; a stream: `rans`
 MAX_HEADER = 1 << 20
-CHUNK = 1 << 16  # codes unpacked, or indices looked up, at a time; a multiple of 8
+CHUNK = 1 << 16  # indices looked up at a time
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _arrays(header: Header, data: Tensor, stream: memoryview | None) -> dict[Key
     """Cut the data of the body (uint8) and the stream into arrays; they must cover it exactly."""
     integers, halves = arrays(header)
     in_body = integers if stream is None else []
-    sizes = [a.body_bytes(header.packing) for a in in_body]
+    sizes = [a.body_bytes() for a in in_body]
     count = sum(math.prod(a.shape) for a in halves)
     needed = sum(sizes) + 2 * count
     if needed != data.numel():
@@ -181,18 +180,9 @@ def _decode_stream(stream: memoryview, integers: list[Array]) -> list[Tensor]:
 def _unpack(packed: Tensor, packing: str, array: Array) -> Tensor:
     """int8 matrix of a piece of the body."""
     rows, columns = array.shape
-    if packing == "bytes" or array.kind != "codes":
-        return packed.view(torch.int8).view(rows, columns)
-    if packing == "columns":
+    if packing == "columns" and array.kind == "codes":
         return packed.view(torch.int8).view(columns, rows).t().contiguous()
-    # Only files packed to bits need it. The reference: decoding takes no compiled code of ours.
-    from pgolf.ops.pack_bits import reference_unpack
-
-    codes = torch.empty(rows * columns, dtype=torch.int8)
-    pieces = packed.split(CHUNK // 8 * array.bits)
-    for out, piece in zip(codes.split(CHUNK), pieces, strict=True):
-        out.copy_(reference_unpack(piece, array.bits, out.numel()))
-    return codes.view(rows, columns)
+    return packed.view(torch.int8).view(rows, columns)
 
 
 def _tensors(layout: Layout) -> dict[str, QuantizedTensor]:

@@ -17,7 +17,6 @@ from pgolf.artifact.table import (
     Layout,
     Vector,
 )
-from pgolf.ops.pack_bits import pack_bits
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.steps import exact_index
 
@@ -75,9 +74,7 @@ def _ordered(tensors: Mapping[str, QuantizedTensor]) -> list[tuple[str, Quantize
 
 def pack_matrix(array: Array, matrix: Tensor, packing: str) -> bytes:
     """An integer matrix as a body holds it."""
-    if array.kind == "codes" and packing == "bits":
-        matrix = pack_bits(matrix, array.bits)
-    elif array.kind == "codes" and packing == "columns":
+    if array.kind == "codes" and packing == "columns":
         matrix = matrix.t()
     return matrix.numpy().tobytes()
 

@@ -145,7 +145,7 @@ def forms(config: ArtifactConfig) -> list[tuple[str, str]]:
 
 
 def form_name(name: str, packing: str) -> str:
-    """A codec and packing in words: 'zstd bits', or 'rans', which has but one."""
+    """A codec and packing in words: 'zstd columns', or 'rans', which has but one."""
     return f"{name} {packing}" if name in GENERAL else name
 
 

@@ -1,6 +1,6 @@
 """The header of an artifact: its table of tensors, and the arrays that they are stored in.
 
-    header = JSON {"meta": {...}, "packing": "bytes"|"columns"|"bits",
+    header = JSON {"meta": {...}, "packing": "bytes"|"columns",
                    "tensors": [[name, 16, dims] or [name, bits, dims, group, steps, columns], ...],
                    "columns": [[length, base], ...]}
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from pgolf.errors import ArtifactError
 
 INT_BITS = (4, 5, 6, 7, 8)
-PACKINGS = ("bytes", "columns", "bits")
+PACKINGS = ("bytes", "columns")
 STEP_GROUP, COLUMN_GROUP, MAX_GROUP = 0, 1, 63  # groups of codes begin behind the two
 
 MAX_WEIGHTS = 512 << 20
@@ -90,12 +90,9 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     group: int = 0
 
-    def body_bytes(self, packing: str) -> int:
+    def body_bytes(self) -> int:
         """Bytes that it takes in a body."""
-        if self.bits == 16:
-            return 2 * math.prod(self.shape)
-        bits = self.bits if packing == "bits" and self.kind == "codes" else 8
-        return (math.prod(self.shape) * bits + 7) // 8
+        return math.prod(self.shape) * (2 if self.bits == 16 else 1)
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,10 @@ def parse_header(text: bytes) -> Header:
     if not isinstance(meta, dict):
         raise ArtifactError("meta is not an object")
     if packing not in PACKINGS:
-        raise ArtifactError(f"unknown packing {packing!r:.40}")
+        known = " and ".join(PACKINGS)
+        raise ArtifactError(
+            f"unknown packing {packing!r:.40}: this version reads {known}; pack the model again"
+        )
     vectors = tuple(_parse_vector(line) for line in _lines(header, "columns"))
     entries: dict[str, Entry] = {}
     for line in _lines(header, "tensors"):

@@ -88,6 +88,8 @@ ATTACKS = {
     "meta is not an object": lambda f: (
         f.header({"meta": 3, "packing": "bytes", "tensors": [], "columns": []}), "meta is not"),
     "unknown packing": lambda f: (f.table(packing="base64"), "packing 'base64'"),
+    "packing of an older version": lambda f: (
+        f.table(packing="bits"), "packing 'bits': this version reads bytes and columns"),
     "packing is a list": lambda f: (f.table(packing=[]), "packing"),
     "table is an object": lambda f: (
         f.header({"meta": {}, "packing": "bytes", "tensors": {}, "columns": []}),

@@ -83,11 +83,12 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path: Path) -> N
 @needs_nvcc
 def test_a_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
     file = tmp_path / "aot.json"
-    result = run_gate("--kernel", "pack_kernel", "--json", str(file))
+    result = run_gate("--kernel", "grad_norm_chunks", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(file.read_text())
     assert found["versions"] == aot_cuda.versions()
-    assert list(found["rows"]) == [f"pack_kernel: pack_bits.cu {a}" for a in ("sm_80", "sm_90a")]
+    names = [f"grad_norm_chunks: grad_norm.cu {arch}" for arch in ("sm_80", "sm_90a")]
+    assert list(found["rows"]) == names
     for row in found["rows"].values():
         assert 16 <= row["registers"] <= 64 and row["instructions"]["LDG"]
 

@@ -173,8 +173,8 @@ def test_cuda_module_loads_without_a_driver(built, tmp_path):
     assert "for CPU and CUDA (sm_90a): PGOLF_BUILD=cuda" in output
     code = (
         "from pgolf import _C; print(_C.build_info())\n"
-        "_C.pack_bits_cuda(0, 0, 0, 0, 6, 0)\n"
-        "try: _C.pack_bits_cuda(256, 1, 256, 1, 6, 0)\n"
+        "_C.leaky_relu2_cuda(0, 0, 0, 0, 0, 0, 0, 0.5, 0)\n"
+        "try: _C.leaky_relu2_cuda(256, 256, 256, 0, 0, 1, 8, 0.5, 0)\n"
         "except RuntimeError as e: print(e)"
     )
     info, *error = python(code, built, tmp_path).splitlines()
@@ -186,13 +186,13 @@ def test_cuda_module_loads_without_a_driver(built, tmp_path):
     libraries = subprocess.run(["ldd", *built.glob("pgolf/_C.*.so")], capture_output=True).stdout
     assert b"cudart" not in libraries and b"libcuda" not in libraries
     # The header that nvcc included counts: nothing else is compiled.
-    kernel = built / "csrc" / "cuda" / "pack_bits.cu"
+    kernel = built / "csrc" / "cuda" / "leaky_relu2.cu"
     kernel.write_text('#include "only_cuda.h"\n' + kernel.read_text())
     header = built / "csrc" / "only_cuda.h"
     for text in ("#pragma once\n", "#pragma once\nextern int changed;\n"):
         header.write_text(text)
         output = build(built, PGOLF_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a")
-        assert compiled(output) == {"pack_bits.cu.o", "_C.so"}
+        assert compiled(output) == {"leaky_relu2.cu.o", "_C.so"}
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm on PATH")
@@ -276,7 +276,7 @@ def test_nvcc_decides_not_a_gpu(checkout, fake):
     ):
         assert flag in ninja
     output = build(checkout, PATH=path, TORCH_CUDA_ARCH_LIST="8.9", PGOLF_CUDART="shared")
-    assert "CUDA (sm_89)" in output and "pack_bits.cu.o" in compiled(output)
+    assert "CUDA (sm_89)" in output and "leaky_relu2.cu.o" in compiled(output)
     assert "-cudart=shared" in next(checkout.glob("build/*/build.ninja")).read_text()
     assert "PGOLF_CUDART=dynamic" in refusal(checkout, PATH=path, PGOLF_CUDART="dynamic")
     (folder / "nvcc").unlink()

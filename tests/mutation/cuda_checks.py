@@ -11,12 +11,11 @@ from unittest import mock
 
 import torch
 
-from pgolf import extension
 from pgolf.ops import grad_norm, param_update, xsa
 from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
-from ..ops import test_multi_tensor, test_pack_bits, test_weight_cast
+from ..ops import test_multi_tensor, test_weight_cast
 from ..ops import test_operators as t
 from ..ops import test_softcap_cross_entropy as loss
 from ..ops.cases import Call, is_empty, takes
@@ -29,8 +28,6 @@ LAUNCHED_BY: dict[str, tuple[str, ...]] = {}
 def checks_of(kernel: str) -> list[Callable[[], None]]:
     """Of a file such as 'xsa.cu'; empty where nothing is known to launch it."""
     stem = kernel.removesuffix(".cu")
-    if stem == "pack_bits":
-        return [pack_bits]
     names = [n for n in LAUNCHED_BY.get(stem, (stem,)) if n in OPERATORS]
     general = [
         functools.partial(check, OPERATORS[name]) for name in names for check in (accuracy, edges)
@@ -120,20 +117,6 @@ def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.T
     leaves = [y.clone().requires_grad_(), v.clone().requires_grad_()]
     out = xsa(*leaves, impl)
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-
-def pack_bits() -> None:
-    module = extension.cuda()
-
-    def pack(*arguments: int) -> None:
-        module.pack_bits_cuda(*arguments, 0)
-
-    def unpack(*arguments: int) -> None:
-        module.unpack_bits_cuda(*arguments, 0)
-
-    for count in test_pack_bits.COUNTS:
-        for bits in (4, 5, 7, 8):
-            test_pack_bits.check_kernels((pack, unpack), count, bits)
 
 
 UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_aligned, "cuda")

@@ -157,7 +157,7 @@ def test_sizes_of_zero_write_nothing(kernels, name, address):
 def test_an_unknown_instruction_set_is_refused(isa, kernels):
     code = (
         "from pgolf import _C\n"
-        "for call in (_C.cpu_isa, lambda: _C.pack_bits(0, 0, 0, 0, 6)):\n"
+        "for call in (_C.cpu_isa, lambda: _C.leaky_relu2(0, 0, 0, 0, 0, 0, 0, 0.5, 1)):\n"
         "    try: call()\n"
         "    except ValueError as e: print(e)"
     )

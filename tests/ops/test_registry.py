@@ -145,7 +145,7 @@ def test_an_implementation_that_is_not_here(monkeypatch, no_interpreter) -> None
 
 def test_an_older_build_without_a_kernel_says_so(monkeypatch) -> None:
     class Old:
-        pack_bits = None
+        leaky_relu2 = None
 
     monkeypatch.setattr(extension, "load", lambda: Old)
     with pytest.raises(RuntimeError, match="this build of pgolf._C has no xsa: pip install"):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from pgolf.ops.pack_bits import reference_pack
 from pgolf.ops.registry import OPERATORS, Operator, Sample
 
 from .faults import Missing, Race
@@ -42,21 +41,6 @@ def check_operator(operator: Operator, sample: Sample, dtype: torch.dtype) -> No
     assert not missing, missing
     test_accuracy(operator, "cuda", sample, dtype)
     assert len(runner().ran) > before
-
-
-def check_pack_bits() -> None:
-    """Codes of every width, whose last group is not full."""
-    for bits in range(4, 9):
-        codes = (torch.arange(13) * 37 % 2**bits - 2 ** (bits - 1)).to(torch.int8)
-        packed = reference_pack(codes, bits)
-        got = torch.full_like(packed, 0x55)
-        size, count = packed.numel(), codes.numel()
-        module = runner().module
-        module.pack_bits_cuda(codes.data_ptr(), count, got.data_ptr(), size, bits, 0)
-        assert torch.equal(got, packed), bits
-        back = torch.full_like(codes, 0x55)
-        module.unpack_bits_cuda(got.data_ptr(), size, back.data_ptr(), count, bits, 0)
-        assert torch.equal(back, codes), bits
 
 
 @functools.cache
@@ -119,7 +103,6 @@ def checks(quick: bool) -> dict[str, Callable[[], None]]:
         raise Missing(why)
     runner()
     found = {
-        "pack_bits": check_pack_bits,
         "block sums": lambda: check_block_sums(block_sum()),
         "block sums without a barrier": check_missing_barriers,
         "division": check_division,
