@@ -162,14 +162,13 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def write_build_info(plan: Plan, pybind11_version: str) -> None:
+def write_build_info(plan: Plan) -> None:
     """The header behind `pgolf._C.build_info()`."""
     values = {
         "COMPILER": version_of(plan.cxx, "."),
         "NVCC": version_of((plan.nvcc,), "release") if plan.nvcc else "",
         "CUDART": plan.cudart,
         "ARCHS": " ".join(plan.archs),
-        "PYBIND11": pybind11_version,
         "REASON": plan.reason,
     }
     # A JSON string without \u escapes is a C string.
@@ -186,8 +185,7 @@ def ninja_text(plan: Plan) -> str:
         return shlex.join(parts).replace("$", "$$")
 
     includes = [f"-I{SOURCES}", f"-I{OBJECTS}"]
-    # System headers are left out of the depfiles (-MMD): pybind11 may lie in a temporary folder.
-    cxx_includes = ["-isystem", f"{OBJECTS}/pybind11", "-isystem", sysconfig.get_path("include")]
+    cxx_includes = ["-isystem", sysconfig.get_path("include")]
     cxx_command = command(*plan.cxx, *CXX_FLAGS, *includes, *cxx_includes)
     nvcc_command = command(plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), *includes)
     # nvcc knows where its runtime lies; nothing here calls device code of another file.
@@ -223,14 +221,8 @@ def ninja_text(plan: Plan) -> str:
 def run_ninja(plan: Plan) -> Path:
     """Compile what changed; the path of the module. CalledProcessError if a compiler failed."""
     import ninja
-    import pybind11
 
-    write_build_info(plan, pybind11.__version__)
-    # Behind a link, because pip's build environment lies in another folder each time, and a changed
-    # command line would compile everything again. A new version shows in build_info.h.
-    link = OBJECTS / "pybind11"
-    link.unlink(missing_ok=True)
-    link.symlink_to(pybind11.get_include())
+    write_build_info(plan)
     write_if_changed(OBJECTS / "build.ninja", ninja_text(plan))
     program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
     subprocess.run([program, "-f", str(OBJECTS / "build.ninja")], check=True)

@@ -157,7 +157,7 @@ def compile_source(source: Path, arch: str) -> Compiled:
     """
     command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", f"{source.stem}.cubin", str(source)]
     state = hashlib.sha256(f"{versions()} {command}".encode())
-    headers = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh")]
+    headers = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".def")]
     for path in [source, *sorted(headers)]:
         state.update(path.read_bytes())
     made = Compiled(source, arch, CACHE / f"{source.stem}-{arch}-{state.hexdigest()[:16]}")

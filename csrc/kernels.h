@@ -1,6 +1,6 @@
-// Every launcher that the bindings expose. A launcher takes raw pointers, sizes and, on a GPU, a
-// stream (cudaStream_t as void*, so that this header needs no CUDA); it has checked nothing: the
-// bindings have. GPU launchers return nullptr, or the text of the CUDA error.
+// What the launchers of launchers.def take, and their declarations. A launcher takes raw pointers,
+// sizes and, on a GPU, a stream (cudaStream_t as void*, so that this header needs no CUDA); it checks
+// nothing: the bindings have. GPU launchers return nullptr, or the text of the CUDA error.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,7 @@ struct WeightCastShape {
 // One matrix of it. Numbers a row are float, or double for double; out and dw are contiguous.
 struct CastMatrix {
   int64_t rows, cols;
+  int64_t first_item;  // of all matrices' rows
   Rows w;
   const void* scale;         // (rows,), or null: 1
   const float* clip_factor;  // (rows,), or null: no grid
@@ -68,6 +69,7 @@ struct CastMatrix {
 
 struct CastGradient {
   int64_t rows, cols;
+  int64_t first_item;  // of all matrices' rows
   Rows dout, w;       // w may be null where there is neither a scale nor a mask
   const void* scale;  // (rows,), or null: 1
   const void* step;   // (rows,) as the forward pass gave it, or null: no grid
@@ -207,56 +209,18 @@ namespace cpu {
 
 constexpr int kMaxHeadsPerGroup = 256;
 
-// The launchers, compiled for one instruction set. Outputs are contiguous; `threads` is the most
-// that may run, and no result depends on it.
+// The launchers, compiled for one instruction set.
 struct Kernels {
-  void (*xsa)(const XsaShape& shape, Heads y, Heads v, void* z, int threads);
-  void (*xsa_backward)(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
-                       int threads);
-  // post may be pre, and dpre dpost. bits: int32 words of 32 signs, see leaky_relu2.h.
-  void (*leaky_relu2)(const LeakyRelu2Shape& shape, const void* pre, void* post, uint32_t* bits,
-                      int threads);
-  void (*leaky_relu2_backward)(const LeakyRelu2Shape& shape, const void* dpost, const void* post,
-                               const uint32_t* bits, void* dpre, int threads);
-  // squares: room for batch x rows numbers.
-  void (*newton_schulz_normalize)(const NewtonSchulzShape& shape, const void* g, void* x,
-                                  double* squares, int threads);
-  void (*weight_cast)(const WeightCastShape& shape, const CastMatrix* matrices, int64_t count,
-                      int threads);
-  void (*weight_cast_backward)(const WeightCastShape& shape, const CastGradient* matrices,
-                               int64_t count, int threads);
-  // value: (N, T, G d) that v gets added, or null.
-  void (*qk_rope)(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
-                  const QkRopeOutputs& out, int threads);
-  // partials: room for rope_blocks(N T) x H numbers of d_gain's type.
-  void (*qk_rope_backward)(const QkRopeShape& shape, const QkRopeInputs& in,
-                           const QkRopeGradients& gradients, void* dqkv, void* partials,
-                           void* d_gain, int threads);
-  // rstd: (N, T) float, or double for double.
-  void (*embed_smear)(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x, void* rstd,
-                      int threads);
-  void (*embed_smear_backward)(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
-                               const TokenOrder& tokens, const void* dx, const void* rstd,
-                               const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
-                               int threads);
-  void (*residual_norm)(const ResidualNormShape& shape, const ResidualNormInputs& in,
-                        const ResidualNormOutputs& out, int threads);
-  void (*residual_norm_backward)(const ResidualNormShape& shape, const ResidualNormInputs& in,
-                                 const ResidualNormUpstream& upstream,
-                                 const ResidualNormGradients& out, int threads);
-  // z (rows, cols) becomes its gradient; losses are float, or double for double.
-  void (*softcap_cross_entropy)(const LossShape& shape, void* z, const int64_t* targets,
-                                void* losses, int threads);
-  // partials: room for two doubles a chunk.
-  void (*grad_norm)(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
-                    float* norm, int64_t* bad, int threads);
-  // squares: room for a double a row.
-  void (*muon_momentum)(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
-                        const UpdateScalars* scalars, const float* norm, double* squares,
-                        int threads);
-  void (*param_update)(const UpdateTensor* tensors, int count, int64_t chunks,
-                       const UpdateScalars* scalars, const float* norm, int threads);
+#define PGOLF_LAUNCHER(name, ...) void (*name)(__VA_ARGS__, int threads);
+#include "launchers.def"
 };
+
+#ifdef PGOLF_ISA  // which a file of csrc/cpu is being compiled for
+namespace PGOLF_ISA {
+#define PGOLF_LAUNCHER(name, ...) void name(__VA_ARGS__, int threads);
+#include "launchers.def"
+}  // namespace PGOLF_ISA
+#endif
 
 // The instruction set of this process ("avx512", "avx2" or "plain") and its kernels: the best that
 // the CPU has, or the one that the environment variable PGOLF_CPU_ISA names; read once. Throws
@@ -269,46 +233,10 @@ const Kernels& kernels();
 namespace cuda {
 
 constexpr int64_t kMaxXsaSize = 256;
-constexpr int kMaxCastMatrices = 96;  // a launch; of more there are several
 
-const char* xsa(const XsaShape& shape, Heads y, Heads v, void* z, void* stream);
-const char* xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, void* dv,
-                         void* stream);
-// Bits that the grid does not have give NaN everywhere.
-const char* weight_cast(const WeightCastShape& shape, const CastMatrix* matrices, int64_t count,
-                        void* stream);
-const char* weight_cast_backward(const WeightCastShape& shape, const CastGradient* matrices,
-                                 int64_t count, void* stream);
-const char* leaky_relu2(const LeakyRelu2Shape& shape, const void* pre, void* post, uint32_t* bits,
-                        void* stream);
-const char* leaky_relu2_backward(const LeakyRelu2Shape& shape, const void* dpost, const void* post,
-                                 const uint32_t* bits, void* dpre, void* stream);
-const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
-                    const QkRopeOutputs& out, void* stream);
-const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
-                             const QkRopeGradients& gradients, void* dqkv, void* partials,
-                             void* d_gain, void* stream);
-// Ids that the table does not have give rows of NaN, and no gradient of the table.
-const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x,
-                        void* rstd, void* stream);
-const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
-                                 const TokenOrder& tokens, const void* dx, const void* rstd,
-                                 const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
-                                 void* stream);
-const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
-                          const ResidualNormOutputs& out, void* stream);
-const char* residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
-                                   const ResidualNormUpstream& upstream,
-                                   const ResidualNormGradients& out, void* stream);
-const char* softcap_cross_entropy(const LossShape& shape, void* z, const int64_t* targets,
-                                  void* losses, void* stream);
-const char* grad_norm(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
-                      float* norm, int64_t* bad, void* stream);
-const char* muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
-                          const UpdateScalars* scalars, const float* norm, double* squares,
-                          void* stream);
-const char* param_update(const UpdateTensor* tensors, int count, int64_t chunks,
-                         const UpdateScalars* scalars, const float* norm, void* stream);
+#define PGOLF_LAUNCHER(name, ...) const char* name(__VA_ARGS__, void* stream);
+#define PGOLF_CPU_LAUNCHER(...)
+#include "launchers.def"
 
 }  // namespace cuda
 

@@ -9,14 +9,21 @@
 namespace pgolf {
 
 // What param_update and muon_momentum read for a group of parameters: a row of their `scalars`.
+// In this order, which `COLUMNS` in pgolf/ops/multi_tensor.py repeats:
+//   lr, weight_decay
+//   momentum      Muon's
+//   rate1, rate2  AdamW: 1 - beta1, 1 - beta2
+//   bias1, bias2  AdamW: 1 - beta1^step, 1 - beta2^step
+//   eps           AdamW's
+//   average_rate  of the moving average, 1 - its decay; 0: it is left alone
+//   max_norm      of all gradients together; infinity: no limit
+#define PGOLF_UPDATE_SCALARS(F)                                                     \
+  F(lr) F(weight_decay) F(momentum) F(rate1) F(rate2) F(bias1) F(bias2) F(eps)      \
+  F(average_rate) F(max_norm)
 struct UpdateScalars {
-  float lr, weight_decay;
-  float momentum;              // Muon's
-  float rate1, rate2;          // AdamW: 1 - beta1, 1 - beta2
-  float bias1, bias2;          // AdamW: 1 - beta1^step, 1 - beta2^step
-  float eps;                   // AdamW's
-  float average_rate;          // of the moving average, 1 - its decay; 0: it is left alone
-  float max_norm;              // of all gradients together; infinity: no limit
+#define PGOLF_SCALAR(name) float name;
+  PGOLF_UPDATE_SCALARS(PGOLF_SCALAR)
+#undef PGOLF_SCALAR
 };
 
 // As torch.nn.utils.clip_grad_norm_ has it; a NaN stays one.

@@ -9,7 +9,6 @@ linked to the shared CUDA runtime.
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -52,9 +51,7 @@ def why_missing() -> str:
 
 @functools.cache
 def _other(path: str) -> ModuleType:
-    # pybind11 gives the first module of a name to whoever loads another of that name.
-    folder = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    spec = importlib.util.spec_from_file_location(f"pgolf.{folder}._C", path)
+    spec = importlib.util.spec_from_file_location(_NAME, path)
     if spec is None or not Path(path).is_file():
         raise ImportError(f"{CUDA_VARIABLE}={path}: there is no such extension module")
     module = importlib.util.module_from_spec(spec)

@@ -1,23 +1,11 @@
 // Checks of arguments that come from Python. Each throws std::invalid_argument (a ValueError there),
-// which names the argument, its value and what would be right.
+// which names the argument, its value and what would be right. They guard memory; numbers that cannot
+// hurt it are for pgolf/ops/ to check.
 #pragma once
 
-#include <cstdint>
-#include <initializer_list>
-#include <stdexcept>
-#include <string>
-#include <utility>
-
-#include "kernels.h"
+#include "bindings/python.h"
 
 namespace pgolf::bindings {
-
-using Address = std::uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 template <typename Value>
 [[noreturn]] void refuse(const std::string& name, Value value, const std::string& remedy) {
@@ -29,20 +17,16 @@ inline Dtype checked_dtype(const std::string& name, int code) {
   return static_cast<Dtype>(code);
 }
 
-// Of CUDA kernels, which have no fp64.
-inline Dtype checked_cuda_dtype(const std::string& name, int code) {
+// Of kernels that have no fp64.
+inline Dtype checked_float_dtype(const std::string& name, int code) {
   if (code < 0 || code > 1) refuse(name, code, "it has to be 0 (fp32) or 1 (bf16)");
   return static_cast<Dtype>(code);
 }
 
-// What a launcher returned.
-inline void check_launch(const char* error) {
-  if (error) throw std::runtime_error(std::string("CUDA error: ") + error);
-}
-
-inline int checked_threads(int threads) {
-  if (threads < 1) refuse("threads", threads, "it has to be at least 1");
-  return threads;
+// Of kernels that have it on the CPU only.
+template <typename On>
+Dtype checked_dtype(const std::string& name, int code) {
+  return On::on_cpu ? checked_dtype(name, code) : checked_float_dtype(name, code);
 }
 
 // The product of sizes that are not negative, which is the number of elements.
@@ -64,7 +48,7 @@ inline int64_t count_of(std::initializer_list<std::pair<const char*, int64_t>> s
 }
 
 inline void check_pointer(const std::string& name, Address address, int64_t count) {
-  if (address == 0 && count != 0) {
+  if (!address && count != 0) {
     throw std::invalid_argument(name + " is a null pointer: it has to hold " +
                                 std::to_string(count) + " elements");
   }

@@ -1,10 +1,5 @@
 // grad_norm for Python.
-#include <pybind11/stl.h>
-
-#include "bindings/bindings.h"
 #include "bindings/tensors.h"
-
-namespace py = pybind11;
 
 namespace pgolf::bindings {
 namespace {
@@ -24,7 +19,7 @@ Gradients checked_gradients(const Addresses& grads, const Sizes& counts, const C
   for (size_t i = 0; i < grads.size(); ++i) {
     const int64_t first = list.chunks;
     list.chunks = checked_chunks(first, counts[i]);
-    list.tensors.push_back({pointer<const void>(grads[i]), counts[i], first,
+    list.tensors.push_back({grads[i], counts[i], first,
                             checked_element("grads", grads[i], counts[i], dtypes[i])});
   }
   if (room < 2 * list.chunks) {
@@ -36,35 +31,16 @@ Gradients checked_gradients(const Addresses& grads, const Sizes& counts, const C
   return list;
 }
 
+template <typename On>
 void grad_norm(const Addresses& grads, const Sizes& counts, const Codes& dtypes, Address partials,
-               int64_t room, Address norm, Address bad, int threads) {
+               int64_t room, Address norm, Address bad, On on) {
   const Gradients list = checked_gradients(grads, counts, dtypes, partials, room, norm, bad);
-  cpu::kernels().grad_norm(list.tensors.data(), list.count(), list.chunks,
-                           pointer<double>(partials), pointer<float>(norm), pointer<int64_t>(bad),
-                           checked_threads(threads));
+  launch::grad_norm(on, list.tensors.data(), list.count(), list.chunks, partials, norm, bad);
 }
 
-#if PGOLF_CUDA
-void grad_norm_cuda(const Addresses& grads, const Sizes& counts, const Codes& dtypes,
-                    Address partials, int64_t room, Address norm, Address bad, Address stream) {
-  const Gradients list = checked_gradients(grads, counts, dtypes, partials, room, norm, bad);
-  check_launch(cuda::grad_norm(list.tensors.data(), list.count(), list.chunks,
-                               pointer<double>(partials), pointer<float>(norm),
-                               pointer<int64_t>(bad), pointer<void>(stream)));
-}
-#endif
+const Functions functions = {
+    {PGOLF_BOTH(grad_norm, "grads counts dtypes partials room norm bad")},
+    {{"multi_tensor.CHUNK", kChunk}}};
 
 }  // namespace
-
-void bind_grad_norm(py::module_& m) {
-  using A = py::arg;
-  const py::call_guard<py::gil_scoped_release> unlocked;
-  m.def("grad_norm", &grad_norm, unlocked, A("grads"), A("counts"), A("dtypes"), A("partials"),
-        A("room"), A("norm"), A("bad"), A("threads"));
-#if PGOLF_CUDA
-  m.def("grad_norm_cuda", &grad_norm_cuda, unlocked, A("grads"), A("counts"), A("dtypes"),
-        A("partials"), A("room"), A("norm"), A("bad"), A("stream"));
-#endif
-}
-
 }  // namespace pgolf::bindings

@@ -1,10 +1,5 @@
 // param_update for Python.
-#include <pybind11/stl.h>
-
-#include "bindings/bindings.h"
 #include "bindings/tensors.h"
-
-namespace py = pybind11;
 
 namespace pgolf::bindings {
 namespace {
@@ -16,7 +11,7 @@ struct Updates {
   int count() const { return static_cast<int>(tensors.size()); }
 };
 
-// Columns as in `bind_param_update`. An address of 0 says that a tensor has no such companion.
+// An address of 0 says that a tensor has no such companion.
 Updates checked_updates(const Addresses& params, const Addresses& sources,
                         const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
                         const Addresses& averages, const Addresses& copies, const Sizes& counts,
@@ -39,7 +34,7 @@ Updates checked_updates(const Addresses& params, const Addresses& sources,
     list.chunks = checked_chunks(first, count);
     const Dtype param_dtype = checked_element("params", params[i], count, param_dtypes[i]);
     const Dtype source_dtype = checked_element("sources", sources[i], count, source_dtypes[i]);
-    const Dtype state_dtype = checked_cuda_dtype("state_dtypes", state_dtypes[i]);
+    const Dtype state_dtype = checked_float_dtype("state_dtypes", state_dtypes[i]);
     if (exp_avgs[i] || exp_avg_sqs[i]) {
       checked_element("exp_avgs", exp_avgs[i], count, state_dtypes[i]);
       checked_element("exp_avg_sqs", exp_avg_sqs[i], count, state_dtypes[i]);
@@ -49,59 +44,37 @@ Updates checked_updates(const Addresses& params, const Addresses& sources,
     if (groups[i] < 0 || groups[i] >= rows) {
       refuse("groups", groups[i], "scalars has " + std::to_string(rows) + " rows");
     }
-    list.tensors.push_back({pointer<void>(params[i]), pointer<const void>(sources[i]),
-                            pointer<void>(exp_avgs[i]), pointer<void>(exp_avg_sqs[i]),
-                            pointer<float>(averages[i]), pointer<bf16>(copies[i]), count, first,
+    list.tensors.push_back({params[i], sources[i],
+                            exp_avgs[i], exp_avg_sqs[i],
+                            averages[i], copies[i], count, first,
                             scales[i], groups[i], param_dtype, source_dtype, state_dtype});
   }
   return list;
 }
 
+template <typename On>
 void param_update(const Addresses& params, const Addresses& sources, const Addresses& exp_avgs,
                   const Addresses& exp_avg_sqs, const Addresses& averages, const Addresses& copies,
                   const Sizes& counts, const Codes& param_dtypes, const Codes& source_dtypes,
                   const Codes& state_dtypes, const std::vector<float>& scales, const Codes& groups,
-                  Address scalars, int rows, Address norm, int threads) {
+                  Address scalars, int rows, Address norm, On on) {
   const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, copies,
                                        counts, param_dtypes, source_dtypes, state_dtypes, scales,
                                        groups, scalars, rows, norm);
-  cpu::kernels().param_update(list.tensors.data(), list.count(), list.chunks,
-                              pointer<UpdateScalars>(scalars), pointer<float>(norm),
-                              checked_threads(threads));
+  launch::param_update(on, list.tensors.data(), list.count(), list.chunks,
+                              scalars, norm);
 }
 
-#if PGOLF_CUDA
-void param_update_cuda(const Addresses& params, const Addresses& sources,
-                       const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
-                       const Addresses& averages, const Addresses& copies, const Sizes& counts,
-                       const Codes& param_dtypes, const Codes& source_dtypes,
-                       const Codes& state_dtypes, const std::vector<float>& scales,
-                       const Codes& groups, Address scalars, int rows, Address norm,
-                       Address stream) {
-  const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, copies,
-                                       counts, param_dtypes, source_dtypes, state_dtypes, scales,
-                                       groups, scalars, rows, norm);
-  check_launch(cuda::param_update(list.tensors.data(), list.count(), list.chunks,
-                                  pointer<UpdateScalars>(scalars), pointer<float>(norm),
-                                  pointer<void>(stream)));
-}
-#endif
+const Functions functions = {
+    {PGOLF_BOTH(param_update,
+                "params sources exp_avgs exp_avg_sqs averages copies counts param_dtypes "
+                "source_dtypes state_dtypes scales groups scalars rows norm")},
+    {
+#define PGOLF_COLUMN(name)                                                              \
+  {"multi_tensor.COLUMNS." #name, offsetof(UpdateScalars, name) / sizeof(float)},
+        PGOLF_UPDATE_SCALARS(PGOLF_COLUMN)
+#undef PGOLF_COLUMN
+    }};
 
 }  // namespace
-
-void bind_param_update(py::module_& m) {
-  using A = py::arg;
-  const py::call_guard<py::gil_scoped_release> unlocked;
-  m.def("param_update", &param_update, unlocked, A("params"), A("sources"), A("exp_avgs"),
-        A("exp_avg_sqs"), A("averages"), A("copies"), A("counts"), A("param_dtypes"),
-        A("source_dtypes"), A("state_dtypes"), A("scales"), A("groups"), A("scalars"), A("rows"),
-        A("norm"), A("threads"));
-#if PGOLF_CUDA
-  m.def("param_update_cuda", &param_update_cuda, unlocked, A("params"), A("sources"),
-        A("exp_avgs"), A("exp_avg_sqs"), A("averages"), A("copies"), A("counts"),
-        A("param_dtypes"), A("source_dtypes"), A("state_dtypes"), A("scales"), A("groups"),
-        A("scalars"), A("rows"), A("norm"), A("stream"));
-#endif
-}
-
 }  // namespace pgolf::bindings

@@ -1,10 +1,6 @@
 // Lists of tensors from Python: columns of addresses, sizes and dtypes, one entry a tensor.
 #pragma once
 
-#include <cstdint>
-#include <string>
-#include <vector>
-
 #include "bindings/checks.h"
 #include "multi_tensor.h"
 
@@ -23,10 +19,11 @@ void check_length(const std::string& name, const Column& column, size_t length) 
 
 // An address of elements of fp32 or bf16, as `code` says.
 inline Dtype checked_element(const std::string& name, Address address, int64_t count, int code) {
-  const Dtype dtype = checked_cuda_dtype(name + "_dtypes", code);
+  const Dtype dtype = checked_float_dtype(name + "_dtypes", code);
   check_pointer(name, address, count);
-  const Address size = dtype == Dtype::bf16 ? 2 : 4;
-  if (address % size != 0) refuse(name, address, "it has to be aligned to an element");
+  if (address.value % (dtype == Dtype::bf16 ? 2 : 4) != 0) {
+    refuse(name, address.value, "it has to be aligned to an element");
+  }
   return dtype;
 }
 

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/launchers.h"
 #include "cpu/numbers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 #include "multi_tensor.h"
 
 namespace pgolf::cpu::PGOLF_ISA {

@@ -1,9 +1,9 @@
 // leaky_relu2 on the CPU, forward and backward: the formula of leaky_relu2.h, 32 elements and their
 // word of signs at a time. (The MLP's matrix products stay with torch.)
 #include "cpu/dispatch.h"
-#include "cpu/launchers.h"
 #include "cpu/stream.h"
 #include "host/parallel.h"
+#include "kernels.h"
 #include "leaky_relu2.h"
 
 namespace pgolf::cpu::PGOLF_ISA {

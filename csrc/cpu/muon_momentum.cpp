@@ -1,9 +1,9 @@
 // What Muon does before Newton-Schulz, on the CPU: a row at a time, then its scale.
 #include <algorithm>
 
-#include "cpu/launchers.h"
 #include "cpu/numbers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 #include "multi_tensor.h"
 #include "newton_schulz.h"
 

@@ -3,9 +3,9 @@
 // one fixed order: lanes of a row, then rows of a matrix.
 #include "newton_schulz.h"
 
-#include "cpu/launchers.h"
 #include "cpu/numbers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

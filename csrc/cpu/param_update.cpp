@@ -1,9 +1,9 @@
 // One optimiser step of all parameters on the CPU: each is read once and written once.
 #include <algorithm>
 
-#include "cpu/launchers.h"
 #include "cpu/numbers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 #include "multi_tensor.h"
 
 namespace pgolf::cpu::PGOLF_ISA {

@@ -6,9 +6,9 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/lanes.h"
-#include "cpu/launchers.h"
 #include "cpu/stream.h"
 #include "host/parallel.h"
+#include "kernels.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

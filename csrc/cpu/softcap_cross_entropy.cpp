@@ -9,8 +9,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/exponential.h"
 #include "cpu/lanes.h"
-#include "cpu/launchers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
-#include "cpu/launchers.h"
 #include "host/parallel.h"
+#include "kernels.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

@@ -17,20 +17,19 @@ namespace pgolf::cuda {
 constexpr int64_t kArgumentBytes = 32764;  // of a kernel, since CUDA 12.1 and sm_70
 constexpr int kWide = 4;                   // elements that a thread moves at once
 
-// As many tensors as fit beside other arguments.
-template <typename Tensor>
+// As many tensors as fit beside other arguments, unless fewer are said to be enough.
+template <typename Tensor, int kTensors = (kArgumentBytes - 256) / sizeof(Tensor)>
 struct TensorList {
-  static constexpr int kMost = (kArgumentBytes - 256) / sizeof(Tensor);
+  static constexpr int kMost = kTensors;
   int count;
   int64_t first_item, end_item;
   Tensor tensors[kMost];
 };
 
-// launch_list(list) for parts of the tensors that fit into lists, `items` in all of them.
-template <typename Tensor, typename Launch>
+// launch_list(list) for parts of the tensors that fit into a List, `items` in all of them.
+template <typename List, typename Tensor, typename Launch>
 const char* for_each_list(const Tensor* tensors, int count, int64_t items,
                           const Launch& launch_list) {
-  using List = TensorList<Tensor>;
   for (int begin = 0; begin < count; begin += List::kMost) {
     List list = {};
     list.count = std::min(List::kMost, count - begin);

@@ -79,7 +79,7 @@ const char* muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* 
                           const UpdateScalars* scalars, const float* norm, double* squares,
                           void* stream) {
   const int count = static_cast<int>(shape.matrices);
-  const char* error = for_each_list(matrices, count, shape.rows, [&](const Matrices& list) {
+  const char* error = for_each_list<Matrices>(matrices, count, shape.rows, [&](const auto& list) {
     return launch(muon_momentum_rows, blocks_for(list.end_item - list.first_item, kWarps), kThreads,
                   stream, list, shape, scalars, norm, squares);
   });
@@ -90,7 +90,7 @@ const char* muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* 
     t.first_item = blocks;
     blocks += blocks_for(t.rows, kBlockRows);
   }
-  return for_each_list(in_blocks.data(), count, blocks, [&](const Matrices& list) {
+  return for_each_list<Matrices>(in_blocks.data(), count, blocks, [&](const auto& list) {
     return launch(muon_momentum_scale, list.end_item - list.first_item, kThreads, stream, list,
                   shape, squares);
   });

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* param_update(const UpdateTensor* tensors, int count, int64_t chunks,
                          const UpdateScalars* scalars, const float* norm, void* stream) {
-  return for_each_list(tensors, count, chunks, [&](const auto& list) {
+  return for_each_list<TensorList<UpdateTensor>>(tensors, count, chunks, [&](const auto& list) {
     return launch(param_update_chunks, list.end_item - list.first_item, kThreads, stream, list,
                   scalars, norm);
   });

@@ -9,6 +9,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -17,29 +18,9 @@ constexpr int kPiece = 1536;        // columns of a row in registers at once
 constexpr int kGradientPiece = 512;  // nothing has to wait there
 constexpr int32_t kWithoutSign = 0x7FFFFFFF;
 
-// The matrices of a launch, by value; first_row[i] is where matrix i begins in the rows of all.
+// The matrices of a launch, whose items are rows; more would only make its arguments longer.
 template <typename Matrix>
-struct MatrixList {
-  Matrix at[kMaxCastMatrices];
-  int64_t first_row[kMaxCastMatrices + 1];
-  int count;
-
-  __device__ int64_t rows() const { return first_row[count]; }
-
-  // The matrix in which that row lies.
-  __device__ int find(int64_t row) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first_row[middle] <= row) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-};
+using MatrixList = TensorList<Matrix, 96>;
 
 // Whether the grid has no such bits: then it is on, and all that comes out is NaN.
 template <typename F>
@@ -99,10 +80,11 @@ __global__ void __launch_bounds__(kThreads)
     weight_cast_rows(WeightCastShape shape, MatrixList<CastMatrix> list) {
   using Piece = Row<T, kVector, kWarp, kPiece / (kWarp * kVector)>;
   const bool on = shape.on && *shape.on > 0;
-  for (int64_t item = first_item<kWarp>(); item < list.rows(); item += item_step<kWarp>()) {
-    const int i = list.find(item);
-    const CastMatrix& m = list.at[i];
-    const int64_t r = item - list.first_row[i];
+  for (int64_t item = list.first_item + first_item<kWarp>(); item < list.end_item;
+       item += item_step<kWarp>()) {
+    const int i = tensor_of(list.tensors, list.count, item);
+    const CastMatrix& m = list.tensors[i];
+    const int64_t r = item - m.first_item;
     const T* w = static_cast<const T*>(m.w.data) + r * m.w.row_stride;
     To* out = static_cast<To*>(m.out) + r * m.cols;
 
@@ -161,10 +143,11 @@ __global__ void __launch_bounds__(kThreads)
   using Douts = Row<To, kVector, kWarp, kChunks>;
   using Weights = Row<T, kVector, kWarp, kChunks>;
   const bool on = shape.on && *shape.on > 0;
-  for (int64_t item = first_item<kWarp>(); item < list.rows(); item += item_step<kWarp>()) {
-    const int i = list.find(item);
-    const CastGradient& m = list.at[i];
-    const int64_t r = item - list.first_row[i];
+  for (int64_t item = list.first_item + first_item<kWarp>(); item < list.end_item;
+       item += item_step<kWarp>()) {
+    const int i = tensor_of(list.tensors, list.count, item);
+    const CastGradient& m = list.tensors[i];
+    const int64_t r = item - m.first_item;
     const To* dout = static_cast<const To*>(m.dout.data) + r * m.dout.row_stride;
     const T* w = static_cast<const T*>(m.w.data) + r * m.w.row_stride;
     T* dw = static_cast<T*>(m.dw) + r * m.cols;
@@ -207,25 +190,18 @@ bool aligned_matrix(const CastGradient& m) {
   return aligned_rows<To>(m.dout) && aligned_rows<T>(m.w) && aligned_rows<T>({m.dw, m.cols});
 }
 
-// Calls start(list, whether 16 bytes can be moved at a time) for lists of all matrices that have
-// rows.
+// Calls start(list, whether 16 bytes can be moved at a time) for lists of all matrices.
 template <typename T, typename To, typename Matrix, typename Start>
 const char* each_list(const Matrix* matrices, int64_t count, const Start& start) {
-  const char* error = nullptr;
-  for (int64_t next = 0; next < count && !error;) {
-    MatrixList<Matrix> list = {};
-    bool vectors = true;
-    for (; next < count && list.count < kMaxCastMatrices; ++next) {
-      const Matrix& m = matrices[next];
-      if (m.rows == 0) continue;
-      vectors = vectors && aligned_matrix<T, To>(m);
-      list.at[list.count] = m;
-      list.first_row[list.count + 1] = list.first_row[list.count] + m.rows;
-      ++list.count;
-    }
-    error = start(list, vectors);
-  }
-  return error;
+  if (count == 0) return nullptr;
+  const Matrix& last = matrices[count - 1];
+  return for_each_list<MatrixList<Matrix>>(
+      matrices, static_cast<int>(count), last.first_item + last.rows, [&](const auto& list) {
+        const bool vectors = std::all_of(
+            list.tensors, list.tensors + list.count,
+            [](const Matrix& m) { return m.rows == 0 || aligned_matrix<T, To>(m); });
+        return start(list, vectors);
+      });
 }
 
 // Elements that a lane moves at once: 16 bytes of the wider type.
@@ -237,7 +213,7 @@ constexpr int vector_of() {
 template <typename Matrix, typename Kernel>
 const char* start_rows(Kernel kernel, const WeightCastShape& shape, const MatrixList<Matrix>& list,
                        void* stream) {
-  const int64_t rows = list.first_row[list.count];
+  const int64_t rows = list.end_item - list.first_item;
   return launch(kernel, stepping_blocks(rows, kThreads / kWarp), kThreads, stream, shape, list);
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import row_cast
-from pgolf.ops.int_grid import grid
+from pgolf.ops.int_grid import BITS, grid
 from pgolf.ops.registry import (
     Operator,
     Run,
@@ -96,7 +96,7 @@ def check_options(name: str, floor: float, multiple: int, dtype: torch.dtype | N
 
 def check_bits(bits: float, name: str = "fake_quant") -> None:
     """Raise ValueError unless `bits` is a whole number from 4 to 8."""
-    if bits not in range(4, 9):
+    if bits not in BITS:
         raise ValueError(f"{name}: bits={bits:g}: it has to be a whole number, 4 to 8")
 
 

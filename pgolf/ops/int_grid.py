@@ -13,6 +13,7 @@ Shapes: w (R, C), clip and scale (R,).
 import torch
 from torch import Tensor
 
+BITS = range(4, 9)  # of a code
 SMALLEST_STEP = 2.0**-24  # least positive fp16: an all-zero row must not divide by zero
 LARGEST_STEP = 65504.0
 

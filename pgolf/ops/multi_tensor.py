@@ -18,6 +18,7 @@ COLUMNS = (
     "lr", "weight_decay", "momentum", "rate1", "rate2", "bias1", "bias2", "eps", "average_rate",
     "max_norm",
 )  # fmt: skip
+CHUNK = 4096  # numbers of a tensor of which the kernels make a sum; csrc/multi_tensor.h
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # The matrices that Muon steps in PR 1473, for samples.
 PR1473_MATRICES = (
@@ -129,5 +130,5 @@ def codes(tensors: Tensors) -> list[int]:
 
 
 def chunks(tensors: Tensors) -> int:
-    """Chunks of csrc/multi_tensor.h, of which the kernels make a sum each."""
-    return sum(-(-t.numel() // 4096) for t in tensors)
+    """How many chunks they have together."""
+    return sum(-(-t.numel() // CHUNK) for t in tensors)

@@ -25,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
+SUFFIXES = (".cu", ".cuh", ".cpp", ".h", ".def")
 KEPT = 8  # modules of older sources
 # A grid of few blocks, as kernels that step through their work have to do so then.
 FLAGS = (
@@ -85,12 +86,9 @@ class Build:
 
     def compile_command(self, source: Path, first: Sequence[Path] = ()) -> list[str]:
         """What compiles a source; headers are looked for in the folders `first` before others."""
-        import pybind11
-
         command = [*compiler(), *FLAGS, *self.flags]
         command += [f"-I{path}" for path in (*first, HERE / "include", self.folder, CSRC)]
-        for path in (pybind11.get_include(), sysconfig.get_path("include")):
-            command += ["-isystem", str(path)]
+        command += ["-isystem", sysconfig.get_path("include")]
         if source.suffix == ".cu":  # warnings are nvcc's task, to which unrolling is known
             return [*command, "-O1", "-w", "-x", "c++", *self.checks]
         if source.parent == HERE:
@@ -141,14 +139,11 @@ def emulator_sources(checks: Sequence[str] = CHECKS) -> list[Path]:
 
 def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] = CHECKS) -> Build:
     """pgolf's CUDA kernels behind pgolf's bindings; writes the header that setup.py writes."""
-    import pybind11
-
     values = {
         "COMPILER": _version(),
         "NVCC": "",
         "CUDART": "emulated",
         "ARCHS": "",
-        "PYBIND11": pybind11.__version__,
         "REASON": "the tests run CUDA kernels without a GPU",
     }
     lines = [f"#define PGOLF_{name} {json.dumps(value)}" for name, value in values.items()]
@@ -197,14 +192,12 @@ def built_objects() -> Iterator[Build]:
 
 def _content() -> str:
     """A hash of everything that the module depends on."""
-    import pybind11
-
     state = hashlib.sha256()
-    words = [_version(), sysconfig.get_config_var("SOABI"), pybind11.__version__, *FLAGS, *CHECKS]
+    words = [_version(), sysconfig.get_config_var("SOABI"), *FLAGS, *CHECKS]
     state.update("\n".join([*map(str, words), *compiler()]).encode())
     for root in (CSRC, HERE):
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".cu", ".cuh", ".cpp", ".h") or path.name == Path(__file__).name:
+            if path.suffix in SUFFIXES or path.name == Path(__file__).name:
                 state.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return state.hexdigest()[:16]
 
