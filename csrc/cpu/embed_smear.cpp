@@ -72,7 +72,7 @@ struct Operator {
     return rms_rstd(squares.sum(), shape.width, static_cast<F>(shape.eps));
   }
 
-  void forward(int64_t begin, int64_t end, const RowWriter<X, kMaxSmearWidth>& x, F* rstds) const {
+  void forward(int64_t begin, int64_t end, const Output<X, kMaxSmearWidth>& x, F* rstds) const {
     alignas(64) Buffer<F> buffers[2];
     F* e = buffers[0];
     F* before = buffers[1];
@@ -243,7 +243,7 @@ void embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void*
   with_elements(shape, [&](auto table_element, auto element) {
     using X = decltype(element);
     const Operator<decltype(table_element), X> op(shape, in);
-    const RowWriter<X, kMaxSmearWidth> to(x, op.tokens(), shape.width);
+    const Output<X, kMaxSmearWidth> to(x, op.tokens(), shape.width);
     const int64_t bytes = 3 * shape.width * int64_t{sizeof(X)};
     parallel_for(op.tokens(), bytes, threads, [&](int64_t begin, int64_t end) {
       op.forward(begin, end, to, static_cast<compute_t<X>*>(rstd));

@@ -27,20 +27,11 @@ constexpr BitTable make_bit_table() {
 // From memory, as not all instruction sets shift each lane by its own count.
 constexpr BitTable kBit = make_bit_table();
 
-template <typename T>
-inline void store_block(const T* result, T* to, int count, bool streamed) {
-  if (streamed) {  // full blocks only
-    stream<kBitsPerWord * sizeof(T)>(result, to);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = result[i];
-  }
-}
-
 // `count` is at most 32, and 32 itself where it is a constant. All is read before anything is
 // written, as post may be pre.
 template <typename T>
-inline uint32_t forward_block(const T* pre, T* post, RowFactors<compute_t<T>> row, int count,
-                              bool streamed) {
+inline uint32_t forward_block(const T* pre, const Output<T>& post, int64_t at,
+                              RowFactors<compute_t<T>> row, int count) {
   using F = compute_t<T>;
   F x[kBitsPerWord];
   uint32_t bits = 0;
@@ -48,20 +39,20 @@ inline uint32_t forward_block(const T* pre, T* post, RowFactors<compute_t<T>> ro
   for (int i = 0; i < count; ++i) bits |= x[i] > F(0) ? kBit.of[i] : 0;
   T result[kBitsPerWord];
   for (int i = 0; i < count; ++i) result[i] = narrow<T>(leaky_relu2_value(x[i], row.slope));
-  store_block(result, post, count, streamed);
+  post.block(result, at, count);
   return bits;
 }
 
 template <typename T>
-inline void backward_block(const T* dpost, const T* post, uint32_t bits, T* dpre,
-                           RowFactors<compute_t<T>> row, int count, bool streamed) {
+inline void backward_block(const T* dpost, const T* post, uint32_t bits, const Output<T>& dpre,
+                           int64_t at, RowFactors<compute_t<T>> row, int count) {
   using F = compute_t<T>;
   T result[kBitsPerWord];
   for (int i = 0; i < count; ++i) {
     const F derivative = leaky_relu2_derivative(widen(post[i]), (bits & kBit.of[i]) != 0, row.slope);
     result[i] = narrow<T>(widen(dpost[i]) * derivative * row.rstd);
   }
-  store_block(result, dpre, count, streamed);
+  dpre.block(result, at, count);
 }
 
 template <typename F>
@@ -92,14 +83,12 @@ void leaky_relu2(const LeakyRelu2Shape& shape, const void* pre, void* post, uint
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(pre);
-    T* to = static_cast<T*>(post);
+    const Output<T> to(post, shape.rows, shape.cols, pre != post);
     const int64_t bytes = 2 * shape.cols * int64_t{sizeof(T)};
-    const bool streamed =
-        from != to && worth_streaming(to, shape.rows, shape.cols * int64_t{sizeof(T)});
     parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
       each_word(shape.cols, begin, end, [&](int64_t row, int64_t at, int64_t word, int count) {
-        bits[word] = forward_block(from + at, to + at, row_factors<compute_t<T>>(shape, row), count,
-                                   streamed && count == kBitsPerWord);
+        bits[word] =
+            forward_block(from + at, to, at, row_factors<compute_t<T>>(shape, row), count);
       });
       end_streaming();
     });
@@ -112,15 +101,12 @@ void leaky_relu2_backward(const LeakyRelu2Shape& shape, const void* dpost, const
     using T = decltype(element);
     const T* from = static_cast<const T*>(dpost);
     const T* activation = static_cast<const T*>(post);
-    T* to = static_cast<T*>(dpre);
+    const Output<T> to(dpre, shape.rows, shape.cols, dpost != dpre);
     const int64_t bytes = 3 * shape.cols * int64_t{sizeof(T)};
-    const bool streamed =
-        from != to && worth_streaming(to, shape.rows, shape.cols * int64_t{sizeof(T)});
     parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
       each_word(shape.cols, begin, end, [&](int64_t row, int64_t at, int64_t word, int count) {
-        backward_block(from + at, activation + at, bits[word], to + at,
-                       row_factors<compute_t<T>>(shape, row), count,
-                       streamed && count == kBitsPerWord);
+        backward_block(from + at, activation + at, bits[word], to, at,
+                       row_factors<compute_t<T>>(shape, row), count);
       });
       end_streaming();
     });

@@ -122,7 +122,7 @@ struct Widened {
 };
 
 template <typename T>
-using HeadWriter = RowWriter<T, kMaxRopeSize>;
+using HeadOutput = Output<T, kMaxRopeSize>;
 
 // kSize and kHalf are d and r/2 where they are known when this is compiled, so that loops unroll;
 // otherwise 0.
@@ -159,10 +159,10 @@ struct Operator {
     return rope_rstd(squares, size(), static_cast<F>(shape.eps), shape.norm);
   }
 
-  void forward(int64_t token, const T* value, const HeadWriter<T>& q, const HeadWriter<T>& k,
-               const HeadWriter<T>& v) const {
+  void forward(int64_t token, const T* value, const HeadOutput<T>& q, const HeadOutput<T>& k,
+               const HeadOutput<T>& v) const {
     const int64_t groups = shape.kv_heads;
-    const auto turned = [&](const HeadWriter<T>& to, int64_t at, const T* x, F factor) {
+    const auto turned = [&](const HeadOutput<T>& to, int64_t at, const T* x, F factor) {
       const F scale = factor * rstd(shape.norm ? dot(x, x, size()) : F(0));
       to.row(at, [&](T* y) { turn_head(x, turn(token), scale, size(), y); });
     };
@@ -187,7 +187,7 @@ struct Operator {
 
   // The gradient of head `index` of qkv; returns what it adds to d_gain.
   F backward_head(int64_t token, int64_t index, const T* dy, F factor,
-                  const HeadWriter<T>& to) const {
+                  const HeadOutput<T>& to) const {
     F sum = 0;
     to.row(token * heads() + index, [&](T* dx) {
       if (dy == nullptr) {
@@ -209,7 +209,7 @@ struct Operator {
   }
 
   // gains: (H,) what the token adds to d_gain is added to it.
-  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, const HeadWriter<T>& to,
+  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, const HeadOutput<T>& to,
                 F* gains) const {
     const int64_t batch = token / shape.time, time = token % shape.time;
     const auto row = [&](const Tokens<T>& x, int64_t h) {
@@ -250,9 +250,9 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
              const QkRopeOutputs& out, int threads) {
   with_operator(shape, in, [&](auto element, const auto& op) {
     using T = decltype(element);
-    const HeadWriter<T> q(out.q, op.tokens() * shape.heads, shape.size);
-    const HeadWriter<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
-    const HeadWriter<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
+    const HeadOutput<T> q(out.q, op.tokens() * shape.heads, shape.size);
+    const HeadOutput<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
+    const HeadOutput<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
     parallel_for(op.tokens(), 2 * op.token_bytes(), threads, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         op.forward(token, static_cast<const T*>(value), q, k, v);
@@ -269,7 +269,7 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     using T = decltype(element);
     using F = compute_t<T>;
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
-    const HeadWriter<T> to(dqkv, op.tokens() * op.heads(), shape.size);
+    const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
     const int64_t blocks = rope_blocks(op.tokens());
     F* const sums = static_cast<F*>(partials);
     const int64_t bytes = 3 * op.token_bytes() * kRopeTokensPerBlock;

@@ -13,29 +13,6 @@
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {
 
-// A tensor (T, D) that is written, around the caches where that is worth it, or none.
-template <typename T>
-class Output {
- public:
-  Output(void* to, const ResidualNormShape& shape)
-      : to_(static_cast<T*>(to)),
-        streamed_(worth_streaming(to, shape.rows, shape.width * int64_t{sizeof(T)})) {}
-
-  explicit operator bool() const { return to_ != nullptr; }
-
-  template <typename F, typename Lanes>
-  void store(const Lanes& lanes, Row<F> x, int64_t at) const {
-    if (!streamed_) return lanes.store(x, to_ + at);
-    T narrowed[64 / sizeof(F)];  // (rows that are streamed have no other end)
-    x.store(narrowed);
-    stream<sizeof(narrowed)>(narrowed, to_ + at);
-  }
-
- private:
-  T* to_;
-  bool streamed_;
-};
-
 // x + factors y, where no y is nothing and no factors are 1.
 template <typename F, typename T, typename Lanes>
 Row<F> added(Row<F> x, const Lanes& lanes, const T* y, int64_t at, const F* factors, int64_t col) {
@@ -71,9 +48,9 @@ struct Forward {
   Forward(const ResidualNormShape& s, const ResidualNormInputs& i, const ResidualNormOutputs& out)
       : shape(s),
         in(i),
-        total(out.total, s),
-        x_in(out.x_in, s),
-        h(out.h, s),
+        total(out.total, s.rows, s.width),
+        x_in(out.x_in, s.rows, s.width),
+        h(out.h, s.rows, s.width),
         rstd(static_cast<F*>(out.rstd)) {}
 
   void row(int64_t index) const {
@@ -119,10 +96,10 @@ struct Backward {
         d_x_in(static_cast<const T*>(up.d_x_in)),
         dh(static_cast<const T*>(up.dh)),
         rstd(static_cast<const F*>(up.rstd)),
-        dx(out.dx, s),
-        dbranch(out.dbranch, s),
-        dskip(out.dskip, s),
-        dx0(out.dx0, s) {}
+        dx(out.dx, s.rows, s.width),
+        dbranch(out.dbranch, s.rows, s.width),
+        dskip(out.dskip, s.rows, s.width),
+        dx0(out.dx0, s.rows, s.width) {}
 
   // What the token adds to the gradients of parameters is added to sums (P, D).
   void row(int64_t index, F* sums) const {

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/lanes.h"
+
 namespace pgolf::cpu::PGOLF_ISA {
 
 constexpr int64_t kStreamFromBytes = 8 << 20;
@@ -58,16 +60,37 @@ static inline void stream_lines(const void* from, void* to, int64_t bytes) {
   }
 }
 
-// The rows of a contiguous output, written around the caches where that is worth it.
-template <typename T, int64_t kMaxSize>
-class RowWriter {
+// A contiguous output of rows, written around the caches where that is worth it; or none, which must
+// not be written. kMaxSize bounds the rows of `row`.
+template <typename T, int64_t kMaxSize = 0>
+class Output {
  public:
-  RowWriter(void* to, int64_t rows, int64_t size)
+  // `may_stream` is false where the same memory is read: its lines are in the caches.
+  Output(void* to, int64_t rows, int64_t size, bool may_stream = true)
       : to_(static_cast<T*>(to)),
         size_(size),
-        streamed_(worth_streaming(to, rows, size * int64_t{sizeof(T)})) {}
+        streamed_(may_stream && worth_streaming(to, rows, size * int64_t{sizeof(T)})) {}
 
-  // fill(address) writes the row there.
+  explicit operator bool() const { return to_ != nullptr; }
+
+  // What each_lanes calls `lanes` stores x from element `at` on. (Rows that are streamed have no
+  // other end than full lanes.)
+  template <typename F, typename Lanes>
+  void store(const Lanes& lanes, Row<F> x, int64_t at) const {
+    if (!streamed_) return lanes.store(x, to_ + at);
+    T narrowed[64 / sizeof(F)];
+    x.store(narrowed);
+    stream<sizeof(narrowed)>(narrowed, to_ + at);
+  }
+
+  // The first `count` of kCount numbers, from element `at` on.
+  template <int kCount>
+  void block(const T (&from)[kCount], int64_t at, int count) const {
+    if (streamed_ && count == kCount) return stream<sizeof(from)>(from, to_ + at);
+    for (int i = 0; i < count; ++i) to_[at + i] = from[i];
+  }
+
+  // fill(address) writes row number `index` there.
   template <typename Fill>
   void row(int64_t index, const Fill& fill) const {
     T* const target = to_ + index * size_;

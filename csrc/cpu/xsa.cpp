@@ -18,32 +18,15 @@ int64_t row_size(const XsaShape& shape) {
   return kSize ? kSize : shape.size;
 }
 
-template <typename F, typename T>
-void store(Row<F> x, T* to, bool streamed) {
-  constexpr int kLanes = 64 / sizeof(F);
-  if (streamed) {
-    T narrowed[kLanes];
-    x.store(narrowed);
-    stream<sizeof(narrowed)>(narrowed, to);
-  } else {
-    x.store(to);
-  }
-}
-
-// to = x - factor v
+// to = x - factor v, from element `at` of `to` on
 template <typename T>
-void subtract(const T* x, const T* v, compute_t<T> factor, T* to, int64_t size, bool streamed) {
+void subtract(const T* x, const T* v, compute_t<T> factor, const Output<T>& to, int64_t at,
+              int64_t size) {
   using F = compute_t<T>;
-  constexpr int kLanes = 64 / sizeof(F);
   const Row<F> factors = Row<F>::filled(factor);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    store<F>(Row<F>::load(x + i) - factors * Row<F>::load(v + i), to + i, streamed);
-  }
-  if (i < size) {
-    const Row<F> end = load_end<F>(x + i, size - i) - factors * load_end<F>(v + i, size - i);
-    store_end<F>(end, to + i, size - i);
-  }
+  each_lanes<F>(size, [&](int64_t i, auto lanes) {
+    to.store(lanes, lanes.load(x + i) - factors * lanes.load(v + i), at + i);
+  });
 }
 
 // What one query head adds to dv: -sa dz - sb y.
@@ -52,34 +35,19 @@ struct HeadFactors {
   F sa, sb;
 };
 
-template <typename T, typename Load>
-Row<compute_t<T>> dv_lanes(const T* dz, const T* y, const T* v, int64_t dz_stride, int64_t y_stride,
-                           const HeadFactors<compute_t<T>>* heads, int64_t count,
-                           compute_t<T> along_v, const Load& load) {
-  using F = compute_t<T>;
-  Row<F> sum = Row<F>::filled(along_v) * load(v);
-  for (int64_t h = 0; h < count; ++h) {
-    sum = sum - (Row<F>::filled(heads[h].sa) * load(dz + h * dz_stride) +
-                 Row<F>::filled(heads[h].sb) * load(y + h * y_stride));
-  }
-  return sum;
-}
-
 template <typename T, int kSize>
-void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, T* z, int64_t begin,
-                    int64_t end) {
+void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, const Output<T>& z,
+                    int64_t begin, int64_t end) {
   const int64_t size = row_size<kSize>(shape);
   const int64_t per_group = shape.heads / shape.groups;
-  const bool streamed =
-      worth_streaming(z, shape.batch * shape.time * shape.heads, size * int64_t{sizeof(T)});
   for (int64_t token = begin; token < end; ++token) {
     const T* y_row = y.row(token / shape.time, token % shape.time);
     const T* v_row = v.row(token / shape.time, token % shape.time);
-    T* z_row = z + token * shape.heads * size;
+    int64_t at = token * shape.heads * size;
     for (int64_t g = 0; g < shape.groups; ++g, v_row += v.head_stride) {
       const auto s = xsa_norm(dot(v_row, v_row, size)).inverse;
-      for (int64_t h = 0; h < per_group; ++h, y_row += y.head_stride, z_row += size) {
-        subtract(y_row, v_row, s * dot(y_row, v_row, size), z_row, size, streamed);
+      for (int64_t h = 0; h < per_group; ++h, y_row += y.head_stride, at += size) {
+        subtract(y_row, v_row, s * dot(y_row, v_row, size), z, at, size);
       }
     }
   }
@@ -88,17 +56,15 @@ void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, T* z, int64
 
 template <typename T>
 struct Gradients {
-  T* dy;
-  T* dv;
-  bool dy_streamed, dv_streamed;
+  Output<T> dy, dv;
 };
 
-// One value head: dy of its query heads (contiguous), and dv.
+// One value head: dy of its query heads (contiguous, from element dy_at on), and dv.
 template <typename T>
 void backward_group(const T* dz, const T* y, const T* v, int64_t dz_stride, int64_t y_stride,
-                    int64_t per_group, int64_t size, Gradients<T> to) {
+                    int64_t per_group, int64_t size, const Gradients<T>& to, int64_t dy_at,
+                    int64_t dv_at) {
   using F = compute_t<T>;
-  constexpr int kLanes = 64 / sizeof(F);
   HeadFactors<F> heads[kMaxHeadsPerGroup];
   const XsaNorm<F> norm = xsa_norm(dot(v, v, size));
   F along_v = 0;
@@ -107,42 +73,37 @@ void backward_group(const T* dz, const T* y, const T* v, int64_t dz_stride, int6
     const F sb = norm.inverse * dot(dz + h * dz_stride, v, size);
     heads[h] = {sa, sb};
     along_v += F(2) * sa * sb;
-    subtract(dz + h * dz_stride, v, sb, to.dy + h * size, size, to.dy_streamed);
+    subtract(dz + h * dz_stride, v, sb, to.dy, dy_at + h * size, size);
   }
   if (norm.moving == F(0)) along_v = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const auto lanes =
-        dv_lanes(dz + i, y + i, v + i, dz_stride, y_stride, heads, per_group, along_v,
-                 [](const T* from) { return Row<F>::load(from); });
-    store<F>(lanes, to.dv + i, to.dv_streamed);
-  }
-  if (i < size) {
-    const int64_t left = size - i;
-    const Row<F> end = dv_lanes(dz + i, y + i, v + i, dz_stride, y_stride, heads, per_group,
-                                along_v, [=](const T* from) { return load_end<F>(from, left); });
-    store_end<F>(end, to.dv + i, left);
-  }
+  each_lanes<F>(size, [&](int64_t i, auto lanes) {
+    Row<F> sum = Row<F>::filled(along_v) * lanes.load(v + i);
+    for (int64_t h = 0; h < per_group; ++h) {
+      sum = sum - (Row<F>::filled(heads[h].sa) * lanes.load(dz + h * dz_stride + i) +
+                   Row<F>::filled(heads[h].sb) * lanes.load(y + h * y_stride + i));
+    }
+    to.dv.store(lanes, sum, dv_at + i);
+  });
 }
 
 template <typename T, int kSize>
-void backward_tokens(const XsaShape& shape, Tokens<T> dz, Tokens<T> y, Tokens<T> v, Gradients<T> to,
-                     int64_t begin, int64_t end) {
+void backward_tokens(const XsaShape& shape, Tokens<T> dz, Tokens<T> y, Tokens<T> v,
+                     const Gradients<T>& to, int64_t begin, int64_t end) {
   const int64_t size = row_size<kSize>(shape);
   const int64_t per_group = shape.heads / shape.groups;
-  to.dy += begin * shape.heads * size;
-  to.dv += begin * shape.groups * size;
+  int64_t dy_at = begin * shape.heads * size, dv_at = begin * shape.groups * size;
   for (int64_t token = begin; token < end; ++token) {
     const T* dz_row = dz.row(token / shape.time, token % shape.time);
     const T* y_row = y.row(token / shape.time, token % shape.time);
     const T* v_row = v.row(token / shape.time, token % shape.time);
     for (int64_t g = 0; g < shape.groups; ++g) {
-      backward_group(dz_row, y_row, v_row, dz.head_stride, y.head_stride, per_group, size, to);
+      backward_group(dz_row, y_row, v_row, dz.head_stride, y.head_stride, per_group, size, to,
+                     dy_at, dv_at);
       dz_row += per_group * dz.head_stride;
       y_row += per_group * y.head_stride;
       v_row += v.head_stride;
-      to.dy += per_group * size;
-      to.dv += size;
+      dy_at += per_group * size;
+      dv_at += size;
     }
   }
   end_streaming();
@@ -167,10 +128,11 @@ void xsa(const XsaShape& shape, Heads y, Heads v, void* z, int threads) {
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t bytes = (2 * shape.heads + shape.groups) * shape.size * int64_t{sizeof(T)};
+    const Output<T> out(z, shape.batch * shape.time * shape.heads, shape.size);
     with_size(shape.size, [&](auto size) {
       parallel_for(shape.batch * shape.time, bytes, threads, [&](int64_t begin, int64_t end) {
-        forward_tokens<T, decltype(size)::value>(shape, Tokens<T>(y), Tokens<T>(v),
-                                                 static_cast<T*>(z), begin, end);
+        forward_tokens<T, decltype(size)::value>(shape, Tokens<T>(y), Tokens<T>(v), out, begin,
+                                                 end);
       });
     });
   });
@@ -182,11 +144,9 @@ void xsa_backward(const XsaShape& shape, Heads dz, Heads y, Heads v, void* dy, v
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t bytes = (3 * shape.heads + 2 * shape.groups) * shape.size * int64_t{sizeof(T)};
-    const int64_t row_bytes = shape.size * int64_t{sizeof(T)};
     const int64_t tokens = shape.batch * shape.time;
-    const Gradients<T> to = {static_cast<T*>(dy), static_cast<T*>(dv),
-                             worth_streaming(dy, tokens * shape.heads, row_bytes),
-                             worth_streaming(dv, tokens * shape.groups, row_bytes)};
+    const Gradients<T> to = {{dy, tokens * shape.heads, shape.size},
+                             {dv, tokens * shape.groups, shape.size}};
     with_size(shape.size, [&](auto size) {
       parallel_for(shape.batch * shape.time, bytes, threads, [&](int64_t begin, int64_t end) {
         backward_tokens<T, decltype(size)::value>(shape, Tokens<T>(dz), Tokens<T>(y), Tokens<T>(v),

@@ -78,9 +78,9 @@ def passes(result: subprocess.CompletedProcess) -> None:
         ("READ of size", "weight_cast.cpp", "I largest = 0;", "I largest = 0; count += 1;"),
         (
             "WRITE of size",
-            "xsa.cpp",
-            "i + kLanes <= size; i += kLanes) {\n    store<F>(Row",
-            "i < size; i += kLanes) {\n    store<F>(Row",
+            "stream.h",
+            "lanes.store(x, to_ + at);",
+            "FullLanes<F>{}.store(x, to_ + at);",
         ),
     ],
     ids=["read", "write"],
