@@ -20,7 +20,7 @@ int64_t row_size(const XsaShape& shape) {
 
 // to = x - factor v, from element `at` of `to` on
 template <typename T>
-void subtract(const T* x, const T* v, compute_t<T> factor, const Output<T>& to, int64_t at,
+void subtract(const T* x, const T* v, compute_t<T> factor, Output<T> to, int64_t at,
               int64_t size) {
   using F = compute_t<T>;
   const Row<F> factors = Row<F>::filled(factor);
@@ -36,8 +36,8 @@ struct HeadFactors {
 };
 
 template <typename T, int kSize>
-void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, const Output<T>& z,
-                    int64_t begin, int64_t end) {
+void forward_tokens(const XsaShape& shape, Tokens<T> y, Tokens<T> v, Output<T> z, int64_t begin,
+                    int64_t end) {
   const int64_t size = row_size<kSize>(shape);
   const int64_t per_group = shape.heads / shape.groups;
   for (int64_t token = begin; token < end; ++token) {
