@@ -18,9 +18,39 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels.h"
 #include "rms_norm.h"
 
 namespace pgolf {
+
+struct EmbedSmearShape {
+  int64_t batch, time, vocab, width;  // N, T, V, D
+  double eps;
+  Dtype table_dtype, x_dtype;  // fp64 both or none
+};
+
+// Contiguous. Null where there is none: bigram (N, T, D) of x's type, scale (1,) (then it is 1) and
+// gate (D,) in float, or double for double, starts (N, T).
+struct EmbedSmearInputs {
+  const int64_t* ids;  // (N, T)
+  const void *table, *bigram, *scale, *gate;
+  const bool* starts;
+};
+
+// Tokens sorted by id, stable, and where each id begins in that order: (V + 1,).
+struct TokenOrder {
+  const int64_t *order, *bounds;
+};
+
+// dbigram is null where there is no bigram. sums (D + 1,): of the gate's columns and of the scale.
+struct EmbedSmearGradients {
+  void *dtable, *dbigram, *sums;
+};
+
+// Room for smear_chunks x 2 x D and for smear_blocks x (D + 1) numbers, in the type of sums.
+struct EmbedSmearScratch {
+  void *pieces, *partials;
+};
 
 constexpr int64_t kMaxSmearWidth = 768;      // D
 constexpr int64_t kSmearChunk = 32;          // positions

@@ -10,8 +10,16 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+struct LeakyRelu2Shape {
+  int64_t rows, cols;
+  double slope;
+  const void* rstd;  // (rows,) float, or double for double; or null
+  Dtype dtype;
+};
 
 constexpr int kBitsPerWord = 32;
 

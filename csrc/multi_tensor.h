@@ -6,8 +6,17 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+// Of grad_norm; contiguous, fp32 or bf16, as those of the other passes are.
+struct GradientTensor {
+  const void* data;
+  int64_t count;
+  int64_t first_item;  // chunks
+  Dtype dtype;
+};
 
 constexpr int64_t kChunk = 4096;
 

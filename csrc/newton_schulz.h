@@ -6,8 +6,17 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+struct NewtonSchulzShape {
+  int64_t batch, rows, cols;
+  int64_t batch_stride, row_stride;  // of g, in elements
+  bool row_norm;
+  double safety;
+  Dtype g_dtype, x_dtype;
+};
 
 constexpr double kNewtonSchulzFloor = 1e-7;  // least row norm, and what is added to a matrix norm
 

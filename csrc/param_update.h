@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
 
@@ -24,6 +25,37 @@ struct UpdateScalars {
 #define PGOLF_SCALAR(name) float name;
   PGOLF_UPDATE_SCALARS(PGOLF_SCALAR)
 #undef PGOLF_SCALAR
+};
+
+struct MomentumMatrix {
+  const void* grad;
+  void* momentum;
+  void* x;  // the direction
+  int64_t rows, cols;
+  int64_t first_row;   // of all matrices' rows
+  int64_t first_item;  // rows, or blocks of them
+  Dtype grad_dtype, momentum_dtype;
+};
+
+struct MuonMomentumShape {
+  int64_t matrices;
+  int64_t rows;  // of all of them
+  bool nesterov, row_norm;
+  double safety;
+  Dtype x_dtype;
+};
+
+struct UpdateTensor {
+  void* param;
+  const void* source;         // AdamW: the gradient; Muon: the orthogonalised direction
+  void *exp_avg, *exp_avg_sq;  // AdamW: the moments; Muon: null
+  float* average;              // or null
+  bf16* copy;                  // of the new parameter, or null
+  int64_t count;
+  int64_t first_item;  // chunks
+  float scale;         // Muon: of the direction
+  int32_t group;       // row of the scalars
+  Dtype param_dtype, source_dtype, state_dtype;
 };
 
 // As torch.nn.utils.clip_grad_norm_ has it; a NaN stays one.

@@ -10,9 +10,32 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "rms_norm.h"
 
 namespace pgolf {
+
+struct QkRopeShape {
+  int64_t batch, time, heads, kv_heads, size;  // N, T, H, G, d: qkv is (N, T, H + 2 G, d)
+  int64_t half;                                // r/2 pairs of a head are rotated
+  double eps;
+  bool norm;
+  Dtype dtype;
+};
+
+// All contiguous; cos and sin (T, r/2) and gain (H,) are float, or double for double.
+struct QkRopeInputs {
+  const void *qkv, *cos, *sin, *gain;
+};
+
+struct QkRopeOutputs {
+  void *q, *k, *v;
+};
+
+// Where there is none its data are null.
+struct QkRopeGradients {
+  Heads dq, dk, dv;
+};
 
 constexpr int64_t kMaxRopeSize = 256;  // of a head
 

@@ -17,6 +17,35 @@
 
 namespace pgolf {
 
+struct ResidualNormShape {
+  int64_t rows, width;  // T, D
+  double scale, eps;
+  Dtype dtype;
+};
+
+// Contiguous, null where there is none: x, branch, skip and x0 (T, D), and in float, or double for
+// double, branch_scale and skip_weight (D,) and mix (2, D). For the gradient x is total, or null
+// where the gradient of mix is not wanted; branch and skip are there if their factors are.
+struct ResidualNormInputs {
+  const void *x, *branch, *branch_scale, *skip, *skip_weight, *x0, *mix;
+};
+
+// (T, D); total and x_in are null where they are not wanted. rstd: (T,) float, or double for double.
+struct ResidualNormOutputs {
+  void *total, *x_in, *h, *rstd;
+};
+
+// What the gradient starts from: what the forward pass made, and gradients, null where there is none.
+struct ResidualNormUpstream {
+  const void *x_in, *rstd, *d_total, *d_x_in, *dh;
+};
+
+// (T, D), null where there is none: dbranch and dskip only where they differ from dx. parameters
+// (P, D) and partials (residual_blocks(T), P, D) are float, or double for double.
+struct ResidualNormGradients {
+  void *dx, *dbranch, *dskip, *dx0, *parameters, *partials;
+};
+
 constexpr int64_t kMaxResidualWidth = 4096;  // D
 
 // Gradients of a, w and mix are summed over this many tokens by themselves, then over those sums:

@@ -11,8 +11,16 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+struct LossShape {
+  int64_t rows, cols;
+  double cap, factor;
+  bool gradient;  // otherwise z is only read
+  Dtype dtype;    // of z
+};
 
 // Columns of a row that a GPU's block holds in registers; longer rows are for the CPU alone.
 constexpr int64_t kMaxLossColumns = 8192;

@@ -8,8 +8,42 @@
 
 #include "fake_quant.h"
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+// What all matrices of one weight cast share.
+struct WeightCastShape {
+  double floor;
+  int64_t multiple;
+  bool full_range;
+  bool clip_mask;   // no gradient for weights whose code was clipped
+  const float* on;  // one number where the weights lie; may be null if no matrix has a grid
+  Dtype from, to;   // of w and dw, of out and dout; `to` is bf16 or the type that `from` computes in
+};
+
+// One matrix of it. Numbers a row are float, or double for double; out and dw are contiguous.
+struct CastMatrix {
+  int64_t rows, cols;
+  int64_t first_item;  // of all matrices' rows
+  Rows w;
+  const void* scale;         // (rows,), or null: 1
+  const float* clip_factor;  // (rows,), or null: no grid
+  const float* bits;         // one number, where there is a grid
+  void* out;
+  void* step;  // (rows,) of the grid, or null where nobody asks
+};
+
+struct CastGradient {
+  int64_t rows, cols;
+  int64_t first_item;  // of all matrices' rows
+  Rows dout, w;       // w may be null where there is neither a scale nor a mask
+  const void* scale;  // (rows,), or null: 1
+  const void* step;   // (rows,) as the forward pass gave it, or null: no grid
+  const float* bits;  // one number, where there is a grid
+  void* dw;
+  void* dscale;  // (rows,), or null: nobody asks
+};
 
 enum class Quantise { no, to_codes, to_multiples };
 

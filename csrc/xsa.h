@@ -10,8 +10,17 @@
 #pragma once
 
 #include "host_device.h"
+#include "kernels.h"
 
 namespace pgolf {
+
+constexpr int kMaxHeadsPerGroup = 256;  // on a CPU: query heads to one value head
+constexpr int64_t kMaxXsaSize = 256;    // on a GPU: elements of a head
+
+struct XsaShape {
+  int64_t batch, time, heads, groups, size;  // N, T, H, G, d: y is (N, T, H, d), v (N, T, G, d)
+  Dtype dtype;
+};
 
 template <typename F>
 struct XsaNorm {

@@ -1,5 +1,6 @@
 // muon_momentum for Python.
 #include "bindings/tensors.h"
+#include "param_update.h"
 
 namespace pgolf::bindings {
 namespace {

@@ -1,5 +1,6 @@
 // What comes before the matmuls of newton_schulz for Python.
 #include "bindings/checks.h"
+#include "newton_schulz.h"
 
 namespace pgolf::bindings {
 namespace {

@@ -1,5 +1,6 @@
 // param_update for Python.
 #include "bindings/tensors.h"
+#include "param_update.h"
 
 namespace pgolf::bindings {
 namespace {

@@ -1,6 +1,7 @@
 // weight_cast, and with it fake_quant, for Python.
+#include "weight_cast.h"
+
 #include "bindings/checks.h"
-#include "fake_quant.h"
 
 namespace pgolf::bindings {
 namespace {

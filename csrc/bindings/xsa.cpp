@@ -1,5 +1,6 @@
 // xsa for Python.
 #include "bindings/checks.h"
+#include "xsa.h"
 
 namespace pgolf::bindings {
 namespace {
@@ -14,12 +15,12 @@ XsaShape checked_shape(int dtype, int64_t n, int64_t t, int64_t h, int64_t g, in
   if (g == 0 ? h != 0 : h % g != 0) {
     refuse("h", h, "it has to be a multiple of g, which is " + std::to_string(g));
   }
-  if (g > 0 && h / g > cpu::kMaxHeadsPerGroup) {
-    refuse("h", h, "at most " + std::to_string(cpu::kMaxHeadsPerGroup) +
+  if (g > 0 && h / g > kMaxHeadsPerGroup) {
+    refuse("h", h, "at most " + std::to_string(kMaxHeadsPerGroup) +
                        " query heads may share a value head, and g is " + std::to_string(g));
   }
-  if (!On::on_cpu && d > cuda::kMaxXsaSize) {
-    refuse("d", d, "heads may have at most " + std::to_string(cuda::kMaxXsaSize) + " elements");
+  if (!On::on_cpu && d > kMaxXsaSize) {
+    refuse("d", d, "heads may have at most " + std::to_string(kMaxXsaSize) + " elements");
   }
   return shape;
 }
@@ -69,8 +70,8 @@ const Functions functions = {
                    "dz y v dy dv dtype n t h g d dz_strides y_strides v_strides"),
     },
     {
-        {"xsa.LIMITS.cuda.0", cuda::kMaxXsaSize},
-        {"xsa.LIMITS.cpu.1", cpu::kMaxHeadsPerGroup},
+        {"xsa.LIMITS.cuda.0", kMaxXsaSize},
+        {"xsa.LIMITS.cpu.1", kMaxHeadsPerGroup},
     }};
 
 }  // namespace

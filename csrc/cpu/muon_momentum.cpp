@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "multi_tensor.h"
 #include "newton_schulz.h"
+#include "param_update.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

@@ -5,6 +5,7 @@
 #include "host/parallel.h"
 #include "kernels.h"
 #include "multi_tensor.h"
+#include "param_update.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {

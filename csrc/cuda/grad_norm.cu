@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cuda/multi_tensor.cuh"
+#include "multi_tensor.h"
 
 namespace pgolf::cuda {
 namespace {

@@ -5,6 +5,7 @@
 
 #include "cuda/multi_tensor.cuh"
 #include "newton_schulz.h"
+#include "param_update.h"
 
 namespace pgolf::cuda {
 namespace {

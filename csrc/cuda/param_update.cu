@@ -1,6 +1,7 @@
 // One optimiser step of all parameters on a GPU: a block takes a chunk of a tensor, and each number
 // is read once and written once.
 #include "cuda/multi_tensor.cuh"
+#include "param_update.h"
 
 namespace pgolf::cuda {
 namespace {
