@@ -1,6 +1,6 @@
 // Checks of arguments that come from Python. Each throws std::invalid_argument (a ValueError there),
-// which names the argument, its value and what would be right. They guard memory; numbers that cannot
-// hurt it are for pgolf/ops/ to check.
+// which names the argument, its value and what would be right. They guard memory; numbers that
+// cannot hurt it are for pgolf/ops/ to check.
 #pragma once
 
 #include "bindings/python.h"

@@ -12,8 +12,8 @@
 //
 //   const Functions functions = {PGOLF_BOTH(xsa, "y z dtype n")};
 //
-// The string names the arguments but the last. They are converted with the GIL, and the function runs
-// without it; what it throws becomes an exception of Python.
+// The string names the arguments but the last. They are converted with the GIL, and the function
+// runs without it; what it throws becomes an exception of Python.
 #pragma once
 
 #include <array>
@@ -190,8 +190,8 @@ constexpr Function named(const char* name, const char* arguments) {
   PGOLF_NAMED(#function, function<Threads>, arguments " threads")
 #endif
 
-// What pgolf/ops/ has too: "xsa.LIMITS.cpu.1" is LIMITS["cpu"][1] of xsa.py. Of a tuple of names it is
-// where a name stands. A test compares them all.
+// What pgolf/ops/ has too: "xsa.LIMITS.cpu.1" is LIMITS["cpu"][1] of xsa.py. Of a tuple of names it
+// is where a name stands. A test compares them all.
 struct Constant {
   const char* path;
   int64_t value;

@@ -88,8 +88,8 @@ void check_values_of_bits(const std::vector<Checked>& matrices) {
 }
 
 template <typename On>
-void weight_cast(const std::vector<Matrix>& matrices, Address grid_on, int from, int to, double floor,
-                 int64_t multiple, bool full_range, On on) {
+void weight_cast(const std::vector<Matrix>& matrices, Address grid_on, int from, int to,
+                 double floor, int64_t multiple, bool full_range, On on) {
   const auto shape = checked_shape<On>(grid_on, from, to, floor, multiple, full_range, false);
   const auto checked = checked_matrices(matrices, grid_on);
   if (On::on_cpu) check_values_of_bits(checked);

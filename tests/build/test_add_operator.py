@@ -1,4 +1,4 @@
-"""An operator is added with the files that CONTRIBUTING.md lists: a toy one, in a copy of the tree."""
+"""An operator is added with the files that CONTRIBUTING.md lists: a toy one, in a copy."""
 
 import re
 import shutil
