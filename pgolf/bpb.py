@@ -104,7 +104,7 @@ def refuse_if_foreign(sp: Any, tokens: np.ndarray, tokenizer: Any, shards: Any) 
     """Refuse a SentencePiece model that did not make these tokens; their first 8192 are looked at.
 
     The right model gives all pairs of pieces back. A wrong one of the same size reads another text
-    in them, which it tokenises otherwise: at most 97.5 % came back in all that was measured.
+    in them, which it tokenises otherwise: at most 97.2 % came back in all that was measured.
 
     Args:
         sp, tokens: as for `pairs_lost`.

@@ -55,7 +55,10 @@ class _Values:
         self.decoder = json.JSONDecoder()
 
     def error(self, what: str) -> DataError:
-        return DataError(f"{self.name}:{self.line}: not JSON ({what}): expected one object a line")
+        return DataError(
+            f"{self.name}:{self.line}: not JSON ({what}): expected objects, one a line or in an "
+            "array"
+        )
 
     def step(self, to: int | None = None) -> None:
         """Leave behind what stands before `to`; by default one character."""
