@@ -18,6 +18,8 @@ and `changed_by` says what it changes. BPB is only comparable for one text and o
 """
 
 import math
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,10 @@ import numpy as np
 from pgolf.errors import DataError
 
 SPACE = "\u2581"
+
+# Of the first tokens of a text, how many are tokenised again, which share of the neighbouring pairs
+# must come back, and how many pairs may be missing besides.
+_CHECKED, _REPRODUCED, _AT_THE_ENDS = 8192, 0.99, 8
 
 _PROBES = {
     "line breaks": "a\nb\r\nc",
@@ -67,6 +73,54 @@ def refuse_if_lossy(sp: Any) -> None:
             f"the tokenizer has {len(inside)} pieces with a space inside, such as {inside[0]!r}: "
             "the contest's rule would count 3 bytes for that space, so BPB would be wrong; "
             "use a model trained with split_by_whitespace"
+        )
+
+
+def pairs_lost(sp: Any, tokens: np.ndarray) -> tuple[int, int]:
+    """Of the pairs of neighbouring pieces in a text, how many are lost when it is tokenised again.
+
+    Args:
+        sp: a SentencePieceProcessor.
+        tokens: ids of its pieces (N,), as they follow one another in shards.
+
+    Returns:
+        the lost pairs and all pairs, both up to N - 1.
+    """
+    documents: list[list[int]] = [[]]
+    for i in np.asarray(tokens).tolist():
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            documents.append([])
+        else:
+            documents[-1].append(i)
+    documents = [ids for ids in documents if ids]
+    stored, again = (
+        Counter(pair for ids in lists for pair in pairwise(ids))
+        for lists in (documents, sp.encode(sp.decode(documents)))
+    )
+    return (stored - again).total(), stored.total()
+
+
+def refuse_if_foreign(sp: Any, tokens: np.ndarray, tokenizer: Any, shards: Any) -> None:
+    """Refuse a SentencePiece model that did not make these tokens; their first 8192 are looked at.
+
+    The right model gives all pairs of pieces back. A wrong one of the same size reads another text
+    in them, which it tokenises otherwise: at most 97.2 % came back in all that was measured.
+
+    Args:
+        sp, tokens: as for `pairs_lost`.
+        tokenizer, shards: the files that they come from, for the message.
+
+    Raises:
+        DataError: fewer than 99 % of the pairs come back.
+    """
+    lost, total = pairs_lost(sp, tokens[:_CHECKED])
+    # what the ends cut, in the middle of a word or character, need not come back
+    if lost > (1 - _REPRODUCED) * total + _AT_THE_ENDS:
+        raise DataError(
+            f"the tokenizer {tokenizer} did not make the tokens in {shards}: it gives back "
+            f"{1 - lost / total:.1%} of the pairs of pieces at their beginning, expected "
+            f"{_REPRODUCED:.0%} or more, so BPB would be wrong; name the one that made them with "
+            "tokenizer=FILE (--tokenizer FILE)"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pgolf.artifact.model import load_model
-from pgolf.bpb import ByteTable
+from pgolf.bpb import ByteTable, refuse_if_foreign
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.errors import DataError, PgolfError
@@ -35,8 +35,11 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
             "from the one that the artifact names"
         )
     length = meta["seq_len"]
-    tokens = load_validation(Path(job["data"]), model.config.vocab_size, length, job["val_tokens"])
-    table = ByteTable(load_tokenizer(job["tokenizer"]), model.config.vocab_size)
+    sp = load_tokenizer(job["tokenizer"])
+    size = min(sp.get_piece_size(), model.config.vocab_size)
+    tokens = load_validation(Path(job["data"]), size, length, job["val_tokens"])
+    refuse_if_foreign(sp, tokens, job["tokenizer"], job["data"])
+    table = ByteTable(sp, model.config.vocab_size)
     forward = torch.compile(model, dynamic=False) if job["compile"] else model
     started = time.perf_counter()
     sums = evaluate(

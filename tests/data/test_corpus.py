@@ -114,6 +114,31 @@ def test_without_the_package_docstrings_say_so(not_installed, monkeypatch, tmp_p
     assert "is not installed" in capsys.readouterr().err
 
 
+def test_docstrings_are_looked_for_once(not_installed, documents, tmp_path, monkeypatch, capsys):
+    """Until something else is installed, or what was made of them is damaged."""
+    scans = []
+    texts = [p for text in documents for p in text.split("\n\n")]
+    corpus = corpus_module.Corpus(
+        "docstrings-1", "various", corpus_module._sha256(texts), texts, "docstrings of this"
+    )
+    monkeypatch.setattr(corpus_module, "_docstring_corpus", lambda why: scans.append(why) or corpus)
+    monkeypatch.setattr(corpus_module, "VAL_FRACTION", 0.5)
+    first = ensure_default_dataset(tmp_path)
+    for _ in range(2):
+        again = ensure_default_dataset(tmp_path)
+        assert (again.folder, again.sha256) == (first.folder, first.sha256) and len(scans) == 1
+    assert capsys.readouterr().err.count("default corpus: docstrings of this") == 3
+    first.val_shards[0].write_bytes(b"damaged")
+    assert ensure_default_dataset(tmp_path).sha256 == first.sha256 and len(scans) == 2
+    (tmp_path / "docstrings.json").write_text("{")
+    ensure_default_dataset(tmp_path)
+    assert len(scans) == 3
+    packages = [*metadata.distributions()][1:]
+    monkeypatch.setattr(corpus_module.metadata, "distributions", lambda: packages)
+    ensure_default_dataset(tmp_path)
+    assert len(scans) == 4
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

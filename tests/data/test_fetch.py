@@ -54,10 +54,12 @@ def server(tmp_path, documents, monkeypatch):
     (server.root / "tokenizers").mkdir(parents=True)
     folder = server.root / "datasets" / "fineweb10B_sp400"
     folder.mkdir(parents=True)
+    sp = train_tokenizer(documents, server.root / "tokenizers" / "fineweb_400_bpe.model", 400)
+    server.tokens = sp.encode(documents[0], add_bos=True)
     for split, count in (("train", 3), ("val", 2)):
         for i in range(count):
-            write_shard(folder / f"fineweb_{split}_{i:06d}.bin", np.arange(1, 300 + i))
-    train_tokenizer(documents, server.root / "tokenizers" / "fineweb_400_bpe.model", 400)
+            shard = np.array(server.tokens[: 300 + i])
+            write_shard(folder / f"fineweb_{split}_{i:06d}.bin", shard)
     server.write_manifest()
     monkeypatch.setattr(fetch_module, "download", server.download)
     monkeypatch.delenv(fetch_module.REPO_VARIABLE, raising=False)
@@ -78,7 +80,7 @@ def test_the_contest_layout_arrives(server, tmp_path):
     assert sorted(server.downloads) == expected
     assert dataset.corpus == "fineweb10B_sp400" and dataset.vocab_size == 400
     assert [len(dataset.train_shards), len(dataset.val_shards)] == [2, 2]
-    assert open_shard(dataset.val_shards[1], 400).tolist() == list(range(1, 301))
+    assert open_shard(dataset.val_shards[1], 400).tolist() == server.tokens[:301]
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):

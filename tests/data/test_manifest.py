@@ -38,9 +38,8 @@ def contest(prepared, tmp_path):
     folder.mkdir(parents=True)
     (root / "tokenizers").mkdir()
     shutil.copy(prepared / "tokenizer.model", root / "tokenizers" / "fineweb_400_bpe.model")
-    for i in range(2):
-        write_shard(folder / f"fineweb_train_{i:06d}.bin", np.arange(399))
-    write_shard(folder / "fineweb_val_000000.bin", np.arange(300))
+    for name in ("train_000000", "train_000001", "val_000000"):
+        shutil.copy(prepared / f"x_{name}.bin", folder / f"fineweb_{name}.bin")
     return folder
 
 
@@ -185,6 +184,42 @@ def test_another_tokenizer_is_refused(ours, documents, tmp_path):
     shutil.copy(other, ours / "tokenizer.model")
     with pytest.raises(DataError, match="tokenizer.model has sha256"):
         Dataset.open(ours)
+
+
+def other_tokenizer(documents, folder, vocab_size: int = 400):
+    """Another model of a size, trained on a part of the same text: an alphabet in other order."""
+    train_tokenizer(documents[1:], folder / "other.model", vocab_size)
+    return folder / "other.model"
+
+
+def test_a_wrong_tokenizer_of_the_right_size_is_refused(contest, documents, tmp_path):
+    """No sha256 is stated here: what it makes of the text tells."""
+    other = other_tokenizer(documents, tmp_path)
+    message = r"other.model did not make the tokens in .*: it gives back [89]\d\.\d% of the pairs"
+    with pytest.raises(DataError, match=message):
+        Dataset.open(contest, tokenizer=other)
+    shutil.copy(other, contest.parent.parent / "tokenizers" / "fineweb_400_bpe.model")
+    with pytest.raises(DataError, match="fineweb_400_bpe.model did not make .*--tokenizer FILE"):
+        Dataset.open(contest)
+
+
+def test_verify_finds_a_train_shard_of_another_tokenizer(contest, documents, tmp_path):
+    sp = load_tokenizer(other_tokenizer(documents, tmp_path))
+    write_shard(contest / "fineweb_train_000001.bin", np.array(sp.encode(documents[0])))
+    dataset = Dataset.open(contest)
+    with pytest.raises(DataError, match="did not make the tokens in .*train_000001.bin"):
+        dataset.verify()
+
+
+def test_shards_that_begin_and_end_anywhere_are_the_tokenizer_s(contest, prepared):
+    """In the middle of a word or of a character, without BOS; short ones, and of one token."""
+    sp = load_tokenizer(prepared / "tokenizer.model")
+    text = "\u65e5\u672c\u8a9e, three bytes each, \u306a\u306e\u3067"
+    ids = sp.encode(text)
+    assert sp.is_byte(ids[1]) and sp.is_byte(ids[-2])
+    for cut in (ids[1:-1], ids[2:-2], ids[:1], [1], [1, 2, 1]):
+        write_shard(contest / "fineweb_val_000000.bin", np.array(cut))
+        Dataset.open(contest)
 
 
 def test_a_tokenizer_too_small_for_the_shards_is_refused(contest, documents, tmp_path):

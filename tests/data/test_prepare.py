@@ -220,8 +220,10 @@ def test_text_that_changes_meanwhile_is_refused(paragraphs, tmp_path):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "none of 0 documents fell to train"),
-        (["one document"], "none of 1 documents fell to .* --val-fraction"),
+        ([], "the text is empty"),
+        (["one document"], "one document, of 12 bytes, .* held out: give more text .* 16,384"),
+        (["the same"] * 62, "all 62 documents are equal"),
+        (["two", "five"], r"none of 2 documents \(7 bytes\) fell to val .* --val-fraction"),
         ([f"text {i}" for i in range(40)], "too few for a vocabulary of 1024 pieces"),
     ],
 )
@@ -248,11 +250,40 @@ def test_values_out_of_range(paragraphs, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("vocab_size", [10, 256, 100_000])
+def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(tmp_path, vocab_size):
+    class Unread(Texts):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    with pytest.raises(ConfigError, match=f"vocabulary size {vocab_size} is not in 300..65536"):
+        prepare(Unread(["x"]), tmp_path / "d", "x", vocab_size=vocab_size)
+
+
+def test_another_corpus_is_not_replaced_unasked(paragraphs, tmp_path, capsys):
+    """Neither one of another name, which is refused unread, nor another text under that name."""
+    out = tmp_path / "d"
+    prepare(Texts(paragraphs), out, "one", vocab_size=400)
+    assert "replaced" not in capsys.readouterr().err
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for name, texts, what in (
+        ("two", Texts(paragraphs), "corpus one"),
+        ("one", Texts(paragraphs[::2]), "another text"),
+    ):
+        with pytest.raises(ConfigError, match=f"d holds {what} .*--force"):
+            prepare(texts, out, name, vocab_size=400)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    prepare(Texts(paragraphs), out, "one", vocab_size=300)
+    assert "d: replaced corpus one" in capsys.readouterr().err
+    prepare(Texts(paragraphs[::2]), out, "two", vocab_size=400, replace="prepared")
+    assert "d: replaced corpus one" in capsys.readouterr().err
+
+
 def test_only_a_prepared_folder_is_replaced(paragraphs, tmp_path):
     out = tmp_path / "d"
     out.mkdir()
     prepare(Texts(paragraphs), out, "one", vocab_size=400)
-    dataset = prepare(Texts(paragraphs[::2]), out, "two", vocab_size=400)
+    dataset = prepare(Texts(paragraphs[::2]), out, "two", vocab_size=400, replace="prepared")
     assert [p.name for p in dataset.val_shards] == ["two_val_000000.bin"]
     before = (out / "manifest.json").read_bytes()
     (out / "notes.txt").write_text("mine")
@@ -260,5 +291,5 @@ def test_only_a_prepared_folder_is_replaced(paragraphs, tmp_path):
         prepare(Texts(paragraphs), out, "three", vocab_size=400)
     assert (out / "manifest.json").read_bytes() == before
     with pytest.raises(ConfigError, match="choose another place"):
-        prepare(Texts(paragraphs), out / "notes.txt", "three", vocab_size=400)
+        prepare(Texts(paragraphs), out / "notes.txt", "three", replace="prepared")
     assert json.loads(before)["corpus"] == "two"

@@ -1,6 +1,7 @@
 """The script of a submission: alone, it does what the package does."""
 
 import ast
+import dataclasses
 import json
 import os
 import random
@@ -12,10 +13,14 @@ import pytest
 
 from pgolf.artifact.container import read_artifact
 from pgolf.config import ENVIRONMENT, to_dict, with_overrides
+from pgolf.data.manifest import Dataset
+from pgolf.data.tokenizer import train_tokenizer
+from pgolf.errors import DataError
 from pgolf.submission import entry
 from pgolf.submission.script import build_script, literal, script_parts
 
-from ..train.tiny import ROOT
+from ..train.tiny import ROOT, Words
+from .conftest import scored
 
 
 @pytest.mark.slow
@@ -38,6 +43,20 @@ def test_trains_and_writes_an_artifact(alone, script):
     run = alone.folder / "runs" / "demo-seed7"
     assert read_artifact(run / "artifact").meta["seed"] == 7
     assert f"code {len(script.data)})" in done.stdout, "its own size, not that of pgolf's files"
+
+
+def test_a_wrong_tokenizer_of_the_right_size_is_not_scored(one_run, config, shards, tmp_path):
+    """Even one that the artifact names: its tokens are not those of the shards."""
+    dataset = Dataset.open(shards)
+    for size, message in (
+        (400, "other.model did not make the tokens in .*words: it gives back"),
+        (320, "expected less than the vocabulary size 320"),
+    ):
+        texts = (document.text for document in Words(seed=1))
+        train_tokenizer(texts, tmp_path / "other.model", size)
+        named = dataclasses.replace(dataset, tokenizer_path=tmp_path / "other.model")
+        with pytest.raises(DataError, match=message):
+            scored(one_run / "artifact", config, named)
 
 
 @pytest.mark.slow
