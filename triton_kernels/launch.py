@@ -7,6 +7,7 @@ fills guard zones sees the very arguments of a real launch through `intercepted`
 import contextlib
 import functools
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class Config:
 @functools.cache
 def configs() -> dict[str, list[Config]]:
     """Kernel name -> its configurations, in the order in which they are tried."""
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    table = json.loads(pkgutil.get_data(__package__, TABLE.name))  # also from a zip or a script
     return {kernel: [Config(**row) for row in rows] for kernel, rows in table.items()}
 
 

@@ -1,4 +1,4 @@
-"""One self-contained script for a submission: the package's own sources, shaken, minified, packed.
+"""One self-contained script for a submission: modules of the package, minified and packed.
 
 The contest counts all code in train_gpt.py, and a library must not smuggle code past that count; so
 a script holds every line of pgolf that it runs. Libraries from outside stay imports.
@@ -7,21 +7,21 @@ a script holds every line of pgolf that it runs. Libraries from outside stay imp
 import ast
 import bz2
 import functools
+import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 import python_minifier
 
 from pgolf.codecs import CODECS, body_codec
 from pgolf.config import Config, to_dict, with_overrides
-from pgolf.submission.rename import shorten
-from pgolf.submission.shake import PACKAGE, Shaker
-from pgolf.submission.specialise import COMPILED, KERNELS, specialise
 
+PACKAGE = "pgolf"
 INSIDE = Path(__file__).with_name("inside")
 # Modules whose place another one takes in a script.
 REPLACED = {
@@ -30,9 +30,25 @@ REPLACED = {
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
 }
-ENTRY = "pgolf.submission.entry"
-# What the two uses of a script start from.
-SCORING, TRAINING = ("configure", "score_file"), ("main",)
+# What a script is made of: modules, and packages with all that is directly in them. A name that a
+# bundled module imports from a module which is not bundled is None there.
+SCORING = (
+    "pgolf.artifact.container", "pgolf.artifact.layout", "pgolf.artifact.model",
+    "pgolf.artifact.table", "pgolf.bpb", "pgolf.codecs.rans", "pgolf.codecs.weight_model",
+    "pgolf.config", "pgolf.data.contest", "pgolf.data.shards", "pgolf.data.tokenizer",
+    "pgolf.device", "pgolf.errors", "pgolf.evaluate", "pgolf.extension", "pgolf.fields",
+    "pgolf.files", "pgolf.model.gpt", "pgolf.model.layers", "pgolf.ops.*", "pgolf.progress",
+    "pgolf.quant.dequantize", "pgolf.quant.steps", "pgolf.score", "pgolf.sections",
+    "pgolf.submission.entry", "pgolf.submission.script", "pgolf.train.ranks",
+)  # fmt: skip
+TRAINING = (
+    *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans_encode",
+    "pgolf.data.corpus", "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.*",
+    "pgolf.optim.*", "pgolf.quant.*", "pgolf.train.export", "pgolf.train.interrupt",
+    "pgolf.train.run", "pgolf.train.run_folder", "pgolf.train.trainer", "pgolf.triton_kernels.*",
+)  # fmt: skip
+# Operators that a script never runs: they have kernels in the compiled half only.
+LEFT_OUT = ("pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update")
 
 # bzip2 is in Python itself, and 1.6 % smaller than raw lzma here; brotli would take 1 % less
 # again, for one more library to install.
@@ -65,7 +81,7 @@ def build_script(config: Config) -> Script:
     Only settings that are about the model and its training count, not where the run reads and
     writes. The codecs are those that `config.artifact.codec` allows.
     """
-    return _build(_settings(config), config.artifact.codec, TRAINING, COMPILED)
+    return _build(_settings(config), config.artifact.codec, TRAINING)
 
 
 def script_parts(config: Config) -> dict[str, int]:
@@ -77,8 +93,8 @@ def script_parts(config: Config) -> dict[str, int]:
     codec = config.artifact.codec
     settings = _settings(config)
     total = len(build_script(config).data)
-    scoring = len(_build(settings, codec, SCORING, KERNELS).data)
-    without = len(_build(settings, "", SCORING, KERNELS).data)
+    scoring = len(_build(settings, codec, SCORING).data)
+    without = len(_build(settings, "", SCORING).data)
     return {"scoring": scoring, "training": total - scoring, "decoder": scoring - without}
 
 
@@ -99,43 +115,62 @@ def _settings(config: Config) -> str:
 
 
 @functools.cache
-def _build(settings: str, codec: str, roots: tuple[str, ...], without: frozenset[str]) -> Script:
-    wanted = CODECS if codec == "auto" else (codec, body_codec(codec))
-    others = [name for name in CODECS if name not in wanted]
-
-    def parse(module: str) -> ast.Module:
-        inside = REPLACED.get(module)
-        file = INSIDE / inside if inside else Path(find_spec(module).origin)
-        return specialise(module, file, without)
-
-    shaker = Shaker(parse, absent=[f"pgolf.codecs.{name}" for name in others])
-    for root in roots:
-        trees = shaker.reach(ENTRY, root)
-    shorten(trees, {*shaker.looked_up, *roots})
-    sources = {name: minified(ast.unparse(tree), name) for name, tree in sorted(trees.items())}
+def _build(settings: str, codec: str, modules: tuple[str, ...]) -> Script:
+    sources = {name: minified(_source(name), name) for name in _named(modules, codec)}
+    files = {}
+    if "pgolf.triton_kernels" in sources:
+        table = find_spec("pgolf.triton_kernels.launch").origin
+        rows = json.loads(Path(table).with_name("configs.json").read_text(encoding="utf-8"))
+        files["configs.json"] = json.dumps(rows, separators=(",", ":"))
     loader = minified((INSIDE / "loader.py").read_text(encoding="utf-8"), "loader")
     parts = [f"settings={settings}\n{loader}"]
-    for name, source in sources.items():
-        parts += [name, source]
+    for name, text in (sources | files).items():
+        parts += [name, text]
     return Script(packed("\0".join(parts).encode()), sources)
+
+
+def _named(modules: Iterable[str], codec: str) -> list[str]:
+    """The modules of a list, the packages around them, and the modules of the wanted codecs."""
+    wanted = CODECS if codec == "auto" else (codec, body_codec(codec))
+    found = set()
+    for name in (*modules, *(f"pgolf.codecs.{c}" for c in wanted if c in CODECS)):
+        package, star, _ = name.partition(".*")
+        found.add(package)
+        if star:
+            places = find_spec(package).submodule_search_locations
+            found |= {f"{package}.{m.name}" for m in iter_modules(places)}
+    unused = {f"pgolf.codecs.{c}" for c in CODECS if c not in wanted}
+    found -= {*LEFT_OUT, *unused, *({"pgolf.codecs.rans_encode"} if "rans" not in wanted else ())}
+    for name in list(found):
+        parts = name.split(".")
+        found |= {".".join(parts[:n]) for n in range(1, len(parts))}
+    return sorted(found)
+
+
+def _source(module: str) -> str:
+    inside = REPLACED.get(module)
+    file = INSIDE / inside if inside else Path(find_spec(module).origin)
+    return file.read_text(encoding="utf-8")
 
 
 @functools.cache
 def minified(source: str, name: str) -> str:
-    """A module without comments, blanks and long names of locals.
+    """A module without comments, docstrings, blanks and long names of locals.
 
-    Names that anything outside of a function sees stay: globals, attributes, parameters. A long
-    parameter gets a short local beside it, but not in Triton kernels, where the copy of a constant
-    is no constant.
+    Names that anything outside of a function sees stay: globals, attributes, parameters. In Triton
+    kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
+    and in opaque operators, whose schema they are, annotations are read.
     """
+    triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return python_minifier.minify(
         source,
         name,
-        preserve_locals=sorted(parameters) if "triton" in name else None,
+        preserve_locals=sorted(parameters) if triton else None,
         rename_globals=False,
         hoist_literals=False,
-        remove_annotations=False,
+        remove_literal_statements=True,
+        remove_annotations=not (triton or name.startswith("pgolf.ops")),
     )
 
 
@@ -159,7 +194,7 @@ def literal(data: bytes) -> bytes:
     return b'"""' + body + b'"""'
 
 
-def _imported(source: str) -> Iterable[str]:
+def _imported(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (a.name.partition(".")[0] for a in node.names)

@@ -11,13 +11,15 @@ from importlib.machinery import ModuleSpec
 class Bundle(importlib.abc.SourceLoader):
     """Finds and loads the bundled modules; their files seem to lie in a folder named as the script.
 
-    What is not bundled is not found elsewhere either: every module has an empty search path.
+    What is not bundled is not found elsewhere either: every module has an empty search path, and
+    a module of the package that is not there is an empty one, of which every name is None. A module
+    may so import, for what a script never does, from one that a script leaves out.
     """
 
     sources = dict(zip(parts[1::2], parts[2::2], strict=True))  # noqa: F821
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name in self.sources:
+        if name in self.sources or name.startswith("pgolf."):
             return importlib.util.spec_from_file_location(
                 name, self.get_filename(name), loader=self, submodule_search_locations=[]
             )
@@ -26,10 +28,10 @@ class Bundle(importlib.abc.SourceLoader):
         return f"{__file__}/{name}"
 
     def get_data(self, path: str) -> bytes:
-        return self.sources[path.rpartition("/")[2]].encode()
+        return self.get_source(path.rpartition("/")[2]).encode()
 
     def get_source(self, name: str) -> str:
-        return self.sources[name]
+        return self.sources.get(name, "__getattr__ = lambda name: None")
 
 
 sys.meta_path.insert(0, Bundle())
