@@ -78,7 +78,7 @@ def _operators() -> list[tuple[str, str]]:
     device = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     try:
-        chosen = registry.choose_all("", device.type, dtype, compiled=device.type == "cuda")
+        chosen = registry.choose_all("", device.type, dtype, device.type == "cuda", sizes={})
     except ConfigError as e:
         return [("operators", str(e))]
     return [(name, f"{impl} ({reason})") for name, (impl, reason) in chosen.items()]
