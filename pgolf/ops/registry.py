@@ -298,10 +298,10 @@ def choose_all(
         ConfigError: `text` is malformed, or asks for what cannot run here.
     """
     wanted = parse(text)
-    cannot = {name: obstacles(name, **known) for name, known in sizes.items()}
+    cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in OPERATORS}
     try:
         return {
-            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot.get(n, ()))
+            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n])
             for n in OPERATORS
         }
     except (ValueError, RuntimeError) as e:
