@@ -41,9 +41,12 @@ def no_cuda(*functions: str) -> str:
     absent = [name for name in functions if not hasattr(module, f"{name}_cuda")]
     if absent:
         return f"this build of pgolf._C has no {absent[0]}_cuda: pip install -v ."
-    if extension.emulates_cuda() or torch.cuda.is_available():
+    if extension.emulates_cuda():
         return ""
-    return "torch sees no GPU here"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    driver = torch._C._cuda_getDriverVersion()
+    return extension.no_code_for(torch.cuda.get_device_capability(), driver)
 
 
 def interpreting() -> bool:
