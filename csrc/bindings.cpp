@@ -3,6 +3,7 @@
 // Pointers arrive as integers (tensor.data_ptr()), so that nothing here depends on torch. The size of
 // a buffer follows from the shape beside it, or is given and checked (pack_bits).
 #include "bindings/bindings.h"
+#include "build_reason.h"  // written by setup.py: why it built what it built
 #include "kernels.h"
 
 namespace py = pybind11;

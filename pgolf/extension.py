@@ -113,7 +113,8 @@ def no_code_for(capability: tuple[int, int], driver_cuda: int) -> str:
     if not any(serves(arch, capability) for arch in info["archs"]):
         return (
             f"this build has CUDA code for {' '.join(info['archs'])}, and this GPU is {gpu}: "
-            f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} PGOLF_BUILD=cuda pip install -v ."
+            f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} PGOLF_BUILD=cuda "
+            "pip install -v ."
         )
     release = re.search(r"release (\d+)", info["nvcc"])
     if release and int(release[1]) > driver_cuda // 1000:

@@ -140,7 +140,7 @@ def emulator_sources(checks: Sequence[str] = CHECKS) -> list[Path]:
 
 
 def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] = CHECKS) -> Build:
-    """pgolf's CUDA kernels behind pgolf's bindings; writes the header that setup.py writes."""
+    """pgolf's CUDA kernels behind pgolf's bindings; writes the headers that setup.py writes."""
     import pybind11
 
     values = {
@@ -149,8 +149,9 @@ def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] =
         "CUDART": "emulated",
         "ARCHS": "",
         "PYBIND11": pybind11.__version__,
-        "REASON": "the tests run CUDA kernels without a GPU",
     }
+    reason = '#define PGOLF_REASON "the tests run CUDA kernels without a GPU"\n'
+    _write_if_changed(folder / "build_reason.h", reason)
     lines = [f"#define PGOLF_{name} {json.dumps(value)}" for name, value in values.items()]
     _write_if_changed(folder / "build_info.h", "\n".join([*lines, "#define PGOLF_CUDA 1", ""]))
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
