@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pgolf.optim.muon import Muon
+from pgolf.optim import Muon
 
 # square, wide and tall as mlp.fc (rows = 3 columns); three, two and one of a shape, on two ranks
 SHAPES = {
