@@ -43,9 +43,8 @@ LEAST_ARCH = 80  # bf16 arithmetic; pgolf/extension.py has it too
 LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 # Tried where nvcc refuses the one that it was given.
 HOST_COMPILERS = ["g++", "c++", *(f"g++-{n}" for n in range(16, 8, -1)), "clang++"]
-# To compile a file on one core (sums over all files, two cores of 2.5 GHz): for the estimate.
-SECONDS = {"nvcc": 11.0, "link": 1.0}
-SECONDS_OF_CXX = 4.4
+# Seconds to compile a file on a core of 2.5 GHz, on average: for what is said before a long build.
+CXX_SECONDS, SECONDS = 4.4, {"nvcc": 11.0, "link": 1.0}
 # No product and sum become one operation, so that all instruction sets round alike. The other two
 # only let go of errno and of floating-point traps, which nothing here reads.
 MATH_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -290,7 +289,7 @@ def estimate(plan: Plan, ninja: list[str]) -> str:
     lines = subprocess.run([*ninja, "-n"], capture_output=True, text=True).stdout.splitlines()
     rules = [line.split()[1] for line in lines if line.startswith("[")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    seconds = sum(SECONDS.get(rule, SECONDS_OF_CXX) for rule in rules) / (cores or 1)
+    seconds = sum(SECONDS.get(rule, CXX_SECONDS) for rule in rules) / (cores or 1)
     if seconds < 20:
         return ""
     files = len(rules) - rules.count("link")

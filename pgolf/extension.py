@@ -8,6 +8,7 @@ the kernels without a GPU through one whose CUDA is emulated, and count the laun
 linked to the shared CUDA runtime.
 """
 
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -100,12 +101,22 @@ def serves(arch: str, capability: tuple[int, int]) -> bool:
     return same and capability >= built
 
 
+def driver_cuda() -> int:
+    """The CUDA version that the driver supports, 1000 * major + 10 * minor; 0 if unknown."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 def no_code_for(capability: tuple[int, int], driver_cuda: int) -> str:
     """Why the CUDA kernels of `cuda()` cannot run on a GPU; '' if they can.
 
     Args:
         capability: of the GPU.
-        driver_cuda: the CUDA version that its driver supports, 1000 * major + 10 * minor.
+        driver_cuda: see the function of that name.
     """
     info, gpu = cuda().build_info(), machine_code(capability)
     if capability < LEAST_CAPABILITY:
@@ -117,7 +128,7 @@ def no_code_for(capability: tuple[int, int], driver_cuda: int) -> str:
             "pip install -v ."
         )
     release = re.search(r"release (\d+)", info["nvcc"])
-    if release and int(release[1]) > driver_cuda // 1000:
+    if release and driver_cuda and int(release[1]) > driver_cuda // 1000:
         return (
             f"this build is of CUDA {release[1]}, and the driver supports CUDA "
             f"{driver_cuda // 1000}: update the driver, or build with an nvcc of its version"

@@ -45,8 +45,7 @@ def no_cuda(*functions: str) -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch sees no GPU here"
-    driver = torch._C._cuda_getDriverVersion()
-    return extension.no_code_for(torch.cuda.get_device_capability(), driver)
+    return extension.no_code_for(torch.cuda.get_device_capability(), extension.driver_cuda())
 
 
 def interpreting() -> bool:

@@ -1,5 +1,8 @@
 """Finding pgolf._C, or saying why it is not there; and the doctor, which reports it."""
 
+import ctypes
+import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -92,6 +95,21 @@ def test_which_gpus_run_which_code(arch: str, runs_on: str, not_on: str) -> None
             assert extension.serves(arch, capability) is expected, (arch, gpu)
 
 
+def test_the_version_of_the_driver_is_asked_of_it(tmp_path, monkeypatch):
+    """Of a stand-in, as there may be none; what cannot be asked is no complaint."""
+    (tmp_path / "libcuda.c").write_text(
+        "int cuDriverGetVersion(int *version) { *version = 12080; return 0; }\n"
+    )
+    library = tmp_path / "libcuda.so.1"
+    compiler = shutil.which("cc") or pytest.skip("no C compiler on PATH")
+    command = [compiler, "-shared", "-fPIC", str(tmp_path / "libcuda.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    real = ctypes.CDLL
+    for found, version in ((library, 12080), (tmp_path / "nothing", 0)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, found=found: real(str(found)))
+        assert extension.driver_cuda() == version
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU and an extension of made-up versions."""
@@ -108,7 +126,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *i: "Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *i: capability)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(extension, "driver_cuda", lambda: driver)
         registry.choose.cache_clear()
 
     yield make
