@@ -43,8 +43,6 @@ LEAST_ARCH = 80  # bf16 arithmetic; pgolf/extension.py has it too
 LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 # Tried where nvcc refuses the one that it was given.
 HOST_COMPILERS = ["g++", "c++", *(f"g++-{n}" for n in range(16, 8, -1)), "clang++"]
-# Seconds to compile a file on a core of 2.5 GHz, on average: for what is said before a long build.
-CXX_SECONDS, SECONDS = 4.4, {"nvcc": 11.0, "link": 1.0}
 # No product and sum become one operation, so that all instruction sets round alike. The other two
 # only let go of errno and of floating-point traps, which nothing here reads.
 MATH_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -62,6 +60,8 @@ X86_ISAS = {
     "plain": "",
 }
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"plain": ""}
+# What a file takes of a core of 2.5 GHz, on average: for what is said before a long build.
+SECONDS = {"cxx": 3.5, **dict.fromkeys(ISAS, 1.1), "nvcc": 7.8, "link": 1.0}
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def estimate(plan: Plan, ninja: list[str]) -> str:
     lines = subprocess.run([*ninja, "-n"], capture_output=True, text=True).stdout.splitlines()
     rules = [line.split()[1] for line in lines if line.startswith("[")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    seconds = sum(SECONDS.get(rule, CXX_SECONDS) for rule in rules) / (cores or 1)
+    seconds = sum(SECONDS[rule] for rule in rules) / (cores or 1)
     if seconds < 20:
         return ""
     files = len(rules) - rules.count("link")
