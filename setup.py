@@ -3,8 +3,9 @@
 The environment chooses:
   PGOLF_BUILD           auto (default): CPU kernels, and CUDA kernels if there is an nvcc;
                         cpu; cuda (an error if it cannot be done); none (pure Python)
-  CXX                   the C++ compiler; otherwise c++ or g++ on PATH
+  CXX                   the C++ compiler, nvcc's too; otherwise c++ or g++ on PATH, and nvcc's own
   CUDA_HOME             nvcc is $CUDA_HOME/bin/nvcc; otherwise the one on PATH
+  NVCC_CCBIN            nvcc's C++ compiler, if it is not to be CXX
   TORCH_CUDA_ARCH_LIST  such as "8.0;9.0a+PTX"; otherwise sm_80, sm_90a and PTX for newer GPUs
   PGOLF_CUDART          static (default: the module also loads where there is no driver) or shared
 
@@ -12,6 +13,7 @@ Nothing here depends on torch, nor on whether a GPU is visible. Objects stay in 
 what changed is compiled again. `python setup.py build_ext --inplace` builds into the checkout.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -36,6 +38,11 @@ MODULE = "pgolf._C"
 
 # PTX of compute_90, not of compute_90a, because the latter runs on no GPU but the H100's kind.
 DEFAULT_ARCHS = ["sm_80", "sm_90a", "compute_90"]
+LEAST_ARCH = 80  # bf16 arithmetic; pgolf/extension.py has it too
+# What may stand before the compiler in CXX, which nvcc does not take.
+LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
+# Tried where nvcc refuses the one that it was given.
+HOST_COMPILERS = ["g++", "c++", *(f"g++-{n}" for n in range(16, 8, -1)), "clang++"]
 # No product and sum become one operation, so that all instruction sets round alike. The other two
 # only let go of errno and of floating-point traps, which nothing here reads.
 MATH_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -53,6 +60,8 @@ X86_ISAS = {
     "plain": "",
 }
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"plain": ""}
+# What a file takes of a core of 2.5 GHz, on average: for what is said before a long build.
+SECONDS = {"cxx": 0.7, **dict.fromkeys(ISAS, 0.8), "nvcc": 7.8, "link": 1.0}
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Plan:
     nvcc: str = ""  # empty: no CUDA kernels
     archs: tuple[str, ...] = ()
     cudart: str = ""
+    host: tuple[str, ...] = ()  # nvcc's flags for its C++ compiler
 
     def __str__(self) -> str:
         if not self.cxx:
@@ -95,6 +105,13 @@ def parse_archs(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(archs or DEFAULT_ARCHS))
 
 
+def arch_list(archs: tuple[str, ...]) -> str:
+    """What gives `archs`: '8.0;9.0+PTX' for ('sm_80', 'sm_90', 'compute_90')."""
+    codes = [(a, re.fullmatch(r"sm_(\d+)(\d[af]?)", a)) for a in archs if a.startswith("sm_")]
+    ptx = {a for a, _ in codes if a.replace("sm_", "compute_") in archs}
+    return ";".join(f"{match[1]}.{match[2]}" + "+PTX" * (a in ptx) for a, match in codes)
+
+
 def find_cxx(env: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     """The C++ compiler, or what is missing for one: (command, '') or ((), complaint)."""
     if wanted := env.get("CXX"):
@@ -118,6 +135,35 @@ def find_nvcc(env: Mapping[str, str]) -> str:
     return shutil.which("nvcc", path=env.get("PATH")) or ""
 
 
+def host_flags(env: Mapping[str, str], cxx: tuple[str, ...]) -> tuple[str, ...]:
+    """nvcc's flags for the C++ compiler that CXX names, with its own flags; () if it names none."""
+    if not env.get("CXX") or env.get("NVCC_CCBIN"):
+        return ()
+    launched = len(cxx) > 1 and Path(cxx[0]).name in LAUNCHERS
+    compiler, *flags = cxx[launched:]
+    # A comma would part a flag in two.
+    return (f"-ccbin={compiler}", *("-Xcompiler=" + flag.replace(",", "\\,") for flag in flags))
+
+
+def plan_cuda(env: Mapping[str, str], plan: Plan, nvcc: str) -> Plan:
+    """A plan for the CPU with CUDA kernels added, as far as the sources support what is asked."""
+    archs = parse_archs(env.get("TORCH_CUDA_ARCH_LIST", ""))
+    old = tuple(arch for arch in archs if int(re.search(r"\d+", arch)[0]) < LEAST_ARCH)
+    kept = tuple(arch for arch in archs if arch not in old)
+    reason, said = f"{plan.reason} and {nvcc} is there", ""
+    if old:
+        said = f"the kernels need sm_{LEAST_ARCH}, TORCH_CUDA_ARCH_LIST has {' '.join(old)} too"
+    if old and plan.mode == "cuda":
+        raise SystemExit(f"{plan.reason}: {said}: write {arch_list(kept) or '8.0'}")
+    if not kept:
+        return replace(plan, reason=f"{plan.reason} and {said}")
+    cudart = choice(env, "PGOLF_CUDART", "static shared")
+    reason += f"; {said}" if said else ""
+    return replace(
+        plan, reason=reason, nvcc=nvcc, archs=kept, cudart=cudart, host=host_flags(env, plan.cxx)
+    )
+
+
 def make_plan(env: Mapping[str, str]) -> Plan:
     """Decide what to build from the environment; SystemExit with the remedy if that cannot be."""
     mode = choice(env, "PGOLF_BUILD", "auto cpu cuda none")
@@ -132,9 +178,7 @@ def make_plan(env: Mapping[str, str]) -> Plan:
     if mode == "cpu":
         return Plan(reason, mode, cxx)
     if nvcc := find_nvcc(env):
-        archs = parse_archs(env.get("TORCH_CUDA_ARCH_LIST", ""))
-        cudart = choice(env, "PGOLF_CUDART", "static shared")
-        return Plan(f"{reason} and {nvcc} is there", mode, cxx, nvcc, archs, cudart)
+        return plan_cuda(env, Plan(reason, mode, cxx), nvcc)
     if mode == "auto":
         return Plan(f"{reason} and no nvcc in $CUDA_HOME/bin or on PATH", mode, cxx)
     raise SystemExit(
@@ -163,15 +207,17 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def write_build_info(plan: Plan) -> None:
-    """The header behind `pgolf._C.build_info()`."""
+    """The headers behind `pgolf._C.build_info()`."""
     values = {
         "COMPILER": version_of(plan.cxx, "."),
         "NVCC": version_of((plan.nvcc,), "release") if plan.nvcc else "",
         "CUDART": plan.cudart,
         "ARCHS": " ".join(plan.archs),
-        "REASON": plan.reason,
     }
     # A JSON string without \u escapes is a C string.
+    reason = json.dumps(plan.reason, ensure_ascii=False)
+    # By itself, because it differs between ways to get the same objects.
+    write_if_changed(OBJECTS / "build_reason.h", f"#define PGOLF_REASON {reason}\n")
     lines = [f"#define PGOLF_{k} {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
     lines.append(f"#define PGOLF_CUDA {int(bool(plan.nvcc))}")
     lines.append(f"#define PGOLF_EACH_ISA(F) {' '.join(f'F({isa})' for isa in ISAS)}")
@@ -187,9 +233,10 @@ def ninja_text(plan: Plan) -> str:
     includes = [f"-I{SOURCES}", f"-I{OBJECTS}"]
     cxx_includes = ["-isystem", sysconfig.get_path("include")]
     cxx_command = command(*plan.cxx, *CXX_FLAGS, *includes, *cxx_includes)
-    nvcc_command = command(plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), *includes)
+    nvcc_command = command(plan.nvcc, *plan.host, *NVCC_FLAGS, *gencode(plan.archs), *includes)
     # nvcc knows where its runtime lies; nothing here calls device code of another file.
-    linker = [plan.nvcc, f"-cudart={plan.cudart}", "-nodlink"] if plan.nvcc else plan.cxx
+    runtime = [f"-cudart={plan.cudart}", "-nodlink"]
+    linker = [plan.nvcc, *plan.host, *runtime] if plan.nvcc else plan.cxx
     compile_one = "-MMD -MF $out.d -c $in -o $out"
     rules = {
         "cxx": f"{cxx_command} {compile_one}",
@@ -218,14 +265,44 @@ def ninja_text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def find_ninja() -> str:
+    """The path of ninja; SystemExit with the remedy if it is not there."""
+    program = shutil.which("ninja")
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        program = shutil.which("ninja", path=ninja.BIN_DIR) or program
+    if program is None:
+        raise SystemExit(
+            "pgolf: the build needs ninja, which pip brings unless it is told "
+            f"--no-build-isolation: pip install ninja; PGOLF_BUILD=none builds without {MODULE}"
+        )
+    return program
+
+
+def estimate(plan: Plan, ninja: list[str]) -> str:
+    """What will be compiled and about how long it takes; '' if that is nothing or quick."""
+    lines = subprocess.run([*ninja, "-n"], capture_output=True, text=True).stdout.splitlines()
+    rules = [line.split()[1] for line in lines if line.startswith("[")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    seconds = sum(SECONDS[rule] for rule in rules) / (cores or 1)
+    if seconds < 5:
+        return ""
+    files = len(rules) - rules.count("link")
+    time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"pgolf: building {plan}; {files} files, about {time} on {cores} cores"
+
+
 def run_ninja(plan: Plan) -> Path:
     """Compile what changed; the path of the module. CalledProcessError if a compiler failed."""
-    import ninja
+    program = find_ninja()
 
     write_build_info(plan)
     write_if_changed(OBJECTS / "build.ninja", ninja_text(plan))
-    program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
-    subprocess.run([program, "-f", str(OBJECTS / "build.ninja")], check=True)
+    command = [program, "-f", str(OBJECTS / "build.ninja")]
+    if said := estimate(plan, command):
+        print(said, flush=True)
+    subprocess.run(command, check=True)
     return OBJECTS / "_C.so"
 
 
@@ -233,10 +310,20 @@ def nvcc_complaint(plan: Plan) -> str:
     """Why nvcc cannot compile even an empty file for the plan's architectures, or ''."""
     empty = OBJECTS / "empty.cu"
     empty.write_text("")
-    command = [plan.nvcc, *NVCC_FLAGS, *gencode(plan.archs), "-c", str(empty), "-o", f"{empty}.o"]
+    command = [plan.nvcc, *plan.host, *NVCC_FLAGS, *gencode(plan.archs)]
+    command += ["-c", str(empty), "-o", f"{empty}.o"]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = (result.stderr + result.stdout).strip().splitlines() or ["no message"]
     return lines[0] if result.returncode else ""
+
+
+def working_settings(plan: Plan) -> str:
+    """What to set for nvcc to compile an empty file, where the plan's does not; '' if unknown."""
+    for name in filter(shutil.which, HOST_COMPILERS):
+        if not nvcc_complaint(replace(plan, host=(f"-ccbin={name}",))):
+            return f"CXX={name}"
+    known = tuple(a for a in plan.archs if not nvcc_complaint(replace(plan, archs=(a,))))
+    return f"TORCH_CUDA_ARCH_LIST='{arch_list(known)}'" if arch_list(known) else ""
 
 
 class BuildEverything(build):
@@ -272,13 +359,19 @@ class NinjaBuild(build_ext):
                     f"PGOLF_BUILD={plan.mode}: the compiler failed, see above; "
                     f"PGOLF_BUILD={'cpu' if plan.nvcc else 'none'} builds without"
                 ) from None
-            complaint = f"{plan.nvcc} cannot compile an empty file: {complaint}"
+            with_host = " ".join([plan.nvcc, *plan.host])
+            settings = working_settings(plan)
+            complaint = f"{with_host} cannot compile an empty file: {complaint}; " + (
+                f"this works: {settings} PGOLF_BUILD=cuda pip install -v ."
+                if settings
+                else "set CUDA_HOME to a toolkit that fits the C++ compiler, or "
+                "TORCH_CUDA_ARCH_LIST to architectures that it knows"
+            )
             if plan.mode == "cuda":
-                raise SystemExit(
-                    f"PGOLF_BUILD=cuda: {complaint}; set CUDA_HOME to a toolkit that fits the "
-                    "C++ compiler, or TORCH_CUDA_ARCH_LIST to architectures that it knows"
-                ) from None
-            plan = replace(plan, nvcc="", archs=(), cudart="", reason=f"auto and {complaint}")
+                raise SystemExit(f"PGOLF_BUILD=cuda: {complaint}") from None
+            plan = replace(
+                plan, nvcc="", archs=(), cudart="", host=(), reason=f"auto and {complaint}"
+            )
             module = run_ninja(plan)
         print(f"pgolf: built {plan}", flush=True)
         target = Path(self.get_ext_fullpath(ext.name))

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "bindings/python.h"
+#include "build_reason.h"  // written by setup.py: why it built what it built
 
 namespace pgolf::bindings {
 

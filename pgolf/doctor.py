@@ -50,7 +50,9 @@ def _nvcc() -> str:
 
 def _gpu() -> str:
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpus = range(torch.cuda.device_count())
+        archs = [extension.machine_code(torch.cuda.get_device_capability(i)) for i in gpus]
+        names = [f"{torch.cuda.get_device_name(i)} ({archs[i]})" for i in gpus]
         return f"{len(names)} x {', '.join(sorted(set(names)))}, driver {driver() or 'unknown'}"
     if torch.version.cuda is None:
         return "no GPU used: this torch is a build without CUDA"
@@ -78,7 +80,7 @@ def _operators() -> list[tuple[str, str]]:
     device = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     try:
-        chosen = registry.choose_all("", device.type, dtype, compiled=device.type == "cuda")
+        chosen = registry.choose_all("", device.type, dtype, device.type == "cuda", sizes={})
     except ConfigError as e:
         return [("operators", str(e))]
     return [(name, f"{impl} ({reason})") for name, (impl, reason) in chosen.items()]
@@ -100,6 +102,7 @@ def rows() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} used by torch, {cores} cores"),
         ("free disk here", f"{free / 1e9:.1f} GB"),
         ("extension", _extension()),
+        ("CUDA kernels", registry.no_cuda() or "have code for this GPU"),
         ("attention", attention.describe()),
         *_operators(),
     ]

@@ -8,16 +8,19 @@ the kernels without a GPU through one whose CUDA is emulated, and count the laun
 linked to the shared CUDA runtime.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 _NAME = "pgolf._C"
 CUDA_VARIABLE = "PGOLF_CUDA_MODULE"
+LEAST_CAPABILITY = (8, 0)  # that the CUDA sources support, as setup.py has it
 _REMEDY = "rebuild with `pip install -v .` (PGOLF_BUILD=cpu or cuda makes a failure an error)"
 
 
@@ -73,3 +76,58 @@ def emulates_cuda() -> bool:
     """Whether the CUDA kernels run on CPU tensors."""
     module = cuda() if os.environ.get(CUDA_VARIABLE) else None
     return module is not None and module.build_info()["cudart"] == "emulated"
+
+
+def machine_code(capability: tuple[int, int]) -> str:
+    """The architecture of a compute capability: 'sm_80' for (8, 0)."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def serves(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture runs on a GPU of that compute capability.
+
+    Machine code ('sm_80') runs on its own generation from its version on, PTX ('compute_90') on
+    every GPU from its version on, variant f only on its own generation, variant a only on its own
+    version (CUDA C++ Programming Guide, compute capabilities).
+    """
+    kind, major, minor, variant = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch).groups()
+    built = int(major), int(minor)
+    if variant == "a":
+        return capability == built
+    same = capability[0] == built[0] or (kind == "compute" and not variant)
+    return same and capability >= built
+
+
+def driver_cuda() -> int:
+    """The CUDA version that the driver supports, 1000 * major + 10 * minor; 0 if unknown."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def no_code_for(capability: tuple[int, int], driver_cuda: int) -> str:
+    """Why the CUDA kernels of `cuda()` cannot run on a GPU; '' if they can.
+
+    Args:
+        capability: of the GPU.
+        driver_cuda: see the function of that name.
+    """
+    info, gpu = cuda().build_info(), machine_code(capability)
+    if capability < LEAST_CAPABILITY:
+        return f"needs {machine_code(LEAST_CAPABILITY)}, this GPU is {gpu}"
+    if not any(serves(arch, capability) for arch in info["archs"]):
+        return (
+            f"this build has CUDA code for {' '.join(info['archs'])}, and this GPU is {gpu}: "
+            f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} PGOLF_BUILD=cuda "
+            "pip install -v ."
+        )
+    release = re.search(r"release (\d+)", info["nvcc"])
+    if release and driver_cuda and int(release[1]) > driver_cuda // 1000:
+        return (
+            f"this build is of CUDA {release[1]}, and the driver supports CUDA "
+            f"{driver_cuda // 1000}: update the driver, or build with an nvcc of its version"
+        )
+    return ""

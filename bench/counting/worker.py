@@ -78,16 +78,18 @@ def _build(request: Request) -> tuple[Any, Any]:
 
     from pgolf import recipes
     from pgolf.model import GPT
+    from pgolf.model.gpt import operator_sizes
     from pgolf.ops import registry
     from pgolf.train.trainer import Trainer
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
     wanted = registry.parse(request.ops)
-    choices = {
-        name: registry.choose(name, wanted.get(name, "reference"), "cuda", torch.bfloat16).impl
-        for name in registry.OPERATORS
-    }
+    sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
+    everything = dict.fromkeys(registry.OPERATORS, "reference") | wanted
+    text = ",".join(f"{name}={impl}" for name, impl in everything.items())
+    chosen = registry.choose_all(text, "cuda", torch.bfloat16, False, sizes)
+    choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
     if request.qat:
         trainer = Trainer.__new__(Trainer)

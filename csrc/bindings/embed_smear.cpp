@@ -127,7 +127,7 @@ const Functions functions = {
                    "eps"),
     },
     {
-        {"embed_smear.MAX_WIDTH", kMaxSmearWidth},
+        {"embed_smear.WIDTH_LIMITS.cuda", kMaxSmearWidth},
         {"embed_smear.CHUNK", kSmearChunk},
         {"embed_smear.CHUNKS_PER_BLOCK", kSmearChunksPerBlock},
     }};

@@ -190,7 +190,7 @@ constexpr Function named(const char* name, const char* arguments) {
   PGOLF_NAMED(#function, function<Threads>, arguments " threads")
 #endif
 
-// What pgolf/ops/ has too: "xsa.LIMITS.cpu.1" is LIMITS["cpu"][1] of xsa.py. Of a tuple of names it
+// What pgolf/ops/ has too: "xsa.SIZE_LIMITS.cuda" is SIZE_LIMITS["cuda"] of xsa.py. Of a tuple of names it
 // is where a name stands. A test compares them all.
 struct Constant {
   const char* path;

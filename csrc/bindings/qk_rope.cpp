@@ -99,7 +99,7 @@ const Functions functions = {
                    "half eps norm dq_strides dk_strides dv_strides"),
     },
     {
-        {"qk_rope.MAX_SIZE", kMaxRopeSize},
+        {"qk_rope.SIZE_LIMITS.cuda", kMaxRopeSize},
         {"qk_rope.TOKENS_PER_BLOCK", kRopeTokensPerBlock},
     }};
 

@@ -101,7 +101,7 @@ const Functions functions = {
                    "eps"),
     },
     {
-        {"residual_norm.MAX_WIDTH", kMaxResidualWidth},
+        {"residual_norm.WIDTH_LIMITS.cuda", kMaxResidualWidth},
         {"residual_norm.ROWS_PER_BLOCK", kResidualRowsPerBlock},
     }};
 

@@ -37,7 +37,7 @@ void softcap_cross_entropy(Address z, Address targets, Address losses, int dtype
 
 const Functions functions = {
     {PGOLF_BOTH(softcap_cross_entropy, "z targets losses dtype rows cols cap factor gradient")},
-    {{"softcap_cross_entropy.MAX_COLUMNS.cuda", kMaxLossColumns}}};
+    {{"softcap_cross_entropy.COLUMN_LIMITS.cuda", kMaxLossColumns}}};
 
 }  // namespace
 }  // namespace pgolf::bindings

@@ -70,8 +70,8 @@ const Functions functions = {
                    "dz y v dy dv dtype n t h g d dz_strides y_strides v_strides"),
     },
     {
-        {"xsa.LIMITS.cuda.0", kMaxXsaSize},
-        {"xsa.LIMITS.cpu.1", kMaxHeadsPerGroup},
+        {"xsa.SIZE_LIMITS.cuda", kMaxXsaSize},
+        {"xsa.SHARE_LIMITS.cpu", kMaxHeadsPerGroup},
     }};
 
 }  // namespace

@@ -6,6 +6,7 @@ Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,28 @@ from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def operator_sizes(
+    config: ModelConfig, dtype: torch.dtype, ns_dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """What the limits of operators are about, by operator: arguments of their `obstacle`.
+
+    Args:
+        dtype: of activations.
+        ns_dtype: of Muon's iteration.
+    """
+    head, share = config.dim // config.heads, config.heads // config.kv_heads
+    table = DTYPES[config.table_dtype]
+    return {
+        "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
+        "qk_rope": {"size": head},
+        "xsa": {"size": head, "share": share},
+        "residual_norm": {"width": config.dim},
+        "softcap_cross_entropy": {"columns": config.vocab_size},
+        "muon_momentum": {"dtype": ns_dtype},
+        "newton_schulz": {"dtype": ns_dtype},
+    }
 
 
 class GPT(nn.Module):

@@ -29,6 +29,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
+    beyond,
     compute_dtype,
     in_cpp,
     in_cuda,
@@ -41,7 +42,7 @@ from pgolf.ops.registry import (
 )
 from pgolf.ops.residual_norm import rms_norm
 
-MAX_WIDTH = 768  # of a row, for the kernels
+WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 # Of positions that are sorted by id, as csrc/embed_smear.h has them.
 CHUNK, CHUNKS_PER_BLOCK = 32, 4
 
@@ -123,6 +124,13 @@ def _check(
         )
 
 
+def obstacle(impl: str, width: int, table: torch.dtype, dtype: torch.dtype) -> str:
+    """Why `impl` cannot make x in `dtype` from rows of a table; '' if it can."""
+    if dtype not in DTYPE_CODES or (dtype == torch.float64) != (table == torch.float64):
+        return f"a table in {table} for x in {dtype}: it takes fp32 and bf16, or fp64 for both"
+    return beyond(WIDTH_LIMITS, impl, width, "elements a row")
+
+
 def embed_smear(
     ids: Tensor,
     table: Tensor,
@@ -159,20 +167,9 @@ def embed_smear(
         ValueError, RuntimeError: as `xsa`; IndexError by torch, from the reference, for ids.
     """
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
-    asked, impl = impl, resolve("embed_smear", impl, table)
-    unable = (
-        table.size(1) > MAX_WIDTH
-        or dtype not in DTYPE_CODES
-        or (dtype == torch.float64) != (table.dtype == torch.float64)
-    )
-    if impl == "reference" or (unable and asked == "auto"):
+    impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
+    if impl == "reference":
         return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
-    if unable:
-        raise ValueError(
-            f"embed_smear: a table (V, {table.size(1)}) of {table.dtype} for x in {dtype} is "
-            f"nothing for impl={impl}: rows of at most {MAX_WIDTH}, fp32 and bf16, or fp64 both; "
-            "use impl='reference'"
-        )
     return _forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl)[0]
 
 
@@ -375,5 +372,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

@@ -77,6 +77,11 @@ def reference(
     return [normalize(u, dtype, row_norm, safety) for u in stacks]
 
 
+def obstacle(impl: str, dtype: torch.dtype) -> str:
+    """Why `impl` cannot give directions in that dtype; '' if it can."""
+    return "" if dtype in KERNEL_DTYPES else f"it gives fp32 and bf16, not {dtype}"
+
+
 @torch.no_grad()
 def muon_momentum(
     grads: Tensors,
@@ -120,12 +125,9 @@ def muon_momentum(
         raise ValueError(f"muon_momentum: safety={safety}: it has to be above 0 and finite")
     if dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"muon_momentum: dtype={dtype}: it has to be float32, bfloat16 or float64")
-    asked, impl = impl, resolve("muon_momentum", impl, grads[0])
-    unable = impl != "reference" and dtype not in KERNEL_DTYPES
-    if impl == "reference" or (unable and asked == "auto"):
+    impl = resolve("muon_momentum", impl, grads[0], dtype=dtype)
+    if impl == "reference":
         return reference(grads, momenta, norm, scalars, nesterov, dtype, row_norm, safety)
-    if unable:
-        raise ValueError(f"muon_momentum: dtype={dtype}: impl={impl} has fp32 and bf16 only")
     xs = [grads[0].new_empty(shape, dtype=dtype) for shape in batches(grads)]
     _direct(grads, momenta, xs, norm, scalars, nesterov, row_norm, safety, impl)
     return xs
@@ -232,5 +234,6 @@ OPERATOR = register(
         samples=samples,
         cost=cost,
         mutates=("momenta",),
+        obstacle=obstacle,
     )
 )

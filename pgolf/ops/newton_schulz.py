@@ -88,6 +88,12 @@ def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
     return (x.mT if tall else x).contiguous()
 
 
+def obstacle(impl: str, dtype: torch.dtype) -> str:
+    """Why `impl` cannot iterate in that dtype; '' if it can."""
+    known = OPERATOR.implementations[impl].dtypes
+    return "" if dtype in known else f"it cannot iterate in {dtype}"
+
+
 def newton_schulz(
     g: Tensor,
     coefficients: Coefficients = CLASSIC,
@@ -123,16 +129,11 @@ def newton_schulz(
     check_alike("newton_schulz", g=g)
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64")
-    asked, impl = impl, resolve("newton_schulz", impl, g)
-    unable = impl != "reference" and dtype not in OPERATOR.implementations[impl].dtypes
+    impl = resolve("newton_schulz", impl, g, dtype=dtype)
     batch = g if g.dim() == 3 else g[None]
-    if impl == "reference" or (unable and asked == "auto"):
+    if impl == "reference":
         out = reference(batch, coefficients, dtype, row_norm, safety, normalized)
         return out.view(g.shape)
-    if unable:
-        raise ValueError(
-            f"newton_schulz: dtype={dtype}: impl={impl} cannot iterate in it; use impl='reference'"
-        )
     flat = [float(value) for triple in coefficients for value in triple]
     return _orthogonalise(batch, flat, dtype, row_norm, safety, normalized, impl).view(g.shape)
 
@@ -237,5 +238,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

@@ -26,6 +26,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
+    beyond,
     check_alike,
     compute_dtype,
     in_cpp,
@@ -40,7 +41,7 @@ from pgolf.ops.registry import (
 )
 from pgolf.ops.residual_norm import rms_norm
 
-MAX_SIZE = 256  # of a head, for the kernels
+SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 TOKENS_PER_BLOCK = 64  # of which the kernels sum d_gain by itself; csrc/qk_rope.h
 
 
@@ -121,6 +122,11 @@ def _check(
         )
 
 
+def obstacle(impl: str, size: int) -> str:
+    """Why `impl` cannot run heads of that size; '' if it can."""
+    return beyond(SIZE_LIMITS, impl, size, "elements a head")
+
+
 def qk_rope(
     qkv: Tensor,
     cos: Tensor,
@@ -153,15 +159,9 @@ def qk_rope(
         ValueError, RuntimeError: as `xsa`.
     """
     _check(qkv, cos, sin, gain, heads, kv_heads, eps, value)
-    asked, impl = impl, resolve("qk_rope", impl, qkv)
-    size = qkv.size(2) // (heads + 2 * kv_heads)
-    if impl == "reference" or (size > MAX_SIZE and asked == "auto"):
+    impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
+    if impl == "reference":
         return reference(qkv, cos, sin, gain, heads, kv_heads, eps, norm, value)
-    if size > MAX_SIZE:
-        raise ValueError(
-            f"qk_rope: heads of {size} are too many elements for impl={impl}, whose limit is "
-            f"{MAX_SIZE}: use impl='reference'"
-        )
     return _forward(qkv, cos, sin, gain, value, heads, kv_heads, eps, norm, impl)
 
 
@@ -329,5 +329,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

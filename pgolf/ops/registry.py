@@ -41,9 +41,11 @@ def no_cuda(*functions: str) -> str:
     absent = [name for name in functions if not hasattr(module, f"{name}_cuda")]
     if absent:
         return f"this build of pgolf._C has no {absent[0]}_cuda: pip install -v ."
-    if extension.emulates_cuda() or torch.cuda.is_available():
+    if extension.emulates_cuda():
         return ""
-    return "torch sees no GPU here"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    return extension.no_code_for(torch.cuda.get_device_capability(), extension.driver_cuda())
 
 
 def interpreting() -> bool:
@@ -145,6 +147,7 @@ class Operator:
         samples: arguments for tests and benchmarks.
         cost: least work (forward, backward) for a sample's arguments.
         mutates: names of the arguments that it changes in place.
+        obstacle: (implementation, sizes by name) -> why it cannot run these sizes; '' if it can.
     """
 
     name: str
@@ -156,6 +159,7 @@ class Operator:
     samples: Callable[[], list[Sample]]
     cost: Callable[..., tuple[Work, Work]]
     mutates: tuple[str, ...] = ()
+    obstacle: Callable[..., str] = lambda impl, **sizes: ""
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -199,6 +203,23 @@ def parse(text: str) -> dict[str, str]:
     return wanted
 
 
+def beyond(limits: Mapping[str, int], impl: str, size: int, what: str) -> str:
+    """Why `impl` cannot run that size, by the limit that it has in a table; '' if it can."""
+    limit = limits.get(impl, size)
+    return f"it takes at most {limit} {what}, not {size}" if size > limit else ""
+
+
+# (implementation, why it cannot run the sizes at hand), of those that cannot.
+Obstacles = tuple[tuple[str, str], ...]
+
+
+def obstacles(name: str, **sizes: Any) -> Obstacles:
+    """The implementations of an operator that cannot run these sizes."""
+    operator = OPERATORS[name]
+    each = [(impl, operator.obstacle(impl, **sizes)) for impl in operator.implementations]
+    return tuple((impl, why) for impl, why in each if why)
+
+
 def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
     """Why `impl` cannot run these tensors here; '' if it can."""
     found = operator.implementations.get(impl)
@@ -213,18 +234,27 @@ def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> 
 
 @functools.cache
 def choose(
-    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool = False
+    name: str,
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    cannot: Obstacles = (),
 ) -> Choice:
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
     'auto' is the environment's choice (PGOLF_OPS) if there is one, else the first implementation in
     the operator's order that can run, else the reference. Decided once for each set of arguments.
 
+    Args:
+        cannot: of `obstacles`; where 'auto' is the environment's choice, it gives way to them.
+
     Raises:
-        ValueError: an unknown implementation, or one for another device or dtype.
+        ValueError: an unknown implementation, or one for another device, dtype or size.
         RuntimeError: one that this machine does not have.
     """
-    operator, reason = OPERATORS[name], "as asked"
+    operator, reason, asked = OPERATORS[name], "as asked", impl
+    unable = dict(cannot)
     if impl == "auto":
         impl = parse(os.environ.get(VARIABLE, "")).get(name, "auto")
         reason = f"{VARIABLE} asks for it"
@@ -232,6 +262,9 @@ def choose(
         return Choice(impl, reason)
     if impl != "auto":
         problem = _problem(operator, impl, device, dtype)
+        if not problem and impl in unable and asked == "auto":
+            return Choice("reference", f"{reason}: {impl}: {unable[impl]}")
+        problem = problem or unable.get(impl, "")
         if problem:
             here = operator.implementations.get(impl)
             kind = RuntimeError if here and problem == here.missing() else ValueError
@@ -244,7 +277,7 @@ def choose(
     for candidate, why in order:
         if candidate == "reference":
             return Choice(candidate, why)
-        problem = _problem(operator, candidate, device, dtype)
+        problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)
         if not problem:
             return Choice(candidate, why)
         rejected.append(f"{candidate}: {problem}")
@@ -252,31 +285,49 @@ def choose(
 
 
 def choose_all(
-    text: str, device: str, dtype: torch.dtype, compiled: bool
+    text: str,
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    sizes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Choice]:
     """The choice of every operator for a run, whose model torch.compile compiles or not.
+
+    Args:
+        sizes: by operator, what its `obstacle` takes; one that is not named has no obstacle.
 
     Raises:
         ConfigError: `text` is malformed, or asks for what cannot run here.
     """
     wanted = parse(text)
+    cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in OPERATORS}
     try:
-        return {n: choose(n, wanted.get(n, "auto"), device, dtype, compiled) for n in OPERATORS}
+        return {
+            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n])
+            for n in OPERATORS
+        }
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
 
 
 @torch.compiler.assume_constant_result
-def _resolve(name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool) -> str:
-    return choose(name, impl, device, dtype, compiled).impl
+def _resolve(
+    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles
+) -> str:
+    return choose(name, impl, device, dtype, compiled, cannot).impl
 
 
-def resolve(name: str, impl: str, tensor: Tensor) -> str:
-    """The implementation that runs for `tensor`; a constant under torch.compile."""
+def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
+    """The implementation that runs for `tensor`; a constant under torch.compile.
+
+    Args:
+        sizes: what the operator's `obstacle` takes.
+    """
     if impl == "reference":
         return impl
     compiled = torch.compiler.is_compiling()
-    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled)
+    cannot = obstacles(name, **sizes)
+    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled, cannot)
 
 
 def launcher(name: str, impl: str, function: str) -> Callable:

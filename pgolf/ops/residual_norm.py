@@ -28,6 +28,7 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
+    beyond,
     compute_dtype,
     in_cpp,
     in_cuda,
@@ -39,7 +40,7 @@ from pgolf.ops.registry import (
     run_cuda,
 )
 
-MAX_WIDTH = 4096  # D, for the kernels
+WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h
 
 
@@ -101,6 +102,11 @@ def _check(x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float
         raise ValueError(f"residual_norm: scale={scale}: it has to be finite")
 
 
+def obstacle(impl: str, width: int) -> str:
+    """Why `impl` cannot run rows of that width; '' if it can."""
+    return beyond(WIDTH_LIMITS, impl, width, "elements a row")
+
+
 def residual_norm(
     x: Tensor,
     *,
@@ -144,7 +150,7 @@ def residual_norm(
         "x0": x0, "mix": mix,
     }  # fmt: skip
     _check(x, others, scale, eps)
-    impl = _resolve(x, impl)
+    impl = resolve("residual_norm", impl, x, width=x.size(-1))
     if impl == "reference":
         return reference(x, **others, scale=scale, eps=eps, keep_total=keep_total)
     adds, mixes = branch is not None or skip is not None, mix is not None
@@ -168,19 +174,6 @@ def rms_norm(x: Tensor, eps: float, impl: str = "auto") -> Tensor:
         impl: as `residual_norm`, of which this is the norm alone.
     """
     return residual_norm(x, eps=eps, impl=impl)[1]
-
-
-def _resolve(x: Tensor, impl: str) -> str:
-    """The implementation that runs; rows beyond the kernels' limit are left to the reference."""
-    asked, impl = impl, resolve("residual_norm", impl, x)
-    if impl == "reference" or x.size(-1) <= MAX_WIDTH:
-        return impl
-    if asked == "auto":
-        return "reference"
-    raise ValueError(
-        f"residual_norm: rows of {x.size(-1)} are too many elements for impl={impl}, whose limit "
-        f"is {MAX_WIDTH}: use impl='reference'"
-    )
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -423,5 +416,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

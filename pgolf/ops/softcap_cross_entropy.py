@@ -25,6 +25,7 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    beyond,
     check_alike,
     compute_dtype,
     in_cpp,
@@ -38,7 +39,7 @@ from pgolf.ops.registry import (
     without_autocast,
 )
 
-MAX_COLUMNS = {"cuda": 8192}  # a row lies in a block's registers
+COLUMN_LIMITS = {"cuda": 8192}  # a row lies in a block's registers
 
 
 def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
@@ -77,6 +78,11 @@ def _check(x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str) ->
     check_alike("softcap_cross_entropy", x=x, w=w)
 
 
+def obstacle(impl: str, columns: int) -> str:
+    """Why `impl` cannot run so many columns; '' if it can."""
+    return beyond(COLUMN_LIMITS, impl, columns, "columns")
+
+
 def softcap_cross_entropy(
     x: Tensor,
     w: Tensor,
@@ -99,15 +105,9 @@ def softcap_cross_entropy(
         ValueError, RuntimeError: as `xsa`.
     """
     _check(x, w, targets, cap, reduction)
-    asked, impl = impl, resolve("softcap_cross_entropy", impl, x)
-    unable = w.size(0) > MAX_COLUMNS.get(impl, w.size(0))
-    if impl == "reference" or (unable and asked == "auto"):
+    impl = resolve("softcap_cross_entropy", impl, x, columns=w.size(0))
+    if impl == "reference":
         return reference(x, w, targets, cap, reduction)
-    if unable:
-        raise ValueError(
-            f"softcap_cross_entropy: {w.size(0)} columns are too many for impl={impl}, which takes "
-            f"{MAX_COLUMNS[impl]}: use impl='reference'"
-        )
     gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     return _forward(x, w, targets, cap, reduction == "mean", gradient, impl)[0]
 
@@ -236,5 +236,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

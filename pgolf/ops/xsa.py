@@ -11,7 +11,6 @@ where the last term is absent where |v| is at the floor or below, as m is a cons
 Shapes: y, z (N, T, H, d), v (N, T, G, d). Strides are free; the results are contiguous.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from pgolf.ops.registry import (
     Run,
     Sample,
     Work,
+    beyond,
     check_alike,
     in_cpp,
     in_cuda,
@@ -39,8 +39,8 @@ from pgolf.ops.registry import (
 )
 
 NORM_FLOOR = 1e-12
-# What the kernels take: of a head's size, and of query heads to one value head.
-LIMITS = {"triton": (256, math.inf), "cuda": (256, math.inf), "cpu": (math.inf, 256)}
+# What the kernels take at most: elements of a head, and query heads to one value head.
+SIZE_LIMITS, SHARE_LIMITS = {"triton": 256, "cuda": 256}, {"cpu": 256}
 
 
 def reference(y: Tensor, v: Tensor) -> Tensor:
@@ -71,6 +71,13 @@ def _check(y: Tensor, v: Tensor) -> None:
     check_alike("xsa", y=y, v=v)
 
 
+def obstacle(impl: str, size: int, share: int) -> str:
+    """Why `impl` cannot run heads of that size, so many to a value head; '' if it can."""
+    return beyond(SIZE_LIMITS, impl, size, "elements a head") or beyond(
+        SHARE_LIMITS, impl, share, "query heads to a value head"
+    )
+
+
 def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
     """y without its component along v.
 
@@ -88,17 +95,9 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
         RuntimeError: `impl` is not there on this machine.
     """
     _check(y, v)
-    asked, impl = impl, resolve("xsa", impl, y)
-    size, share = y.size(3), y.size(2) // v.size(2)
-    longest, most = LIMITS.get(impl, (math.inf, math.inf))
-    unable = size > longest or share > most
-    if impl == "reference" or (unable and asked == "auto"):
+    impl = resolve("xsa", impl, y, size=y.size(3), share=y.size(2) // v.size(2))
+    if impl == "reference":
         return reference(y, v)
-    if unable:
-        raise ValueError(
-            f"xsa: heads of {size}, {share} to a value head, are too many for impl={impl}, whose "
-            f"limits are {longest} and {most}: use impl='reference'"
-        )
     return _forward(y, v, impl)
 
 
@@ -217,5 +216,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
+        obstacle=obstacle,
     )
 )

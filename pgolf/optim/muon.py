@@ -11,7 +11,7 @@ comes from one rank, so nothing is rounded.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -21,17 +21,32 @@ from pgolf.ops.newton_schulz import newton_schulz, preset
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimiser of 2-D weights; `lr`, `momentum` and `weight_decay` may change between steps."""
+    """Optimiser of 2-D weights; parameters without a gradient are left alone.
+
+    Defaults are those of torch.optim.Muon, whose momentum is an average instead of a sum.
+
+    Args:
+        params: matrices, by themselves, with their names, or in groups, as torch's optimisers take.
+        lr, momentum, weight_decay: may change between steps, in `param_groups`.
+        nesterov: whether the update is the gradient plus the momentum, not the momentum alone.
+        ns_steps, ns_coefficients, ns_row_norm: the iteration, see `newton_schulz` and its `preset`.
+        ns_dtype: of the iteration.
+        ns_impl: implementation of `newton_schulz`.
+
+    Raises:
+        ValueError: a parameter is no matrix.
+    """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
-        ns_steps: int,
-        ns_dtype: torch.dtype,
+        params: Iterable[nn.Parameter] | Iterable[dict] | Iterable[tuple[str, nn.Parameter]],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_dtype: torch.dtype = torch.bfloat16,
         ns_coefficients: str = "classic",
         ns_row_norm: bool = False,
         ns_impl: str = "reference",
@@ -48,13 +63,41 @@ class Muon(torch.optim.Optimizer):
             "impl": ns_impl,
         }
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters with settings of their own.
+
+        Raises:
+            ValueError: one of them is no matrix.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for i, p in enumerate(group["params"]):
+            if p.dim() != 2 or not p.numel():
+                name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+                raise ValueError(
+                    f"Muon: {name} is {tuple(p.shape)}: it has to be (R, C) with elements; give "
+                    "others to AdamW"
+                )
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Apply one update from the gradients."""
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Apply one update from the gradients.
+
+        Args:
+            closure: computes the gradients again and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
-                shapes[p.shape].append(p)
+                if p.grad is not None:
+                    shapes[p.shape].append(p)
             for shape, params in shapes.items():
                 updates = self.orthogonal(torch.stack([self._direction(p, group) for p in params]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
@@ -62,6 +105,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(
                     params, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
                 )
+        return loss
 
     def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
         """Momentum of one matrix, after adding its gradient."""

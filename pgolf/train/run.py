@@ -16,7 +16,7 @@ from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
-from pgolf.model.gpt import DTYPES
+from pgolf.model.gpt import DTYPES, operator_sizes
 from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
@@ -94,8 +94,13 @@ def build(
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
+    ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
     ops = registry.choose_all(
-        config.run.ops, ranks.device.type, dtype, compiles(config, ranks.device)
+        config.run.ops,
+        ranks.device.type,
+        dtype,
+        compiles(config, ranks.device),
+        operator_sizes(config.model, dtype, ns_dtype),
     )
     model = GPT(
         config.model,
@@ -150,15 +155,20 @@ def train(
         },
     )
     trainer = build(title, config, ranks, dataset, folder, note)
-    ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
-    trainer.warm_up()
-    if config.run.resume:
-        state, path = folder.load(ranks.device)
-        trainer.load_state_dict(state)
-        folder.forget_after(trainer.clock.step)
-        trainer.say(f"going on from {path}")
-    with Interrupt(folder.path, config.recipe) as interrupt:
-        trainer.train(interrupt)
+    try:
+        ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
+        trainer.warm_up()
+        if config.run.resume:
+            state, path = folder.load(ranks.device)
+            trainer.load_state_dict(state)
+            folder.forget_after(trainer.clock.step)
+            trainer.say(f"going on from {path}")
+        with Interrupt(folder.path, config.recipe) as interrupt:
+            trainer.train(interrupt)
+    except BaseException:
+        if not config.run.resume and not trainer.clock.step:
+            folder.discard()
+        raise
     return config, dataset, folder, trainer
 
 

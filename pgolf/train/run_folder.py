@@ -4,6 +4,7 @@ checkpoints/step-N holds state.pt and manifest.json with its size and sha256; th
 under its name only when it is complete, and the two newest are kept.
 """
 
+import contextlib
 import io
 import json
 import pickle
@@ -109,6 +110,14 @@ class RunFolder:
         else:
             atomic_write(file, json.dumps(to_dict(config), indent=2) + "\n")
             atomic_write(self.path / "tokenizer.model", tokenizer.read_bytes())
+
+    def discard(self) -> None:
+        """Free the name again, after a run that failed before its first step."""
+        if self.writes:
+            with contextlib.suppress(OSError):  # out= may be a folder that holds more
+                for name in ("config.json", "tokenizer.model", self.metrics.name):
+                    (self.path / name).unlink(missing_ok=True)
+                self.path.rmdir()
 
     def log(self, **line: Any) -> None:
         """Append one line to metrics.jsonl."""

@@ -1,12 +1,6 @@
-"""The build of pgolf._C from a copy of the checkout: what it builds, says, records and refuses.
+"""The build of pgolf._C from a copy of the checkout, by the real compilers: what it makes."""
 
-Real compilers where the result is used; otherwise a stand-in that writes empty objects.
-"""
-
-import importlib.util
-import os
 import shutil
-import stat
 import subprocess
 import sys
 import zipfile
@@ -14,92 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from .checkout import ROOT, build, compiled, copy_checkout, load_setup, python, run
+
 # Minutes of compiling on two cores.
 compiles_everything = pytest.mark.slow
-CHOOSERS = ("PGOLF_BUILD", "PGOLF_CUDART", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
-
-# Answers --version; when it compiles, leaves an object and a depfile without dependencies.
-FAKE_COMPILER = """#!/bin/sh
-[ "$1" = --version ] && echo "fake release 1.0" && exit
-while [ $# -gt 0 ]; do
-    [ "$1" = -o ] && object=$2
-    [ "$1" = -MF ] && depfile=$2
-    shift
-done
-: > "$object"
-[ -z "${depfile:-}" ] || echo "$object:" > "$depfile"
-"""
-
-
-def copy_checkout(folder: Path) -> Path:
-    """What the build needs, with a space in the path and nothing that was built."""
-    root = folder / "a checkout"
-    root.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
-        shutil.copy(ROOT / name, root)
-    for name in ("csrc", "pgolf", "triton_kernels"):
-        ignore = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignore)
-    return root
-
-
-def run(command: list, root: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run a command in `root` without the choices that this process inherited."""
-    base = {k: v for k, v in os.environ.items() if k not in CHOOSERS}
-    return subprocess.run(
-        [str(part) for part in command], cwd=root, env=base | env, capture_output=True, text=True
-    )
-
-
-def build(root: Path, **env: str) -> str:
-    """build_ext into the copy; its output."""
-    result = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], root, **env)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def refusal(root: Path, **env: str) -> str:
-    """What a build that has to fail says."""
-    result = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], root, **env)
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
-def compiled(output: str) -> set[str]:
-    """The objects that ninja made, by name."""
-    words = (line.split() for line in output.splitlines() if line.startswith("["))
-    return {Path(line[-1]).name for line in words}
-
-
-def python(code: str, path: Path, cwd: Path) -> str:
-    """The output of `code` in a new interpreter which finds packages in `path`."""
-    result = run([sys.executable, "-W", "error", "-c", code], cwd, PYTHONPATH=str(path))
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def program(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    return copy_checkout(tmp_path)
-
-
-@pytest.fixture
-def fake(tmp_path):
-    """(a PATH that holds the stand-in as c++ and nvcc besides sh, the folder of the stand-ins)."""
-    folder = tmp_path / "fake $bin"  # what ninja and the shell each want escaped
-    for name in ("c++", "nvcc"):
-        program(folder / name, FAKE_COMPILER)
-    (folder / "sh").symlink_to("/bin/sh")
-    return str(folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -229,107 +141,6 @@ def test_other_processors_get_plain_code(checkout, fake):
     assert "avx" not in ninja and " -m" not in ninja
     header = next(checkout.glob("build/*/build_info.h")).read_text()
     assert "#define PGOLF_EACH_ISA(F) F(plain)\n" in header
-
-
-# ---- what is chosen
-
-
-def test_none_builds_nothing_and_removes_what_was_there(checkout, tmp_path):
-    old = checkout / "pgolf" / "_C.old.so"
-    old.touch()
-    output = build(checkout, PGOLF_BUILD="none")
-    assert output == "pgolf: built no pgolf._C, pure Python only: PGOLF_BUILD=none\n"
-    assert not old.exists() and not (checkout / "build").exists()
-    wheel = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", tmp_path]
-    result = run(wheel, checkout, PGOLF_BUILD="none")
-    assert result.returncode == 0 and output in result.stdout
-    assert [p.name.split("-", 2)[2] for p in tmp_path.glob("*.whl")] == ["py3-none-any.whl"]
-
-
-def test_auto_without_a_compiler_goes_on(checkout, fake):
-    path, folder = fake
-    (folder / "c++").unlink()
-    missing = "pgolf: built no pgolf._C, pure Python only: PGOLF_BUILD=auto and "
-    assert build(checkout, PATH=path).startswith(missing + "no C++ compiler on PATH")
-    assert build(checkout, CXX="/nonexistent").startswith(
-        missing + "the C++ compiler CXX=/nonexistent is not there"
-    )
-    for mode in ("cpu", "cuda"):
-        assert "PGOLF_BUILD=none builds without" in refusal(checkout, PGOLF_BUILD=mode, PATH=path)
-
-
-def test_unknown_values_are_refused(checkout):
-    message = refusal(checkout, PGOLF_BUILD="gpu")
-    assert message == "PGOLF_BUILD=gpu is unknown: choose one of auto cpu cuda none\n"
-
-
-def test_nvcc_decides_not_a_gpu(checkout, fake):
-    path, folder = fake
-    output = build(checkout, PATH=path, CUDA_VISIBLE_DEVICES="")
-    assert "for CPU and CUDA (sm_80 sm_90a compute_90): PGOLF_BUILD=auto and " in output
-    ninja = next(checkout.glob("build/*/build.ninja")).read_text()
-    for flag in (
-        "arch=compute_80,code=sm_80",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_90,code=compute_90",
-        "-cudart=static",
-    ):
-        assert flag in ninja
-    output = build(checkout, PATH=path, TORCH_CUDA_ARCH_LIST="8.9", PGOLF_CUDART="shared")
-    assert "CUDA (sm_89)" in output and "leaky_relu2.cu.o" in compiled(output)
-    assert "-cudart=shared" in next(checkout.glob("build/*/build.ninja")).read_text()
-    assert "PGOLF_CUDART=dynamic" in refusal(checkout, PATH=path, PGOLF_CUDART="dynamic")
-    (folder / "nvcc").unlink()
-    assert "for CPU only: PGOLF_BUILD=auto and no nvcc" in build(checkout, PATH=path)
-    assert "set CUDA_HOME, or build the CPU" in refusal(checkout, PATH=path, PGOLF_BUILD="cuda")
-    program(folder / "toolkit" / "bin" / "nvcc", FAKE_COMPILER)
-    assert "toolkit/bin/nvcc is there" in build(checkout, PATH=path, CUDA_HOME=f"{path}/toolkit")
-
-
-def test_nvcc_that_cannot_compile(checkout, fake):
-    path, folder = fake
-    program(folder / "nvcc", "#!/bin/sh\necho 'unsupported GNU version!' >&2\nexit 1\n")
-    output = build(checkout, PATH=path)
-    assert "for CPU only: auto and " in output
-    assert "cannot compile an empty file: unsupported GNU version!" in output
-    message = refusal(checkout, PATH=path, PGOLF_BUILD="cuda")
-    assert "unsupported GNU version!; set CUDA_HOME to a toolkit that fits" in message
-
-
-def test_a_mistake_in_the_source_is_an_error(checkout, fake):
-    path, folder = fake
-    program(folder / "c++", "#!/bin/sh\necho 'error: expected ;' >&2\nexit 1\n")
-    message = refusal(checkout, PATH=path)
-    assert "the compiler failed, see above; PGOLF_BUILD=cpu builds without" in message
-    assert "PGOLF_BUILD=none builds without" in refusal(checkout, PATH=path, PGOLF_BUILD="cpu")
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("pgolf_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("text", "archs"),
-    [
-        ("", "sm_80 sm_90a compute_90"),
-        ("8.0;9.0a+PTX", "sm_80 sm_90a compute_90a"),
-        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"),
-        ("9.0, 9.0", "sm_90"),
-        ("10.0f", "sm_100f"),
-    ],
-)
-def test_architectures(text, archs):
-    assert " ".join(load_setup().parse_archs(text)) == archs
-
-
-@pytest.mark.parametrize("text", ["Hopper", "9", "8.0;sm_90", "9.0b", ";"])
-def test_wrong_architectures_are_named(text):
-    with pytest.raises(SystemExit, match="is no architecture: write 8.0;9.0a"):
-        load_setup().parse_archs(text)
 
 
 # ---- the bare name

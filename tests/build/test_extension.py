@@ -1,13 +1,19 @@
 """Finding pgolf._C, or saying why it is not there; and the doctor, which reports it."""
 
+import ctypes
+import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import pgolf
 from pgolf import doctor, extension
+from pgolf.ops import registry
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -65,3 +71,94 @@ def test_doctor_reports_every_subject(capsys):
     with pytest.raises(SystemExit):
         doctor.main(["now"])
     assert "unrecognized arguments: now" in capsys.readouterr().err
+
+
+# ---- a GPU that the build has no code for
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs_on", "not_on"),
+    [
+        ("sm_80", "8.0 8.6 8.9", "7.5 9.0"),
+        ("sm_86", "8.6 8.9", "8.0 9.0"),
+        ("sm_90a", "9.0", "8.9 10.0 12.0"),
+        ("sm_100f", "10.0 10.3", "9.0 11.0 12.0"),
+        ("compute_90", "9.0 10.0 12.1", "8.9"),
+        ("compute_90a", "9.0", "10.0"),
+        ("compute_100f", "10.0 10.3", "12.0"),
+    ],
+)
+def test_which_gpus_run_which_code(arch: str, runs_on: str, not_on: str) -> None:
+    for gpus, expected in ((runs_on, True), (not_on, False)):
+        for gpu in gpus.split():
+            capability = tuple(map(int, gpu.split(".")))
+            assert extension.serves(arch, capability) is expected, (arch, gpu)
+
+
+def test_the_version_of_the_driver_is_asked_of_it(tmp_path, monkeypatch):
+    """Of a stand-in, as there may be none; what cannot be asked is no complaint."""
+    (tmp_path / "libcuda.c").write_text(
+        "int cuDriverGetVersion(int *version) { *version = 12080; return 0; }\n"
+    )
+    library = tmp_path / "libcuda.so.1"
+    compiler = shutil.which("cc") or pytest.skip("no C compiler on PATH")
+    command = [compiler, "-shared", "-fPIC", str(tmp_path / "libcuda.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    real = ctypes.CDLL
+    for found, version in ((library, 12080), (tmp_path / "nothing", 0)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, found=found: real(str(found)))
+        assert extension.driver_cuda() == version
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU and an extension of made-up versions."""
+
+    def make(archs: str, capability: tuple[int, int], driver: int = 13000) -> None:
+        info = dict(cuda=True, cudart="static", nvcc="release 13.0, V13.0.88", archs=archs.split())
+        kernels = {f"{n}_cuda": None for n in ("residual_norm", "residual_norm_backward")}
+        module = SimpleNamespace(
+            **kernels, build_info=lambda: {"compiler": "g++", "reason": "it was asked", **info}
+        )
+        monkeypatch.delenv(extension.CUDA_VARIABLE, raising=False)
+        monkeypatch.setattr(extension, "load", lambda: module)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *i: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *i: capability)
+        monkeypatch.setattr(extension, "driver_cuda", lambda: driver)
+        registry.choose.cache_clear()
+
+    yield make
+    registry.choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "driver", "why"),
+    [
+        ("sm_80", (9, 0), 13000, "CUDA code for sm_80, and this GPU is sm_90: TORCH_CUDA_ARCH_LIST="
+         "9.0 PGOLF_BUILD=cuda pip install -v ."),
+        ("sm_80 sm_90a", (12, 0), 13000, "this GPU is sm_120: TORCH_CUDA_ARCH_LIST=12.0"),
+        ("sm_80 compute_80", (7, 5), 13000, "needs sm_80, this GPU is sm_75"),
+        ("sm_90a", (9, 0), 12080, "this build is of CUDA 13, and the driver supports CUDA 12"),
+    ],
+)  # fmt: skip
+def test_auto_takes_no_kernels_without_code_for_the_gpu(gpu, archs, capability, driver, why):
+    gpu(archs, capability, driver)
+    impl, reason = registry.choose("residual_norm", "auto", "cuda", torch.float32)
+    assert impl == "reference" and why in reason
+    with pytest.raises(RuntimeError, match="residual_norm: impl=cuda: "):
+        registry.choose("residual_norm", "cuda", "cuda", torch.float32)
+
+
+def test_auto_takes_kernels_with_code_for_the_gpu_and_doctor_shows_both(gpu, monkeypatch):
+    monkeypatch.setattr(doctor, "_operators", lambda: [])
+    monkeypatch.setattr(doctor.attention, "describe", lambda: "")
+    gpu("sm_80 sm_90a compute_90", (12, 0))
+    assert registry.choose("residual_norm", "auto", "cuda", torch.float32).impl == "cuda"
+    found = dict(doctor.rows())
+    assert found["GPU"].startswith("1 x Some GPU (sm_120)")
+    assert found["extension"].startswith("CPU and CUDA (sm_80 sm_90a compute_90)")
+    assert found["CUDA kernels"] == "have code for this GPU"
+    gpu("sm_80", (12, 0))
+    assert "CUDA code for sm_80, and this GPU is sm_120" in dict(doctor.rows())["CUDA kernels"]

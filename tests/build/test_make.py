@@ -9,10 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Logs its arguments; pytest's exit code is chosen by the test.
+# Logs its arguments, and what is to be built; pytest's exit code is chosen by the test.
 FAKE_VENV_PYTHON = """#!/bin/sh
 echo "$@" >> python.log
-case "$*" in *pytest*) exit ${PYTEST_CODE:-0} ;; esac
+case "$*" in
+    *pytest*) exit ${PYTEST_CODE:-0} ;;
+    *"import torch"*) exit 1 ;;
+    *build_ext* | *"-m pip"*) echo "${PGOLF_BUILD:-}" >> build.log ;;
+esac
 """
 
 
@@ -35,7 +39,9 @@ def checkout(tmp_path):
 
 def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
     # These tests run under make themselves: a nested make would say where it is.
-    outer = ("CXX", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    outer = (
+        "CXX", "PYTHON", "PGOLF_BUILD", "PGOLF_TORCH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"
+    )  # fmt: skip
     base = {k: v for k, v in os.environ.items() if k not in outer}
     return subprocess.run(command, cwd=cwd, env=base | env, capture_output=True, text=True)
 
@@ -81,6 +87,48 @@ def test_set_up_runs_again_when_the_dependencies_change(checkout):
         "-m pip install --disable-pip-version-check -e .[demo,data,test]",
     ]
     assert ready.stat().st_mtime > 0
+
+
+    assert built(checkout) == ["none", expected_build()], "pip, which is silent, compiles nothing"
+
+
+def test_torch_for_cpus(checkout):
+    setup = ["/bin/sh", ".ci/setup"]
+    assert run(setup, checkout, PGOLF_TORCH="cpu").returncode == 0
+    installs = [line for line in log(checkout) if "pip install" in line]
+    assert installs == [
+        "-m pip install --disable-pip-version-check torch>=2.7 "
+        "--index-url https://download.pytorch.org/whl/cpu",
+        "-m pip install --disable-pip-version-check -e .[demo,data,test]",
+    ]
+    python = checkout / ".venv" / "bin" / "python"
+    program(python, "#!/bin/sh\n")  # one that has torch's CUDA build
+    result = run(setup, checkout, PGOLF_TORCH="cpu")
+    assert (result.returncode, result.stderr) == (
+        1, "pgolf: .venv has torch's CUDA build: remove .venv for PGOLF_TORCH=cpu\n"
+    )  # fmt: skip
+    result = run(setup, checkout, PGOLF_TORCH="rocm")
+    assert result.returncode == 1 and "PGOLF_TORCH=rocm is unknown" in result.stderr
+
+
+def built(checkout: Path) -> list[str]:
+    """PGOLF_BUILD of every call that compiles or could."""
+    return (checkout / "build.log").read_text().splitlines()
+
+
+def expected_build() -> str:
+    return "auto" if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") else "cpu"
+
+
+def test_cuda_is_compiled_where_there_is_a_gpu(checkout, tmp_path):
+    """Or where it is asked for: `make gpu` does."""
+    assert run(["make", "demo"], checkout).returncode == 0
+    with_gpu = str(tmp_path / "bin") + ":" + os.environ["PATH"]
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: Some GPU (UUID: 1)'\n")
+    assert run(["make", "test"], checkout, PATH=with_gpu).returncode == 0
+    assert run(["make", "prove"], checkout, PGOLF_BUILD="none").returncode == 0
+    assert run(["make", "gpu"], checkout).returncode == 0
+    assert built(checkout) == [expected_build(), "auto", "none", "cuda"]
 
 
 def test_everything_that_is_missing_is_named(checkout, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..simt.emulator import HERE, Build, pgolf_build
-from .test_build import ROOT, build, copy_checkout, run
+from .checkout import ROOT, build, copy_checkout, run
 
 pytestmark = [
     pytest.mark.slow,

@@ -319,14 +319,19 @@ def test_refused(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "table", "dtype"),
-    [(776, torch.float32, torch.float32), (8, torch.float64, torch.float32)],
+    ("width", "table", "dtype", "why"),
+    [
+        (776, torch.float32, torch.float32, "it takes at most 768 elements a row, not 776"),
+        (8, torch.float64, torch.float32, "a table in torch.float64 for x in torch.float32"),
+    ],
 )
-def test_what_kernels_do_not_take(width: int, table: torch.dtype, dtype: torch.dtype) -> None:
+def test_what_kernels_do_not_take(
+    width: int, table: torch.dtype, dtype: torch.dtype, why: str
+) -> None:
     """An error by name, the reference where nobody asked for the kernel."""
     named = tensors(some_ids(2, 3, rows=4), 4, width, dtype)
     named["table"] = named["table"].to(table)
-    with pytest.raises(ValueError, match="is nothing for impl=cpu: rows of at most 768"):
+    with pytest.raises(ValueError, match=f"embed_smear: impl=cpu: {why}"):
         embed_smear(**named, impl="cpu")
     expected = embed_smear(**named, impl="reference")
     torch.testing.assert_close(embed_smear(**named), expected)

@@ -1,6 +1,8 @@
 """Muon against a plain float64 loop over single matrices, and on two ranks against one."""
 
 import copy
+import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pgolf.optim.muon import Muon
+from pgolf.optim import Muon
 
 # square, wide and tall as mlp.fc (rows = 3 columns); three, two and one of a shape, on two ranks
 SHAPES = {
@@ -45,6 +47,10 @@ def muon(params: dict[str, torch.nn.Parameter], nesterov: bool = True) -> Muon:
         ns_steps=5,
         ns_dtype=torch.float32,
     )
+
+
+def short(params, dtype: torch.dtype) -> Muon:
+    return Muon(params, LR, momentum=0.0, weight_decay=DECAY, ns_dtype=dtype)
 
 
 def run(optimiser: Muon, params: dict[str, torch.nn.Parameter]) -> None:
@@ -88,7 +94,9 @@ def test_several_steps_follow_the_formula(nesterov: bool) -> None:
 def test_only_the_up_projection_gets_a_factor() -> None:
     """One step from zero without decay moves every singular direction by lr times the factor."""
     params = {n: torch.nn.Parameter(torch.zeros(*s)) for n, s in SHAPES.items()}
-    optimiser = Muon(params.values(), 1.0, 0.0, 0.0, True, 12, torch.float32)
+    optimiser = Muon(
+        params.values(), 1.0, momentum=0.0, weight_decay=0.0, ns_steps=12, ns_dtype=torch.float32
+    )
     for name, p in params.items():
         p.grad = gradient(name, 0)
     optimiser.step()
@@ -124,11 +132,69 @@ def test_momentum_is_kept_in_fp32_and_round_trips() -> None:
 def test_bf16_iteration_stays_near_the_fp32_one() -> None:
     exact, rough = weights(), weights()
     run(muon(exact), exact)
-    run(Muon(rough.values(), LR, 0.0, DECAY, True, 5, torch.bfloat16), rough)
+    run(short(rough.values(), torch.bfloat16), rough)
     for name in exact:
         assert rough[name].dtype is torch.float32
         change = (exact[name] - weights()[name]).norm()
         assert (rough[name] - exact[name]).norm() < 0.1 * change, name
+
+
+def test_alone_it_is_called_as_torch_calls_its_own() -> None:
+    """Defaults, and without momentum, whose definition differs, the same step."""
+    ours, theirs = (inspect.signature(m).parameters for m in (Muon, torch.optim.Muon))
+    shared = (ours.keys() & theirs.keys()) - {"params", "ns_coefficients"}
+    assert shared == {"lr", "momentum", "weight_decay", "nesterov", "ns_steps"}
+    for name in shared:
+        assert ours[name].default == theirs[name].default, name
+    steps = []
+    for kind in (Muon, torch.optim.Muon):
+        params = weights()
+        for name, p in params.items():
+            p.grad = gradient(name, 0)
+        kind(params.values(), momentum=0.0).step()
+        steps.append(params)
+    for name in SHAPES:
+        torch.testing.assert_close(steps[0][name], steps[1][name], rtol=0, atol=1e-4)
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    params = weights()
+    optimiser = Muon(params.values())
+    for name in ("q", "k"):
+        params[name].grad = gradient(name, 0)
+    optimiser.step()
+    before = weights()
+    for name, p in params.items():
+        assert torch.equal(p, before[name]) == (name not in ("q", "k")), name
+    assert len(optimiser.state) == 2
+
+
+def test_what_is_no_matrix_is_refused_in_words() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(3, 4))
+    for shape in ((4,), (), (2, 3, 4), (0, 4)):
+        odd = torch.nn.Parameter(torch.zeros(shape))
+        said = f"{re.escape(str(shape))}: it has to be .R, C. with elements; give others to AdamW"
+        with pytest.raises(ValueError, match=f"Muon: parameter 1 is {said}"):
+            Muon([matrix, odd])
+        with pytest.raises(ValueError, match=f"Muon: bias is {said}"):
+            Muon([("w", matrix), ("bias", odd)])
+        with pytest.raises(ValueError, match=f"Muon: parameter 0 is {said}"):
+            Muon([matrix]).add_param_group({"params": [odd]})
+
+
+def test_a_closure_is_called_once_with_gradients_and_its_loss_returned() -> None:
+    params = weights()
+    optimiser, losses = Muon(params.values()), []
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        losses.append(sum(p.square().sum() for p in params.values()))
+        losses[-1].backward()
+        return losses[-1]
+
+    first, second = optimiser.step(closure), optimiser.step(closure)
+    assert [first, second] == losses and second < first
+    assert optimiser.step() is None
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
@@ -139,7 +205,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         params = weights()
-        optimiser = Muon(params.values(), LR, 0.0, DECAY, True, 5, dtype)
+        optimiser = short(params.values(), dtype)
         run(optimiser, params)
         results[str(dtype)] = {n: p.detach() for n, p in params.items()}
     torch.save(results, f"{folder}/{rank}.pt")
@@ -152,7 +218,7 @@ def test_two_ranks_take_the_same_step_as_one(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     for dtype in (torch.float32, torch.bfloat16):
         alone = weights()
-        run(Muon(alone.values(), LR, 0.0, DECAY, True, 5, dtype), alone)
+        run(short(alone.values(), dtype), alone)
         for name, p in alone.items():
             mine = first[str(dtype)][name]
             assert torch.equal(mine, second[str(dtype)][name]), "ranks must not drift apart"

@@ -138,14 +138,15 @@ def emulator_sources(checks: Sequence[str] = CHECKS) -> list[Path]:
 
 
 def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] = CHECKS) -> Build:
-    """pgolf's CUDA kernels behind pgolf's bindings; writes the header that setup.py writes."""
+    """pgolf's CUDA kernels behind pgolf's bindings; writes the headers that setup.py writes."""
     values = {
         "COMPILER": _version(),
         "NVCC": "",
         "CUDART": "emulated",
         "ARCHS": "",
-        "REASON": "the tests run CUDA kernels without a GPU",
     }
+    reason = '#define PGOLF_REASON "the tests run CUDA kernels without a GPU"\n'
+    _write_if_changed(folder / "build_reason.h", reason)
     lines = [f"#define PGOLF_{name} {json.dumps(value)}" for name, value in values.items()]
     _write_if_changed(folder / "build_info.h", "\n".join([*lines, "#define PGOLF_CUDA 1", ""]))
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
