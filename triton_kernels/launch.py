@@ -44,7 +44,9 @@ class Config:
 @functools.cache
 def configs() -> dict[str, list[Config]]:
     """Kernel name -> its configurations, in the order in which they are tried."""
-    table = json.loads(pkgutil.get_data(__package__, TABLE.name))  # also from a zip or a script
+    # The script of a submission is no folder: its loader has the file.
+    here = TABLE.is_file()
+    table = json.loads(TABLE.read_bytes() if here else pkgutil.get_data(__package__, TABLE.name))
     return {kernel: [Config(**row) for row in rows] for kernel, rows in table.items()}
 
 

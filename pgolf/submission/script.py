@@ -140,7 +140,7 @@ def _named(modules: Iterable[str], codec: str) -> list[str]:
             places = find_spec(package).submodule_search_locations
             found |= {f"{package}.{m.name}" for m in iter_modules(places)}
     unused = {f"pgolf.codecs.{c}" for c in CODECS if c not in wanted}
-    found -= {*LEFT_OUT, *unused, *({"pgolf.codecs.rans_encode"} if "rans" not in wanted else ())}
+    found -= {*LEFT_OUT, *unused}
     for name in list(found):
         parts = name.split(".")
         found |= {".".join(parts[:n]) for n in range(1, len(parts))}
