@@ -25,7 +25,8 @@ from pgolf.model.gpt import DTYPES
 from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration
-from pgolf.quant.quantize import QuantizedModel, quantize, tensor_stats
+from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.quant.safeguard import expected_to_add
 from pgolf.train.export import calibrate, metadata
 from pgolf.train.ranks import Ranks
 from pgolf.train.repack import load_weights, settings
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
             lines.append(line)
             print(f"{method:36} {bits:>4} {size:>10,} {bpb:>8.5f} {bpb - live:>+8.5f} "
                   f"{losses:>9.6f}", flush=True)  # fmt: skip
-    print("bytes: the artifact with the entropy coder; expected: loss in nats a token, by Hessians")
+    print("bytes: the artifact with the entropy coder; expected: to add to the loss, nats a token")
     if args.json:
         schema.write_jsonl(args.json, lines)
     return 0
@@ -139,7 +140,10 @@ class _Bench:
     def rows(self, bits: int, overrides: Mapping[str, object]) -> QuantizedModel:
         """The model on grids per row."""
         quant = self._quant(bits, overrides)
-        return quantize(self.state, quant, factors=self.factors[quant.calibration])
+        return quantize(
+            self.state, quant, factors=self.factors[quant.calibration],
+            held_out=self.statistics[quant.calibration].held_out,
+        )  # fmt: skip
 
     def uniform(self, bits: int, overrides: Mapping[str, object], size: int) -> QuantizedModel:
         """The model on a uniform grid, in at most `size` bytes."""
@@ -152,13 +156,12 @@ class _Bench:
         return encode(model, meta, self.config.artifact, progress=False).data
 
     def expected(self, model: QuantizedModel) -> float:
-        """Expected loss by the training text, in nats a token."""
-        factors, moments = self.factors["train"], self.statistics["train"].moments
-        stats = (
-            tensor_stats(self.state[n].float(), q, model.plans[n], factors.get(n), moments.get(n))
-            for n, q in model.tensors.items()
+        """What it is expected to add to the loss, by training text held out, in nats a token."""
+        judge = self.statistics["train"].held_out
+        return sum(
+            expected_to_add(self.state[n].float(), model.tensors[n], h, judge.moments[n])
+            for n, h in judge.hessians.items()
         )
-        return sum(s.loss or 0.0 for s in stats)
 
     def live(self) -> float:
         """Bits per byte of the weights as they are."""

@@ -52,6 +52,7 @@ class Steps:
         share: tuple[int, int] = (0, 1),
     ):
         self.state, self.config, self.moments = state, config, statistics.moments
+        self.held_out = statistics.held_out
         self.factors, self.share = factors, share
         plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
         rms = {n: w.float().square().mean().sqrt().item() for n, w in state.items()}
@@ -88,7 +89,7 @@ class Steps:
         values = {n: step_values(torch.tensor(steps[n])).item() for n in changed}
         part = quantize(
             self.state, self.config, progress, self.factors, self.moments, values, self.share,
-            None if self.model is None else changed,
+            None if self.model is None else changed, self.held_out,
         )  # fmt: skip
         if self.model is None:
             self.model = part
@@ -131,7 +132,7 @@ def fit_lines(found: Fit, budget: int) -> list[str]:
     size, loss = found.chosen.size, found.chosen.loss
     lines = [
         f"steps fitted with {found.probes} probes: {size:,} bytes, {budget - size:,} below the "
-        f"{budget:,} that code leaves; expected loss {loss:.5f} nats a token"
+        f"{budget:,} that code leaves; expected to add {loss:.5f} nats a token"
     ]
     if not found.full:
         lines.append("  finer steps than these are not offered, or are too large")

@@ -20,6 +20,7 @@ from pgolf.model.decode import generate
 from pgolf.model.frozen import frozen_copy
 
 BATCH = 64  # sequences that are generated together
+CHECKED = 8  # for so many calibration sequences, one more is held out, to judge by
 
 
 def calibration_tokens(
@@ -29,7 +30,7 @@ def calibration_tokens(
     pieces: int,
     part: tuple[int, int] = (0, 1),
     progress: bool = True,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sequences for `hessians.collect`, as `config.quant.calibration` says, on every rank.
 
     Args:
@@ -40,20 +41,25 @@ def calibration_tokens(
         progress: whether to show how long generation takes.
 
     Returns:
-        (calibration_sequences, seq_len + 1) int64 on the CPU.
+        (calibration_sequences, seq_len + 1) int64 on the CPU, and an eighth as many (at least one)
+        that are held out and lie between those. In shards with less text they overlap.
 
     Raises:
         DataError: the shards are damaged, or hold less than one sequence.
     """
     quant, length = config.quant, config.data.seq_len
+    checks = -(-quant.calibration_sequences // CHECKED)
+    count = quant.calibration_sequences + checks
     if quant.calibration == "train":
-        return spread_tokens(
-            shards, quant.calibration_sequences, length + 1, config.model.vocab_size
-        )
-    return generated_tokens(
-        model, quant.calibration_sequences, length, pieces, quant.calibration_temperature,
-        config.run.seed, part, progress,
-    )  # fmt: skip
+        tokens = spread_tokens(shards, count, length + 1, config.model.vocab_size)
+    else:
+        tokens = generated_tokens(
+            model, count, length, pieces, quant.calibration_temperature, config.run.seed, part,
+            progress,
+        )  # fmt: skip
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[[(2 * i + 1) * count // (2 * checks) for i in range(checks)]] = True
+    return tokens[~held_out], tokens[held_out]
 
 
 def spread_tokens(shards: Sequence[Path], count: int, span: int, vocab_size: int) -> Tensor:

@@ -38,11 +38,13 @@ class Calibration:
         hessians: (C, C) fp32; matrices that read the same inputs (q, k and v) have one tensor.
         moments: (R,) fp32.
         tokens: over how many positions the means were taken.
+        held_out: the same on other text, by which results are judged.
     """
 
     hessians: dict[str, Tensor]
     moments: dict[str, Tensor]
     tokens: int
+    held_out: "Calibration | None" = None
 
 
 class _Watch(TorchFunctionMode):

@@ -15,8 +15,10 @@ from pgolf.progress import Progress
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import Factor, Factors, in_order, row_errors, stacked
 from pgolf.quant.gptq_lite import clip_factors, clip_of_step, quantize_rows, uniform_step
+from pgolf.quant.hessians import Calibration
 from pgolf.quant.policy import TensorPlan, plan
 from pgolf.quant.rows import gptq_rows
+from pgolf.quant.safeguard import expected_to_add, rounded_at_bits
 from pgolf.quant.steps import snap
 from pgolf.quant.uniform import gptq_uniform, least_bits
 
@@ -34,7 +36,9 @@ class TensorStats:
         hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), E the error, by the Hessian H of the inputs; None
             where there is none.
         loss: what the error is expected to add to the loss, in nats a token: the second-order term
-            tr(M E H Eᵀ) / 2 with the moments M of the outputs; None where they are not known.
+            tr(M E H Eᵀ) / 2 with the moments M of the outputs, of held-out text where there is
+            some; None where they are not known.
+        rounded: whether GPTQ did worse than rounding to nearest on held-out text; that is stored.
     """
 
     relative_error: float
@@ -42,6 +46,7 @@ class TensorStats:
     clipped_share: float = 0.0
     hessian_error: float | None = None
     loss: float | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def quantize(
     steps: Mapping[str, float] | None = None,
     share: tuple[int, int] = (0, 1),
     only: Collection[str] | None = None,
+    held_out: Calibration | None = None,
 ) -> QuantizedModel:
     """Quantise parameters on the device where they are; the result is on the CPU.
 
@@ -77,6 +83,8 @@ def quantize(
         share: (rank, world): matrices are shared out over the ranks of torch.distributed, and each
             gets the whole model.
         only: leave out all others; None takes all.
+        held_out: statistics of text that is not that of `factors`: where GPTQ is worse by them than
+            rounding to nearest at the same bits (`safeguard`), that is taken. None trusts GPTQ.
 
     Raises:
         TrainingError: a weight is not finite, or too large for fp16; names the tensor.
@@ -90,7 +98,7 @@ def quantize(
             raise ConfigError(f"steps: {name} is no matrix of grid=uniform: it has no one step")
     chosen = [name for name in state if only is None or name in only]
     weights = {name: state[name].detach().float() for name in chosen}
-    work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {})
+    work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {}, held_out)
     mine = _shared_out(work.jobs(share[1]), work.cost, share)
     done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
     with Progress("quantising", sum(map(len, mine)), "tensors", enabled=progress) as bar:
@@ -115,6 +123,7 @@ class _Work:
     factors: Mapping[str, Factor | None]
     moments: Mapping[str, Tensor]
     steps: Mapping[str, float]
+    held_out: Calibration | None = None
 
     def jobs(self, world: int) -> list[list[str]]:
         """Names by job: one tensor, or matrices that GPTQ takes together, but not all to a rank."""
@@ -150,11 +159,29 @@ class _Work:
             else:
                 matrices = gptq_rows(w, factor, how)
             stored.update(zip(by_gptq, matrices, strict=True))
-        known = {n: (factors.get(n), self.moments.get(n)) for n in names}
-        return {
-            n: (q, tensor_stats(self.weights[n], q, self.plans[n], *known[n]))
-            for n, q in stored.items()
-        }
+        return {n: self._judged(n, q, factors.get(n), n in by_gptq) for n, q in stored.items()}
+
+    def _judged(
+        self, name: str, q: QuantizedTensor, factor: Factor | None, by_gptq: bool
+    ) -> tuple[QuantizedTensor, TensorStats]:
+        """The better of q and rounding to nearest on held-out text, and what it does."""
+        w, how, rounded, added = self.weights[name], self.plans[name], False, None
+        if self.held_out is not None and name in self.held_out.hessians:
+            judge = self.held_out.hessians[name], self.held_out.moments[name]
+            added = expected_to_add(w, q, *judge)
+            other = self._rounded(name, q) if by_gptq else None
+            if other is not None and (least := expected_to_add(w, other, *judge)) < added:
+                q, added, rounded = other, least, True
+        stats = tensor_stats(w, q, how, factor, self.moments.get(name))
+        if added is not None:
+            stats = dataclasses.replace(stats, loss=added, rounded=rounded)
+        return q, stats
+
+    def _rounded(self, name: str, q: QuantizedTensor) -> QuantizedTensor | None:
+        """The matrix rounded to nearest at the bits of q."""
+        if self.plans[name].clip == "uniform":
+            return rounded_at_bits(self.weights[name], q, self.plans[name])
+        return self._without_hessian(name)
 
     def _by_gptq(self, name: str) -> bool:
         wanted = self.config.quantizer == "gptq" and self.plans[name].kind == "int"

@@ -34,18 +34,20 @@ REPLACED = {
 # bundled module imports from a module which is not bundled is None there.
 SCORING = (
     "pgolf.artifact.container", "pgolf.artifact.layout", "pgolf.artifact.model",
-    "pgolf.artifact.table", "pgolf.bpb", "pgolf.codecs.rans", "pgolf.codecs.weight_model",
-    "pgolf.config", "pgolf.data.contest", "pgolf.data.shards", "pgolf.data.tokenizer",
-    "pgolf.device", "pgolf.errors", "pgolf.evaluate", "pgolf.extension", "pgolf.fields",
-    "pgolf.files", "pgolf.model.gpt", "pgolf.model.layers", "pgolf.ops.*", "pgolf.progress",
-    "pgolf.quant.dequantize", "pgolf.quant.steps", "pgolf.score", "pgolf.sections",
-    "pgolf.submission.entry", "pgolf.submission.script", "pgolf.train.ranks",
+    "pgolf.artifact.table", "pgolf.bpb", "pgolf.config", "pgolf.data.contest",
+    "pgolf.data.shards", "pgolf.data.tokenizer", "pgolf.device", "pgolf.errors",
+    "pgolf.evaluate", "pgolf.extension", "pgolf.fields", "pgolf.files", "pgolf.model.gpt",
+    "pgolf.model.layers", "pgolf.ops.*", "pgolf.progress", "pgolf.quant.dequantize",
+    "pgolf.quant.steps", "pgolf.score", "pgolf.sections", "pgolf.submission.entry",
+    "pgolf.submission.script", "pgolf.train.ranks",
 )  # fmt: skip
 TRAINING = (
-    *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans_encode",
-    "pgolf.data.corpus", "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.*",
-    "pgolf.optim.*", "pgolf.quant.*", "pgolf.train.export", "pgolf.train.interrupt",
-    "pgolf.train.run", "pgolf.train.run_folder", "pgolf.train.trainer", "pgolf.triton_kernels.*",
+    *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans",
+    "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
+    "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.*", "pgolf.optim.*",
+    "pgolf.quant.*", "pgolf.train.added_loss", "pgolf.train.export", "pgolf.train.interrupt",
+    "pgolf.train.run", "pgolf.train.run_folder", "pgolf.train.trainer",
+    "pgolf.triton_kernels.*",
 )  # fmt: skip
 # Operators that a script never runs: they have kernels in the compiled half only.
 LEFT_OUT = ("pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update")
@@ -132,15 +134,16 @@ def _build(settings: str, codec: str, modules: tuple[str, ...]) -> Script:
 def _named(modules: Iterable[str], codec: str) -> list[str]:
     """The modules of a list, the packages around them, and the modules of the wanted codecs."""
     wanted = CODECS if codec == "auto" else (codec, body_codec(codec))
+    codecs = [f"pgolf.codecs.{c}" for c in wanted if c in CODECS]
+    codecs += ["pgolf.codecs.weight_model"] * ("rans" in wanted)
     found = set()
-    for name in (*modules, *(f"pgolf.codecs.{c}" for c in wanted if c in CODECS)):
+    for name in (*modules, *codecs):
         package, star, _ = name.partition(".*")
         found.add(package)
         if star:
             places = find_spec(package).submodule_search_locations
             found |= {f"{package}.{m.name}" for m in iter_modules(places)}
-    unused = {f"pgolf.codecs.{c}" for c in CODECS if c not in wanted}
-    found -= {*LEFT_OUT, *unused}
+    found -= {*LEFT_OUT}
     for name in list(found):
         parts = name.split(".")
         found |= {".".join(parts[:n]) for n in range(1, len(parts))}

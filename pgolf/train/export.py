@@ -22,6 +22,7 @@ from pgolf.quant.hessians import Calibration, collect
 from pgolf.quant.prune import prune_to_fit
 from pgolf.quant.quantize import QuantizedModel, quantize, relative_error
 from pgolf.submission.script import Script, build_script
+from pgolf.train.added_loss import AddedLoss, added_loss
 from pgolf.train.ranks import Ranks
 
 CALIBRATION_TOKENS = 16_384  # a pass at most: forward and backward in fp32 keep much
@@ -37,6 +38,7 @@ class Export:
         script: the submission's code, whose size counts.
         pruned: codes that were zeroed to fit.
         fit: how the budget was filled, if it was.
+        added: what it costs in loss.
         seconds: for calibration and quantisation.
     """
 
@@ -45,6 +47,7 @@ class Export:
     script: Script
     pruned: int
     fit: Fit | None
+    added: AddedLoss
     seconds: float
 
     @property
@@ -74,11 +77,12 @@ def calibrate(model: GPT, config: Config, dataset: Dataset, ranks: Ranks) -> Cal
     if config.quant.quantizer != "gptq":
         return None
     part = (ranks.rank, ranks.world)
-    tokens = calibration_tokens(
+    texts = calibration_tokens(
         config, model, dataset.train_shards, dataset.vocab_size, part, ranks.first
     )
     batch = min(config.eval.eval_tokens, CALIBRATION_TOKENS)
-    return collect(model, tokens, batch, part, progress=ranks.first)
+    own, held_out = (collect(model, text, batch, part, progress=ranks.first) for text in texts)
+    return dataclasses.replace(own, held_out=held_out)
 
 
 def export(
@@ -111,10 +115,27 @@ def export(
     seconds = time.perf_counter() - started
 
     def write() -> Export:
+        if line := rounded_line(quantized):
+            say(line)
         packed, report, pruned = _pack(quantized, state, meta, config, len(script.data), path)
-        return Export(packed, report, script, pruned, found, seconds)
+        added = added_loss(model, packed, config, dataset)
+        say(added.line())
+        return Export(packed, report, script, pruned, found, added, seconds)
 
     return ranks.on_first(write)
+
+
+def rounded_line(model: QuantizedModel) -> str:
+    """Which matrices are not GPTQ's because it was worse, for people; empty if it never was."""
+    names = [name for name, stats in model.stats.items() if stats.rounded]
+    if not names:
+        return ""
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} of {sum(q.scale is not None for q in model.tensors.values())} matrices are "
+        f"rounded to nearest ({listed}): GPTQ was worse on held-out text at the same bits; raise "
+        "calibration_sequences or damping"
+    )
 
 
 def _quantized(
@@ -139,8 +160,10 @@ def _quantized(
             return _fitted(steps, meta, config, script, ranks, say)
         if steps.names:
             return steps.at(steps.dial.at(steps.nominal), ranks.first), None
-    moments = statistics.moments
-    return quantize(state, config.quant, ranks.first, factors, moments, share=share), None
+    return quantize(
+        state, config.quant, ranks.first, factors, statistics.moments, share=share,
+        held_out=statistics.held_out,
+    ), None  # fmt: skip
 
 
 def _fitted(

@@ -102,10 +102,24 @@ def test_the_settings_choose(shards) -> None:
         recipes.get("demo").config({}),
         {"seq_len": 8, "stride": 8, "vocab_size": 100, "calibration_sequences": 4},
     )
-    found = calibration_tokens(config, None, shards, 90, progress=False)
-    assert torch.equal(found, spread_tokens(shards, 4, 9, 100))
+    found, held_out = calibration_tokens(config, None, shards, 90, progress=False)
+    spread = spread_tokens(shards, 5, 9, 100)
+    assert torch.equal(found, spread[[0, 1, 3, 4]]) and torch.equal(held_out, spread[[2]])
 
     changed = {"calibration": "self", "calibration_temperature": 0.5, "seed": 3}
     config = with_overrides(config, changed)
-    found = calibration_tokens(config, language_model(), [], 20, progress=False)
-    assert torch.equal(found, own(count=4, temperature=0.5, seed=3))
+    found, held_out = calibration_tokens(config, language_model(), [], 20, progress=False)
+    generated = own(count=5, temperature=0.5, seed=3)
+    assert torch.equal(found, generated[[0, 1, 3, 4]]) and torch.equal(held_out, generated[[2]])
+
+
+@pytest.mark.parametrize(("asked", "held"), [(1, 1), (8, 1), (9, 2), (64, 8)])
+def test_an_eighth_is_held_out_and_lies_between(shards, asked: int, held: int) -> None:
+    config = with_overrides(
+        recipes.get("demo").config({}),
+        {"seq_len": 8, "stride": 8, "vocab_size": 100, "calibration_sequences": asked},
+    )
+    found, held_out = calibration_tokens(config, None, shards, 90, progress=False)
+    assert (len(found), len(held_out)) == (asked, held)
+    starts = sorted([*found[:, 0].tolist(), *held_out[:, 0].tolist()])
+    assert starts == spread_tokens(shards, asked + held, 9, 100)[:, 0].tolist()

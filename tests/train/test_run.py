@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -287,6 +288,11 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     small = tmp_path / "small"
     budget = result["bytes_total"] - 10_000
     out = pgolf("pack", str(finished), "--out", str(small), f"budget={budget}")
+    assert re.search(r"expected to add [\d.]+ nats a token\n", out), "of the fit"
+    assert re.search(
+        r"quantisation adds [-\d.]+ ± [\d.]+ nats a token: loss [\d.]+ before, [\d.]+ after, "
+        r"measured on [\d,]+ held-out tokens; expected to add [\d.]+\n", out,
+    )  # fmt: skip
     assert "EMA" in out and "next cheaper" in out
     left = budget - result["bytes_code"] - small.stat().st_size
     assert 0 <= left < 2_000  # a step of one matrix
