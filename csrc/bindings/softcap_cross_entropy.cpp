@@ -28,9 +28,10 @@ void softcap_cross_entropy(Address z, Address targets, Address losses, int dtype
       checked_loss_shape(z, targets, losses, dtype, rows, cols, cap, factor, gradient);
   const auto* const ids = pointer<const int64_t>(targets);
   for (int64_t i = 0; i < rows; ++i) {
-    if (ids[i] < 0 || ids[i] >= cols) {
+    if ((ids[i] < 0 || ids[i] >= cols) && ids[i] != kIgnoredTarget) {
       refuse("targets[" + std::to_string(i) + "]", ids[i],
-             "there are " + std::to_string(cols) + " columns");
+             "there are " + std::to_string(cols) + " columns, and " +
+                 std::to_string(kIgnoredTarget) + " is ignored");
     }
   }
   cpu::kernels().softcap_cross_entropy(shape, pointer<void>(z), ids, pointer<void>(losses),

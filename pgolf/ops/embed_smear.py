@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -42,6 +44,10 @@ from pgolf.ops.registry import (
 from pgolf.ops.residual_norm import rms_norm
 
 MAX_WIDTH = 768  # of a row, for the kernels
+_INPUTS = Inputs(
+    "embed_smear", ("ids", "table", "bigram", "bigram_scale", "gate", "starts"), alike=("bigram",),
+    wide=("bigram_scale", "gate"), optional=("bigram", "bigram_scale", "gate", "starts"),
+)  # fmt: skip
 # Of positions that are sorted by id, as csrc/embed_smear.h has them.
 CHUNK, CHUNKS_PER_BLOCK = 32, 4
 
@@ -66,6 +72,7 @@ def smear(x: Tensor, gate: Tensor, starts: Tensor | None = None) -> Tensor:
     return (1 - g) * x + g * previous
 
 
+@outside_autocast
 def reference(
     ids: Tensor,
     table: Tensor,
@@ -158,6 +165,9 @@ def embed_smear(
     Raises:
         ValueError, RuntimeError: as `xsa`; IndexError by torch, from the reference, for ids.
     """
+    ids, table, bigram, bigram_scale, gate, starts = _INPUTS(
+        ids, table, bigram, bigram_scale, gate, starts, dtype=dtype
+    )
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
     asked, impl = impl, resolve("embed_smear", impl, table)
     unable = (
@@ -244,7 +254,7 @@ def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
     )
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("embed_smear", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------
