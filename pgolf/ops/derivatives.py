@@ -18,13 +18,13 @@ from pgolf.ops.registry import tensors_in
 
 
 class _Sealed(torch.autograd.Function):
-    """A gradient that may be used, but not differentiated."""
+    """A gradient that may be used, but not differentiated for what it was computed of."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(t: Tensor, operator: str) -> Tensor:
-        return t.detach()
+    def forward(gradient: Tensor, operator: str, *sources: Tensor) -> Tensor:
+        return gradient.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -38,29 +38,50 @@ class _Sealed(torch.autograd.Function):
         )
 
 
-def _sealed(operator: str, found: Any) -> Any:
+def _sealed(operator: str, found: Any, sources: list[Tensor]) -> Any:
     """Every tensor of nested results, sealed."""
     if isinstance(found, list | tuple):
-        return type(found)(_sealed(operator, item) for item in found)
-    if not isinstance(found, Tensor):
-        return found
-    return _Sealed.apply(found.detach().requires_grad_(), operator)
+        return type(found)(_sealed(operator, item, sources) for item in found)
+    return _Sealed.apply(found, operator, *sources) if isinstance(found, Tensor) else found
+
+
+class _Reading:
+    """A context whose saved tensors are unpacked once, as activation checkpointing wants it."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def once(operator: str, gradient: Callable) -> Callable:
     """`gradient(ctx, *grads)` that can't be differentiated in turn, out of autocast's reach."""
 
+    def run(ctx: Any, grads: tuple) -> Any:
+        try:
+            return gradient(ctx, *grads)
+        except RuntimeError as e:
+            if "Batching rule" not in str(e):
+                raise
+            raise RuntimeError(
+                f"{operator}: its kernels take no batches of gradients: use impl='reference'"
+            ) from e
+
     @functools.wraps(gradient)
     def call(ctx: Any, *grads: Any) -> Any:
-        like = next((t for grad in grads for t in tensors_in(grad)), None)
-        if like is None:
-            return gradient(ctx, *grads)
-        with without_autocast(like):
+        given = [t for grad in grads for t in tensors_in(grad)]
+        if not given:
+            return run(ctx, grads)
+        with without_autocast(given[0]):
             if not torch.is_grad_enabled():
-                return gradient(ctx, *grads)
+                return run(ctx, grads)
+            reading = _Reading(ctx)
             with torch.no_grad():
-                found = gradient(ctx, *grads)
-        return _sealed(operator, found)
+                found = run(reading, grads)
+        # Saved results count too: they lead to the arguments.
+        used = (*given, *(t for t in reading.saved_tensors if t is not None))
+        return _sealed(operator, found, [t for t in used if t.requires_grad])
 
     return call
 
@@ -68,7 +89,7 @@ def once(operator: str, gradient: Callable) -> Callable:
 def register_gradient(
     operator: str, forward: CustomOpDef, gradient: Callable, setup_context: Callable
 ) -> None:
-    """Give an opaque operator its gradient, as `register_autograd` takes it."""
+    """Give an opaque operator its gradient, as `register_autograd` takes it; `once`."""
     forward.register_autograd(once(operator, gradient), setup_context=setup_context)
 
 

@@ -366,7 +366,7 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     (first, head), *others = given.items()
     if not head.is_floating_point() or head.itemsize == 1:  # torch computes nothing in float8
-        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype of 16 bits or more")
+        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype, 16 bits or more")
     for name, t in others:
         if t.dtype != head.dtype:
             raise ValueError(
