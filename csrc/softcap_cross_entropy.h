@@ -4,7 +4,8 @@
 //   loss = log(sum exp(l - m)) - (l[target] - m),   m = max l
 //   dz = factor (exp(l - m) / sum - [target]) (1 - t^2)
 //
-// tanh rises, so m is the l of the greatest z. A target outside of the row makes loss and dz NaN.
+// tanh rises, so m is the l of the greatest z. A row whose target is kIgnoredTarget has the loss 0
+// and the factor 0; any other target outside of the row makes loss and dz NaN.
 #pragma once
 
 #include <cmath>
@@ -24,6 +25,8 @@ struct LossShape {
 
 // Columns of a row that a GPU's block holds in registers; longer rows are for the CPU alone.
 constexpr int64_t kMaxLossColumns = 8192;
+
+constexpr int64_t kIgnoredTarget = -100;  // as torch's cross_entropy has it
 
 // What is to be known of a row before its gradients.
 template <typename F>

@@ -27,9 +27,10 @@ void softcap_cross_entropy(Address z, Address targets, Address losses, int dtype
       checked_loss_shape<On>(z, targets, losses, dtype, rows, cols, cap, factor, gradient);
   const int64_t* const ids = targets;
   for (int64_t i = 0; i < rows && On::on_cpu; ++i) {
-    if (ids[i] < 0 || ids[i] >= cols) {
+    if ((ids[i] < 0 || ids[i] >= cols) && ids[i] != kIgnoredTarget) {
       refuse("targets[" + std::to_string(i) + "]", ids[i],
-             "there are " + std::to_string(cols) + " columns");
+             "there are " + std::to_string(cols) + " columns, and " +
+                 std::to_string(kIgnoredTarget) + " is ignored");
     }
   }
   launch::softcap_cross_entropy(on, shape, z, ids, losses);

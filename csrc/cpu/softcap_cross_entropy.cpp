@@ -79,13 +79,15 @@ void one_row(const LossShape& shape, T* z, int64_t target, compute_t<T>* loss,
   using F = compute_t<T>;
   const Cap<F> cap{static_cast<F>(shape.cap)};
   const F greatest = cap.logit(greatest_of<F>(z, shape.cols));
-  const F factor = static_cast<F>(shape.factor);
+  const bool ignored = target == kIgnoredTarget;
+  const F factor = ignored ? F(0) : static_cast<F>(shape.factor);
   F sum = 0;
   for (int64_t i = 0; i < shape.cols; i += kTile) {
     sum += tile.fill(z + i, std::min(kTile, shape.cols - i), cap, greatest);
   }
-  const LossRow<F> row = loss_row(greatest, sum, cap.logit(widen(z[target])), factor);
-  *loss = row.loss;
+  const F target_logit = ignored ? greatest : cap.logit(widen(z[target]));
+  const LossRow<F> row = loss_row(greatest, sum, target_logit, factor);
+  *loss = ignored ? F(0) : row.loss;
   if (!shape.gradient) return;
   for (int64_t i = 0; i < shape.cols; i += kTile) {
     const int64_t count = std::min(kTile, shape.cols - i);

@@ -39,12 +39,13 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = kBlock ? warp * kColumns : 0;
   const int left = static_cast<int>(shape.cols) - begin;
   const int size = left < 0 ? 0 : left < kColumns ? left : kColumns;
-  const float cap = static_cast<float>(shape.cap), factor = static_cast<float>(shape.factor);
+  const float cap = static_cast<float>(shape.cap);
   const auto logit = [=](float x) { return cap == 0 ? x : cap * std::tanh(x / cap); };
 
   T* const first = z + row * shape.cols + begin;
   const int64_t target = targets[row];
-  const bool inside = target >= 0 && target < shape.cols;
+  const bool inside = target >= 0 && target < shape.cols, ignored = target == kIgnoredTarget;
+  const float factor = ignored ? 0 : static_cast<float>(shape.factor);
   // (Read before any thread writes: there is a barrier, or the warp's shuffles, in between.)
   const float target_logit = inside ? logit(widen(z[row * shape.cols + target])) : NAN;
   Lanes lanes = Lanes::load(first, size);
@@ -70,9 +71,9 @@ __global__ void __launch_bounds__(kThreads)
   if (kBlock) sum = over_warps(sum, shared, [](float x, float y) { return x + y; });
 
   LossRow<float> result = loss_row(greatest, sum, target_logit, factor);
-  if (threadIdx.x % (kBlock ? kThreads : kWarp) == 0) losses[row] = result.loss;
+  if (threadIdx.x % (kBlock ? kThreads : kWarp) == 0) losses[row] = ignored ? 0 : result.loss;
   if (!shape.gradient) return;
-  if (!inside) result.scale = NAN;
+  if (!inside && !ignored) result.scale = NAN;
 #pragma unroll
   for (int i = 0; i < Lanes::kCount; ++i) {
     const float t = cap == 0 ? 0 : lanes.at[i] / cap;

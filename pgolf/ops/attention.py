@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.errors import ConfigError
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.registry import transformed
 
 # name -> (module that provides it, least compute capability, what to call it, a parameter of the
 # inner forward function that older versions lack: those return their outputs in another order)
@@ -161,7 +163,7 @@ def _register(backend: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
     def gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return backward(dout, *ctx.saved_tensors)
 
-    forward.register_autograd(gradient, setup_context=setup_context)
+    register_gradient("attention", forward, gradient, setup_context)
     return forward
 
 
@@ -177,5 +179,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """Causal attention by the backend that `choose` named; (N, T, H, d)."""
+    """Causal attention by the backend that `choose` named; (N, T, H, d).
+
+    Raises:
+        RuntimeError: FlashAttention under torch.func or in forward mode, of which it knows nothing.
+    """
+    if backend != "sdpa" and transformed():
+        raise RuntimeError(
+            f"attention: {backend} knows neither torch.func (grad, jvp, vmap) nor forward-mode "
+            "derivatives: use the backend 'sdpa'"
+        )
     return _sdpa(q, k, v) if backend == "sdpa" else _OPERATORS[backend](q, k, v)[0]

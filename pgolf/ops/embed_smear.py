@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -43,6 +45,10 @@ from pgolf.ops.registry import (
 from pgolf.ops.residual_norm import rms_norm
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
+_INPUTS = Inputs(
+    "embed_smear", ("ids", "table", "bigram", "bigram_scale", "gate", "starts"), alike=("bigram",),
+    wide=("bigram_scale", "gate"), optional=("bigram", "bigram_scale", "gate", "starts"),
+)  # fmt: skip
 # Of positions that are sorted by id, as csrc/embed_smear.h has them.
 CHUNK, CHUNKS_PER_BLOCK = 32, 4
 
@@ -67,6 +73,7 @@ def smear(x: Tensor, gate: Tensor, starts: Tensor | None = None) -> Tensor:
     return (1 - g) * x + g * previous
 
 
+@outside_autocast
 def reference(
     ids: Tensor,
     table: Tensor,
@@ -166,6 +173,9 @@ def embed_smear(
     Raises:
         ValueError, RuntimeError: as `xsa`; IndexError by torch, from the reference, for ids.
     """
+    ids, table, bigram, bigram_scale, gate, starts = _INPUTS(
+        ids, table, bigram, bigram_scale, gate, starts, dtype=dtype
+    )
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
     impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
     if impl == "reference":
@@ -241,7 +251,7 @@ def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
     )
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("embed_smear", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ launch: alone it would only add launches to what torch.compile fuses anyway.
 Shapes: w (R, C), clip_factor (R,), steps (R,); bits and on 0-d.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import row_cast
+from pgolf.ops.derivatives import once, register_gradient
+from pgolf.ops.inputs import Inputs, check_tensors, outside_autocast
 from pgolf.ops.int_grid import BITS, grid
 from pgolf.ops.registry import (
     Operator,
@@ -38,7 +41,10 @@ from pgolf.ops.registry import (
     unit_stride,
 )
 
+_INPUTS = Inputs("fake_quant", ("w", "clip_factor"), alike=("w",))
 
+
+@outside_autocast
 def reference(
     w: Tensor,
     clip_factor: Tensor,
@@ -146,6 +152,7 @@ def fake_quant(
         ValueError: shapes, dtypes, devices or bits do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
+    w, clip_factor = _INPUTS(w, clip_factor)
     if not isinstance(bits, Tensor):
         check_bits(bits)
     bits, on = scalar_like(bits, w), scalar_like(on, w)
@@ -174,6 +181,7 @@ def fake_quant_all(
     if not ws:
         raise ValueError("fake_quant: the list of matrices is empty: it needs one at least")
     check_options("fake_quant", floor, multiple, dtype)
+    check_tensors("fake_quant", "ws", ws)
     for w, *grid_of_w in zip(ws, clip_factors, bits, strict=True):
         check_matrix("fake_quant", w)
         check_grid("fake_quant", w, *grid_of_w, on)
@@ -265,7 +273,7 @@ def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
     return _weight_gradients(ctx, douts), nothing, nothing, *(None,) * 7
 
 
-_forward.register_autograd(_gradient, setup_context=_remember)
+register_gradient("fake_quant", _forward, _gradient, _remember)
 
 
 class _Eager(torch.autograd.Function):
@@ -283,6 +291,7 @@ class _Eager(torch.autograd.Function):
         return tuple(output[:n])
 
     @staticmethod
+    @functools.partial(once, "fake_quant")
     def backward(ctx: Any, *douts: Tensor | None) -> tuple:
         return None, None, None, *_weight_gradients(ctx, douts), *(None,) * (2 * ctx.count)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_no_gradient
+from pgolf.ops.inputs import check_tensors
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -60,6 +62,7 @@ def grad_norm(grads: Tensors, impl: str = "auto") -> tuple[Tensor, Tensor]:
         ValueError: there are no gradients, or dtypes or devices do not fit.
         RuntimeError: `impl` is not there on this machine.
     """
+    check_tensors("grad_norm", "grads", grads)
     grads = [g.contiguous() for g in grads]
     check_lists("grad_norm", grads=grads)
     impl = resolve("grad_norm", impl, grads[0])
@@ -74,6 +77,9 @@ def _norm(grads: list[Tensor], impl: str) -> tuple[Tensor, Tensor]:
 @_norm.register_fake
 def _(grads: list[Tensor], impl: str) -> tuple[Tensor, Tensor]:
     return grads[0].new_empty((), dtype=torch.float32), grads[0].new_empty((), dtype=torch.int64)
+
+
+register_no_gradient("grad_norm", _norm)
 
 
 def _launchers(run: Run) -> dict[str, Callable]:

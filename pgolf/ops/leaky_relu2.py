@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -35,10 +37,12 @@ from pgolf.ops.registry import (
     run_cuda,
 )
 
+_INPUTS = Inputs("leaky_relu2", ("x", "rstd"), ("x",), wide=("rstd",), optional=("rstd",))
 NEEDED = ("leaky_relu2", "leaky_relu2_backward")  # functions of pgolf._C
 
 
-def reference(x: Tensor, slope: float, rstd: Tensor | None = None) -> Tensor:
+@outside_autocast
+def reference(x: Tensor, slope: float = 0.5, rstd: Tensor | None = None) -> Tensor:
     """`leaky_relu2` in plain torch."""
     if rstd is not None:
         x = x * rstd[..., None].to(x.dtype)
@@ -64,7 +68,7 @@ def check_rows(name: str, x: Tensor, slope: float, rstd: Tensor | None) -> None:
 
 
 def leaky_relu2(
-    x: Tensor, slope: float, rstd: Tensor | None = None, impl: str = "auto"
+    x: Tensor, slope: float = 0.5, rstd: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """max(r x, slope r x)^2 with r = rstd or 1, for matmuls that stay elsewhere.
 
@@ -76,6 +80,7 @@ def leaky_relu2(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
+    x, rstd = _INPUTS(x, rstd)
     check_rows("leaky_relu2", x, slope, rstd)
     check_alike("leaky_relu2", x=x)
     impl = resolve("leaky_relu2", impl, x)
@@ -144,7 +149,7 @@ def _gradient(ctx: Any, dpost: Tensor, _: Tensor | None) -> tuple:
     return dx, drstd, None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("leaky_relu2", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def bits_bytes(rows: int, columns: int) -> int:
     return rows * -(-columns // 32) * 4
 
 
-def cost(x: Tensor, slope: float, rstd: Tensor | None = None) -> tuple[Work, Work]:
+def cost(x: Tensor, slope: float = 0.5, rstd: Tensor | None = None) -> tuple[Work, Work]:
     """Forward reads x and writes post and bits; backward reads those and dpost, writes dx."""
     bits = bits_bytes(x.shape[:-1].numel(), x.size(-1))
     return (

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.leaky_relu2 import (
     NEEDED,
     as_rows,
@@ -46,12 +48,17 @@ from pgolf.ops.registry import (
     run_cpp,
     run_cuda,
     unit_stride,
-    without_autocast,
 )
 
+_INPUTS = Inputs(
+    "leaky_relu2_mlp", ("h", "w_up", "w_down", "rstd"), alike=("h", "w_up", "w_down"),
+    wide=("rstd",), optional=("rstd",), matmul=True,
+)  # fmt: skip
 
+
+@outside_autocast
 def reference(
-    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float, rstd: Tensor | None = None
+    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5, rstd: Tensor | None = None
 ) -> Tensor:
     """`leaky_relu2_mlp` in plain torch."""
     return F.linear(activation(F.linear(h, w_up), slope, rstd), w_down)
@@ -61,23 +68,24 @@ def leaky_relu2_mlp(
     h: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    slope: float,
+    slope: float = 0.5,
     rstd: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The MLP, (..., D) -> (..., D).
 
     Args:
-        h: (..., D); w_up: (F, D); w_down: (D, F), of one dtype and device.
+        h: (..., D); w_up: (F, D); w_down: (D, F), of one dtype and device;
+            under autocast they are cast to its dtype, as by F.linear.
         slope: 0 to 1; 0 is relu^2.
         rstd: (...,) factor of each row of h W_up^T, in fp32 (fp64 for an fp64 h), not 0.
         impl: 'auto', 'reference', 'cpu' (C++ around torch's matmuls; fp32, bf16, fp64), 'cuda' (the
             same on a GPU; fp32, bf16) or 'triton' (fp32, bf16; TMA where the GPU has it).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; says which and what would.
-        RuntimeError: `impl` is not there on this machine.
+        TypeError, ValueError, RuntimeError: as `xsa`.
     """
+    h, w_up, w_down, rstd = _INPUTS(h, w_up, w_down, rstd)
     check_rows("leaky_relu2_mlp", h, slope, rstd)
     if w_up.dim() != 2:
         raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
@@ -130,8 +138,7 @@ def _down_dgrad(
     impl: str,
 ) -> Tensor:
     dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
-    with without_autocast(dout):
-        return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
+    return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
 
 
 @_down_dgrad.register_fake
@@ -147,20 +154,19 @@ def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
     h, w_up, w_down, rstd, post, bits = ctx.saved_tensors
     need_h, need_up, need_down, need_rstd = ctx.needs_input_grad[:4]
-    with without_autocast(dout):
-        dpre = _down_dgrad(dout, w_down, post, bits, rstd, ctx.slope, ctx.impl)
-        dh = dpre @ w_up if need_h or need_rstd else None
-        return (
-            dh if need_h else None,
-            dpre.t() @ h if need_up else None,
-            dout.t() @ post if need_down else None,
-            rstd_gradient(h, dh, rstd) if need_rstd else None,
-            None,
-            None,
-        )
+    dpre = _down_dgrad(dout, w_down, post, bits, rstd, ctx.slope, ctx.impl)
+    dh = dpre @ w_up if need_h or need_rstd else None
+    return (
+        dh if need_h else None,
+        dpre.t() @ h if need_up else None,
+        dout.t() @ post if need_down else None,
+        rstd_gradient(h, dh, rstd) if need_rstd else None,
+        None,
+        None,
+    )
 
 
-_mlp.register_autograd(_mlp_gradient, setup_context=_mlp_context)
+register_gradient("leaky_relu2_mlp", _mlp, _mlp_gradient, _mlp_context)
 
 
 # --- implementations ------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ def samples() -> list[Sample]:
 
 
 def cost(
-    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float, rstd: Tensor | None = None
+    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float = 0.5, rstd: Tensor | None = None
 ) -> tuple[Work, Work]:
     """Two GEMMs forward, four backward; every one reads its operands and writes its result."""
     rows, (hidden, dim) = h.shape[:-1].numel(), w_up.shape

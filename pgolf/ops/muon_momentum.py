@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.ops.inputs import check_tensors
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -112,6 +113,8 @@ def muon_momentum(
         ValueError: shapes, dtypes or devices do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
+    for name, tensors in (("grads", grads), ("momenta", momenta)):
+        check_tensors("muon_momentum", name, tensors)
     grads, momenta = [g.contiguous() for g in grads], list(momenta)
     check_lists("muon_momentum", grads=grads, momenta=momenta)
     check_same_shapes("muon_momentum", ("grads", "momenta"), grads, momenta)

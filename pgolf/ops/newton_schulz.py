@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.derivatives import register_no_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -29,7 +31,6 @@ from pgolf.ops.registry import (
     register,
     resolve,
     unit_stride,
-    without_autocast,
 )
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -43,6 +44,7 @@ POLAR_EXPRESS = (
     (2.3465, -1.7098, 0.4232),
 )
 EPS = 1e-7  # of the norms
+_INPUTS = Inputs("newton_schulz", ("g",), alike=("g",))
 
 
 def preset(name: str, steps: int) -> tuple[Coefficients, float]:
@@ -54,6 +56,7 @@ def preset(name: str, steps: int) -> tuple[Coefficients, float]:
     return tuple(triples[min(i, len(triples) - 1)] for i in range(steps)), safety
 
 
+@outside_autocast
 def reference(
     g: Tensor,
     coefficients: Coefficients = CLASSIC,
@@ -63,9 +66,8 @@ def reference(
     normalized: bool = False,
 ) -> Tensor:
     """`newton_schulz` in plain torch."""
-    with without_autocast(g):
-        x = g.to(dtype) if normalized else normalize(g, dtype, row_norm, safety)
-        return _iterate(x, coefficients)
+    x = g.to(dtype) if normalized else normalize(g, dtype, row_norm, safety)
+    return _iterate(x, coefficients)
 
 
 def normalize(g: Tensor, dtype: torch.dtype, row_norm: bool, safety: float) -> Tensor:
@@ -118,8 +120,11 @@ def newton_schulz(
         ValueError: shape, dtype, coefficients or device do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
+    (g,) = _INPUTS(g)
     if g.dim() not in (2, 3):
-        raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: it has to be (B, R, C)")
+        raise ValueError(
+            f"newton_schulz: g is {tuple(g.shape)}: it has to be (R, C), or (B, R, C) for a batch"
+        )
     if not (g.size(-1) and g.size(-2)):
         raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements")
     if any(len(triple) != 3 for triple in coefficients):
@@ -157,6 +162,9 @@ def _orthogonalise(
 @_orthogonalise.register_fake
 def _(g, flat, dtype, row_norm, safety, normalized, impl):
     return g.new_empty(g.shape, dtype=dtype)
+
+
+register_no_gradient("newton_schulz", _orthogonalise)
 
 
 def _cpu_forward(

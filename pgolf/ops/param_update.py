@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pgolf.ops.inputs import check_tensors
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -169,6 +170,8 @@ def param_update(
         ValueError: shapes, dtypes or devices do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
+    for name, tensors in (("params", params), ("sources", sources), ("exp_avgs", exp_avgs)):
+        check_tensors("param_update", name, tensors)
     sources = [t.contiguous() for t in sources]
     lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages, copies)]
     params, exp_avgs, exp_avg_sqs, averages, copies = lists

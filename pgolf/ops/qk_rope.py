@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -43,6 +45,10 @@ from pgolf.ops.residual_norm import rms_norm
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 TOKENS_PER_BLOCK = 64  # of which the kernels sum d_gain by itself; csrc/qk_rope.h
+_INPUTS = Inputs(
+    "qk_rope", ("qkv", "cos", "sin", "gain", "value"), alike=("qkv", "value"),
+    wide=("cos", "sin", "gain"), optional=("value",),
+)  # fmt: skip
 
 
 def rope_table(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
@@ -62,6 +68,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
+@outside_autocast
 def reference(
     qkv: Tensor,
     cos: Tensor,
@@ -69,7 +76,7 @@ def reference(
     gain: Tensor,
     heads: int,
     kv_heads: int,
-    eps: float,
+    eps: float = 1e-6,
     norm: bool = True,
     value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +141,7 @@ def qk_rope(
     gain: Tensor,
     heads: int,
     kv_heads: int,
-    eps: float,
+    eps: float = 1e-6,
     norm: bool = True,
     value: Tensor | None = None,
     impl: str = "auto",
@@ -158,6 +165,7 @@ def qk_rope(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
+    qkv, cos, sin, gain, value = _INPUTS(qkv, cos, sin, gain, value)
     _check(qkv, cos, sin, gain, heads, kv_heads, eps, value)
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
     if impl == "reference":
@@ -221,7 +229,7 @@ def _gradient(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None)
     return dqkv, None, None, d_gain, dvalue, *(None for _ in ctx.settings)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("qk_rope", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------

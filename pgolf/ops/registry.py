@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pgolf import extension
 from pgolf.errors import ConfigError
@@ -317,12 +318,38 @@ def _resolve(
     return choose(name, impl, device, dtype, compiled, cannot).impl
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms what runs now, or tensors may carry tangents."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _under_a_transform(name: str, impl: str) -> str:
+    if OPERATORS[name].mutates:
+        raise RuntimeError(
+            f"{name}: it changes {', '.join(OPERATORS[name].mutates)} in place, which torch.func "
+            "and forward-mode derivatives cannot follow: call it outside of them"
+        )
+    if impl in ("auto", "reference"):
+        return "reference"
+    raise RuntimeError(
+        f"{name}: impl={impl}: kernels know neither torch.func (grad, jvp, vmap) nor forward-mode "
+        "derivatives: use impl='reference'"
+    )
+
+
 def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
     """The implementation that runs for `tensor`; a constant under torch.compile.
 
+    Under torch.func and in forward mode, of which kernels know nothing, 'auto' is the reference.
+
     Args:
         sizes: what the operator's `obstacle` takes.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`; RuntimeError: kernels were asked for there.
     """
+    if transformed():
+        return _under_a_transform(name, impl)
     if impl == "reference":
         return impl
     compiled = torch.compiler.is_compiling()
@@ -384,17 +411,12 @@ def in_triton(module: str, **functions: str) -> Implementation:
     return Implementation("cuda", dtypes, launchers, no_triton, interpreting)
 
 
-def without_autocast(*tensors: Tensor) -> torch.autocast:
-    """Keep torch's autocast out of an operator's own matmuls: the caller has chosen the dtype."""
-    return torch.autocast(tensors[0].device.type, enabled=False)
-
-
 def check_alike(operator: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors have one floating dtype and lie on one device."""
     given = {name: t for name, t in tensors.items() if t is not None}
     (first, head), *others = given.items()
-    if not head.is_floating_point():
-        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype")
+    if not head.is_floating_point() or head.itemsize == 1:  # torch computes nothing in float8
+        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype, 16 bits or more")
     for name, t in others:
         if t.dtype != head.dtype:
             raise ValueError(

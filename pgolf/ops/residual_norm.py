@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -44,6 +46,14 @@ WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h
 
 
+_INPUTS = Inputs(
+    "residual_norm", ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
+    alike=("x", "branch", "skip", "x0"), wide=("branch_scale", "skip_weight", "mix"),
+    optional=("branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
+)  # fmt: skip
+
+
+@outside_autocast
 def reference(
     x: Tensor,
     *,
@@ -54,7 +64,7 @@ def reference(
     x0: Tensor | None = None,
     mix: Tensor | None = None,
     scale: float = 1.0,
-    eps: float,
+    eps: float = 1e-6,
     keep_total: bool = False,
 ) -> tuple[Tensor, ...]:
     """`residual_norm` in plain torch."""
@@ -117,7 +127,7 @@ def residual_norm(
     x0: Tensor | None = None,
     mix: Tensor | None = None,
     scale: float = 1.0,
-    eps: float,
+    eps: float = 1e-6,
     keep_total: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -145,15 +155,14 @@ def residual_norm(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    others = {
-        "branch": branch, "branch_scale": branch_scale, "skip": skip, "skip_weight": skip_weight,
-        "x0": x0, "mix": mix,
-    }  # fmt: skip
+    x, *rest = _INPUTS(x, branch, branch_scale, skip, skip_weight, x0, mix)
+    others = dict(zip(_INPUTS.optional, rest, strict=True))
     _check(x, others, scale, eps)
     impl = resolve("residual_norm", impl, x, width=x.size(-1))
     if impl == "reference":
         return reference(x, **others, scale=scale, eps=eps, keep_total=keep_total)
-    adds, mixes = branch is not None or skip is not None, mix is not None
+    adds, mix = branch is not None or skip is not None, others["mix"]
+    mixes = mix is not None
     if not mixes:
         others["x0"] = None
     learns = mixes and mix.requires_grad and torch.is_grad_enabled()
@@ -167,7 +176,7 @@ def residual_norm(
     return (total, x_in, h) if keep_total else (x_in, h)
 
 
-def rms_norm(x: Tensor, eps: float, impl: str = "auto") -> Tensor:
+def rms_norm(x: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:
     """x (..., D) with unit mean square over the last dimension; no weight.
 
     Args:
@@ -293,7 +302,7 @@ def _gradient(
     )  # fmt: skip
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("residual_norm", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------

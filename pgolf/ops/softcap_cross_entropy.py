@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -36,10 +38,14 @@ from pgolf.ops.registry import (
     resolve,
     run_cpp,
     run_cuda,
-    without_autocast,
 )
 
 COLUMN_LIMITS = {"cuda": 8192}  # a row lies in a block's registers
+IGNORED = -100  # targets that have no loss, as in F.cross_entropy; csrc/softcap_cross_entropy.h
+REDUCTIONS = ("mean", "sum", "none")
+_INPUTS = Inputs(
+    "softcap_cross_entropy", ("x", "w", "targets"), alike=("x", "w"), matmul=True
+)
 
 
 def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
@@ -49,8 +55,9 @@ def softcap_logits(x: Tensor, w: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
+@outside_autocast
 def reference(
-    x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+    x: Tensor, w: Tensor, targets: Tensor, cap: float = 30.0, reduction: str = "mean"
 ) -> Tensor:
     """`softcap_cross_entropy` in plain torch."""
     return F.cross_entropy(softcap_logits(x, w, cap), targets, reduction=reduction)
@@ -73,8 +80,10 @@ def _check(x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str) ->
         )
     if not 0 <= cap < float("inf"):  # NaN too
         raise ValueError(f"softcap_cross_entropy: cap={cap}: it has to be 0 (none) or more")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"softcap_cross_entropy: reduction={reduction!r}: 'mean' or 'none'")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"softcap_cross_entropy: reduction={reduction!r}: it has to be one of {REDUCTIONS}"
+        )
     check_alike("softcap_cross_entropy", x=x, w=w)
 
 
@@ -87,29 +96,34 @@ def softcap_cross_entropy(
     x: Tensor,
     w: Tensor,
     targets: Tensor,
-    cap: float,
+    cap: float = 30.0,
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """Mean loss, or with reduction='none' the loss of every target, in fp32.
+    """The loss of every target, their sum or their mean, in fp32; as F.cross_entropy has them.
 
     Args:
         x: (N, D) features.
-        w: (V, D) output matrix, of x's dtype and device.
-        targets: (N,) int64, in [0, V). One that is not is an error on a CPU; on a GPU, where nobody
-            looks, its loss and gradients are NaN.
+        w: (V, D) output matrix, of x's dtype and device; under autocast both are cast to its dtype,
+            as by F.linear.
+        targets: (N,) int64, in [0, V), or -100: ignored. Losses and gradients of ignored rows are
+            0, and the mean is over the others: NaN, with gradients of 0, where there are none. Any
+            other target is an error on a CPU; on a GPU, where nobody looks, its loss and gradients
+            are NaN.
         cap: of the logits; 0 is none.
+        reduction: 'none' (N,), 'sum' or 'mean' ().
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64) or 'cuda' (fp32, bf16; V <= 8192).
 
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
+    x, w, targets = _INPUTS(x, w, targets)
     _check(x, w, targets, cap, reduction)
     impl = resolve("softcap_cross_entropy", impl, x, columns=w.size(0))
     if impl == "reference":
         return reference(x, w, targets, cap, reduction)
     gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return _forward(x, w, targets, cap, reduction == "mean", gradient, impl)[0]
+    return _forward(x, w, targets, cap, reduction, gradient, impl)[0]
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -117,45 +131,56 @@ def softcap_cross_entropy(
 
 @torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
 def _forward(
-    x: Tensor, w: Tensor, targets: Tensor, cap: float, mean: bool, gradient: bool, impl: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str, gradient: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, dz, which of the mean has 1 / N in it, and for the mean how many are not ignored."""
+    mean = reduction == "mean"
     with without_autocast(x):
         z = F.linear(x, w)
     factor = 1 / max(1, x.size(0)) if mean else 1.0
     rows = launcher("softcap_cross_entropy", impl, "rows")
     losses = rows(z, targets.contiguous(), cap, factor, gradient)
-    if mean:
+    count = losses.new_empty(0)
+    if reduction != "none":
         # On a CPU a sum in fp32 is off by more than each loss. (A GPU adds in trees.)
         wide = losses.dtype if losses.is_cuda else torch.float64
-        losses = losses.mean(dtype=wide).to(losses.dtype)
-    return losses, z if gradient else z.new_empty(0)
+        total = losses.sum(dtype=wide)
+        if mean:
+            count = (targets != IGNORED).sum().to(losses.dtype)
+            total = total / count
+        losses = total.to(losses.dtype)
+    return losses, z if gradient else z.new_empty(0), count
 
 
 @_forward.register_fake
-def _(x, w, targets, cap, mean, gradient, impl):
-    losses = x.new_empty(() if mean else x.shape[:1], dtype=compute_dtype(x.dtype))
-    return losses, x.new_empty((x.size(0), w.size(0)) if gradient else 0)
+def _(x, w, targets, cap, reduction, gradient, impl):
+    losses = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=compute_dtype(x.dtype))
+    count = losses.new_empty(() if reduction == "mean" else 0)
+    return losses, x.new_empty((x.size(0), w.size(0)) if gradient else 0), count
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, w = inputs[:2]
-    ctx.save_for_backward(x, w, output[1])
+    ctx.mean = inputs[4] == "mean"
+    ctx.save_for_backward(x, w, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple:
+def _gradient(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
     """g is a factor of each row, or of all: of products with x and dx, never of the larger dz."""
-    x, w, dz = ctx.saved_tensors
+    x, w, dz, count = ctx.saved_tensors
     wants_x, wants_w = ctx.needs_input_grad[:2]
     if g is None:
         return (None,) * 7
-    g = g.to(x.dtype)[..., None] if g.dim() else g.to(x.dtype)
-    dx = (dz @ w) * g if wants_x else None
-    dw = dz.mT @ (x * g) if wants_w else None
+    if ctx.mean:  # (Where nothing is ignored the factor is 1 to the bit.)
+        g = g * (x.size(0) / count.clamp(min=1))
+    g = g.reshape(-1, 1)  # with dimensions, for products in g's wider dtype
+    dx = ((dz @ w) * g).to(x.dtype) if wants_x else None
+    dw = dz.mT @ (x * g).to(x.dtype) if wants_w else None
     return dx, dw, *(None,) * 5
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("softcap_cross_entropy", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------
@@ -182,12 +207,16 @@ def samples() -> list[Sample]:
     The bench sample with 16 features is there for the rows themselves: its products are small.
     """
 
-    def make(rows: int, width: int, columns: int, cap: float, scale: float = 1.0, **named: str):
+    def make(
+        rows: int, width: int, columns: int, cap: float, scale: float = 1.0, ignored: int = 0,
+        **named: str,
+    ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(rows + columns)
             x = torch.randn(rows, width, generator=g, dtype=torch.float64) * scale
             w = torch.randn(columns, width, generator=g, dtype=torch.float64)
             targets = torch.randint(columns, (rows,), generator=g).to(device)
+            targets[:ignored] = IGNORED
             return (x.to(device, dtype), w.to(device, dtype), targets, cap), named
 
         return build
@@ -197,6 +226,8 @@ def samples() -> list[Sample]:
         Sample("5x8 to 1024, losses", make(5, 8, 1024, 30.0, 4.0, reduction="none")),
         Sample("3x24 to 1037, no cap", make(3, 24, 1037, 0.0, reduction="none")),
         Sample("2x8 to 2056, saturated", make(2, 8, 2056, 5.0, 8.0)),
+        Sample("6x8 to 33, 2 ignored", make(6, 8, 33, 30.0, ignored=2)),
+        Sample("5x8 to 1030, sum, 1 ignored", make(5, 8, 1030, 30.0, ignored=1, reduction="sum")),
         Sample("1x8 to 2", make(1, 8, 2, 30.0)),
         Sample("0x8 to 12", make(0, 8, 12, 30.0, reduction="none")),
         Sample("8192x16 to 1024", make(8192, 16, 1024, 30.0, 0.5), bench=True),
@@ -207,7 +238,7 @@ def samples() -> list[Sample]:
 
 
 def cost(
-    x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+    x: Tensor, w: Tensor, targets: Tensor, cap: float = 30.0, reduction: str = "mean"
 ) -> tuple[Work, Work]:
     """Forward: a product, then z is read and dz written; backward: two products with dz."""
     z = x.size(0) * w.size(0) * x.element_size()

@@ -12,12 +12,14 @@ fake_quant is the case without a scale, and runs in the same kernels.
 Shapes: w, out (R, C), scale, clip_factor, steps (R,); bits and on 0-d.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgolf.ops.derivatives import once, register_gradient
 from pgolf.ops.fake_quant import (
     check_bits,
     check_bits_where_they_can_be_read,
@@ -27,6 +29,7 @@ from pgolf.ops.fake_quant import (
     scalar_like,
 )
 from pgolf.ops.fake_quant import reference as on_grid
+from pgolf.ops.inputs import Inputs, check_tensors, outside_autocast
 from pgolf.ops.registry import (
     Operator,
     Sample,
@@ -45,7 +48,12 @@ from pgolf.ops.registry import (
 )
 from pgolf.ops.row_cast import NEEDED, launchers
 
+_INPUTS = Inputs(
+    "weight_cast", ("w", "scale", "clip_factor"), alike=("w",), optional=("scale", "clip_factor")
+)
 
+
+@outside_autocast
 def reference(
     w: Tensor,
     scale: Tensor | None = None,
@@ -122,6 +130,7 @@ def weight_cast(
         ValueError: shapes, dtypes, devices or bits do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
+    w, scale, clip_factor = _INPUTS(w, scale, clip_factor)
     if bits is not None and not isinstance(bits, Tensor):
         check_bits(bits, "weight_cast")
     bits, on = (None if x is None else scalar_like(x, w) for x in (bits, on))
@@ -152,6 +161,7 @@ def weight_cast_all(
     if not ws:
         raise ValueError("weight_cast: the list of matrices is empty: it needs one at least")
     check_options("weight_cast", floor, multiple, dtype)
+    check_tensors("weight_cast", "ws", ws)
     nothing = [None] * len(ws)
     scales, clip_factors, bits = (x or nothing for x in (scales, clip_factors, bits))
     each = list(zip(ws, scales, clip_factors, bits, strict=True))
@@ -298,7 +308,7 @@ def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
     return dws, dscales, None, nothing, nothing, *(None,) * 8
 
 
-_forward.register_autograd(_gradient, setup_context=_remember)
+register_gradient("weight_cast", _forward, _gradient, _remember)
 
 
 class _Eager(torch.autograd.Function):
@@ -323,6 +333,7 @@ class _Eager(torch.autograd.Function):
         return tuple(output[:n])
 
     @staticmethod
+    @functools.partial(once, "weight_cast")
     def backward(ctx: Any, *douts: Tensor | None) -> tuple:
         dws, dscales = _gradients(ctx, douts)
         return *(None,) * 5, *dws, *dscales, *(None,) * (2 * sum(ctx.gridded))

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.registry import (
     DTYPE_CODES,
     Operator,
@@ -26,6 +28,7 @@ from pgolf.ops.registry import (
     Work,
     beyond,
     check_alike,
+    compute_dtype,
     in_cpp,
     in_cuda,
     in_triton,
@@ -39,16 +42,19 @@ from pgolf.ops.registry import (
 )
 
 NORM_FLOOR = 1e-12
+_INPUTS = Inputs("xsa", ("y", "v"), alike=("y", "v"))
 # What the kernels take at most: elements of a head, and query heads to one value head.
 SIZE_LIMITS, SHARE_LIMITS = {"triton": 256, "cuda": 256}, {"cpu": 256}
 
 
+@outside_autocast
 def reference(y: Tensor, v: Tensor) -> Tensor:
     """`xsa` in plain torch."""
     batch, time, heads, size = y.shape
     groups = v.size(2)
     y = y.reshape(batch, time, groups, heads // groups, size)
-    n = F.normalize(v, dim=-1, eps=NORM_FLOOR).unsqueeze(3)
+    wide = v.to(compute_dtype(v.dtype))  # in fp16 the floor would be 0
+    n = F.normalize(wide, dim=-1, eps=NORM_FLOOR).to(v.dtype).unsqueeze(3)
     return (y - (y * n).sum(-1, keepdim=True) * n).reshape(batch, time, heads, size)
 
 
@@ -91,9 +97,11 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
         (N, T, H, d), contiguous.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not fit; says which and what would.
-        RuntimeError: `impl` is not there on this machine.
+        RuntimeError: `impl` is not there on this machine, or knows no transform of torch.func.
     """
+    y, v = _INPUTS(y, v)
     _check(y, v)
     impl = resolve("xsa", impl, y, size=y.size(3), share=y.size(2) // v.size(2))
     if impl == "reference":
@@ -133,7 +141,7 @@ def _gradient(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_backward(dz, *ctx.saved_tensors, ctx.impl), None
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+register_gradient("xsa", _forward, _gradient, _setup_context)
 
 
 # --- implementations ------------------------------------------------------------------------------

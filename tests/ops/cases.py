@@ -124,11 +124,11 @@ def floating_in(argument: Any) -> list[Tensor]:
     return [t for t in tensors_in(argument) if t.is_floating_point()]
 
 
-def gradients(out: Result, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients(out: Result, leaves: Sequence[Tensor], **how: bool) -> tuple[Tensor, ...]:
     """Of leaves, for gradients of all results that are not contiguous."""
     results = as_tuple(out)
     upstream = [strided_like(t, seed) for seed, t in enumerate(results, 1)]
-    return torch.autograd.grad(results, leaves, upstream)
+    return torch.autograd.grad(results, leaves, upstream, **how)
 
 
 def strided_like(out: Tensor, seed: int = 1) -> Tensor:

@@ -180,3 +180,50 @@ def test_one_gradient_alone_twice_and_none(impl: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             assert torch.equal(softcap_cross_entropy(*args, targets, 30.0, "none", impl), mine)
+
+
+# --- targets that are ignored ---------------------------------------------------------------------
+
+F32, F64 = torch.float32, torch.float64
+every_implementation = pytest.mark.parametrize("impl", ["reference", *KERNELS])
+
+
+@every_implementation
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("which", [[], [0], [1, 3, 4], range(5)])
+def test_ignored_targets_are_those_of_cross_entropy(
+    reduction: str, which: list[int], impl: str
+) -> None:
+    x, w, targets = (t[:5] if i != 1 else t for i, t in enumerate(inputs()))
+    targets = targets.clone()
+    targets[list(which)] = -100
+    leaves, exact = ([t.to(d, copy=True).requires_grad_() for t in (x, w)] for d in (F32, F64))
+    got = softcap_cross_entropy(*leaves, targets, 30.0, reduction, impl)
+    z = exact[0] @ exact[1].T
+    want = torch.nn.functional.cross_entropy(30 * torch.tanh(z / 30), targets, reduction=reduction)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    upstream = torch.linspace(1, 2, got.numel()).view(got.shape)
+    mine = torch.autograd.grad(got, leaves, upstream)
+    theirs = torch.autograd.grad(want, exact, upstream.double())
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@every_kernel
+def test_a_mean_without_some_rows_is_as_exact_in_bf16(impl: str) -> None:
+    """The share of rows that count, here 7 / 3, is no factor that bf16 could round."""
+    x = torch.ones(7, 16, dtype=torch.bfloat16)
+    w = torch.zeros(4, 16, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, -100, -100, -100, -100])
+    (got,) = torch.autograd.grad(softcap_cross_entropy(x, w, targets, 0.0, impl=impl), w)
+    expected = torch.tensor([-1 / 12] * 3 + [0.25], dtype=torch.float64)
+    torch.testing.assert_close(got[:, 0].double(), expected, rtol=2.0**-8, atol=0)
+
+
+def test_a_target_out_of_range_says_what_is_ignored() -> None:
+    x, w, targets = inputs()
+    targets[1] = -1
+    with pytest.raises(ValueError, match=r"targets\[1\] is -1: .* columns, and -100 is ignored"):
+        softcap_cross_entropy(x, w, targets, 30.0, impl="cpu")
+    with pytest.raises(ValueError, match="reduction='max': it has to be one of"):
+        softcap_cross_entropy(x, w, targets, 30.0, reduction="max")

@@ -1,0 +1,104 @@
+"""Gradients of opaque operators: once, by a formula of their own, and nothing silently wrong.
+
+A kernel's gradient is not differentiable again: what it saved would count as a constant. So every
+operator registers its gradient here, where it leaves with a mark that says so when a second
+derivative reaches it. (Forward-mode and torch.func never come this far: `registry.resolve`.)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from pgolf.ops.inputs import without_autocast
+from pgolf.ops.registry import tensors_in
+
+
+class _Sealed(torch.autograd.Function):
+    """A gradient that may be used, but not differentiated for what it was computed of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, operator: str, *sources: Tensor) -> Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.operator = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        raise RuntimeError(
+            f"{ctx.operator}: its kernels have first derivatives only: use impl='reference' for "
+            "second ones"
+        )
+
+
+def _sealed(operator: str, found: Any, sources: list[Tensor]) -> Any:
+    """Every tensor of nested results, sealed."""
+    if isinstance(found, list | tuple):
+        return type(found)(_sealed(operator, item, sources) for item in found)
+    return _Sealed.apply(found, operator, *sources) if isinstance(found, Tensor) else found
+
+
+class _Reading:
+    """A context whose saved tensors are unpacked once, as activation checkpointing wants it."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def once(operator: str, gradient: Callable) -> Callable:
+    """`gradient(ctx, *grads)` that can't be differentiated in turn, out of autocast's reach."""
+
+    def run(ctx: Any, grads: tuple) -> Any:
+        try:
+            return gradient(ctx, *grads)
+        except RuntimeError as e:
+            if "Batching rule" not in str(e):
+                raise
+            raise RuntimeError(
+                f"{operator}: its kernels take no batches of gradients: use impl='reference'"
+            ) from e
+
+    @functools.wraps(gradient)
+    def call(ctx: Any, *grads: Any) -> Any:
+        given = [t for grad in grads for t in tensors_in(grad)]
+        if not given:
+            return run(ctx, grads)
+        with without_autocast(given[0]):
+            if not torch.is_grad_enabled():
+                return run(ctx, grads)
+            reading = _Reading(ctx)
+            with torch.no_grad():
+                found = run(reading, grads)
+        # Saved results count too: they lead to the arguments.
+        used = (*given, *(t for t in reading.saved_tensors if t is not None))
+        return _sealed(operator, found, [t for t in used if t.requires_grad])
+
+    return call
+
+
+def register_gradient(
+    operator: str, forward: CustomOpDef, gradient: Callable, setup_context: Callable
+) -> None:
+    """Give an opaque operator its gradient, as `register_autograd` takes it; `once`."""
+    forward.register_autograd(once(operator, gradient), setup_context=setup_context)
+
+
+def register_no_gradient(operator: str, forward: CustomOpDef) -> None:
+    """Say what to do instead where somebody wants a gradient that the kernels do not have."""
+
+    def gradient(ctx: Any, *_: Any) -> tuple:
+        raise RuntimeError(
+            f"{operator}: its kernels have no gradient: use impl='reference', or no_grad"
+        )
+
+    forward.register_autograd(gradient)

@@ -1,0 +1,167 @@
+"""What kernels do not differentiate they refuse in words, or leave to the reference."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pgolf.ops import softcap_cross_entropy
+from pgolf.ops.attention import attention
+from pgolf.ops.registry import OPERATORS, Operator, Sample, as_tuple
+
+from .cases import Call, cases, implementations, is_empty, over
+
+F32 = torch.float32
+
+
+def one_each() -> list:
+    """A sample with elements for every differentiable operator and implementation."""
+    found = {}
+    for p in cases():
+        operator, impl, sample = p.values
+        if operator.differentiable and not is_empty(sample):
+            found.setdefault((operator.name, impl), p)
+    return list(found.values())
+
+
+def first_of(name: str) -> tuple[Operator, Sample]:
+    operator = OPERATORS[name]
+    return operator, next(s for s in operator.samples() if not s.bench)
+
+
+def total(out) -> Tensor:
+    return sum((t * t).sum() for t in as_tuple(out) if t.is_floating_point())
+
+
+@over(one_each())
+def test_second_derivatives_are_refused(operator: Operator, impl: str, sample: Sample) -> None:
+    """Also where another term of the loss has a second derivative, and nothing else would raise."""
+    call = Call(operator, sample, F32)
+    leaves = call.leaves()
+    first = torch.autograd.grad(total(call.on(*leaves, impl=impl)), leaves, create_graph=True)
+    for leaf, gradient in zip(leaves, first, strict=True):
+        assert gradient.shape == leaf.shape
+        penalty = (gradient * gradient).sum() + (leaf * leaf).sum()
+        with pytest.raises(RuntimeError, match=f"{operator.name}: .*use impl='reference'"):
+            torch.autograd.grad(penalty, leaf, retain_graph=True)
+    plain = torch.autograd.grad(total(call.on(*leaves, impl=impl)), leaves)
+    assert all(map(torch.equal, first, plain)), "the gradient itself is the same"
+
+
+@over(one_each())
+def test_gradients_in_batches(operator: Operator, impl: str, sample: Sample) -> None:
+    """`is_grads_batched`, which jacobians use, runs the kernels for one after another."""
+    call = Call(operator, sample, F32)
+    leaves = call.leaves()
+    results = [t for t in as_tuple(call.on(*leaves, impl=impl)) if t.requires_grad]
+    ones = [torch.ones_like(t) for t in results]
+    stacks = [torch.stack((t, 2 * t)) for t in ones]
+    how = {"retain_graph": True, "is_grads_batched": True}
+    if operator.name == "weight_cast":  # whose kernels return lists
+        with pytest.raises(RuntimeError, match="weight_cast: .* use impl='reference'"):
+            torch.autograd.grad(results, leaves, stacks, **how)
+        return
+    batched = torch.autograd.grad(results, leaves, stacks, **how)
+    for both, factor in ((0, 1), (1, 2)):
+        alone = torch.autograd.grad(
+            results, leaves, [factor * t for t in ones], retain_graph=True
+        )
+        for mine, theirs in zip(batched, alone, strict=True):
+            torch.testing.assert_close(mine[both], theirs)
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if o.differentiable])
+def test_transforms_take_the_reference(name: str) -> None:
+    """torch.func and forward-mode give what the reference gives; kernels by name say so."""
+    operator, sample = first_of(name)
+    call = Call(operator, sample, F32)
+    leaves = [leaf.detach() for leaf in call.leaves()]
+    upstream = [t.detach().cos() for t in leaves]
+
+    def loss(*leaves: Tensor, impl: str = "auto") -> Tensor:
+        return total(call.on(*leaves, impl=impl))
+
+    every = tuple(range(len(leaves)))
+    wanted = call.leaves()
+    expected = torch.autograd.grad(loss(*wanted, impl="reference"), wanted)
+    exact = {"rtol": 1e-4, "atol": 1e-4 * max(g.abs().max().item() for g in expected)}
+    for gradient in (torch.func.grad(loss, every), torch.func.jacrev(loss, every)):
+        for got, want in zip(gradient(*leaves), expected, strict=True):
+            torch.testing.assert_close(got, want, **exact)
+    stacks = [torch.stack((t, t)) for t in leaves]
+    for got, want in zip(torch.func.vmap(torch.func.grad(loss, every))(*stacks), expected,
+                         strict=True):  # fmt: skip
+        torch.testing.assert_close(got, torch.stack((want, want)), **exact)
+    slope = sum((g * u).sum() for g, u in zip(expected, upstream, strict=True))
+    size = {"rtol": 1e-3, "atol": 1e-3 * sum(
+        (g * u).abs().sum().item() for g, u in zip(expected, upstream, strict=True)
+    )}  # fmt: skip
+    _, tangent = torch.func.jvp(loss, tuple(leaves), tuple(upstream))
+    torch.testing.assert_close(tangent, slope, **size)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, u) for t, u in zip(leaves, upstream, strict=True)]
+        tangent = forward_ad.unpack_dual(loss(*duals)).tangent
+        torch.testing.assert_close(tangent, slope, **size)
+        for impl in implementations(operator):
+            with pytest.raises(RuntimeError, match=f"{name}: impl={impl}: .*impl='reference'"):
+                loss(*duals, impl=impl)
+    for impl in implementations(operator):
+        with pytest.raises(RuntimeError, match=f"{name}: impl={impl}: .*impl='reference'"):
+            torch.func.grad(lambda *leaves, impl=impl: loss(*leaves, impl=impl))(*leaves)
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not o.differentiable])
+def test_operators_without_a_gradient(name: str) -> None:
+    """Those that change their arguments refuse transforms, the others take the reference."""
+    operator, sample = first_of(name)
+    call = Call(operator, sample, F32)
+    if operator.mutates:
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name}: .*in place"):
+            call.on()
+        with pytest.raises(RuntimeError, match=f"{name}: .*in place"):
+            torch.func.grad(lambda x: (x, call.on())[0])(torch.ones(()))
+        return
+    first = next(iter(call.arguments))
+    given = call.arguments[first]
+    leaf = (given if isinstance(given, Tensor) else given[0]).detach()
+
+    def loss(leaf: Tensor, impl: str = "auto") -> Tensor:
+        argument = leaf if isinstance(given, Tensor) else [leaf, *given[1:]]
+        return total(operator.call(**call.arguments | {first: argument}, impl=impl))
+
+    wanted = leaf.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(wanted, "reference"), wanted)
+    torch.testing.assert_close(torch.func.grad(loss)(leaf), expected, rtol=1e-4, atol=1e-5)
+    for impl in implementations(operator):
+        with pytest.raises(RuntimeError, match=f"{name}: .*use impl='reference'"):
+            loss(wanted, impl).backward()
+
+
+def test_transforms_inside_of_compiled_code() -> None:
+    operator, sample = first_of("xsa")
+    call = Call(operator, sample, F32)
+    leaves = [leaf.detach() for leaf in call.leaves()]
+    gradient = torch.func.grad(lambda *leaves: total(call.on(*leaves)))
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*leaves), gradient(*leaves))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "cuda"])
+def test_a_hessian_is_never_zero_for_want_of_a_formula(impl: str) -> None:
+    if impl not in implementations(OPERATORS["softcap_cross_entropy"]):
+        pytest.skip(f"{impl} does not run here")
+    x, w = torch.linspace(-1, 1, 40).view(5, 8), torch.linspace(1, -1, 160).view(20, 8).cos()
+    targets = torch.arange(5)
+    for vectorize in (False, True):
+        with pytest.raises(RuntimeError, match="softcap_cross_entropy: .*impl='reference'"):
+            torch.autograd.functional.hessian(
+                lambda x: softcap_cross_entropy(x, w, targets, 30.0, impl=impl), x,
+                vectorize=vectorize,
+            )  # fmt: skip
+
+
+def test_flash_attention_refuses_transforms() -> None:
+    q = torch.ones(1, 2, 2, 8)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="fa2 knows neither .*'sdpa'"):
+        attention(q, q, q, "fa2")
