@@ -29,7 +29,7 @@ from pgolf.data.manifest import (
 from pgolf.data.readers import Document, Source
 from pgolf.data.tokenizer import TRAIN_BYTES, load_tokenizer, train_tokenizer
 from pgolf.errors import ConfigError, DataError
-from pgolf.files import atomic_folder, atomic_write, sha256_of
+from pgolf.files import atomic_folder, atomic_write, claim, sha256_of
 from pgolf.progress import Progress
 
 SHARD_TOKENS = 100_000_000
@@ -63,7 +63,8 @@ def prepare(
         tokenizer: an existing SentencePiece model to use instead.
         val_fraction: share of the documents that are held out.
         shard_tokens: tokens of a shard; the last one of a split is shorter.
-        overwrite: replace whatever lies at `out`; else only an earlier prepared folder is replaced.
+        overwrite: replace whatever lies at `out`, after waiting for a process that writes there;
+            else only an earlier prepared folder is replaced.
 
     Raises:
         ConfigError: a value out of range, or an `out` that holds something else.
@@ -82,7 +83,9 @@ def prepare(
     if tokenizer:
         check_tokenizer(load_tokenizer(tokenizer), Path(tokenizer))
     seen = _count(source, val_fraction)
-    with atomic_folder(out) as folder:
+    with claim(out, wait=overwrite), atomic_folder(out) as folder:
+        if not overwrite:  # again, now that nobody else writes there
+            _refuse_to_replace(out)
         model = folder / TOKENIZER
         if tokenizer:
             atomic_write(model, Path(tokenizer).read_bytes())

@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.train.run_data": "run_data.py",
 }
 ENTRY = "pgolf.submission.entry"
 # What the two uses of a script start from.
