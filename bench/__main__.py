@@ -5,6 +5,8 @@ import importlib
 import os
 import sys
 
+from pgolf.progress import print_anything
+
 COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
     "step": "time training steps of a recipe with each choice of operators",
@@ -22,6 +24,7 @@ def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     # As `pgolf` does, and before torch is imported: threads that wait must not spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Microbenchmarks and counts of pgolf's operators and codecs.",

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from bench.artifact_sources import NOISES, from_path, synthetic, weights_of
 from pgolf.artifact.pack import encode_form, form_name, forms
 from pgolf.artifact.sizes import entropy, integer_bits
 from pgolf.artifact.table import Layout
+from pgolf.child import run_code
 from pgolf.config import ArtifactConfig, parse_overrides
 from pgolf.errors import PgolfError
 from pgolf.progress import Progress
@@ -162,9 +162,7 @@ def _decoded(data: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        done = subprocess.run(
-            [sys.executable, "-c", DECODE, file.name], capture_output=True, text=True, check=True
-        )
+        done = run_code(DECODE, file.name, capture_output=True, check=True)
     seconds, peak, size = map(float, done.stdout.split())
     return {"decode_seconds": seconds, "decoder_bytes": int(peak), "decoded_bytes": int(size)}
 

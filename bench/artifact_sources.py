@@ -13,7 +13,6 @@ from pgolf.artifact.layout import lay_out
 from pgolf.artifact.pack import encode
 from pgolf.artifact.table import Layout
 from pgolf.config import Config
-from pgolf.data.manifest import Dataset
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
@@ -27,6 +26,7 @@ from pgolf.submission.script import build_script
 from pgolf.train.export import export
 from pgolf.train.ranks import Ranks
 from pgolf.train.repack import load_weights, settings
+from pgolf.train.run_data import find_dataset
 
 CPU = torch.device("cpu")
 SEQUENCES, TOKENS = 4, 512  # of the random text that stands for calibration
@@ -56,7 +56,7 @@ def from_path(path: Path, overrides: Mapping[str, str]) -> Layout:
             raise ConfigError(f"{path} is quantised already: settings are for runs and recipes")
         return read_artifact(path).layout
     trained, config = settings(path, {**overrides, "codec": "rans"})
-    dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+    dataset = find_dataset(path, config.data)
     model, _ = load_weights(path, trained, CPU)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "artifact"

@@ -14,7 +14,6 @@ from bench import schema
 from pgolf.artifact.pack import encode
 from pgolf.bpb import ByteTable
 from pgolf.config import Config, QuantConfig, with_overrides
-from pgolf.data.manifest import Dataset
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_device, pick_dtype
@@ -30,6 +29,7 @@ from pgolf.quant.safeguard import expected_to_add
 from pgolf.train.export import calibrate, metadata
 from pgolf.train.ranks import Ranks
 from pgolf.train.repack import load_weights, settings
+from pgolf.train.run_data import find_dataset
 from pgolf.train.scoring import ask, sums_of
 
 DESCRIPTION = """\
@@ -121,7 +121,7 @@ class _Bench:
         self, run: Path, trained: Config, config: Config, device: torch.device, stride: int
     ):
         self.config, self.device, self.stride = config, device, stride
-        self.dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+        self.dataset = find_dataset(run, config.data)
         self.model, self.words = load_weights(run, trained, device)
         self.state = self.model.export_state()
         self.dtype = pick_dtype("auto", device)[0]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from pgolf import __version__
 from pgolf.errors import PgolfError
+from pgolf.progress import print_anything
+from pgolf.stop import Stopped, stoppable
 
 EPILOG = """examples:
   pgolf train demo                        train, pack, decode and score a small model here
@@ -146,18 +148,20 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that spin while they wait take the core that another thread needs; read by libgomp
     # when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    print_anything()
     args, rest = _parser().parse_known_args(argv[:1])
     rest = argv[1:]
     try:
-        return COMMANDS[args.command][0](rest)
+        with stoppable():
+            return COMMANDS[args.command][0](rest)
     except PgolfError as e:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank else ""
         print(f"pgolf{where}: error: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print("pgolf: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        print(f"pgolf: {e if isinstance(e, Stopped) else 'stopped'}", file=sys.stderr)
+        return getattr(e, "exit_code", 130)
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -33,3 +33,7 @@ class TrainingError(PgolfError):
 
 class StorageError(PgolfError):
     """A file could not be written: no space, no permission, a folder in the way."""
+
+
+class InUseError(StorageError):
+    """Another process is writing there."""

@@ -1,19 +1,23 @@
 """Writing files so that a reader sees the old content or the new, never a half.
 
 All that pgolf leaves on disk goes through `atomic_write` or `atomic_folder`; only metrics.jsonl
-grows by lines, and resuming drops one that is not whole.
+grows by lines, and resuming drops one that is not whole. Symbolic links are followed. Whoever works
+at a place for longer holds a `claim` on it.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pgolf.errors import StorageError
+from pgolf.errors import InUseError, StorageError
 
 
 @contextmanager
@@ -23,12 +27,163 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "no space left on the device: free some, or write elsewhere with out=FOLDER"
+            remedy = "no space left on the device: free some, or write to another place"
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "no permission to write there: choose another place with out=FOLDER"
+            remedy = "no permission to write there: choose another place"
         else:
             remedy = e.strerror or str(e)
         raise StorageError(f"cannot write {path}: {remedy}") from e
+
+
+def writable_file(path: Path | str) -> Path:
+    """Where a file is written that is called `path`: links followed.
+
+    Raises:
+        StorageError: a folder or a device stands there.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise StorageError(f"cannot write {path}: it is a folder; name a file in it")
+    if real.exists() and not real.is_file():
+        raise StorageError(f"cannot write {path}: it is a device or the like; name a file")
+    return real
+
+
+def _writable_folder(path: Path | str) -> Path:
+    """Where a folder is made that is called `path`: links followed.
+
+    Raises:
+        StorageError: it could not be replaced; whoever stands in it would stand nowhere.
+    """
+    real = Path(os.path.realpath(path))
+    here = Path.cwd()
+    if real == here or real in here.parents:
+        raise StorageError(
+            f"cannot write {path}: the folder that you are in would be replaced; name another one"
+        )
+    return real
+
+
+# What says that a file system has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextmanager
+def claim(path: Path | str, wait: bool = False) -> Iterator[Path]:
+    """Keep `path`, a file or folder to be written, from all other processes while the block runs.
+
+    `.NAME.lock` beside it is locked, and names process and host. The lock ends with its process,
+    however that ends: a file that is left says nothing. What a process that was killed has left
+    half written beside `path` is removed. (In a folder where nothing can be made beside it, such as
+    a mounted one, the file is in it.)
+
+    Args:
+        path: need not exist.
+        wait: for the process that has it, after saying so, in place of InUseError.
+
+    Yields:
+        `path` with its links followed.
+
+    Raises:
+        InUseError: another process has it; names it.
+        StorageError: nothing can be written there.
+    """
+    real = Path(os.path.realpath(path))
+    lock = real.with_name(f".{real.name or 'root'}.lock")
+    if real.is_dir() and not os.access(real.parent, os.W_OK):
+        lock = real / ".lock"
+    with storage_errors(real):
+        file = _locked(lock, path, wait)
+    try:
+        with storage_errors(real):
+            os.truncate(file, 0)
+            os.pwrite(file, f"{os.getpid()} {platform.node()}\n".encode(), 0)
+            for left in real.parent.iterdir():
+                if _is_left(left.name, real.name):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        yield real
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        with suppress(OSError):  # also for children that were forked and still hold the file
+            fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
+
+
+def _is_left(name: str, of: str) -> bool:
+    """Whether a file or folder is what an interrupted write of `of` leaves: `.NAME.PID.tmp`.
+
+    Not `.NAME.PID.old.tmp`, which may be the only copy.
+    """
+    inside = name.removeprefix(f".{of}.").removesuffix(".tmp")
+    return name == f".{of}.{inside}.tmp" and inside.isdigit()
+
+
+def _locked(lock: Path, path: Path | str, wait: bool) -> int:
+    """The descriptor of the lock file, made if need be, once this process alone has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    said = False
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = f"{path} is in use by {_holder(file)}"
+                if not wait:
+                    raise InUseError(f"{holder}: choose another place, or wait for it") from None
+                if not said:
+                    print(f"waiting: {holder}", file=sys.stderr, flush=True)
+                said = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as e:
+                if e.errno not in _NO_LOCKS:
+                    raise
+                _refuse_if_alive(file, lock, path)
+            # Whoever had it may have removed the file meanwhile: then this is nobody's lock.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(lock)):
+                    return file
+            os.close(file)
+        except BaseException:
+            os.close(file)
+            raise
+
+
+def _named(file: int) -> tuple[int, str] | None:
+    """Process and host that a lock file names; None while it names none."""
+    try:
+        pid, host = os.pread(file, 1000, 0).decode().split(maxsplit=1)
+        return int(pid), host.strip()
+    except ValueError:
+        return None
+
+
+def _holder(file: int) -> str:
+    """Who holds a lock, in words."""
+    pid, host = _named(file) or (0, "")
+    if not pid:
+        return "another process"
+    return f"process {pid}" + ("" if host == platform.node() else f" on {host}")
+
+
+def _refuse_if_alive(file: int, lock: Path, path: Path | str) -> None:
+    """Without locks, what the lock file says has to do.
+
+    Raises:
+        InUseError: the process lives, or is on another host, where it cannot be looked for.
+    """
+    pid, host = _named(file) or (0, "")
+    alive = False
+    if pid and host == platform.node():
+        with suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            alive = True
+    if alive or (pid and host != platform.node()):
+        raise InUseError(
+            f"{path} is in use by {_holder(file)}, and this file system has no locks: if that "
+            f"process has ended, remove {lock}"
+        )
 
 
 def _fsync(path: Path) -> None:
@@ -43,10 +198,12 @@ def _fsync(path: Path) -> None:
 def atomic_write(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Replace `path` by `content`: bytes, text, or a function that writes to the open file.
 
+    Text is written as UTF-8; names of files that are not, with escapes in their place.
+
     Raises:
         StorageError: the file could not be written; what stood at `path` before is untouched.
     """
-    path = Path(path)
+    path = writable_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
@@ -55,7 +212,8 @@ def atomic_write(path: Path | str, content: bytes | str | Callable[[BinaryIO], o
                 if callable(content):
                     content(f)
                 else:
-                    f.write(content.encode() if isinstance(content, str) else content)
+                    text = isinstance(content, str)
+                    f.write(content.encode(errors="backslashreplace") if text else content)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -78,7 +236,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     An old folder is moved aside and then removed: a kill between the two renames leaves it under a
     hidden name beside `path`.
     """
-    path = Path(path)
+    path = _writable_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     with storage_errors(path):

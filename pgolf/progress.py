@@ -4,6 +4,13 @@ import sys
 import time
 
 
+def print_anything() -> None:
+    """Print what the terminal has no characters for as escapes, instead of ending in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def format_seconds(seconds: float) -> str:
     """12 -> '12s', 75 -> '1m15s', 3700 -> '1h01m'."""
     s = int(round(seconds))

@@ -1,4 +1,4 @@
-"""Score an artifact in a process that has seen nothing else: `python -m pgolf.score JSON`.
+"""Score an artifact in a process that has seen nothing else; `train.scoring.ask` starts it.
 
 It loads the artifact, the validation shards and the tokenizer (for byte counts alone), and prints
 one JSON object.
@@ -62,13 +62,11 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read the job from the command line, print the result as the last line."""
+    """Read the job, JSON on the command line, print the result as the last line."""
     try:
         result = score(json.loads(sys.argv[1]))
     except PgolfError as e:
         result = {"error": str(e), "kind": type(e).__name__}
-    except KeyboardInterrupt:  # the process that asked says so
-        return 130
     print(json.dumps(result))
     return 0
 

@@ -19,6 +19,7 @@ LAYERS = [
     ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.config", "pgolf.device"],
     ["pgolf.sections"],
     ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
+    ["pgolf.child", "pgolf.stop"],
     ["pgolf.errors"],
     ["pgolf"],
 ]

@@ -1,6 +1,6 @@
 """The process that is counted: training or decoding steps of a model on the counting device.
 
-    python -m bench.counting.worker REQUEST.json      (started by `run`, with `build.environment`)
+    bench.counting.worker REQUEST.json ANSWER.json    (started by `run`, with `build.environment`)
 
 Weights stay uninitialised and inputs are zeros: nothing is computed. The first step compiles, the
 next ones are counted and must be the same.
@@ -9,7 +9,6 @@ next ones are counted and must be the same.
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.counting.launches import CountingError
+from pgolf.child import run_module
 
 STEPS = 3
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,8 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.counting.worker", str(asked), str(answer)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
+        done = run_module(
+            "bench.counting.worker", str(asked), str(answer), env=environment, capture_output=True
         )
         if done.returncode or not answer.exists():
             said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])

@@ -103,8 +103,11 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """Of the corpus text as the manifest states it, else of the validation shards' bytes."""
-        if self.manifest:
-            return self.manifest["text_sha256"]
+        return self.manifest["text_sha256"] if self.manifest else self.val_sha256
+
+    @cached_property
+    def val_sha256(self) -> str:
+        """Of the validation shards' bytes, which any layout has."""
         digest = hashlib.sha256()
         for shard in self.val_shards:
             digest.update(bytes.fromhex(sha256_of(shard)))

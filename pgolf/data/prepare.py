@@ -30,7 +30,7 @@ from pgolf.data.manifest import (
 from pgolf.data.readers import LONG, Document, Source
 from pgolf.data.tokenizer import TRAIN_BYTES, check_vocab_size, load_tokenizer, train_tokenizer
 from pgolf.errors import ConfigError, DataError
-from pgolf.files import atomic_folder, atomic_write, sha256_of
+from pgolf.files import atomic_folder, atomic_write, claim, sha256_of
 from pgolf.progress import Progress
 
 SHARD_TOKENS = 100_000_000
@@ -65,7 +65,7 @@ def prepare(
         val_fraction: share of the documents that are held out.
         shard_tokens: tokens of a shard; the last one of a split is shorter.
         replace: what may lie at `out` and is replaced: a folder prepared from the same corpus, any
-            prepared folder, or anything.
+            prepared folder, or anything, after waiting for a process that writes there.
 
     Raises:
         ConfigError: a value out of range, or an `out` that may not be replaced.
@@ -83,40 +83,43 @@ def prepare(
         check_tokenizer(load_tokenizer(tokenizer), Path(tokenizer))
     else:
         check_vocab_size(vocab_size)
-    old = None if replace == "anything" else _prepared_before(out)
-    if old and replace == "same":
-        _refuse_another(out, old, corpus, old["text_sha256"])
-    seen, text_sha256 = _count(source, val_fraction)
-    if old and replace == "same":
-        _refuse_another(out, old, corpus, text_sha256)
-    with atomic_folder(out) as folder:
-        model = folder / TOKENIZER
-        if tokenizer:
-            atomic_write(model, Path(tokenizer).read_bytes())
-        else:
-            _train(source, model, vocab_size, val_fraction, seen["train"][1])
-        encoder = Encoder(load_tokenizer(model), may_change=tokenizer is not None)
-        encoded, stats = _encode(source, folder, corpus, encoder, val_fraction, shard_tokens)
-        if encoded != text_sha256:
-            raise DataError("the text changed while it was read: run `pgolf data prepare` again")
-        manifest = {
-            "kind": KIND,
-            "version": VERSION,
-            "corpus": corpus,
-            "license": license,
-            "note": note,
-            "text_sha256": text_sha256,
-            "val_fraction": val_fraction,
-            "tokenizer_sha256": sha256_of(model),
-            "vocab_size": encoder.sp.get_piece_size(),
-            "tokenizer_changes": changed_by(encoder.sp),
-            "splits": {
-                split: {**vars(s), "bytes_per_token": round(s.bytes_scored / s.tokens, 6)}
-                for split, s in stats.items()
-            },
-        }
-        atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _check_written(folder, encoder, stats)
+    with claim(out, wait=replace == "anything"):
+        old = None if replace == "anything" else _prepared_before(out)
+        if old and replace == "same":
+            _refuse_another(out, old, corpus, old["text_sha256"])
+        seen, text_sha256 = _count(source, val_fraction)
+        if old and replace == "same":
+            _refuse_another(out, old, corpus, text_sha256)
+        with atomic_folder(out) as folder:
+            model = folder / TOKENIZER
+            if tokenizer:
+                atomic_write(model, Path(tokenizer).read_bytes())
+            else:
+                _train(source, model, vocab_size, val_fraction, seen["train"][1])
+            encoder = Encoder(load_tokenizer(model), may_change=tokenizer is not None)
+            encoded, stats = _encode(source, folder, corpus, encoder, val_fraction, shard_tokens)
+            if encoded != text_sha256:
+                raise DataError(
+                    "the text changed while it was read: run `pgolf data prepare` again"
+                )
+            manifest = {
+                "kind": KIND,
+                "version": VERSION,
+                "corpus": corpus,
+                "license": license,
+                "note": note,
+                "text_sha256": text_sha256,
+                "val_fraction": val_fraction,
+                "tokenizer_sha256": sha256_of(model),
+                "vocab_size": encoder.sp.get_piece_size(),
+                "tokenizer_changes": changed_by(encoder.sp),
+                "splits": {
+                    split: {**vars(s), "bytes_per_token": round(s.bytes_scored / s.tokens, 6)}
+                    for split, s in stats.items()
+                },
+            }
+            atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            _check_written(folder, encoder, stats)
     if old:
         print(f"{out}: replaced corpus {old['corpus']}", file=sys.stderr)
     return Dataset.open(out)

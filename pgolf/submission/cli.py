@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders that differ in their seed")
     parser.add_argument("--out", type=Path, help="folder to write; default: DATE_NAME")
+    parser.add_argument("--data", default="", help="the shards, if they were moved since training")
     parser.add_argument("--author", default="", help="your name, for submission.json")
     parser.add_argument("--github-id", default="", help="your name on GitHub, likewise")
     parser.add_argument("--name", help="of the record; default: the recipe's")
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         hardware=args.hardware,
     )
     out = args.out or Path(f"{about.date}_{re.sub(r'[^A-Za-z0-9]+', '-', about.name).strip('-')}")
-    record = write_record(args.runs, out, about)
+    record = write_record(args.runs, out, about, args.data)
     values = record.values
     print(
         f"{out}: val_bpb {values['val_bpb']:.8f}{of_seeds(values)}, "

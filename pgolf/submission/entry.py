@@ -75,11 +75,13 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
 def train_artifact(config: Config, ranks: Ranks) -> Path:
     """Train and pack; the artifact's place in its run folder."""
     from pgolf.train.export import export
-    from pgolf.train.run import train
+    from pgolf.train.run import claimed_folder, train
 
-    config, dataset, folder, trainer = train(config.recipe, config, ranks, "")
-    trainer.take_export()
-    export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
+    with claimed_folder(config, ranks) as folder:
+        config, dataset, trainer = train(config.recipe, config, ranks, folder, "")
+        trainer.take_export()
+        export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
+        folder.check()
     torch.set_float32_matmul_precision("highest")  # as in a process that only scores
     return folder.artifact
 

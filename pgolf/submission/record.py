@@ -11,27 +11,28 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf.child import run_script
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, PgolfError
-from pgolf.files import atomic_folder
+from pgolf.files import atomic_folder, claim
 from pgolf.model.gpt import DTYPES
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
 from pgolf.submission.script import Script, build_script, script_parts
 from pgolf.submission.texts import console_log, readme, requirements
+from pgolf.train.run_data import Identity, find_dataset
 from pgolf.train.run_folder import FREE_KEYS, flat, read_config
 
 SCRIPT = "train_gpt.py"
 # What may differ between the runs of one record.
-OF_ONE_RUN = FREE_KEYS | {"run.seed", "data.data", "data.tokenizer"}
+OF_ONE_RUN = FREE_KEYS | {"run.seed"}
 NEEDED = ("val_bpb", "val_loss", "steps", "train_seconds", "bytes_model", "provenance")
 # Bits per byte by which two scores of one artifact may differ where sums are taken in another
 # order, or matmuls in another precision.
@@ -121,6 +122,12 @@ def check_alike(runs: Sequence[Run]) -> None:
             raise ConfigError(
                 f"{first.path} and {run.path} are not two seeds of one record: {what}"
             )
+        here, there = Identity.read(first.path), Identity.read(run.path)
+        if here and there and not here.matches(there):
+            raise ConfigError(
+                f"{first.path} and {run.path} are not two seeds of one record: the second was "
+                f"trained on other data ({here.differences(there)})"
+            )
     seeds = [run.seed for run in runs]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise ConfigError(f"seed {twice[0]} is given twice: name each run once, with its own seed")
@@ -155,22 +162,26 @@ class Score:
     note: str
 
 
-def verify(run: Run, script: Script) -> Score:
+def verify(run: Run, script: Script, data: str | Path = "") -> Score:
     """Score the artifact with the script alone.
 
+    Args:
+        data: where the run's shards are now, if they were moved.
+
     Raises:
+        DataError: they are not found.
         PgolfError: the script fails, or finds another score than result.json states.
     """
-    data = run.config.data
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"DATA_PATH": data.data, "TOKENIZER_PATH": data.tokenizer}
+    dataset = find_dataset(run.path, run.config.data, data)
+    environment = os.environ | {
+        "DATA_PATH": str(dataset.folder.resolve()),
+        "TOKENIZER_PATH": str(dataset.tokenizer_path.resolve()),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / SCRIPT).write_bytes(script.data)
         shutil.copy(run.artifact, folder / ARTIFACT)
-        done = subprocess.run(
-            [sys.executable, SCRIPT], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        done = run_script(SCRIPT, cwd=folder, env=environment, stdout=subprocess.PIPE)
     found = re.search(r"val_loss:(\S+) val_bpb:(\S+)", done.stdout)
     if done.returncode or not found:
         raise PgolfError(f"the script cannot score {run.artifact}: see above")
@@ -267,26 +278,33 @@ class Record:
     note: str
 
 
-def write_record(paths: Sequence[Path], out: Path, about: About) -> Record:
+def write_record(paths: Sequence[Path], out: Path, about: About, data: str | Path = "") -> Record:
     """Write the record folder of one or more runs.
 
     Args:
         paths: run folders that differ in their seed alone. The artifact of the best is shipped.
         out: the folder to make.
+        data: where the shards of the best run are, if they were moved.
 
     Raises:
+        InUseError: another process makes `out`.
         ConfigError: `out` exists, a run has not finished, or they are of different settings.
         BudgetError: an artifact and the script are too large together.
         PgolfError: the script does not reproduce the score.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists: choose another folder with --out")
+    with claim(out):
+        if out.exists():
+            raise ConfigError(f"{out} exists: choose another folder with --out")
+        return _write_record(paths, out, about, data)
+
+
+def _write_record(paths: Sequence[Path], out: Path, about: About, data: str | Path) -> Record:
     runs = [Run.read(path) for path in paths]
     check_alike(runs)
     best = min(runs, key=lambda run: run.result["val_bpb"])
     script = build_script(best.config)
     check_budget(runs, script)
-    score = verify(best, script)
+    score = verify(best, script, data)
     parts = script_parts(best.config)
     values = submission(runs, best, script, score, about)
     with atomic_folder(out) as folder:

@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.train.run_data": "run_data.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
 # bundled module imports from a module which is not bundled is None there.
@@ -46,7 +47,7 @@ TRAINING = (
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.*", "pgolf.optim.*",
     "pgolf.quant.*", "pgolf.train.added_loss", "pgolf.train.export", "pgolf.train.interrupt",
-    "pgolf.train.run", "pgolf.train.run_folder", "pgolf.train.trainer",
+    "pgolf.train.run", "pgolf.train.run_data", "pgolf.train.run_folder", "pgolf.train.trainer",
     "pgolf.triton_kernels.*",
 )  # fmt: skip
 # Operators that a script never runs: they have kernels in the compiled half only.

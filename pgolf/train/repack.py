@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pgolf.artifact.container import MAGIC
 from pgolf.config import (
     ArtifactConfig,
     Config,
@@ -18,12 +19,15 @@ from pgolf.config import (
 from pgolf.data.manifest import Dataset
 from pgolf.device import pick_device
 from pgolf.errors import ConfigError
+from pgolf.files import claim, writable_file
 from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
 from pgolf.recipes import get
+from pgolf.submission.entry import ARTIFACT
 from pgolf.train.export import export
 from pgolf.train.ranks import Ranks
+from pgolf.train.run_data import find_dataset, without_shards
 from pgolf.train.run_folder import RunFolder, read_config
 
 SECTIONS = {"quant": QuantConfig, "artifact": ArtifactConfig}
@@ -71,6 +75,36 @@ def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:
     return trained, config
 
 
+def open_data(run: Path, config: Config, data: str) -> Dataset:
+    """What packing needs to know of a run's data: the shards only where Hessians are taken of them.
+
+    Raises:
+        DataError: they are needed, and not found.
+    """
+    reads_text = config.quant.quantizer == "gptq" and config.quant.calibration == "train"
+    if not reads_text and not data and (known := without_shards(run)):
+        return known
+    return find_dataset(run, config.data, data)
+
+
+def refuse_to_replace(out: Path) -> None:
+    """Raise ConfigError if what stands at `out` is a scored artifact, or none at all."""
+    file = writable_file(out)
+    if not file.exists():
+        return
+    if file.name == ARTIFACT and (file.parent / "result.json").is_file():
+        raise ConfigError(
+            f"{out} is the artifact that {file.parent / 'result.json'} scores: write to another "
+            "file, or replace it with --force"
+        )
+    with open(file, "rb") as f:
+        if f.read(len(MAGIC)) != MAGIC:
+            raise ConfigError(
+                f"{out} exists and is no artifact: write to another file, or replace it with "
+                "--force"
+            )
+
+
 def main(argv: list[str]) -> int:
     """Write a new artifact from what a run kept; the run's own files stay as they are."""
     keys = ", ".join(f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls))
@@ -85,15 +119,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--force", action="store_true",
+                        help="replace whatever file stands at --out")  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="settings to change; data=FOLDER if the run's shards were moved",
+    )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
 
-    trained, config = settings(args.run, parse_overrides(args.overrides))
-    dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
+    overrides = parse_overrides(args.overrides)
+    data = overrides.pop("data", "")
+    trained, config = settings(args.run, overrides)
     device = pick_device(args.device)
-    model, words = load_weights(args.run, trained, device)
-    print(words)
-    packed = export(model, config, dataset, Ranks(0, 1, device), args.out, print)
+    with claim(args.out):
+        if not args.force:
+            refuse_to_replace(args.out)
+        dataset = open_data(args.run, config, data)
+        model, words = load_weights(args.run, trained, device)
+        print(words)
+        packed = export(model, config, dataset, Ranks(0, 1, device), args.out, print)
     for tried, size in packed.report.tried.items():
         print(f"  {tried:<16} {size:>12,} bytes")
     limit = config.artifact.budget_bytes

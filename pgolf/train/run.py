@@ -1,13 +1,14 @@
 """`pgolf train`: from a configuration to a scored artifact."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from pgolf.bpb import ByteTable
-from pgolf.config import Config, with_overrides
+from pgolf.config import Config, from_dict, with_overrides
 from pgolf.data.corpus import ensure_default_dataset
 from pgolf.data.loader import SequentialLoader
 from pgolf.data.manifest import Dataset
@@ -20,15 +21,17 @@ from pgolf.model.gpt import DTYPES, operator_sizes
 from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
+from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import Recipe
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
 from pgolf.train.export import export
 from pgolf.train.finish import score_artifact, write_result
-from pgolf.train.interrupt import Interrupt
+from pgolf.train.interrupt import Interrupt, Interrupted, resume_command
 from pgolf.train.ranks import Ranks
-from pgolf.train.run_folder import RunFolder
+from pgolf.train.run_data import find_dataset
+from pgolf.train.run_folder import RunFolder, read_config
 from pgolf.train.trainer import Trainer, compiles
 
 DEFAULT_DATA = Path("data")
@@ -57,6 +60,18 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
             f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
         )
     return dataset
+
+
+def data_again(config: Config, folder: Path) -> Dataset:
+    """The shards of a run that goes on, wherever they are now.
+
+    Raises:
+        DataError: they are not found, or others are named.
+    """
+    recorded, given = from_dict(read_config(folder)).data, config.data
+    moved = given.data if given.data != recorded.data else ""
+    other = given.tokenizer if given.tokenizer != recorded.tokenizer else ""
+    return find_dataset(folder, recorded, moved, other)
 
 
 def opening_lines(
@@ -136,16 +151,17 @@ def build(
 
 
 def train(
-    title: str, config: Config, ranks: Ranks, note: str
-) -> tuple[Config, Dataset, RunFolder, Trainer]:
-    """Open the data and the run folder, build the model, train until the budget is spent.
+    title: str, config: Config, ranks: Ranks, folder: RunFolder, note: str
+) -> tuple[Config, Dataset, Trainer]:
+    """Open the data, build the model, train until the budget is spent.
 
     Args:
         title: what the run is, in one line.
+        folder: from `claimed_folder`.
         note: which settings the environment gave.
     """
-    folder = RunFolder(_folder(config, ranks), writes=ranks.first)
-    dataset = open_data(config, ranks)
+    going_on = config.run.resume
+    dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
     # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
     config = with_overrides(
         config,
@@ -156,20 +172,34 @@ def train(
     )
     trainer = build(title, config, ranks, dataset, folder, note)
     try:
-        ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
-        trainer.warm_up()
+        ranks.on_first(lambda: folder.open(config, dataset))
         if config.run.resume:
-            state, path = folder.load(ranks.device)
-            trainer.load_state_dict(state)
-            folder.forget_after(trainer.clock.step)
-            trainer.say(f"going on from {path}")
+            resume(trainer, folder)
+        else:
+            trainer.warm_up()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
     except BaseException:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
         raise
-    return config, dataset, folder, trainer
+    return config, dataset, trainer
+
+
+def resume(trainer: Trainer, folder: RunFolder) -> None:
+    """Put the newest checkpoint into the trainer; nothing is compiled if training is over.
+
+    Raises:
+        DataError: no checkpoint is whole.
+    """
+    # Looked at first, outside of the memory that compiling needs.
+    clock = Clock(**folder.load(torch.device("cpu"))[0]["clock"])
+    if not trainer.schedule.finished(clock):
+        trainer.warm_up()
+    state, path = folder.load(trainer.ranks.device)
+    trainer.load_state_dict(state)
+    folder.forget_after(trainer.clock.step)
+    trainer.say(f"going on from {path}")
 
 
 def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
@@ -178,22 +208,42 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        config, dataset, folder, trainer = train(
-            f"{recipe.name}: {recipe.title}", config, ranks, note
-        )
-        finish(config, ranks, dataset, folder, trainer)
-        trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
+        with claimed_folder(config, ranks) as folder:
+            title = f"{recipe.name}: {recipe.title}"
+            config, dataset, trainer = train(title, config, ranks, folder, note)
+            try:
+                finish(config, ranks, dataset, folder, trainer)
+            except KeyboardInterrupt as e:
+                raise stopped_after_training(config, folder, e) from e
+            folder.check()
+            trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
         ranks.stop()
     return 0
 
 
-def _folder(config: Config, ranks: Ranks) -> Path:
-    """The run folder that rank 0 chose, on every rank."""
-    chosen = [ranks.on_first(lambda: RunFolder.choose(config))]
-    if ranks.world > 1:
-        torch.distributed.broadcast_object_list(chosen, 0, device=ranks.device)
-    return chosen[0]
+def stopped_after_training(
+    config: Config, folder: RunFolder, stop: KeyboardInterrupt
+) -> Interrupted:
+    """What a run says that is stopped while it packs or scores."""
+    if folder.checkpoints():
+        remedy = (
+            "training is done and kept; to pack and score it, "
+            f"`{resume_command(config.recipe, folder.path)}` with the same settings"
+        )
+    else:
+        remedy = "no checkpoint was kept (checkpoint_every=0): train again"
+    return Interrupted(f"stopped after training: {remedy}", getattr(stop, "exit_code", 130))
+
+
+@contextmanager
+def claimed_folder(config: Config, ranks: Ranks) -> Iterator[RunFolder]:
+    """The run folder that rank 0 chose, on every rank; no other run gets it meanwhile."""
+    with ExitStack() as stack:
+        chosen = [ranks.on_first(lambda: stack.enter_context(RunFolder.choose(config)))]
+        if ranks.world > 1:
+            torch.distributed.broadcast_object_list(chosen, 0, device=ranks.device)
+        yield RunFolder(chosen[0], writes=ranks.first)
 
 
 def finish(

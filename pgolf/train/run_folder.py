@@ -1,26 +1,36 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoints, artifact, result.json.
+"""The folder of a run: config.json, data.json, metrics.jsonl, checkpoints, artifact, result.json.
 
 checkpoints/step-N holds state.pt and manifest.json with its size and sha256; the folder appears
 under its name only when it is complete, and the two newest are kept.
 """
 
-import contextlib
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pgolf.config import Config, to_dict
-from pgolf.errors import ConfigError, DataError
-from pgolf.files import atomic_folder, atomic_write, sha256_of, storage_errors
+from pgolf.data.manifest import TOKENIZER, Dataset
+from pgolf.errors import ConfigError, DataError, InUseError, StorageError
+from pgolf.files import atomic_folder, atomic_write, claim, sha256_of, storage_errors
+from pgolf.train.run_data import FILE as DATA_FILE
+from pgolf.train.run_data import Identity
 
 KEEP = 2
-# What may differ between the first part of a run and its continuation.
-FREE_KEYS = {"run.resume", "run.out", "run.log_every", "run.checkpoint_every", "eval.val_every"}
+# What may differ between the first part of a run and its continuation. Data are compared by hash.
+FREE_KEYS = {
+    "run.resume", "run.out", "run.log_every", "run.checkpoint_every", "eval.val_every",
+    "data.data", "data.tokenizer",
+}  # fmt: skip
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -53,46 +63,65 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Paths and files of one run. Only rank 0 creates or writes; the others get `writes=False`."""
+    """Paths and files of one run. Only rank 0 creates or writes; the others get `writes=False`.
+
+    Attributes:
+        failed: the last write that training has gone on without, None if none failed.
+    """
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
         self.artifact = path / "artifact"
         self.result = path / "result.json"
         self.metrics = path / "metrics.jsonl"
+        self.failed: StorageError | None = None
 
     @classmethod
-    def choose(cls, config: Config) -> Path:
-        """The folder of a new or resumed run.
+    @contextmanager
+    def choose(cls, config: Config) -> Iterator[Path]:
+        """The folder of a new or resumed run, which no other run gets while the block runs.
 
         Raises:
             ConfigError: out= exists already, or there is nothing to resume.
+            InUseError: another run is in out=.
         """
         out = config.run.out
-        if config.run.resume:
-            if not out:
-                raise ConfigError("resume=true needs out=FOLDER, the run to go on with")
-            if not (Path(out) / "config.json").is_file():
-                raise ConfigError(f"nothing to resume in {out}: there is no config.json")
-            return Path(out)
-        if out:
-            if Path(out).exists() and not Path(out).is_dir():
-                raise ConfigError(f"out={out} is a file: choose a folder")
-            if (Path(out) / "config.json").exists():
-                raise ConfigError(
-                    f"out={out} holds a run already: choose another folder, or go on with "
-                    "resume=true"
-                )
-            return Path(out)
+        if config.run.resume and not out:
+            raise ConfigError("resume=true needs out=FOLDER, the run to go on with")
         base = f"runs/{config.recipe}-seed{config.run.seed}"
-        for n in range(1, 10_000):
-            path = Path(base if n == 1 else f"{base}-{n}")
-            if not path.exists():
-                return path
+        names = (base if n == 1 else f"{base}-{n}" for n in range(1, 10_000))
+        for path in (Path(out),) if out else map(Path, names):
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(claim(path))
+                except InUseError:
+                    if out:
+                        raise
+                    continue
+                # Only now does nobody else begin there.
+                if out:
+                    cls._check_out(path, config.run.resume)
+                elif path.exists():
+                    continue
+                yield path
+                return
         raise ConfigError(f"{base}-2 to -9999 all exist: choose a folder with out=FOLDER")
 
-    def open(self, config: Config, tokenizer: Path) -> None:
-        """Start a folder (config.json, tokenizer.model), or check that a resumed one fits."""
+    @staticmethod
+    def _check_out(path: Path, resume: bool) -> None:
+        """Raise ConfigError unless a run can begin, or go on, in the folder that out= names."""
+        begun = (path / "config.json").is_file()
+        if resume and not begun:
+            raise ConfigError(f"nothing to resume in {path}: there is no config.json")
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"out={path} is a file: choose a folder")
+        if begun and not resume:
+            raise ConfigError(
+                f"out={path} holds a run already: choose another folder, or go on with resume=true"
+            )
+
+    def open(self, config: Config, dataset: Dataset) -> None:
+        """Start a folder (config, data, tokenizer), or check that a resumed one fits."""
         file = self.path / "config.json"
         if config.run.resume:
             old, new = flat(read_config(self.path)), flat(to_dict(config))
@@ -109,21 +138,41 @@ class RunFolder:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         else:
             atomic_write(file, json.dumps(to_dict(config), indent=2) + "\n")
-            atomic_write(self.path / "tokenizer.model", tokenizer.read_bytes())
+            Identity.of(dataset).write(self.path)
+            atomic_write(self.path / TOKENIZER, dataset.tokenizer_path.read_bytes())
 
     def discard(self) -> None:
         """Free the name again, after a run that failed before its first step."""
         if self.writes:
-            with contextlib.suppress(OSError):  # out= may be a folder that holds more
-                for name in ("config.json", "tokenizer.model", self.metrics.name):
+            with suppress(OSError):  # out= may be a folder that holds more
+                for name in ("config.json", DATA_FILE, TOKENIZER, self.metrics.name):
                     (self.path / name).unlink(missing_ok=True)
                 self.path.rmdir()
 
     def log(self, **line: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; what can't be written is no reason to stop a run."""
         if self.writes:
-            with storage_errors(self.metrics), open(self.metrics, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            try:
+                with storage_errors(self.metrics), open(self.metrics, "ab", buffering=0) as f:
+                    size, text = f.tell(), (json.dumps(line) + "\n").encode()
+                    if f.write(text) != len(text):  # the disk is full: no half line
+                        f.truncate(size)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except StorageError as e:
+                self.warn(e)
+
+    def warn(self, error: StorageError) -> None:
+        """Note that something is not on disk; said once, and by `check` at the end."""
+        if self.failed is None:
+            print(f"warning: {error}; training goes on without", file=sys.stderr, flush=True)
+        self.failed = error
+
+    def check(self) -> None:
+        """Raise StorageError if something is not on disk."""
+        if self.failed is not None:
+            raise StorageError(
+                f"the run has ended, but not all of it could be kept in {self.path}: {self.failed}"
+            )
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps after `step`: a resumed run will write them again."""

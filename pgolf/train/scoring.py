@@ -3,29 +3,28 @@
 import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from pgolf import errors
+from pgolf.child import run_module
 from pgolf.config import from_dict, parse_overrides
 from pgolf.data.manifest import Dataset
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Sums
 from pgolf.model.gpt import DTYPES
+from pgolf.train.run_data import find_dataset
 from pgolf.train.run_folder import read_config
 
 
 def ask(**job: Any) -> dict[str, Any]:
-    """Run `python -m pgolf.score` with this job and return what it says.
+    """Run `pgolf.score` with this job in a process of its own and return what it says.
 
     Raises:
         PgolfError: what the process reports, or that it died.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "pgolf.score", json.dumps(job)], stdout=subprocess.PIPE, text=True
-    )
+    done = run_module("pgolf.score", json.dumps(job), stdout=subprocess.PIPE)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise PgolfError(f"the scoring process ended with exit code {done.returncode}; see above")
@@ -71,20 +70,19 @@ def main(argv: list[str]) -> int:
         raise errors.ConfigError(
             f"{args.artifact}: no config.json beside it that names shards to score: use data=FOLDER"
         )
-    folder, tokenizer = args.data, args.tokenizer
-    if not folder:
-        trained_on = from_dict(read_config(run)).data
-        folder, tokenizer = trained_on.data, tokenizer or trained_on.tokenizer
     if args.stride < 1 or args.val_tokens < 0:
         raise errors.ConfigError("--stride must be at least 1 and --val-tokens at least 0")
-    dataset = Dataset.open(folder, tokenizer)
+    if args.data:
+        dataset = Dataset.open(args.data, args.tokenizer)
+    else:
+        dataset = find_dataset(run, from_dict(read_config(run)).data, tokenizer=args.tokenizer)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)[0]
     result = ask(
         artifact=str(args.artifact),
         device=str(device),
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
-        data=str(folder),
+        data=str(dataset.folder),
         tokenizer=str(dataset.tokenizer_path),
         tokenizer_sha256=dataset.tokenizer_sha256,
         stride=args.stride,

@@ -13,7 +13,7 @@ import torch
 from pgolf.bpb import ByteTable
 from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
-from pgolf.errors import ConfigError, TrainingError
+from pgolf.errors import ConfigError, StorageError, TrainingError
 from pgolf.evaluate import Sums, evaluate
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
@@ -73,6 +73,7 @@ class Trainer:
         self.model, self.loader, self.val, self.table = model, loader, val, table
         self.schedule = Schedule(config)
         self.clock = Clock()
+        self.kept = 0  # the step of the last checkpoint that could be written
         d = config.data
         self.accum = micro_steps(d.batch_tokens, d.micro_tokens, d.seq_len, ranks.world)
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
@@ -169,7 +170,8 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite.
-            Interrupted: Ctrl-C; a checkpoint was written.
+            Interrupted: Ctrl-C or the like; a checkpoint was written.
+            StorageError: likewise, and it could not be.
         """
         self.synchronize()
         started, offset = time.perf_counter(), self.clock.seconds
@@ -195,6 +197,8 @@ class Trainer:
             paused = time.perf_counter()
             self._between_steps(loss, norm, lr_scale, momentum, bool(stop))
             if stop:
+                if self.kept != self.clock.step:
+                    self.folder.check()
                 raise interrupt.error(self.clock.step)
             offset -= time.perf_counter() - paused
 
@@ -336,6 +340,12 @@ class Trainer:
         self.clock = Clock(**state["clock"])
 
     def checkpoint(self) -> None:
-        """Write a checkpoint (rank 0; every rank holds the same state)."""
-        path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
-        self.say(f"step:{self.clock.step} checkpoint {path}")
+        """Write a checkpoint (rank 0; every rank holds the same state), if there is room for it."""
+        try:
+            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
+        except StorageError as e:  # on every rank
+            self.folder.failed = e
+            self.say(f"step:{self.clock.step} warning: no checkpoint: {e}; training goes on")
+        else:
+            self.kept = self.clock.step
+            self.say(f"step:{self.clock.step} checkpoint {path}")

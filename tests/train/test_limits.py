@@ -92,7 +92,9 @@ def start(folder, shards, *words: str) -> None:
     """`run.train` in this process."""
     settings = replaced(TINY, (f"data={shards}", f"out={folder}", "max_steps=2", *words))
     config = with_overrides(Config(recipe="demo"), parse_overrides(settings))
-    run.train("a title", config, Ranks(0, 1, CPU), "")
+    ranks = Ranks(0, 1, CPU)
+    with run.claimed_folder(config, ranks) as claimed:
+        run.train("a title", config, ranks, claimed, "")
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_its_name_free(

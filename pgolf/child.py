@@ -1,0 +1,80 @@
+"""Python processes that pgolf starts: they see the modules that this one sees, and end with it.
+
+A module of the user's folder that is called as one of Python's or of pgolf's must not take its
+place, and the copy of pgolf that runs here has to run there, wherever it was found.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Runs with `python -c`, which puts '' in front of the search path: the working directory. (-P would
+# leave it out, from Python 3.11 on.) On Linux the child is sent SIGTERM when its parent ends,
+# however that happens; an execv keeps that. Ctrl-C reaches both, and the parent has the words.
+_START = """
+import sys
+sys.path[:] = {path!r} + [p for p in sys.path if p and p not in {path!r}]
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+    if os.getppid() != {parent}:
+        sys.exit(1)
+"""
+# Packages come from the files that they have here, whatever the search path finds first.
+_PACKAGES = """
+import importlib.util, runpy
+for name, file in {packages!r}:
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+"""
+
+
+def search_path() -> list[str]:
+    """This process's search path without the folder that it was started in."""
+    return [os.path.abspath(p) for p in sys.path if p not in ("", ".", os.getcwd())]
+
+
+def _run(code: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    start = _START.format(path=search_path(), parent=os.getpid())
+    command = [sys.executable, "-c", start + code, *words]
+    return subprocess.run(command, encoding="utf-8", errors="replace", **how)
+
+
+def run_code(
+    code: str, *words: str, packages: tuple[str, ...] = ("pgolf",), **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the text of a program in a process of its own, and wait for its end.
+
+    Args:
+        words: its arguments.
+        packages: those that have to be the ones of this process, which has imported them.
+        how: more arguments of `subprocess.run`; output is text in UTF-8.
+    """
+    files = [(name, sys.modules[name].__file__) for name in packages]
+    return _run(_PACKAGES.format(packages=files) + code, *words, **how)
+
+
+def run_module(module: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a module of pgolf, or of another package that is imported here, as `run_code` does."""
+    code = f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+    packages = tuple(sorted({"pgolf", module.partition(".")[0]}))
+    return run_code(code, *words, packages=packages, **how)
+
+
+def run_script(
+    script: Path | str, *words: str, env: Mapping[str, str], **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a file as `python FILE` would, as `run_code` does; it is not given pgolf.
+
+    Args:
+        env: the environment, in which PYTHONPATH becomes this process's search path.
+    """
+    code = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    env = {**env, "PYTHONPATH": os.pathsep.join(search_path())}
+    return _run(code, str(script), *words, env=env, **how)
