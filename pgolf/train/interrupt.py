@@ -1,5 +1,6 @@
 """Ctrl-C: finish the step, keep what there is, say how to go on."""
 
+import shlex
 import signal
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,10 @@ class Interrupt:
     def error(self, step: int) -> Interrupted:
         """What to raise once the state is on disk."""
         return Interrupted(
-            f"stopped after step {step}; go on with the same settings and "
-            f"`pgolf train {self.recipe} out={self.folder} resume=true`"
+            f"stopped after step {step}; go on with `{resume_command(self.recipe, self.folder)}`"
         )
+
+
+def resume_command(recipe: str, folder: Path) -> str:
+    """What goes on with a run."""
+    return f"pgolf train {recipe} {shlex.quote(f'out={folder}')} resume=true"

@@ -162,7 +162,8 @@ def train(
             state, path = folder.load(ranks.device)
             trainer.load_state_dict(state)
             folder.forget_after(trainer.clock.step)
-            trainer.say(f"going on from {path}")
+            qat = ", late QAT is on" if trainer.qat_switch else ""
+            trainer.say(f"going on from {path}{qat}")
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
     except BaseException:
