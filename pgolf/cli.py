@@ -61,7 +61,8 @@ def _train(argv: list[str]) -> int:
     overrides = {**environment, **words}
     where = {word: words[word] for word, key in given.items() if key in ("out", "resume")}
     place = with_overrides(Config(), where).run
-    if place.resume and place.out:
+    resuming = bool(place.resume and place.out)
+    if resuming:
         from pgolf.train.run_folder import resumed_config
 
         stated = None if seed_exact is None else seed_exact == "true"
@@ -70,7 +71,7 @@ def _train(argv: list[str]) -> int:
         config = recipe.config(overrides, seed_exact == "true")
     from pgolf.train.run import run
 
-    return run(recipe, config, environment)
+    return run(config, environment, not resuming and "vocab_size" not in given.values())
 
 
 def _recipes(argv: list[str]) -> int:

@@ -13,7 +13,12 @@ from pgolf.fields import opt
 class ModelConfig:
     """What is needed to rebuild the model; stored in the artifact."""
 
-    vocab_size: int = opt(1024, "rows of the token table; must cover the tokenizer", ge=4, le=65536)
+    vocab_size: int = opt(
+        1024,
+        "rows of the token table; where it is not given, at most the tokenizer's pieces",
+        ge=4,
+        le=65536,
+    )
     layers: int = opt(11, "transformer blocks", ge=1, le=256)
     dim: int = opt(512, "residual width", ge=8, le=16384)
     heads: int = opt(8, "query heads", ge=1)

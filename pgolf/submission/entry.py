@@ -77,7 +77,7 @@ def train_artifact(config: Config, ranks: Ranks) -> Path:
     from pgolf.train.export import export
     from pgolf.train.run import train
 
-    config, dataset, folder, trainer = train(config.recipe, config, ranks, "")
+    config, dataset, folder, trainer = train(lambda c: c.recipe, config, ranks, "")
     trainer.take_export()
     export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
     torch.set_float32_matmul_precision("highest")  # as in a process that only scores

@@ -1,7 +1,7 @@
 """`pgolf train`: from a configuration to a scored artifact."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
 from pgolf.progress import format_seconds
-from pgolf.recipes.recipe import Recipe
+from pgolf.recipes import run_name, title
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
 from pgolf.train.export import export
@@ -57,6 +57,19 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
             f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
         )
     return dataset
+
+
+def fit_vocabulary(config: Config, dataset: Dataset) -> Config:
+    """The settings with as many rows in the token table as the tokenizer has pieces, if fewer."""
+    if dataset.vocab_size >= config.model.vocab_size:
+        return config
+    return with_overrides(config, {"vocab_size": dataset.vocab_size})
+
+
+def vocabulary_line(rows: int, pieces: int) -> str:
+    """What the token table has, and how much of it no text can reach."""
+    unused = f", {rows - pieces:,} of them unused: vocab_size={pieces} is enough" * (rows > pieces)
+    return f"{rows:,} rows for {pieces:,} pieces{unused}"
 
 
 def opening_lines(
@@ -125,6 +138,7 @@ def build(
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
         "attention": attention,
         **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
+        "vocabulary": vocabulary_line(config.model.vocab_size, dataset.vocab_size),
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
@@ -136,16 +150,23 @@ def build(
 
 
 def train(
-    title: str, config: Config, ranks: Ranks, note: str
+    title: Callable[[Config], str],
+    config: Config,
+    ranks: Ranks,
+    note: str,
+    any_vocabulary: bool = False,
 ) -> tuple[Config, Dataset, RunFolder, Trainer]:
     """Open the data and the run folder, build the model, train until the budget is spent.
 
     Args:
-        title: what the run is, in one line.
+        title: what a run with these settings is, in one line.
         note: which settings the environment gave.
+        any_vocabulary: nobody asked for a vocab_size: the model takes the data's if it is smaller.
     """
     folder = RunFolder(_folder(config, ranks), writes=ranks.first)
     dataset = open_data(config, ranks)
+    if any_vocabulary:
+        config = fit_vocabulary(config, dataset)
     # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
     config = with_overrides(
         config,
@@ -154,7 +175,7 @@ def train(
             "tokenizer": str(dataset.tokenizer_path.resolve()),
         },
     )
-    trainer = build(title, config, ranks, dataset, folder, note)
+    trainer = build(title(config), config, ranks, dataset, folder, note)
     try:
         ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
         trainer.warm_up()
@@ -173,15 +194,13 @@ def train(
     return config, dataset, folder, trainer
 
 
-def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
+def run(config: Config, environment: Mapping[str, str], any_vocabulary: bool = False) -> int:
     """Train, pack, decode, score, report. Returns the exit code."""
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        config, dataset, folder, trainer = train(
-            f"{recipe.name}: {recipe.title}", config, ranks, note
-        )
+        config, dataset, folder, trainer = train(title, config, ranks, note, any_vocabulary)
         finish(config, ranks, dataset, folder, trainer)
         trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
@@ -234,5 +253,5 @@ def finish(
             attention,
             model.ops,
         )
-        print(result_table(result))
+        print(result_table(result | {"recipe": run_name(config)}))
         print(f"\n{write_report(folder.path)}")
