@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -14,14 +15,15 @@ from pgolf.data.manifest import Dataset
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import ConfigError
+from pgolf.errors import BudgetError, ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES, operator_sizes
 from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
 from pgolf.progress import format_seconds
-from pgolf.recipes import run_name, title
+from pgolf.recipes import get, run_name, title
+from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
 from pgolf.train.export import export
@@ -216,6 +218,23 @@ def _folder(config: Config, ranks: Ranks) -> Path:
     return chosen[0]
 
 
+def packing_again(config: Config, folder: RunFolder, excess: int) -> str:
+    """What is left of a run that is `excess` bytes over its budget, and how to pack that."""
+    if not folder.checkpoints():
+        return "No checkpoint was kept (checkpoint_every=0): train again"
+    line = f"pgolf pack {quote(str(folder.path))} --out {quote(str(folder.artifact))}"
+    # A little more than is needed: settings are in the code, whose size counts.
+    enough = -(-(config.artifact.budget_bytes + excess) * 101 // 100_000) * 1000
+    if get(config.recipe).contest and enough > CONTEST_BYTES:
+        if config.artifact.fit_to_budget:
+            return f"The weights are safe in {folder.checkpoints()[-1]}"
+        line, enough = f"{line} grid=uniform quantizer=gptq", CONTEST_BYTES
+    return (
+        f"The weights are safe in {folder.checkpoints()[-1]}: pack them with `{line} "
+        f"budget={enough}`"
+    )
+
+
 def finish(
     config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
 ) -> None:
@@ -223,7 +242,10 @@ def finish(
     exported = trainer.take_export()
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
-    packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    try:
+        packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    except BudgetError as e:
+        raise BudgetError(f"{e}. {packing_again(config, folder, e.excess)}", e.excess) from e
     reserve = config.schedule.reserve_s
     if packed is not None and 0 < reserve < packed.seconds:
         trainer.say(

@@ -228,17 +228,23 @@ def test_bad_input(train, tmp_path):
 
 def test_over_budget_is_an_error(train, tmp_path):
     out = tmp_path / "big"
-    code, output = train(f"out={out}", "budget_bytes=20000")
-    assert code == 2 and "too large even with all" in output, output
+    code, output = train(f"out={out}", "budget=20000")
+    assert code == 2 and "too large even with the coarsest steps" in output, output
     assert not (out / "result.json").exists()
-    code, output = train(f"out={tmp_path / 'off'}", "budget_bytes=20000", "prune_to_fit=false")
+    hint = shlex.split(output[output.index("pack them with") :].split("`")[1])
+    done = subprocess.run(
+        [sys.executable, "-m", *hint], capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD
+    )
+    assert done.returncode == 0 and (out / "artifact").exists(), done.stderr
+    limited = "budget_bytes=20000", "prune_to_fit=false", "fit_to_budget=false"
+    code, output = train(f"out={tmp_path / 'off'}", *limited)
     assert code == 2 and "over the limit of 20,000" in output, output
 
 
 def test_pruning_lands_under_the_budget(train, finished, tmp_path):
     total = json.loads((finished / "result.json").read_text())["bytes_total"]
     out = tmp_path / "pruned"
-    code, output = train(f"out={out}", f"budget_bytes={total - 1000}")
+    code, output = train(f"out={out}", f"budget_bytes={total - 1000}", "fit_to_budget=false")
     assert code == 0, output
     result = json.loads((out / "result.json").read_text())
     assert total - 2000 < result["bytes_total"] <= total - 1000
@@ -294,7 +300,7 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     assert "EMA" in out and "next cheaper" in out
     left = budget - result["bytes_code"] - small.stat().st_size
     assert 0 <= left < 2_000  # a step of one matrix
-    with pytest.raises(ConfigError, match="one key"):
+    with pytest.raises(ConfigError, match="give it once"):
         settings(finished, {"budget": "9", "budget_bytes": "9"})
     assert not settings(finished, {"budget": "9", "grid": "rows"})[1].artifact.fit_to_budget
     text = pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20")
