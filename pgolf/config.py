@@ -95,7 +95,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         section, spec = find_key(key)
         values = changed.setdefault(section, {})
         if spec.name in values:
-            raise ConfigError(f"{spec.name} is given twice, the second time as {key}: give it once")
+            raise ConfigError(f"{spec.name} is given twice, also as {key}: give it once")
         values[spec.name] = parse_value(key, spec, text)
     before = config.quant
     config = dataclasses.replace(

@@ -235,8 +235,8 @@ class ArtifactConfig:
     budget_bytes: int = opt(16_000_000, "limit of code + model; 0 = none", ge=0)
     fit_to_budget: bool = opt(
         False,
-        "choose the steps of all matrices together so that code + model fill the budget; not given, "
-        "true with grid=uniform, quantizer=gptq and a budget that is",
+        "choose the steps of all matrices together so that code + model fill the budget; not "
+        "given, true with grid=uniform, quantizer=gptq and a budget that is",
     )
     prune_to_fit: bool = opt(True, "zero the cheapest codes of +-1 if the budget is exceeded")
 
