@@ -36,7 +36,7 @@ def resumed(monkeypatch):
     for name in ("SEED", "DATA_PATH", "MAX_WALLCLOCK_SECONDS"):
         monkeypatch.delenv(name, raising=False)
     seen = []
-    monkeypatch.setattr("pgolf.train.run.run", lambda recipe, config, *_: seen.append(config) or 0)
+    monkeypatch.setattr("pgolf.train.run.run", lambda config, *_: seen.append(config) or 0)
 
     def call(line: str) -> Config:
         assert main(shlex.split(line)[1:]) == 0
