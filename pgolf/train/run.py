@@ -7,6 +7,7 @@ from shlex import quote
 
 import torch
 
+from pgolf import recipes
 from pgolf.bpb import ByteTable
 from pgolf.config import Config, with_overrides
 from pgolf.data.corpus import ensure_default_dataset
@@ -22,7 +23,6 @@ from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
 from pgolf.progress import format_seconds
-from pgolf.recipes import get, run_name, title
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
@@ -202,7 +202,7 @@ def run(config: Config, environment: Mapping[str, str], any_vocabulary: bool = F
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        config, dataset, folder, trainer = train(title, config, ranks, note, any_vocabulary)
+        config, dataset, folder, trainer = train(recipes.title, config, ranks, note, any_vocabulary)
         finish(config, ranks, dataset, folder, trainer)
         trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
@@ -225,7 +225,7 @@ def packing_again(config: Config, folder: RunFolder, excess: int) -> str:
     line = f"pgolf pack {quote(str(folder.path))} --out {quote(str(folder.artifact))}"
     # A little more than is needed: settings are in the code, whose size counts.
     enough = -(-(config.artifact.budget_bytes + excess) * 101 // 100_000) * 1000
-    if get(config.recipe).contest and enough > CONTEST_BYTES:
+    if recipes.get(config.recipe).contest and enough > CONTEST_BYTES:
         if config.artifact.fit_to_budget:
             return f"The weights are safe in {folder.checkpoints()[-1]}"
         line, enough = f"{line} grid=uniform quantizer=gptq", CONTEST_BYTES
@@ -275,5 +275,5 @@ def finish(
             attention,
             model.ops,
         )
-        print(result_table(result | {"recipe": run_name(config)}))
+        print(result_table(result | {"recipe": recipes.run_name(config)}))
         print(f"\n{write_report(folder.path)}")
