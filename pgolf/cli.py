@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from pgolf import __version__
 from pgolf.errors import PgolfError
@@ -35,26 +36,44 @@ def _train(argv: list[str]) -> int:
         "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
         epilog="`pgolf recipes` lists recipes, `pgolf recipes --keys` every key. The contest's "
         "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
-        "line wins. example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
+        "line wins. resume=true goes on with the run in out= as its config.json has it: eval.*, "
+        "log_every, checkpoint_every and device may be given anew, nothing else. "
+        "example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
     )
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import environment_overrides, find_key, parse_overrides
+    from pgolf.config import (
+        Config,
+        environment_overrides,
+        find_key,
+        parse_overrides,
+        with_overrides,
+    )
     from pgolf.errors import ConfigError
     from pgolf.recipes import get
 
     recipe = get(args.recipe)
     words = parse_overrides(args.overrides)
-    seed_exact = words.pop("seed_exact", "false")
-    if seed_exact not in ("true", "false"):
+    seed_exact = words.pop("seed_exact", None)
+    if seed_exact not in (None, "true", "false"):
         raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
-    given = {find_key(word)[1].name for word in words}
-    environment = {k: v for k, v in environment_overrides().items() if k not in given}
-    config = recipe.config({**environment, **words}, seed_exact == "true")
+    given = {word: find_key(word)[1].name for word in words}
+    environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
+    overrides = {**environment, **words}
+    where = {word: words[word] for word, key in given.items() if key in ("out", "resume")}
+    place = with_overrides(Config(), where).run
+    resuming = bool(place.resume and place.out)
+    if resuming:
+        from pgolf.train.run_folder import resumed_config
+
+        stated = None if seed_exact is None else seed_exact == "true"
+        config = resumed_config(recipe.name, stated, overrides, Path(place.out))
+    else:
+        config = recipe.config(overrides, seed_exact == "true")
     from pgolf.train.run import run
 
-    return run(recipe, config, environment)
+    return run(config, environment, not resuming and "vocab_size" not in given.values())
 
 
 def _recipes(argv: list[str]) -> int:

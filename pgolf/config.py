@@ -60,6 +60,10 @@ ENVIRONMENT = {
 }
 
 
+# Other words for a key.
+ALIASES = {"budget": "budget_bytes"}
+
+
 def known_keys() -> dict[str, tuple[str, dataclasses.Field]]:
     """Key -> (section, field), for every setting."""
     return {f.name: (s, f) for s, cls in SECTIONS.items() for f in fields(cls)}
@@ -73,6 +77,7 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
     """
     keys = known_keys()
     section, _, name = key.rpartition(".")
+    name = ALIASES.get(name, name)
     if name in keys and section in ("", keys[name][0]):
         return keys[name]
     near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
@@ -81,20 +86,34 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy with some keys changed; values may be text. Checks every value and how they fit."""
+    """A copy with some keys changed; values may be text. Checks every value and how they fit.
+
+    A budget that is given, or another grid or quantizer, decides fit_to_budget where that is not.
+    """
     changed: dict[str, dict[str, Any]] = {}
     for key, text in overrides.items():
         section, spec = find_key(key)
         values = changed.setdefault(section, {})
         if spec.name in values:
-            raise ConfigError(f"{spec.name} is given twice, once as {section}.{spec.name}")
+            raise ConfigError(f"{spec.name} is given twice, also as {key}: give it once")
         values[spec.name] = parse_value(key, spec, text)
+    before = config.quant
     config = dataclasses.replace(
         config,
         **{s: dataclasses.replace(getattr(config, s), **values) for s, values in changed.items()},
     )
+    q, a, packing = config.quant, config.artifact, changed.get("artifact", {})
+    regrids = (q.grid, q.quantizer) != (before.grid, before.quantizer)
+    if "fit_to_budget" not in packing and ("budget_bytes" in packing or regrids):
+        fits = fits_budgets(q) and a.budget_bytes > 0
+        config = dataclasses.replace(config, artifact=dataclasses.replace(a, fit_to_budget=fits))
     check(config)
     return config
+
+
+def fits_budgets(q: QuantConfig) -> bool:
+    """Whether matrices have steps that can be turned until they fill a budget."""
+    return (q.grid, q.quantizer) == ("uniform", "gptq")
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, str]:
@@ -144,7 +163,7 @@ def check(config: Config) -> None:
             f"batch_tokens={d.batch_tokens} must be a multiple of seq_len={d.seq_len}"
         )
     q, a = config.quant, config.artifact
-    if a.fit_to_budget and (q.grid, q.quantizer) != ("uniform", "gptq"):
+    if a.fit_to_budget and not fits_budgets(q):
         raise ConfigError(
             "fit_to_budget=true needs grid=uniform and quantizer=gptq, not "
             f"grid={q.grid} and quantizer={q.quantizer}"

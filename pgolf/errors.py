@@ -24,7 +24,15 @@ class ArtifactError(PgolfError):
 
 
 class BudgetError(PgolfError):
-    """Code and model together are larger than the recipe's limit."""
+    """Code and model together are larger than the recipe's limit.
+
+    Attributes:
+        excess: bytes over it with what comes nearest.
+    """
+
+    def __init__(self, message: str, excess: int = 0):
+        super().__init__(message)
+        self.excess = excess
 
 
 class TrainingError(PgolfError):

@@ -13,7 +13,12 @@ from pgolf.fields import opt
 class ModelConfig:
     """What is needed to rebuild the model; stored in the artifact."""
 
-    vocab_size: int = opt(1024, "rows of the token table; must cover the tokenizer", ge=4, le=65536)
+    vocab_size: int = opt(
+        1024,
+        "rows of the token table; where it is not given, at most the tokenizer's pieces",
+        ge=4,
+        le=65536,
+    )
     layers: int = opt(11, "transformer blocks", ge=1, le=256)
     dim: int = opt(512, "residual width", ge=8, le=16384)
     heads: int = opt(8, "query heads", ge=1)
@@ -231,7 +236,9 @@ class ArtifactConfig:
     brotli_quality: int = opt(11, "brotli quality", ge=0, le=11)
     budget_bytes: int = opt(16_000_000, "limit of code + model; 0 = none", ge=0)
     fit_to_budget: bool = opt(
-        False, "choose the steps of all matrices together so that code + model fill the budget"
+        False,
+        "choose the steps of all matrices together so that code + model fill the budget; not "
+        "given, true with grid=uniform, quantizer=gptq and a budget that is",
     )
     prune_to_fit: bool = opt(True, "zero the cheapest codes of +-1 if the budget is exceeded")
 

@@ -158,7 +158,8 @@ def _search(
             if at == highest:
                 raise BudgetError(
                     f"{found.size - budget:,} bytes too large even with the coarsest steps: use "
-                    "a smaller model or a larger budget_bytes"
+                    "a smaller model or a larger budget_bytes",
+                    found.size - budget,
                 )
         else:
             fits = found
@@ -176,5 +177,7 @@ def _search(
                 if dial.at(at) == fits.steps:
                     break  # nothing lies between
     if fits is None:
-        raise BudgetError(f"no setting within {budget:,} bytes in {count} probes")
+        raise BudgetError(
+            f"no setting within {budget:,} bytes in {count} probes", exceeds.size - budget
+        )
     return fits, count

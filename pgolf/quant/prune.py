@@ -52,7 +52,8 @@ def prune_to_fit(
         if high_excess > 0:
             raise BudgetError(
                 f"{high_excess:,} bytes too large even with all {total:,} smallest codes zeroed: "
-                "use fewer bits or a smaller model"
+                "use fewer bits or a smaller model",
+                int(high_excess),
             )
         # The Illinois method (Dowell and Jarratt 1971): interpolate, and where the same end of the
         # bracket moves twice, halve the excess of the other, so that neither end stays for long.

@@ -4,7 +4,9 @@ One module a recipe; each defines RECIPE. To add one, see CONTRIBUTING.md.
 """
 
 import difflib
+from dataclasses import fields
 
+from pgolf.config import Config, RunConfig, known_keys
 from pgolf.errors import ConfigError
 from pgolf.recipes import demo, pr478, pr531, pr543, pr1473
 from pgolf.recipes.recipe import Recipe
@@ -12,6 +14,13 @@ from pgolf.recipes.recipe import Recipe
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE for module in (demo, pr478, pr531, pr543, pr1473)
 }
+
+
+# Where and on what a run runs, and what it shows while it does: not what it is.
+OF_PLACE = {
+    "data.data", "data.tokenizer", "data.micro_tokens", "eval.val_every", "eval.eval_tokens",
+    "eval.score_live", *(f"run.{f.name}" for f in fields(RunConfig)),
+}  # fmt: skip
 
 
 def get(name: str) -> Recipe:
@@ -25,3 +34,25 @@ def get(name: str) -> Recipe:
     near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"unknown recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
+
+
+def changes(config: Config) -> list[str]:
+    """The settings in which a configuration is not what its recipe says, as `layers=2`."""
+    recipe = get(config.recipe).config(seed_exact=config.seed_exact)
+    changed = []
+    for key, (section, spec) in known_keys().items():
+        own, theirs = (getattr(getattr(c, section), spec.name) for c in (config, recipe))
+        if own != theirs and f"{section}.{key}" not in OF_PLACE:
+            changed.append(f"{key}={str(own).lower() if isinstance(own, bool) else own}")
+    return changed
+
+
+def run_name(config: Config) -> str:
+    """What a run is called: its recipe, and that it is not quite that."""
+    count = len(changes(config))
+    return config.recipe + (f" with {count} setting{'s' * (count > 1)} changed" if count else "")
+
+
+def title(config: Config) -> str:
+    """What a run is, in one line: its recipe's title, or every setting that is another."""
+    return f"{run_name(config)}: {', '.join(changes(config)) or get(config.recipe).title}"

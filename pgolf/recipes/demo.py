@@ -46,6 +46,7 @@ RECIPE = Recipe(
         V("ve_bits", "6", "P"),
         V("tok_bits", "8", "P"),
         V("grid", "uniform", "P", "a sixth smaller than rows of 6 bits at the same loss"),
+        V("fit_to_budget", False, "P", "size is no limit here; a budget that is given is filled"),
         V("codec", "rans", "P", "the smallest; auto tries all"),
         V(
             "small_numel",

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pgolf.config import from_dict
+from pgolf.errors import ConfigError
 from pgolf.files import atomic_write
 from pgolf.progress import format_seconds
+from pgolf.recipes import run_name, title
 from pgolf.report.figures import all_figures
 from pgolf.report.markup import Markup, join, tag
 from pgolf.report.page_style import STYLE
@@ -159,16 +162,26 @@ def _folded(title: str, note: str, inside: Markup, columns: bool = False) -> Mar
                tag("div", inside, class_="inside columns" if columns else "inside"))
 
 
+def _called(run: RunFiles) -> tuple[str, str]:
+    """What a run is called and what it is: by its configuration, or failing that by its result."""
+    try:
+        config = from_dict(run.config)
+        return run_name(config), title(config).removeprefix(f"{run_name(config)}: ")
+    except ConfigError:  # of another version
+        return _value(run.result.get("recipe")), ""
+
+
 def _page(run: RunFiles) -> Markup:
     result = run.result
-    recipe = _value(result.get("recipe"))
+    name, what = _called(run)
     tensors, files = objects(result.get("tensors")), result.get("code_modules")
     files = files if isinstance(files, list) else []
     under = (f"seed {_value(result.get('seed'))} · corpus {_value(result.get('corpus'))} · "
              f"commit {short(_value(mapping(result.get('provenance')).get('commit')), 13)}")
     main = tag(
         "main",
-        tag("header", tag("h1", recipe), tag("p", under, class_="under")),
+        tag("header", tag("h1", name), tag("p", what, class_="under"),
+            tag("p", under, class_="under")),
         _over_budget(result),
         _lead(result),
         tag("section", all_figures(run), class_="charts"),
@@ -188,7 +201,7 @@ def _page(run: RunFiles) -> Markup:
         "head", tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{recipe} · {decimal(result.get('val_bpb'), 4)} bits per byte"),
+        tag("title", f"{name} · {decimal(result.get('val_bpb'), 4)} bits per byte"),
         tag("style", Markup(STYLE)),
     )
     return join((Markup("<!doctype html>\n"), tag("html", head, tag("body", main), lang="en")))

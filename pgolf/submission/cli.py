@@ -5,7 +5,8 @@ import datetime
 import re
 from pathlib import Path
 
-from pgolf.recipes import get
+from pgolf.config import from_dict
+from pgolf.recipes import get, run_name, title
 from pgolf.submission.record import About, write_record
 from pgolf.submission.texts import code_parts, of_seeds
 from pgolf.train.run_folder import read_config
@@ -25,19 +26,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", default="", help="the shards, if they were moved since training")
     parser.add_argument("--author", default="", help="your name, for submission.json")
     parser.add_argument("--github-id", default="", help="your name on GitHub, likewise")
-    parser.add_argument("--name", help="of the record; default: the recipe's")
-    parser.add_argument("--blurb", help="one sentence; default: the recipe's title")
+    parser.add_argument("--name", help="of the record; default: the recipe's, and if it is changed")
+    parser.add_argument("--blurb", help="one sentence; default: the recipe's title, or its changes")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="today")
     parser.add_argument("--track", help="default: track_10min_16mb for a contest recipe")
     parser.add_argument("--hardware", default="", help="default: the device of the runs")
     args = parser.parse_args(argv)
 
-    recipe = get(read_config(args.runs[0]).get("recipe", ""))
+    config = from_dict(read_config(args.runs[0]))
+    recipe = get(config.recipe)
     about = About(
         author=args.author,
         github_id=args.github_id,
-        name=args.name or recipe.name,
-        blurb=args.blurb or recipe.title,
+        name=args.name or run_name(config),
+        blurb=args.blurb or title(config),
         date=args.date,
         track=args.track or ("track_10min_16mb" if recipe.contest else "track_non_record_16mb"),
         hardware=args.hardware,

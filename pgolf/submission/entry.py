@@ -78,7 +78,7 @@ def train_artifact(config: Config, ranks: Ranks) -> Path:
     from pgolf.train.run import claimed_folder, train
 
     with claimed_folder(config, ranks) as folder:
-        config, dataset, trainer = train(config.recipe, config, ranks, folder, "")
+        config, dataset, trainer = train(lambda c: c.recipe, config, ranks, folder, "")
         trainer.take_export()
         export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
         folder.check()

@@ -27,12 +27,15 @@ from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
 from pgolf.submission.script import Script, build_script, script_parts
 from pgolf.submission.texts import console_log, readme, requirements
+from pgolf.train.interrupt import resume_command
 from pgolf.train.run_data import Identity, find_dataset
 from pgolf.train.run_folder import FREE_KEYS, flat, read_config
 
 SCRIPT = "train_gpt.py"
 # What may differ between the runs of one record.
 OF_ONE_RUN = FREE_KEYS | {"run.seed"}
+# A score is of these, though a run that goes on may change them.
+OF_ONE_RUN -= {"eval.stride", "eval.val_tokens", "run.device"}
 NEEDED = ("val_bpb", "val_loss", "steps", "train_seconds", "bytes_model", "provenance")
 # Bits per byte by which two scores of one artifact may differ where sums are taken in another
 # order, or matmuls in another precision.
@@ -91,7 +94,8 @@ class Run:
             size = (path / ARTIFACT).stat().st_size
         except FileNotFoundError as e:
             name = Path(e.filename).name
-            raise ConfigError(f"{path} has no {name}: finish the run (resume=true)") from e
+            how = resume_command(config.recipe, path)
+            raise ConfigError(f"{path} has no {name}: finish the run with `{how}`") from e
         except (OSError, ValueError) as e:
             raise ConfigError(f"{path} cannot be read ({e}): train again") from e
         if missing := [key for key in NEEDED if key not in result]:

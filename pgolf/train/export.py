@@ -218,7 +218,8 @@ def _pack(
     )
     if not config.artifact.prune_to_fit:
         raise BudgetError(
-            f"{over}: use grid=uniform fit_to_budget=true, fewer bits, or a smaller model"
+            f"{over}: use grid=uniform fit_to_budget=true, fewer bits, or a smaller model",
+            total - limit,
         )
     print(f"{over}: pruning", flush=True)
     fixed = dataclasses.replace(config.artifact, codec=encoded.codec, packing=encoded.packing)

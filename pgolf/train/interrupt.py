@@ -1,5 +1,6 @@
 """A run that is asked to end: finish the step, keep what there is, say how to go on."""
 
+import shlex
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,12 +51,11 @@ class Interrupt:
     def error(self, step: int) -> Interrupted:
         """What to raise once the state is on disk."""
         return Interrupted(
-            f"stopped after step {step}; go on with the same settings and "
-            f"`{resume_command(self.recipe, self.folder)}`",
+            f"stopped after step {step}; go on with `{resume_command(self.recipe, self.folder)}`",
             128 + (self.number or signal.SIGINT),
         )
 
 
 def resume_command(recipe: str, folder: Path) -> str:
     """What goes on with a run."""
-    return f"pgolf train {recipe} out={folder} resume=true"
+    return f"pgolf train {recipe} {shlex.quote(f'out={folder}')} resume=true"

@@ -58,14 +58,6 @@ def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:
         ConfigError: an override is not about packing, or lifts the contest's limit.
     """
     trained = from_dict(read_config(run))
-    if "budget" in overrides:
-        if "budget_bytes" in overrides:
-            raise ConfigError("budget and budget_bytes are one key: give it once")
-        overrides = {**overrides, "budget_bytes": overrides["budget"]}
-        del overrides["budget"]
-        asked = {"grid": trained.quant.grid, "quantizer": trained.quant.quantizer} | overrides
-        if (asked["grid"], asked["quantizer"]) == ("uniform", "gptq"):
-            overrides.setdefault("fit_to_budget", "true")
     for key in overrides:
         section = find_key(key)[0]
         if section not in SECTIONS:

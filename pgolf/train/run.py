@@ -1,12 +1,14 @@
 """`pgolf train`: from a configuration to a scored artifact."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 
 import torch
 
+from pgolf import recipes
 from pgolf.bpb import ByteTable
 from pgolf.config import Config, from_dict, with_overrides
 from pgolf.data.corpus import ensure_default_dataset
@@ -15,7 +17,7 @@ from pgolf.data.manifest import Dataset
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import ConfigError
+from pgolf.errors import BudgetError, ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES, operator_sizes
 from pgolf.model.init import init_weights
@@ -23,7 +25,7 @@ from pgolf.ops import registry
 from pgolf.ops.attention import choose
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
-from pgolf.recipes.recipe import Recipe
+from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
 from pgolf.train.export import export
@@ -72,6 +74,19 @@ def data_again(config: Config, folder: Path) -> Dataset:
     moved = given.data if given.data != recorded.data else ""
     other = given.tokenizer if given.tokenizer != recorded.tokenizer else ""
     return find_dataset(folder, recorded, moved, other)
+
+
+def fit_vocabulary(config: Config, dataset: Dataset) -> Config:
+    """The settings with as many rows in the token table as the tokenizer has pieces, if fewer."""
+    if dataset.vocab_size >= config.model.vocab_size:
+        return config
+    return with_overrides(config, {"vocab_size": dataset.vocab_size})
+
+
+def vocabulary_line(rows: int, pieces: int) -> str:
+    """What the token table has, and how much of it no text can reach."""
+    unused = f", {rows - pieces:,} of them unused: vocab_size={pieces} is enough" * (rows > pieces)
+    return f"{rows:,} rows for {pieces:,} pieces{unused}"
 
 
 def opening_lines(
@@ -140,6 +155,7 @@ def build(
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
         "attention": attention,
         **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
+        "vocabulary": vocabulary_line(config.model.vocab_size, dataset.vocab_size),
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
@@ -151,17 +167,25 @@ def build(
 
 
 def train(
-    title: str, config: Config, ranks: Ranks, folder: RunFolder, note: str
+    title: Callable[[Config], str],
+    config: Config,
+    ranks: Ranks,
+    folder: RunFolder,
+    note: str,
+    any_vocabulary: bool = False,
 ) -> tuple[Config, Dataset, Trainer]:
     """Open the data, build the model, train until the budget is spent.
 
     Args:
-        title: what the run is, in one line.
+        title: what a run with these settings is, in one line.
         folder: from `claimed_folder`.
         note: which settings the environment gave.
+        any_vocabulary: nobody asked for a vocab_size: the model takes the data's if it is smaller.
     """
     going_on = config.run.resume
     dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
+    if any_vocabulary:
+        config = fit_vocabulary(config, dataset)
     # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
     config = with_overrides(
         config,
@@ -170,7 +194,7 @@ def train(
             "tokenizer": str(dataset.tokenizer_path.resolve()),
         },
     )
-    trainer = build(title, config, ranks, dataset, folder, note)
+    trainer = build(title(config), config, ranks, dataset, folder, note)
     try:
         ranks.on_first(lambda: folder.open(config, dataset))
         if config.run.resume:
@@ -199,18 +223,20 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     state, path = folder.load(trainer.ranks.device)
     trainer.load_state_dict(state)
     folder.forget_after(trainer.clock.step)
-    trainer.say(f"going on from {path}")
+    qat = ", late QAT is on" if trainer.qat_switch else ""
+    trainer.say(f"going on from {path}{qat}")
 
 
-def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
+def run(config: Config, environment: Mapping[str, str], any_vocabulary: bool = False) -> int:
     """Train, pack, decode, score, report. Returns the exit code."""
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
         with claimed_folder(config, ranks) as folder:
-            title = f"{recipe.name}: {recipe.title}"
-            config, dataset, trainer = train(title, config, ranks, folder, note)
+            config, dataset, trainer = train(
+                recipes.title, config, ranks, folder, note, any_vocabulary
+            )
             try:
                 finish(config, ranks, dataset, folder, trainer)
             except KeyboardInterrupt as e:
@@ -229,7 +255,7 @@ def stopped_after_training(
     if folder.checkpoints():
         remedy = (
             "training is done and kept; to pack and score it, "
-            f"`{resume_command(config.recipe, folder.path)}` with the same settings"
+            f"`{resume_command(config.recipe, folder.path)}`"
         )
     else:
         remedy = "no checkpoint was kept (checkpoint_every=0): train again"
@@ -246,6 +272,23 @@ def claimed_folder(config: Config, ranks: Ranks) -> Iterator[RunFolder]:
         yield RunFolder(chosen[0], writes=ranks.first)
 
 
+def packing_again(config: Config, folder: RunFolder, excess: int) -> str:
+    """What is left of a run that is `excess` bytes over its budget, and how to pack that."""
+    if not folder.checkpoints():
+        return "No checkpoint was kept (checkpoint_every=0): train again"
+    line = f"pgolf pack {quote(str(folder.path))} --out {quote(str(folder.artifact))}"
+    # A little more than is needed: settings are in the code, whose size counts.
+    enough = -(-(config.artifact.budget_bytes + excess) * 101 // 100_000) * 1000
+    if recipes.get(config.recipe).contest and enough > CONTEST_BYTES:
+        if config.artifact.fit_to_budget:
+            return f"The weights are safe in {folder.checkpoints()[-1]}"
+        line, enough = f"{line} grid=uniform quantizer=gptq", CONTEST_BYTES
+    return (
+        f"The weights are safe in {folder.checkpoints()[-1]}: pack them with `{line} "
+        f"budget={enough}`"
+    )
+
+
 def finish(
     config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
 ) -> None:
@@ -253,7 +296,10 @@ def finish(
     exported = trainer.take_export()
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
-    packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    try:
+        packed = export(model, config, dataset, ranks, folder.artifact, trainer.say)
+    except BudgetError as e:
+        raise BudgetError(f"{e}. {packing_again(config, folder, e.excess)}", e.excess) from e
     reserve = config.schedule.reserve_s
     if packed is not None and 0 < reserve < packed.seconds:
         trainer.say(
@@ -283,5 +329,5 @@ def finish(
             attention,
             model.ops,
         )
-        print(result_table(result))
+        print(result_table(result | {"recipe": recipes.run_name(config)}))
         print(f"\n{write_report(folder.path)}")

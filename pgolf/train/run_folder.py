@@ -11,14 +11,15 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pgolf.config import Config, to_dict
+from pgolf.config import Config, EvalConfig, from_dict, to_dict, with_overrides
 from pgolf.data.manifest import TOKENIZER, Dataset
 from pgolf.errors import ConfigError, DataError, InUseError, StorageError
 from pgolf.files import atomic_folder, atomic_write, claim, sha256_of, storage_errors
@@ -28,8 +29,8 @@ from pgolf.train.run_data import Identity
 KEEP = 2
 # What may differ between the first part of a run and its continuation. Data are compared by hash.
 FREE_KEYS = {
-    "run.resume", "run.out", "run.log_every", "run.checkpoint_every", "eval.val_every",
-    "data.data", "data.tokenizer",
+    "run.resume", "run.out", "run.device", "run.log_every", "run.checkpoint_every",
+    "data.data", "data.tokenizer", *(f"eval.{f.name}" for f in fields(EvalConfig)),
 }  # fmt: skip
 
 
@@ -60,6 +61,43 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no JSON object: restore it, or train again")
     return values
+
+
+def refuse_changes(run: Path, old: Config, new: Config, free: Set[str]) -> None:
+    """Raise ConfigError if settings that are not free differ; it lists each, old and new."""
+    before, after = flat(to_dict(old)), flat(to_dict(new))
+    changed = [key for key in before if before[key] != after[key] and key not in free]
+    if not changed:
+        return
+    listed = "; ".join(f"{key}={before[key]} then, {after[key]} now" for key in changed)
+    qat = ""
+    if any(key.startswith("quant.qat_") for key in changed):
+        qat = " Late QAT goes on where, and as, it was to at the start of the run."
+    raise ConfigError(
+        f"cannot resume {run}: its settings differ ({listed}). Leave them out, and they are read "
+        f"from {run / 'config.json'}, or train anew with another out=FOLDER.{qat}"
+    )
+
+
+def resumed_config(
+    recipe: str, seed_exact: bool | None, overrides: Mapping[str, Any], run: Path
+) -> Config:
+    """The settings of a run that goes on: those of its config.json, with `overrides` on top.
+
+    Args:
+        recipe: the one that was named.
+        seed_exact: None if it was not given.
+
+    Raises:
+        ConfigError: there is no run, or an override changes what may not; lists all of these.
+    """
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"nothing to resume in {run}: there is no config.json")
+    old = from_dict(read_config(run))
+    exact = old.seed_exact if seed_exact is None else seed_exact
+    new = with_overrides(replace(old, recipe=recipe, seed_exact=exact), overrides)
+    refuse_changes(run, old, new, FREE_KEYS)
+    return new
 
 
 class RunFolder:
@@ -124,16 +162,12 @@ class RunFolder:
         """Start a folder (config, data, tokenizer), or check that a resumed one fits."""
         file = self.path / "config.json"
         if config.run.resume:
-            old, new = flat(read_config(self.path)), flat(to_dict(config))
-            changed = [
-                f"{k}={old.get(k)} then, {new.get(k)} now"
-                for k in sorted(old.keys() | new.keys())
-                if old.get(k) != new.get(k) and k not in FREE_KEYS
-            ]
-            if changed:
-                raise ConfigError(
-                    f"cannot resume {self.path}: its settings differ ({'; '.join(changed)})"
-                )
+            old = from_dict(read_config(self.path))
+            refuse_changes(self.path, old, config, FREE_KEYS)
+            # What is free is used from here on, and is what commands on this folder go by.
+            config = with_overrides(config, {"out": old.run.out, "resume": False})
+            if config != old:
+                atomic_write(file, json.dumps(to_dict(config), indent=2) + "\n")
             for left in self.path.rglob(".*.tmp"):  # of a run that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         else:

@@ -10,7 +10,7 @@ import torch
 from pgolf.config import SECTIONS, known_keys
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
-from pgolf.recipes import RECIPES, get
+from pgolf.recipes import RECIPES, get, run_name, title
 from pgolf.recipes.show import list_keys, list_recipes, show_recipe
 
 SEEDS = {"pr478": 26_993_756, "pr531": 27_878_489, "pr543": 25_224_283, "pr1473": 27_067_484}
@@ -68,6 +68,22 @@ def test_the_limit_of_a_contest_recipe_cannot_be_lifted(limit):
     with pytest.raises(ConfigError, match="contest recipe"):
         get("pr531").config({"fit_to_budget": "false", "budget_bytes": limit})
     assert get("demo").config({"fit_to_budget": "false", "budget_bytes": limit})
+
+
+def test_a_run_is_called_by_its_settings():
+    demo = get("demo")
+    place = {
+        "seed": 3, "out": "x", "device": "cpu", "data": "y", "resume": True, "log_every": 3,
+        "ops": "reference", "micro_tokens": 256, "val_every": 1,
+    }  # fmt: skip
+    assert title(demo.config(place)) == f"demo: {demo.title}" and run_name(demo.config()) == "demo"
+    one = demo.config({"layers": 2} | place)
+    assert title(one) == "demo with 1 setting changed: layers=2"
+    two = demo.config({"layers": 2, "layer_scale": False})
+    assert title(two) == "demo with 2 settings changed: layers=2, layer_scale=false"
+    assert run_name(two) == "demo with 2 settings changed"
+    exact = get("pr478").config(seed_exact=True)
+    assert title(exact) == f"pr478: {get('pr478').title}", "not a change: it is said on its own"
 
 
 def test_unknown_recipe():

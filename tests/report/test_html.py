@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pgolf.config import to_dict
 from pgolf.errors import DataError
+from pgolf.recipes import get
 from pgolf.report.html import write_report
 from pgolf.report.lines import thinned
 from pgolf.report.markup import Markup, tag
@@ -203,6 +205,14 @@ def test_bits_and_expected_losses_by_tensor(write_run, result, metrics):
     assert bits[0] == "blocks.0.attn.c_q.weight\n6.00 bits as int6"
     assert losses[0] == "blocks.0.attn.c_q.weight\n1.00 µnats as int6"
     assert len(bits) == len(losses) == 7
+
+
+def test_a_page_is_called_by_the_settings_of_the_run(write_run, result, metrics):
+    run = write_run(result, metrics)
+    (run / "config.json").write_text(json.dumps(to_dict(get("demo").config({"layers": 2}))))
+    source, _, _ = render(run)
+    assert "<h1>demo with 1 setting changed</h1>" in source and ">layers=2</p>" in source
+    assert "<title>demo with 1 setting changed · " in source
 
 
 def test_names_from_files_are_escaped(write_run, result, metrics):

@@ -69,6 +69,8 @@ def test_writes_the_folder(two_runs, tmp_path, script_alone, capsys):
     assert values["val_bpb_mean"] == statistics.fmean(r["val_bpb"] for r in results.values())
     assert values["seed_results"]["2"]["val_bpb"] == results["seed2"]["val_bpb"]
     assert values["track"] == "track_non_record_16mb", "the demo is no contest recipe"
+    assert values["name"].startswith("demo with ") and values["name"].endswith(" settings changed")
+    assert values["blurb"].startswith(f"{values['name']}: vocab_size=400, layers=3, ")
     code, model = (out / "train_gpt.py").stat().st_size, (out / "artifact").stat().st_size
     assert (values["bytes_code"], values["bytes_model"]) == (code, model)
     assert values["bytes_total"] == code + model

@@ -1,16 +1,20 @@
 """`auto` and the limits of operators: decided with the model's sizes, before a run begins."""
 
 import inspect
+import json
+import re
 
 import pytest
 import torch
 
+from pgolf.cli import main
 from pgolf.config import Config, ModelConfig, parse_overrides, with_overrides
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
 from pgolf.ops.registry import OPERATORS, choose, choose_all
+from pgolf.recipes import title
 from pgolf.train import run
 from pgolf.train.ranks import Ranks
 from pgolf.train.trainer import Trainer
@@ -88,13 +92,13 @@ def test_the_environment_gives_way_to_a_limit(monkeypatch) -> None:
     assert reason == "PGOLF_OPS asks for it: cpu: it takes at most 768 elements a row, not 1024"
 
 
-def start(folder, shards, *words: str) -> None:
+def start(folder, shards, *words: str, any_vocabulary: bool = False) -> None:
     """`run.train` in this process."""
     settings = replaced(TINY, (f"data={shards}", f"out={folder}", "max_steps=2", *words))
     config = with_overrides(Config(recipe="demo"), parse_overrides(settings))
     ranks = Ranks(0, 1, CPU)
     with run.claimed_folder(config, ranks) as claimed:
-        run.train("a title", config, ranks, claimed, "")
+        run.train(title, config, ranks, claimed, "", any_vocabulary)
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_its_name_free(
@@ -123,3 +127,26 @@ def test_a_folder_that_held_more_keeps_it(shards, tmp_path, monkeypatch) -> None
     with pytest.raises(ZeroDivisionError):
         start(tmp_path, shards)
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "said"),
+    [
+        ("", 400, "400 rows for 400 pieces\n"),
+        ("512", 512, "512 rows for 400 pieces, 112 of them unused: vocab_size=400 is enough\n"),
+    ],
+)
+def test_the_vocabulary_follows_the_data_unless_one_is_asked_for(
+    given, rows, said, shards, tmp_path, monkeypatch, capsys
+) -> None:
+    """By the command's own way; the folder has the number used, and so has what is made of it."""
+    monkeypatch.setattr(Trainer, "_between_steps", lambda *args: None)
+    monkeypatch.setattr(run, "finish", lambda config, *args: None)
+    words = [w for w in replaced(TINY, ("max_steps=1",)) if not w.startswith("vocab_size")]
+    words += [f"vocab_size={given}"] * bool(given)
+    assert main(["train", "demo", f"data={shards}", f"out={tmp_path / 'run'}", *words]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["vocab_size"] == rows
+    out = capsys.readouterr().out
+    assert f"  vocabulary      {said}" in out
+    assert re.match(rf"demo with \d+ settings changed: vocab_size={rows}, layers=3, ", out)
