@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -149,7 +150,10 @@ def test_finds_data_that_moved_or_says_how_to_name_them(copied, shards, script_a
     out = tmp_path / "out"
     with pytest.raises(DataError, match="no folder /gone/data/words; name .* data=FOLDER"):
         write_record([copied], out, ABOUT)
-    assert main(["submit", str(copied), f"data={shards}", "--out", str(out)]) == 0
+    author = os.fsdecode(b"Ren\xe9")  # from a terminal that is not UTF-8
+    words = [f"data={shards}", "--out", str(out), "--author", author, "--blurb", author]
+    assert main(["submit", str(copied), *words]) == 0
+    assert "Ren\\udce9" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_another_process_makes_the_record(one_run, tmp_path):

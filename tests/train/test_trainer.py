@@ -141,6 +141,16 @@ def test_a_stop_whose_checkpoint_fails_is_no_stop_to_go_on_from(monkeypatch):
         trainer.train(SimpleNamespace(requested=True, error=lambda step: KeyError(step)))
 
 
+def test_a_stop_while_the_last_step_is_validated(monkeypatch):
+    """The loop has ended: a stop all the same, with a checkpoint that nothing else asked for."""
+    trainer, folder, clock = build(monkeypatch, "val_every=0", "checkpoint_every=0")
+    interrupt = SimpleNamespace(requested=False, error=lambda step: KeyError(step))
+    monkeypatch.setattr(trainer, "validate", lambda: setattr(interrupt, "requested", True))
+    with pytest.raises(KeyError, match="10"):
+        trainer.train(interrupt)
+    assert trainer.kept == 10 and clock.now == 50.0 + 20.0 + 1000.0
+
+
 def test_a_resumed_clock_goes_on(monkeypatch):
     trainer, _, _ = build(monkeypatch, "val_every=0", "checkpoint_every=0")
     trainer.clock = module.Clock(step=6, tokens=6 * 256, seconds=12.0)
