@@ -1,5 +1,6 @@
 """Progress with an ETA on standard error: one moving line on a terminal, else a line at times."""
 
+import io
 import sys
 import time
 
@@ -7,7 +8,7 @@ import time
 def print_anything() -> None:
     """Print what the terminal has no characters for as escapes, instead of ending in an error."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 

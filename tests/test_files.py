@@ -187,6 +187,51 @@ def test_errors_in_words(tmp_path, number, words):
         raise OSError(number, os.strerror(number))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_errors_name_no_option_of_one_command(tmp_path, number):
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert "out" not in str(caught.value).replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_symbolic_link_is_followed(tmp_path, write):
+    """Also one whose target is still to be made."""
+    for made in (True, False):
+        target = tmp_path / f"{made}" / "x"
+        target.parent.mkdir()
+        if made:
+            write(target)
+        link = tmp_path / f"link to {made}"
+        link.symlink_to(target)
+        write(link)
+        assert link.is_symlink() and not target.is_symlink() and content(target)
+        assert names(target.parent) == ["x"]
+
+
+def test_what_is_no_place_for_a_file_or_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", "", "..", "/"):
+        with pytest.raises(StorageError, match="it is a folder"):
+            atomic_write(place, "text")
+        with pytest.raises(StorageError, match="the folder that you are in"):
+            write_folder(place)
+    with pytest.raises(StorageError, match="a device or the like"):
+        atomic_write(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["here", "pipe"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    atomic_write(path, f"written to {path.name}")
+    assert path.read_text() == "written to caf\\udce9"
+    with atomic_folder(path.with_name(os.fsdecode(b"\xff"))) as folder:
+        (folder / "a").write_text("1")
+    assert len(names(tmp_path)) == 2
+
+
 def test_sha256(tmp_path):
     content = b"x" * (3 << 20)
     (tmp_path / "f").write_bytes(content)

@@ -21,9 +21,11 @@ def main(argv: list[str]) -> int:
         "scores the artifact in an empty folder before anything is written.",
         epilog="example: pgolf submit runs/pr1473-seed* --author 'A. Name' --github-id aname",
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders that differ in their seed")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN",
+        help="run folders that differ in their seed; data=FOLDER if their shards were moved",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write; default: DATE_NAME")
-    parser.add_argument("--data", default="", help="the shards, if they were moved since training")
     parser.add_argument("--author", default="", help="your name, for submission.json")
     parser.add_argument("--github-id", default="", help="your name on GitHub, likewise")
     parser.add_argument("--name", help="of the record; default: the recipe's, and if it is changed")
@@ -32,8 +34,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--track", help="default: track_10min_16mb for a contest recipe")
     parser.add_argument("--hardware", default="", help="default: the device of the runs")
     args = parser.parse_args(argv)
+    named = [word for word in args.runs if word.startswith("data=")]
+    runs = [Path(word) for word in args.runs if word not in named]
+    if not runs:
+        parser.error("name the folder of a run")
 
-    config = from_dict(read_config(args.runs[0]))
+    config = from_dict(read_config(runs[0]))
     recipe = get(config.recipe)
     about = About(
         author=args.author,
@@ -45,7 +51,7 @@ def main(argv: list[str]) -> int:
         hardware=args.hardware,
     )
     out = args.out or Path(f"{about.date}_{re.sub(r'[^A-Za-z0-9]+', '-', about.name).strip('-')}")
-    record = write_record(args.runs, out, about, args.data)
+    record = write_record(runs, out, about, named[-1].removeprefix("data=") if named else "")
     values = record.values
     print(
         f"{out}: val_bpb {values['val_bpb']:.8f}{of_seeds(values)}, "

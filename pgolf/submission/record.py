@@ -21,7 +21,7 @@ from pgolf.child import run_script
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, PgolfError
-from pgolf.files import atomic_folder, claim
+from pgolf.files import atomic_folder, atomic_write, claim
 from pgolf.model.gpt import DTYPES
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
@@ -316,9 +316,9 @@ def _write_record(paths: Sequence[Path], out: Path, about: About, data: str | Pa
         shutil.copy(best.artifact, folder / ARTIFACT)
         (folder / "submission.json").write_text(json.dumps(values, indent=2) + "\n")
         page = readme(values, best.config, parts, score.note)
-        (folder / "README.md").write_text(page, encoding="utf-8")
+        atomic_write(folder / "README.md", page)
         (folder / "requirements.txt").write_text(requirements(script.libraries))
         for run in runs:
             log = console_log(run.metrics, run.result, len(script.data))
-            (folder / f"train_seed{run.seed}.log").write_text(log, encoding="utf-8")
+            atomic_write(folder / f"train_seed{run.seed}.log", log)
     return Record(values, parts, score.note)

@@ -123,7 +123,9 @@ def main(argv: list[str]) -> int:
     data = overrides.pop("data", "")
     trained, config = settings(args.run, overrides)
     device = pick_device(args.device)
-    with claim(args.out):
+    real = writable_file(args.out)
+    in_run = real.name == ARTIFACT and (real.parent / "config.json").is_file()
+    with claim(real.parent if in_run else real):
         if not args.force:
             refuse_to_replace(args.out)
         dataset = open_data(args.run, config, data)

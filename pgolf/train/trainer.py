@@ -195,20 +195,24 @@ class Trainer:
             self.averager.update(before, self.clock)
 
             paused = time.perf_counter()
-            self._between_steps(loss, norm, lr_scale, momentum, bool(stop))
+            self._between_steps(loss, norm, lr_scale, momentum)
             if stop:
-                if self.kept != self.clock.step:
-                    self.folder.check()
-                raise interrupt.error(self.clock.step)
+                self._stop(interrupt)
             offset -= time.perf_counter() - paused
+        if self.ranks.decide(interrupt.requested)[0]:  # while the last step was looked at
+            self._stop(interrupt)
+
+    def _stop(self, interrupt: Interrupt) -> None:
+        """Keep this step, then raise Interrupted; StorageError if it could not be kept."""
+        if self.kept != self.clock.step:
+            self.check_finite()
+            self.checkpoint()
+        if self.kept != self.clock.step:
+            self.folder.check()
+        raise interrupt.error(self.clock.step)
 
     def _between_steps(
-        self,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        lr_scale: float,
-        momentum: float,
-        stop: bool,
+        self, loss: torch.Tensor, norm: torch.Tensor, lr_scale: float, momentum: float
     ) -> None:
         """Log, validate, write a checkpoint: whatever is due after this step."""
         run, step = self.config.run, self.clock.step
@@ -217,9 +221,7 @@ class Trainer:
             self.config.eval.val_every and step % self.config.eval.val_every == 0
         )
         # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
-        save = stop or (
-            run.checkpoint_every and (finished or step % run.checkpoint_every == 0)
-        )
+        save = run.checkpoint_every and (finished or step % run.checkpoint_every == 0)
         log = finished or step == 1 or step % run.log_every == 0
         if log or save or validate:
             self.check_finite()
@@ -338,6 +340,7 @@ class Trainer:
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])
         self.clock = Clock(**state["clock"])
+        self.kept = self.clock.step
 
     def checkpoint(self) -> None:
         """Write a checkpoint (rank 0; every rank holds the same state), if there is room for it."""

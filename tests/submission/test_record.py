@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from pgolf.cli import main
-from pgolf.errors import BudgetError, ConfigError, PgolfError
+from pgolf.data.manifest import Dataset
+from pgolf.errors import BudgetError, ConfigError, DataError, InUseError, PgolfError
+from pgolf.files import claim
 from pgolf.submission import record
 from pgolf.submission.record import (
     About,
@@ -22,6 +25,7 @@ from pgolf.submission.record import (
     verify,
     write_record,
 )
+from pgolf.train.run_data import Identity
 
 ABOUT = About("A. Name", "aname", "A record", "One sentence.", "2026-11-26", "track_10min_16mb")
 FIELDS = {
@@ -126,6 +130,57 @@ def test_refuses_runs_of_different_settings(one_run, make_run):
         check_alike([Run.read(one_run), Run.read(make_run(seed=3, mlp_bits="5"))])
     with pytest.raises(ConfigError, match="seed 1337 is given twice"):
         check_alike([Run.read(one_run), Run.read(one_run)])
+
+
+def test_refuses_runs_of_different_data(two_runs):
+    for run, text in zip(two_runs, ("a", "b"), strict=True):
+        Identity("words", text * 64, "c" * 64).write(run)
+    try:
+        with pytest.raises(ConfigError, match="other data .corpus_sha256 bbbbbbbbbbbb... for aaa"):
+            check_alike([Run.read(run) for run in two_runs])
+    finally:
+        for run in two_runs:
+            (run / "data.json").unlink()
+
+
+def test_finds_data_that_moved_or_says_how_to_name_them(copied, shards, script_alone, tmp_path):
+    """The run states the hash, so a folder of the same data elsewhere is as good."""
+    Identity.of(Dataset.open(shards)).write(copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["data"] |= {"data": "/gone/data/words", "tokenizer": "/gone/tokenizer.model"}
+    (copied / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="no folder /gone/data/words; name .* data=FOLDER"):
+        write_record([copied], out, ABOUT)
+    author = os.fsdecode(b"Ren\xe9")  # from a terminal that is not UTF-8
+    words = [f"data={shards}", "--out", str(out), "--author", author, "--blurb", author]
+    assert main(["submit", str(copied), *words]) == 0
+    assert "Ren\\udce9" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_another_process_makes_the_record(one_run, tmp_path):
+    with claim(tmp_path / "out"), pytest.raises(InUseError, match="in use by"):
+        write_record([one_run], tmp_path / "out", ABOUT)
+
+
+def test_pack_replaces_no_scored_artifact(copied, tmp_path, monkeypatch, capsys):
+    artifact, other = copied / "artifact", tmp_path / "notes.txt"
+    before = artifact.read_bytes()
+    other.write_text("mine")
+    (tmp_path / "link").symlink_to(artifact)
+    for out, words in ((artifact, "scores"), (tmp_path / "link", "scores"), (other, "no artifact")):
+        assert main(["pack", str(copied), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert words in said and "--force" in said
+    assert main(["pack", str(copied), "--out", "."]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+    # with it, what stops packing here is that this run kept no checkpoint
+    assert main(["pack", str(copied), "--out", str(artifact), "--force"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    (copied / "result.json").unlink()
+    assert main(["pack", str(copied), "--out", str(artifact)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert artifact.read_bytes() == before and other.read_text() == "mine"
 
 
 def test_refuses_over_the_budget_and_names_the_parts(one_run, script):

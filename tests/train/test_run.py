@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -17,13 +18,17 @@ import torch
 
 from bench import quality
 from pgolf.artifact.container import read_artifact
-from pgolf.config import ModelConfig, from_dict
+from pgolf.cli import main
+from pgolf.config import Config, ModelConfig, from_dict
 from pgolf.errors import ConfigError
+from pgolf.evaluate import Sums
 from pgolf.model import GPT
 from pgolf.submission.script import build_script
+from pgolf.train import run
 from pgolf.train.repack import settings
+from pgolf.train.run_folder import RunFolder
 
-from .tiny import ONE_THREAD, ROOT, TINY, metrics
+from .tiny import ONE_THREAD, ROOT, TINY, metrics, replaced
 
 
 def test_run_folder(finished):
@@ -184,6 +189,32 @@ def test_ctrl_c_keeps_the_run(shards, finished, tmp_path):
     assert (out / "artifact").read_bytes() == (finished / "artifact").read_bytes()
 
 
+def test_stopped_while_scoring(finished, tmp_path, monkeypatch, capsys):
+    """Training is over: the message says how to go on, and going on trains nothing."""
+    out = tmp_path / "moved"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    trained = json.loads((out / "config.json").read_text())["data"]["data"]
+    words = ["train", "demo", *replaced(TINY, ("resume=true", f"out={out}", f"data={trained}"))]
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "score_artifact", stopped)
+    assert main(words) == 143
+    output, errors = capsys.readouterr()
+    assert f"`pgolf train demo out={out} resume=true`" in errors and "training is done" in errors
+    assert "going on from" in output and "train_loss" not in output
+    assert not (out / "result.json").exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(run, "score_artifact", lambda *args: Sums(2.0, 1, 1))
+    assert main(words) == 0
+    assert "train_loss" not in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text())["steps"] == 20
+    shutil.rmtree(out / "checkpoints")
+    stop = run.stopped_after_training(Config(), RunFolder(out), KeyboardInterrupt())
+    assert "no checkpoint was kept" in str(stop) and stop.exit_code == 130
+
+
 def test_nan_stops_with_the_step(train, tmp_path):
     out = tmp_path / "nan"
     code, output = train(
@@ -253,7 +284,7 @@ def test_pruning_lands_under_the_budget(train, finished, tmp_path):
 
 
 def test_no_space(train, tmp_path):
-    """A full disk is one clear error and leaves no half-written checkpoint."""
+    """A full disk ends no training, is one clear error at the end, and leaves nothing half."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -265,6 +296,9 @@ def test_no_space(train, tmp_path):
         code, output = train(f"out={small / 'run'}")
         assert code == 2, output
         assert "no space left" in output and "Traceback" not in output
+        assert "training goes on" in output and "step:20/20 train_loss" in output
+        errors = [line for line in output.splitlines() if line.startswith("pgolf: error")]
+        assert len(errors) == 1 and "no space left" in errors[0]
         assert not list((small / "run").rglob("*.tmp"))
     finally:
         time.sleep(0.1)

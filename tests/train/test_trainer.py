@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgolf.config import Config, parse_overrides, with_overrides
-from pgolf.errors import ConfigError
+from pgolf.errors import ConfigError, StorageError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 from pgolf.ops.registry import OPERATORS
@@ -106,6 +106,49 @@ def test_validation_and_checkpoints_are_off_the_clock(monkeypatch):
     assert clock.now == 50.0 + 20.0 + 4 * 500.0 + 3 * 1000.0
     seconds = [m["seconds"] for m in folder.lines if m["kind"] == "train"]
     assert seconds == pytest.approx([2.0 * (i + 1) for i in range(10)])
+
+
+def test_a_full_disk_does_not_stop_training(monkeypatch, capsys):
+    """The clock goes on, the checkpoints after it are tried, and it is not forgotten."""
+    trainer, folder, _ = build(monkeypatch, "val_every=0", "checkpoint_every=4")
+    tried, failed = [], StorageError("cannot write x: no space left")
+
+    def save(step, state):
+        tried.append(step)
+        raise failed
+
+    monkeypatch.setattr(folder, "save", save)
+    trainer.train(SimpleNamespace(requested=False))
+    assert trainer.clock.step == 10 and tried == [4, 8, 10] and folder.failed is failed
+    assert capsys.readouterr().out.count("no space left; training goes on") == 3
+
+
+def test_a_stop_whose_checkpoint_fails_is_no_stop_to_go_on_from(monkeypatch):
+    trainer, folder, _ = build(monkeypatch, "val_every=0", "checkpoint_every=4")
+
+    def save(step, state):
+        raise StorageError("cannot write x: no space left")
+
+    def check():
+        raise folder.failed
+
+    monkeypatch.setattr(folder, "save", save)
+    monkeypatch.setattr(folder, "check", check, raising=False)
+    with pytest.raises(StorageError, match="no space left"):
+        trainer.train(SimpleNamespace(requested=True, error=lambda step: KeyError(step)))
+    monkeypatch.setattr(folder, "save", lambda step, state: "checkpoint")
+    with pytest.raises(KeyError, match="2"):  # an earlier failure is no reason not to go on
+        trainer.train(SimpleNamespace(requested=True, error=lambda step: KeyError(step)))
+
+
+def test_a_stop_while_the_last_step_is_validated(monkeypatch):
+    """The loop has ended: a stop all the same, with a checkpoint that nothing else asked for."""
+    trainer, folder, clock = build(monkeypatch, "val_every=0", "checkpoint_every=0")
+    interrupt = SimpleNamespace(requested=False, error=lambda step: KeyError(step))
+    monkeypatch.setattr(trainer, "validate", lambda: setattr(interrupt, "requested", True))
+    with pytest.raises(KeyError, match="10"):
+        trainer.train(interrupt)
+    assert trainer.kept == 10 and clock.now == 50.0 + 20.0 + 1000.0
 
 
 def test_a_resumed_clock_goes_on(monkeypatch):

@@ -1,0 +1,83 @@
+"""Whatever asks a process to end, nothing half done stays, and the exit code names the signal."""
+
+import io
+import os
+import signal
+import sys
+
+import pytest
+
+from pgolf.cli import main
+from pgolf.data import prepare
+from pgolf.progress import print_anything
+from pgolf.stop import SIGNALS, Stopped, stoppable
+from pgolf.train.interrupt import Interrupt, Interrupted
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
+def test_a_step_is_finished_whatever_asks_for_the_end(number):
+    before = signal.getsignal(number)
+    with Interrupt("runs/a", "demo") as interrupt:
+        assert not interrupt.requested
+        send(number)
+        assert interrupt.requested
+    assert signal.getsignal(number) == before
+    error = interrupt.error(7)
+    assert error.exit_code == 128 + number
+    assert "step 7" in str(error) and "`pgolf train demo out=runs/a resume=true`" in str(error)
+    copied = Interrupted.__reduce__(error)  # as ranks send it
+    assert copied[0](*copied[1]).exit_code == error.exit_code
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt("a", "demo") as interrupt, stoppable():
+            send(signal.SIGHUP)
+        assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_does_not_end_the_tidying_up():
+    tidied = False
+    with pytest.raises(Stopped, match="SIGUSR1"), stoppable():
+        try:
+            send(signal.SIGUSR1)
+        finally:
+            send(signal.SIGTERM)
+            tidied = True
+    assert tidied and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
+def test_preparing_data_leaves_nothing(tmp_path, monkeypatch, capsys, number):
+    text = tmp_path / "in.txt"
+    text.write_text("\n\n".join(f"word {i} " * 300 for i in range(60)))
+    out = tmp_path / "out"
+
+    def stopped(source, model, *rest):
+        assert len(list(out.parent.glob(".out.*.tmp"))) == 1
+        send(number)
+
+    monkeypatch.setattr(prepare, "_train", stopped)
+    assert main(["data", "prepare", "--text", str(text), "--out", str(out)]) == 128 + number
+    assert signal.Signals(number).name in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_output_that_the_terminal_cannot_show(monkeypatch):
+    """The box of a table in ASCII, and a name that is not UTF-8 in UTF-8."""
+    cases = ("ascii", "10 µnats", b"\\xb5"), ("utf-8", "a\udce9", b"\\udce9")
+    for encoding, text, shown in cases:
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_anything()
+        print(text, flush=True)
+        assert shown in raw.getvalue()
