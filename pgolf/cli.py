@@ -27,7 +27,9 @@ EPILOG = """examples:
 
 
 def _train(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    from pgolf.options import SETTINGS, Parser
+
+    parser = Parser(
         prog="pgolf train",
         description="Train a recipe, quantise and pack it, decode the artifact and score it. The "
         "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
@@ -36,7 +38,7 @@ def _train(argv: list[str]) -> int:
         "line wins. example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
     )
     parser.add_argument("recipe", help="name of a recipe, such as demo")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
     args = parser.parse_args(argv)
     from pgolf.config import environment_overrides, find_key, parse_overrides
     from pgolf.errors import ConfigError
@@ -56,7 +58,9 @@ def _train(argv: list[str]) -> int:
 
 
 def _recipes(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    from pgolf.options import Parser
+
+    parser = Parser(
         prog="pgolf recipes", description="List recipes, show one with the source of every value."
     )
     parser.add_argument("recipe", nargs="?", help="show this one")

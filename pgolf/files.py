@@ -23,9 +23,9 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "no space left on the device: free some, or write elsewhere with out=FOLDER"
+            remedy = "no space left on the device: free some, or write elsewhere with out=PATH"
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "no permission to write there: choose another place with out=FOLDER"
+            remedy = "no permission to write there: choose another place with out=PATH"
         else:
             remedy = e.strerror or str(e)
         raise StorageError(f"cannot write {path}: {remedy}") from e

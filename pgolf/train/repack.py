@@ -1,6 +1,5 @@
 """`pgolf pack`: quantise and pack a run's newest checkpoint again, with other settings."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
+from pgolf.options import SETTINGS, Parser
 from pgolf.recipes import get
 from pgolf.train.export import export
 from pgolf.train.ranks import Ranks
@@ -74,7 +74,7 @@ def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:
 def main(argv: list[str]) -> int:
     """Write a new artifact from what a run kept; the run's own files stay as they are."""
     keys = ", ".join(f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pgolf pack",
         description="Quantise and pack the weights of a run's newest checkpoint again. "
         "budget=BYTES limits code + model; with grid=uniform it is filled.",
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar=SETTINGS)
     args = parser.parse_intermixed_args(argv)
 
     trained, config = settings(args.run, parse_overrides(args.overrides))
