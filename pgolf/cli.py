@@ -35,23 +35,39 @@ def _train(argv: list[str]) -> int:
         "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
         epilog="`pgolf recipes` lists recipes, `pgolf recipes --keys` every key. The contest's "
         "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
-        "line wins. example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
+        "line wins. quick=true tries a recipe out: fewer validation tokens (65536), a stride of "
+        "half a sequence, no validation while training, no score of the live weights, 16 sequences "
+        "to calibrate; what is given wins, and max_tokens=N shortens training. "
+        "example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
     )
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import environment_overrides, find_key, parse_overrides
+    from pgolf.config import (
+        PRESETS,
+        environment_overrides,
+        find_key,
+        parse_overrides,
+        with_overrides,
+    )
     from pgolf.errors import ConfigError
     from pgolf.recipes import get
 
     recipe = get(args.recipe)
     words = parse_overrides(args.overrides)
-    seed_exact = words.pop("seed_exact", "false")
-    if seed_exact not in ("true", "false"):
-        raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
+    presets = {name: words.pop(name, "false") for name in PRESETS}
+    for name, value in presets.items():
+        if value not in ("true", "false"):
+            raise ConfigError(f"{name}={value}: expected true or false")
     given = {find_key(word)[1].name for word in words}
     environment = {k: v for k, v in environment_overrides().items() if k not in given}
-    config = recipe.config({**environment, **words}, seed_exact == "true")
+    config = recipe.config({**environment, **words}, presets["seed_exact"] == "true")
+    if presets["quick"] == "true":
+        from pgolf.train.estimate import quick_values
+
+        quick = quick_values(config)
+        left = {k: v for k, v in quick.items() if k not in given | environment.keys()}
+        config = with_overrides(config, left)
     from pgolf.train.run import run
 
     return run(recipe, config, environment)

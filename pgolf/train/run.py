@@ -24,6 +24,7 @@ from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import Recipe
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
+from pgolf.train.estimate import memory_line
 from pgolf.train.export import export
 from pgolf.train.finish import score_artifact, write_result
 from pgolf.train.interrupt import Interrupt
@@ -129,6 +130,7 @@ def build(
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
     }
+    reasons["memory"] = memory_line(model, config, trainer.local_tokens)
     if note:
         reasons["environment"] = note
     trainer.say(opening_lines(title, config, dataset, folder.path, reasons))
@@ -163,6 +165,7 @@ def train(
             trainer.load_state_dict(state)
             folder.forget_after(trainer.clock.step)
             trainer.say(f"going on from {path}")
+        trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
     except BaseException:
