@@ -30,7 +30,9 @@ EPILOG = """examples:
 
 
 def _train(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    from pgolf.options import SETTINGS, Parser
+
+    parser = Parser(
         prog="pgolf train",
         description="Train a recipe, quantise and pack it, decode the artifact and score it. The "
         "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
@@ -38,12 +40,16 @@ def _train(argv: list[str]) -> int:
         "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
         "line wins. resume=true goes on with the run in out= as its config.json has it: eval.*, "
         "log_every, checkpoint_every and device may be given anew, nothing else. "
+        "quick=true tries a recipe out: fewer validation tokens (65536), a stride of "
+        "half a sequence, no validation while training, no score of the live weights, 16 sequences "
+        "to calibrate; what is given wins, and max_tokens=N shortens training. "
         "example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
     )
     parser.add_argument("recipe", help="name of a recipe, such as demo")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
     args = parser.parse_args(argv)
     from pgolf.config import (
+        PRESETS,
         Config,
         environment_overrides,
         find_key,
@@ -55,9 +61,11 @@ def _train(argv: list[str]) -> int:
 
     recipe = get(args.recipe)
     words = parse_overrides(args.overrides)
-    seed_exact = words.pop("seed_exact", None)
-    if seed_exact not in (None, "true", "false"):
-        raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
+    presets = {name: words.pop(name, None) for name in PRESETS}
+    for name, value in presets.items():
+        if value not in (None, "true", "false"):
+            raise ConfigError(f"{name}={value}: expected true or false")
+    seed_exact, quick = presets["seed_exact"], presets["quick"] == "true"
     given = {word: find_key(word)[1].name for word in words}
     environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
     overrides = {**environment, **words}
@@ -67,17 +75,27 @@ def _train(argv: list[str]) -> int:
     if resuming:
         from pgolf.train.run_folder import resumed_config
 
+        if quick:
+            raise ConfigError("quick=true is for a new run: one that goes on keeps its settings")
         stated = None if seed_exact is None else seed_exact == "true"
         config = resumed_config(recipe.name, stated, overrides, Path(place.out))
     else:
         config = recipe.config(overrides, seed_exact == "true")
+    if quick:
+        from pgolf.train.estimate import quick_values
+
+        taken = {*given.values(), *environment}
+        left = {k: v for k, v in quick_values(config).items() if k not in taken}
+        config = with_overrides(config, left)
     from pgolf.train.run import run
 
     return run(config, environment, not resuming and "vocab_size" not in given.values())
 
 
 def _recipes(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    from pgolf.options import Parser
+
+    parser = Parser(
         prog="pgolf recipes", description="List recipes, show one with the source of every value."
     )
     parser.add_argument("recipe", nargs="?", help="show this one")

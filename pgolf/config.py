@@ -46,6 +46,9 @@ SECTIONS = {
     f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "seed_exact")
 }
 
+# Words of `pgolf train` that stand for several keys.
+PRESETS = ("quick", "seed_exact")
+
 # The contest's scripts are configured by environment variables; fingers know these names.
 ENVIRONMENT = {
     "SEED": "seed",
@@ -69,6 +72,15 @@ def known_keys() -> dict[str, tuple[str, dataclasses.Field]]:
     return {f.name: (s, f) for s, cls in SECTIONS.items() for f in fields(cls)}
 
 
+def suggestion(name: str) -> str:
+    """The key that a name of any spelling most likely means, such as LAYERS; '' if none is near."""
+    keys = [*known_keys(), *PRESETS]
+    if name.upper() in ENVIRONMENT:
+        return ENVIRONMENT[name.upper()]
+    plain = name.lower().replace("-", "_")
+    return next(iter(difflib.get_close_matches(plain, keys, n=1, cutoff=0.5)), "")
+
+
 def find_key(key: str) -> tuple[str, dataclasses.Field]:
     """The section and field of `layers` or `model.layers`.
 
@@ -80,8 +92,8 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
     name = ALIASES.get(name, name)
     if name in keys and section in ("", keys[name][0]):
         return keys[name]
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`pgolf recipes --keys` lists them"
+    near = suggestion(name)
+    hint = f"did you mean {near}?" if near else "`pgolf recipes --keys` lists them"
     raise ConfigError(f"unknown key {key!r}: {hint}")
 
 

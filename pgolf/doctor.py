@@ -1,6 +1,5 @@
 """`pgolf doctor`: what this machine and this installation have, and what that means for a run."""
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -17,6 +16,7 @@ from pgolf import extension
 from pgolf.device import cpu_flags, driver, pick_device, pick_dtype
 from pgolf.errors import ConfigError
 from pgolf.ops import attention, registry
+from pgolf.options import Parser
 from pgolf.train.provenance import FLAGS
 
 # package -> what it is for
@@ -120,7 +120,7 @@ def report() -> str:
 
 def main(argv: list[str]) -> int:
     """`pgolf doctor`."""
-    argparse.ArgumentParser(
+    Parser(
         prog="pgolf doctor",
         description="What this machine and this installation have, and what pgolf will use.",
     ).parse_args(argv)

@@ -7,6 +7,7 @@ from typing import Any
 from pgolf.errors import ConfigError
 
 SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+SCALES = {"k": 10**3, "m": 10**6, "g": 10**9}  # 100k and 2M, in capitals or not
 
 
 def opt(default: Any, doc: str, **limits: Any) -> Any:
@@ -29,7 +30,8 @@ def parse_value(key: str, spec: Field, value: Any) -> Any:
         else:
             raise TypeError
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConfigError(f"{key}={value}: expected {kind.__name__}") from None
+        example = ", such as 4, 1e5, 100k or 2M" if kind is int else ""
+        raise ConfigError(f"{key}={value}: expected {kind.__name__}{example}") from None
     check_limits(key, spec.metadata, parsed)
     return parsed
 
@@ -37,11 +39,12 @@ def parse_value(key: str, spec: Field, value: Any) -> Any:
 def _from_text(kind: type, text: str) -> Any:
     if kind is bool:
         return SWITCH[text.lower()]
-    if kind is int and "e" in text.lower():  # 1e6
-        number = float(text)
-        if number != int(number):
+    scale = SCALES.get(text[-1:].lower(), 1) if kind is int else 1
+    if scale > 1 or (kind is int and "e" in text.lower()):  # 100k, 1e6
+        number = float(text[:-1] if scale > 1 else text) * scale
+        if abs(number - round(number)) > 1e-9 * abs(number):  # 1.001k is 1001, whatever float says
             raise ValueError
-        return int(number)
+        return round(number)
     return kind(text)
 
 

@@ -1,11 +1,11 @@
-"""Text from an artifact: `pgolf sample ARTIFACT --prompt ...`."""
+"""Text from an artifact: `pgolf sample RUN --prompt ...`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
+from pgolf.artifact.location import artifact_of
 from pgolf.artifact.model import load_model
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_device, pick_dtype
@@ -13,18 +13,19 @@ from pgolf.errors import ConfigError, DataError
 from pgolf.files import sha256_of
 from pgolf.model.decode import generate
 from pgolf.model.frozen import frozen_copy
+from pgolf.options import Parser
 
 
 def main(argv: list[str]) -> int:
     """`pgolf sample`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pgolf sample",
         description="Print text from the decoded artifact. The context is all text so far; when it "
         "is as long as the sequences that the model was trained on, it starts over with its last "
         "half.",
-        epilog='example: pgolf sample runs/demo-seed1337/artifact --prompt "The river"',
+        epilog='example: pgolf sample runs/demo-seed1337 --prompt "The river"',
     )
-    parser.add_argument("artifact", type=Path, help="artifact file of a run")
+    parser.add_argument("artifact", type=Path, help="artifact file, or the folder of its run")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokens", type=int, default=100, help="tokens to add (100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = most likely (0.8)")
@@ -37,11 +38,19 @@ def main(argv: list[str]) -> int:
     if args.tokens < 1 or not 0 <= args.temperature <= 100:
         raise ConfigError("--tokens must be at least 1 and --temperature between 0 and 100")
     device = pick_device(args.device)
-    model, meta = load_model(args.artifact, device, pick_dtype("auto", device)[0])
-    path = args.tokenizer or args.artifact.parent / "tokenizer.model"
+    artifact = artifact_of(args.artifact)
+    path = args.tokenizer or artifact.parent / "tokenizer.model"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file, and {artifact} holds no tokenizer: use --tokenizer FILE, the "
+            "tokenizer.model of the run or of its shards"
+        )
+    model, meta = load_model(artifact, device, pick_dtype("auto", device)[0])
     sp = load_tokenizer(path)
     if sha256_of(path) != meta["tokenizer_sha256"]:
-        raise DataError(f"{path} is not the tokenizer that {args.artifact} was trained with")
+        raise DataError(
+            f"{path} is not the tokenizer that {artifact} was trained with: use --tokenizer FILE"
+        )
     prompt = torch.tensor([[sp.bos_id(), *sp.encode(args.prompt)]], device=device)
     chances = torch.rand(
         (1, args.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(args.seed)

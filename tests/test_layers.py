@@ -16,7 +16,9 @@ LAYERS = [
     ],  # fmt: skip
     ["pgolf.artifact", "pgolf.evaluate"],
     ["pgolf.model", "pgolf.optim", "pgolf.quant"],
-    ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.config", "pgolf.device"],
+    ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.device"],
+    ["pgolf.options"],
+    ["pgolf.config"],
     ["pgolf.sections"],
     ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
     ["pgolf.child", "pgolf.stop"],

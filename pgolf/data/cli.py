@@ -12,6 +12,7 @@ from pgolf.data.prepare import SHARD_TOKENS, VAL_FRACTION, VOCAB_SIZE, prepare
 from pgolf.data.readers import FIELD, TextSource
 from pgolf.data.shards import read_header
 from pgolf.errors import ConfigError
+from pgolf.options import Parser
 
 _PREPARE = f"""\
 Turn your own text into a folder of shards with a tokenizer and a manifest.
@@ -56,9 +57,9 @@ manifest states it.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pgolf data",
         formatter_class=raw,
         description="Make, fetch and check folders of shards.",

@@ -31,7 +31,7 @@ def get(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"unknown recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
 

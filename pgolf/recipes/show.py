@@ -54,4 +54,5 @@ def list_keys() -> str:
         default = spec.default if spec.default != "" else "''"
         what = spec.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
         lines.append(f"  {key:<22} {default!s:<12} {what}")
+    lines += ["for several keys, see pgolf train --help: quick=true, seed_exact=true"]
     return "\n".join(lines)

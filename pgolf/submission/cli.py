@@ -1,11 +1,11 @@
 """`pgolf submit`: write the record folder of finished runs."""
 
-import argparse
 import datetime
 import re
 from pathlib import Path
 
 from pgolf.config import from_dict
+from pgolf.options import Parser
 from pgolf.recipes import get, run_name, title
 from pgolf.submission.record import About, write_record
 from pgolf.submission.texts import code_parts, of_seeds
@@ -14,7 +14,7 @@ from pgolf.train.run_folder import read_config
 
 def main(argv: list[str]) -> int:
     """Write the folder, say what is in it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pgolf submit",
         description="Write the contest's record folder: one self-contained script with all code, "
         "the artifact of the best run, README, submission.json, a log for each seed. The script "

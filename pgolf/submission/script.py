@@ -46,9 +46,9 @@ TRAINING = (
     *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans",
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.*", "pgolf.optim.*",
-    "pgolf.quant.*", "pgolf.stop", "pgolf.train.added_loss", "pgolf.train.export",
-    "pgolf.train.interrupt", "pgolf.train.run", "pgolf.train.run_data", "pgolf.train.run_folder",
-    "pgolf.train.trainer", "pgolf.triton_kernels.*",
+    "pgolf.quant.*", "pgolf.stop", "pgolf.train.added_loss", "pgolf.train.estimate",
+    "pgolf.train.export", "pgolf.train.interrupt", "pgolf.train.run", "pgolf.train.run_data",
+    "pgolf.train.run_folder", "pgolf.train.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # Operators that a script never runs: they have kernels in the compiled half only.
 LEFT_OUT = ("pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update")

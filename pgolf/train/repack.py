@@ -1,6 +1,5 @@
 """`pgolf pack`: quantise and pack a run's newest checkpoint again, with other settings."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pgolf.files import claim, writable_file
 from pgolf.model import GPT
 from pgolf.optim.averaging import Averager
 from pgolf.optim.schedule import Schedule
+from pgolf.options import SETTINGS, Parser
 from pgolf.recipes import get
 from pgolf.submission.entry import ARTIFACT
 from pgolf.train.export import export
@@ -100,7 +100,7 @@ def refuse_to_replace(out: Path) -> None:
 def main(argv: list[str]) -> int:
     """Write a new artifact from what a run kept; the run's own files stay as they are."""
     keys = ", ".join(f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pgolf pack",
         description="Quantise and pack the weights of a run's newest checkpoint again. "
         "budget=BYTES limits code + model; with grid=uniform it is filled.",
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true",
                         help="replace whatever file stands at --out")  # fmt: skip
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value",
+        "overrides", nargs="*", metavar=SETTINGS,
         help="settings to change; data=FOLDER if the run's shards were moved",
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)

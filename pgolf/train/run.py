@@ -28,6 +28,7 @@ from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
+from pgolf.train.estimate import memory_line
 from pgolf.train.export import export
 from pgolf.train.finish import score_artifact, write_result
 from pgolf.train.interrupt import Interrupt, Interrupted, resume_command
@@ -160,6 +161,7 @@ def build(
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
     }
+    reasons["memory"] = memory_line(model, config, trainer.local_tokens)
     if note:
         reasons["environment"] = note
     trainer.say(opening_lines(title, config, dataset, folder.path, reasons))
@@ -201,6 +203,7 @@ def train(
             resume(trainer, folder)
         else:
             trainer.warm_up()
+            trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
     except BaseException:

@@ -23,6 +23,7 @@ from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.quant.gptq_lite import clip_factors
 from pgolf.quant.policy import TensorPlan, plan
+from pgolf.train.estimate import pass_limit, time_line
 from pgolf.train.interrupt import Interrupt
 from pgolf.train.ranks import Ranks
 from pgolf.train.run_folder import RunFolder
@@ -75,8 +76,11 @@ class Trainer:
         self.clock = Clock()
         self.kept = 0  # the step of the last checkpoint that could be written
         d = config.data
-        self.accum = micro_steps(d.batch_tokens, d.micro_tokens, d.seq_len, ranks.world)
+        limit = pass_limit(config, ranks.device)
+        self.accum = micro_steps(d.batch_tokens, limit, d.seq_len, ranks.world)
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
+        # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
+        self.step_seconds = self.pass_seconds = 0.0
         self.qat_switch = torch.zeros((), device=ranks.device)
         self.qat_plans = self._prepare_qat()
         self.averager = Averager(model, self.schedule, fuses(model))
@@ -130,16 +134,21 @@ class Trainer:
         self, lr_scale: float, momentum: float, average_rate: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
+        total = self._passes(self.accum)
+        self.ranks.average_gradients(self.optimizers.params)
+        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+
+    def _passes(self, count: int) -> torch.Tensor:
+        """Forward and backward of so many micro-steps; what they add to the mean loss."""
         total = torch.zeros((), device=self.ranks.device)
-        for _ in range(self.accum):
+        for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
             x = x.to(self.ranks.device, non_blocking=True)
             y = y.to(self.ranks.device, non_blocking=True)
             loss = self.forward(x, y)
             (loss / self.accum).backward()
             total += loss.detach() / self.accum
-        self.ranks.average_gradients(self.optimizers.params)
-        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+        return total
 
     def _expected(self) -> Clock:
         """The clock after the step that begins, if it takes as long as the mean step so far."""
@@ -149,21 +158,47 @@ class Trainer:
         return Clock(c.step + 1, tokens, c.seconds + mean)
 
     def warm_up(self) -> None:
-        """Compile off the clock: a few real steps, then everything is put back."""
-        if not self.compiled:
-            return
-        self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
-        started = time.perf_counter()
+        """Compile and measure off the clock: real steps, then everything is put back.
+
+        Without torch.compile one pass and one update are enough.
+        """
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         cursor = self.loader.state_dict()
-        for _ in range(self.config.run.compile_warmup):
-            self.step(0.0, self.config.optim.momentum_start)
+        started = time.perf_counter()
+        if self.compiled:
+            self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
+            for _ in range(self.config.run.compile_warmup):
+                began = self._now()
+                self.step(0.0, self.config.optim.momentum_start)
+                self.step_seconds = self._now() - began
+            self.pass_seconds = self.step_seconds / self.accum
+        else:
+            self._passes(1)
+            passed = self._now()
+            self.pass_seconds = passed - started
+            self.ranks.average_gradients(self.optimizers.params)
+            self.optimizers.step(0.0, self.config.optim.momentum_start)
+            self.step_seconds = self.accum * self.pass_seconds + self._now() - passed
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
         self.optimizers = Optimizers(self.model, self.config.optim, self.averager.room)
         self.loader.load_state_dict(cursor)
-        self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
+        if self.compiled:
+            self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
+
+    def say_estimate(self) -> None:
+        """What is left to do and how long it takes, as the warm-up measured it."""
+        token = self.pass_seconds / self.local_tokens / self.ranks.world
+        targets = len(self.val) - 1
+        self.say(
+            f"  {'time':<15} "
+            + time_line(self.config, self.clock, targets, self.step_seconds, token)
+        )
+
+    def _now(self) -> float:
+        self.synchronize()
+        return time.perf_counter()
 
     def train(self, interrupt: Interrupt) -> None:
         """Run until the budget is spent.

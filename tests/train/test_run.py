@@ -20,9 +20,10 @@ from bench import quality
 from pgolf.artifact.container import read_artifact
 from pgolf.cli import main
 from pgolf.config import Config, ModelConfig, from_dict
-from pgolf.errors import ConfigError
+from pgolf.errors import ConfigError, DataError
 from pgolf.evaluate import Sums
 from pgolf.model import GPT
+from pgolf.sample import main as sample
 from pgolf.submission.script import build_script
 from pgolf.train import run
 from pgolf.train.repack import settings
@@ -317,9 +318,8 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
 
     result = json.loads((finished / "result.json").read_text())
     artifact = str(finished / "artifact")
-    options = ("--stride", "8", "--val-tokens", "640", "--dtype", "fp32")
-    out = pgolf("eval", artifact, f"data={shards}", *options)
-    assert f"val_bpb {result['val_bpb']:.6f}" in out
+    out = pgolf("eval", str(finished), f"data={shards}")  # as the run was scored
+    assert f"val_bpb {result['val_bpb']:.6f}" in out and "the run's own score\n" in out
     # shards alone, as the contest has them: the tokenizer is named by the run
     bare = tmp_path / "run"
     shutil.copytree(finished, bare)
@@ -328,7 +328,9 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     config = json.loads((bare / "config.json").read_text())
     config["data"] |= {"data": str(tmp_path), "tokenizer": str(bare / "tokenizer.model")}
     (bare / "config.json").write_text(json.dumps(config))
-    assert f"val_bpb {result['val_bpb']:.6f}" in pgolf("eval", str(bare / "artifact"), *options)
+    assert f"val_bpb {result['val_bpb']:.6f}" in pgolf("eval", str(bare / "artifact"))
+    out = pgolf("eval", str(bare), "stride=32")
+    assert f"own score is {result['val_bpb']:.6f}: " in out and "stride 8 there, 32 here" in out
     small = tmp_path / "small"
     budget = result["bytes_total"] - 10_000
     out = pgolf("pack", str(finished), "--out", str(small), f"budget={budget}")
@@ -346,7 +348,9 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     text = pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20")
     assert text.startswith("abc") and len(text) > 10
     assert pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20") == text
-    assert "blocks.0.attn.c_q.weight" in pgolf("verify", artifact)
+    assert "blocks.0.attn.c_q.weight" in pgolf("verify", str(finished))
+    with pytest.raises(DataError, match="use --tokenizer FILE"):
+        sample(["--device", "cpu", str(small)])
 
 
 @pytest.mark.slow
