@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pgolf.artifact.foreign import refuse_foreign
 from pgolf.config import (
     ArtifactConfig,
     Config,
@@ -88,6 +89,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
 
+    if args.run.is_file():
+        refuse_foreign(args.run)
+        raise ConfigError(f"{args.run} is a file: name the run folder that has its checkpoint")
     trained, config = settings(args.run, parse_overrides(args.overrides))
     dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
     device = pick_device(args.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf import errors
+from pgolf.artifact.foreign import refuse_foreign
 from pgolf.config import from_dict, parse_overrides
 from pgolf.data.manifest import Dataset
 from pgolf.device import pick_device, pick_dtype
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
         args.data = Path(value)
     if not args.artifact.is_file():
         raise errors.ArtifactError(f"{args.artifact}: no such file; it is called artifact in a run")
+    refuse_foreign(args.artifact)
     run = args.artifact.parent
     if not args.data and not (run / "config.json").is_file():
         raise errors.ConfigError(
