@@ -38,21 +38,11 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import environment_overrides, find_key, parse_overrides
-    from pgolf.errors import ConfigError
-    from pgolf.recipes import get
+    from pgolf.config import parse_overrides
+    from pgolf.train.start import start
 
-    recipe = get(args.recipe)
-    words = parse_overrides(args.overrides)
-    seed_exact = words.pop("seed_exact", "false")
-    if seed_exact not in ("true", "false"):
-        raise ConfigError(f"seed_exact={seed_exact}: expected true or false")
-    given = {find_key(word)[1].name for word in words}
-    environment = {k: v for k, v in environment_overrides().items() if k not in given}
-    config = recipe.config({**environment, **words}, seed_exact == "true")
-    from pgolf.train.run import run
-
-    return run(recipe, config, environment)
+    start(args.recipe, parse_overrides(args.overrides))
+    return 0
 
 
 def _recipes(argv: list[str]) -> int:
@@ -89,6 +79,18 @@ def _verify(argv: list[str]) -> int:
     return main(argv)
 
 
+def _import(argv: list[str]) -> int:
+    from pgolf.train.import_weights import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from pgolf.train.export_weights import main
+
+    return main(argv)
+
+
 def _submit(argv: list[str]) -> int:
     from pgolf.submission.cli import main
 
@@ -119,6 +121,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "pack": (_pack, "quantise and pack a run's checkpoint again, with other settings"),
     "verify": (_verify, "check an artifact and list what is in it"),
     "submit": (_submit, "write the contest's record folder from finished runs"),
+    "import": (_import, "make a run folder of a public script's weights"),
+    "export": (_export, "write weights for other programs"),
     "sample": (_sample, "print text from an artifact"),
     "data": (_data, "prepare, fetch, check training data"),
     "recipes": (_recipes, "list recipes and the source of every value"),

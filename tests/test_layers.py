@@ -11,14 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["pgolf.__main__", "pgolf.cli"],
     [
-        "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
+        "pgolf.api", "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
         "pgolf.report", "pgolf.submission",
     ],  # fmt: skip
     ["pgolf.artifact", "pgolf.evaluate"],
     ["pgolf.model", "pgolf.optim", "pgolf.quant"],
     ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.config", "pgolf.device"],
     ["pgolf.sections"],
-    ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
+    [
+        "pgolf.extras", "pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension",
+        "pgolf.triton_kernels",
+    ],  # fmt: skip
     ["pgolf.errors"],
     ["pgolf"],
 ]

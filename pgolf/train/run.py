@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,17 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
             f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
         )
     return dataset
+
+
+def with_dataset(config: Config, dataset: Dataset) -> Config:
+    """The settings as config.json has them, where `pgolf eval` and `pgolf pack` read the places."""
+    return with_overrides(
+        config,
+        {
+            "data": str(dataset.folder.resolve()),
+            "tokenizer": str(dataset.tokenizer_path.resolve()),
+        },
+    )
 
 
 def opening_lines(
@@ -141,14 +153,7 @@ def train(
     """
     folder = RunFolder(_folder(config, ranks), writes=ranks.first)
     dataset = open_data(config, ranks)
-    # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
-    config = with_overrides(
-        config,
-        {
-            "data": str(dataset.folder.resolve()),
-            "tokenizer": str(dataset.tokenizer_path.resolve()),
-        },
-    )
+    config = with_dataset(config, dataset)
     trainer = build(title, config, ranks, dataset, folder, note)
     ranks.on_first(lambda: folder.open(config, dataset.tokenizer_path))
     trainer.warm_up()
@@ -162,8 +167,8 @@ def train(
     return config, dataset, folder, trainer
 
 
-def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
-    """Train, pack, decode, score, report. Returns the exit code."""
+def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Train, pack, decode, score, report. Returns the result, None on ranks but the first."""
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
@@ -171,11 +176,11 @@ def run(recipe: Recipe, config: Config, environment: Mapping[str, str]) -> int:
         config, dataset, folder, trainer = train(
             f"{recipe.name}: {recipe.title}", config, ranks, note
         )
-        finish(config, ranks, dataset, folder, trainer)
+        result = finish(config, ranks, dataset, folder, trainer)
         trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
         ranks.stop()
-    return 0
+    return result
 
 
 def _folder(config: Config, ranks: Ranks) -> Path:
@@ -188,8 +193,8 @@ def _folder(config: Config, ranks: Ranks) -> Path:
 
 def finish(
     config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
-) -> None:
-    """Pack, score the live weights and the decoded bytes, write and show the result."""
+) -> dict[str, Any] | None:
+    """Pack, score the live weights and the decoded bytes, write, show and return the result."""
     exported = trainer.take_export()
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
@@ -207,6 +212,7 @@ def finish(
         torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
     name = next(n for n, d in DTYPES.items() if d == dtype)
     decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
+    result = None
     if packed is not None:
         result = write_result(
             folder.result,
@@ -225,3 +231,4 @@ def finish(
         )
         print(result_table(result))
         print(f"\n{write_report(folder.path)}")
+    return result
