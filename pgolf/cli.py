@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from pgolf import __version__
 from pgolf.errors import PgolfError
@@ -48,48 +47,11 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("recipe", help="name of a recipe, such as demo")
     parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
     args = parser.parse_args(argv)
-    from pgolf.config import (
-        PRESETS,
-        Config,
-        environment_overrides,
-        find_key,
-        parse_overrides,
-        with_overrides,
-    )
-    from pgolf.errors import ConfigError
-    from pgolf.recipes import get
+    from pgolf.config import parse_overrides
+    from pgolf.train.start import start
 
-    recipe = get(args.recipe)
-    words = parse_overrides(args.overrides)
-    presets = {name: words.pop(name, None) for name in PRESETS}
-    for name, value in presets.items():
-        if value not in (None, "true", "false"):
-            raise ConfigError(f"{name}={value}: expected true or false")
-    seed_exact, quick = presets["seed_exact"], presets["quick"] == "true"
-    given = {word: find_key(word)[1].name for word in words}
-    environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
-    overrides = {**environment, **words}
-    where = {word: words[word] for word, key in given.items() if key in ("out", "resume")}
-    place = with_overrides(Config(), where).run
-    resuming = bool(place.resume and place.out)
-    if resuming:
-        from pgolf.train.run_folder import resumed_config
-
-        if quick:
-            raise ConfigError("quick=true is for a new run: one that goes on keeps its settings")
-        stated = None if seed_exact is None else seed_exact == "true"
-        config = resumed_config(recipe.name, stated, overrides, Path(place.out))
-    else:
-        config = recipe.config(overrides, seed_exact == "true")
-    if quick:
-        from pgolf.train.estimate import quick_values
-
-        taken = {*given.values(), *environment}
-        left = {k: v for k, v in quick_values(config).items() if k not in taken}
-        config = with_overrides(config, left)
-    from pgolf.train.run import run
-
-    return run(config, environment, not resuming and "vocab_size" not in given.values())
+    start(args.recipe, parse_overrides(args.overrides))
+    return 0
 
 
 def _recipes(argv: list[str]) -> int:
@@ -128,6 +90,18 @@ def _verify(argv: list[str]) -> int:
     return main(argv)
 
 
+def _import(argv: list[str]) -> int:
+    from pgolf.train.import_weights import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from pgolf.train.export_weights import main
+
+    return main(argv)
+
+
 def _submit(argv: list[str]) -> int:
     from pgolf.submission.cli import main
 
@@ -158,6 +132,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "pack": (_pack, "quantise and pack a run's checkpoint again, with other settings"),
     "verify": (_verify, "check an artifact and list what is in it"),
     "submit": (_submit, "write the contest's record folder from finished runs"),
+    "import": (_import, "make a run folder of a public script's weights"),
+    "export": (_export, "write weights for other programs"),
     "sample": (_sample, "print text from an artifact"),
     "data": (_data, "prepare, fetch, check training data"),
     "recipes": (_recipes, "list recipes and the source of every value"),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["pgolf.__main__", "pgolf.cli"],
     [
-        "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
+        "pgolf.api", "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
         "pgolf.report", "pgolf.submission",
     ],  # fmt: skip
     ["pgolf.artifact", "pgolf.evaluate"],
@@ -20,7 +20,10 @@ LAYERS = [
     ["pgolf.options"],
     ["pgolf.config"],
     ["pgolf.sections"],
-    ["pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension", "pgolf.triton_kernels"],
+    [
+        "pgolf.extras", "pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension",
+        "pgolf.triton_kernels",
+    ],  # fmt: skip
     ["pgolf.child", "pgolf.stop"],
     ["pgolf.errors"],
     ["pgolf"],

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.artifact.foreign import explain
 from pgolf.artifact.table import Array, Header, Key, Layout, arrays, parse_header
 from pgolf.codecs import CODECS, body_codec, codec
 from pgolf.errors import ArtifactError
@@ -112,7 +113,7 @@ def _decode(data: bytes) -> Artifact:
         raise ArtifactError(f"{len(data)} bytes are too few for an artifact")
     magic, version, codec_id, size, packed, checksum = HEAD.unpack_from(data)
     if magic != MAGIC:
-        raise ArtifactError("not an artifact: it does not begin with PGOLF")
+        raise ArtifactError(f"it does not begin with PGOLF: not an artifact but {explain(data)}")
     if version != VERSION:
         raise ArtifactError(f"format version {version}; this pgolf reads version {VERSION}")
     name = next((name for name, known in CODECS.items() if known == codec_id), None)

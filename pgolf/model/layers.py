@@ -1,7 +1,8 @@
 """The modules of the transformer: weights in fp32, cast where they are used.
 
-Module and parameter names are those of the contest's public scripts, so that their checkpoints
-load. Shapes: x (N, T, D), ids (N, T); H query heads, G key/value heads, d = D/H, F = MLP width.
+Module and parameter names are those of the contest's public scripts that have a tensor a layer;
+`public_names` takes their checkpoints and those with banks. Shapes: x (N, T, D), ids (N, T); H
+query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -25,6 +25,7 @@ PACKAGE = "pgolf"
 INSIDE = Path(__file__).with_name("inside")
 # Modules whose place another one takes in a script.
 REPLACED = {
+    "pgolf.artifact.foreign": "foreign.py",
     "pgolf.extension": "extension.py",
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pgolf.artifact.container import MAGIC
+from pgolf.artifact.foreign import refuse_foreign
 from pgolf.config import (
     ArtifactConfig,
     Config,
@@ -119,6 +120,9 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
 
+    if args.run.is_file():
+        refuse_foreign(args.run)
+        raise ConfigError(f"{args.run} is a file: name the run folder that has its checkpoint")
     overrides = parse_overrides(args.overrides)
     data = overrides.pop("data", "")
     trained, config = settings(args.run, overrides)

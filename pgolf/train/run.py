@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 
@@ -88,6 +89,17 @@ def vocabulary_line(rows: int, pieces: int) -> str:
     """What the token table has, and how much of it no text can reach."""
     unused = f", {rows - pieces:,} of them unused: vocab_size={pieces} is enough" * (rows > pieces)
     return f"{rows:,} rows for {pieces:,} pieces{unused}"
+
+
+def with_dataset(config: Config, dataset: Dataset) -> Config:
+    """The settings as config.json has them, where `pgolf eval` and `pgolf pack` read the places."""
+    return with_overrides(
+        config,
+        {
+            "data": str(dataset.folder.resolve()),
+            "tokenizer": str(dataset.tokenizer_path.resolve()),
+        },
+    )
 
 
 def opening_lines(
@@ -188,14 +200,7 @@ def train(
     dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
     if any_vocabulary:
         config = fit_vocabulary(config, dataset)
-    # What was chosen goes into config.json: `pgolf eval` and `pgolf pack` read it there.
-    config = with_overrides(
-        config,
-        {
-            "data": str(dataset.folder.resolve()),
-            "tokenizer": str(dataset.tokenizer_path.resolve()),
-        },
-    )
+    config = with_dataset(config, dataset)
     trainer = build(title(config), config, ranks, dataset, folder, note)
     try:
         ranks.on_first(lambda: folder.open(config, dataset))
@@ -230,8 +235,10 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     trainer.say(f"going on from {path}{qat}")
 
 
-def run(config: Config, environment: Mapping[str, str], any_vocabulary: bool = False) -> int:
-    """Train, pack, decode, score, report. Returns the exit code."""
+def run(
+    config: Config, environment: Mapping[str, str], any_vocabulary: bool = False
+) -> dict[str, Any] | None:
+    """Train, pack, decode, score, report. Returns the result, None on ranks but the first."""
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     try:
@@ -241,14 +248,14 @@ def run(config: Config, environment: Mapping[str, str], any_vocabulary: bool = F
                 recipes.title, config, ranks, folder, note, any_vocabulary
             )
             try:
-                finish(config, ranks, dataset, folder, trainer)
+                result = finish(config, ranks, dataset, folder, trainer)
             except KeyboardInterrupt as e:
                 raise stopped_after_training(config, folder, e) from e
             folder.check()
             trainer.say(f"done in {format_seconds(time.perf_counter() - started)}")
     finally:
         ranks.stop()
-    return 0
+    return result
 
 
 def stopped_after_training(
@@ -294,8 +301,8 @@ def packing_again(config: Config, folder: RunFolder, excess: int) -> str:
 
 def finish(
     config: Config, ranks: Ranks, dataset: Dataset, folder: RunFolder, trainer: Trainer
-) -> None:
-    """Pack, score the live weights and the decoded bytes, write and show the result."""
+) -> dict[str, Any] | None:
+    """Pack, score the live weights and the decoded bytes, write, show and return the result."""
     exported = trainer.take_export()
     model = trainer.model
     dtype, attention = model.compute_dtype, model.backend
@@ -316,6 +323,7 @@ def finish(
         torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
     name = next(n for n, d in DTYPES.items() if d == dtype)
     decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
+    result = None
     if packed is not None:
         result = write_result(
             folder.result,
@@ -334,3 +342,4 @@ def finish(
         )
         print(result_table(result | {"recipe": recipes.run_name(config)}))
         print(f"\n{write_report(folder.path)}")
+    return result

@@ -1,0 +1,97 @@
+"""What a file is that is no artifact, told by its first bytes, and how its weights come in.
+
+Public scripts of the contest leave two files: `final_model.pt` (torch.save), and the quantised
+model, torch.save again and compressed. Brotli's files have no mark to know them by.
+"""
+
+import io
+import lzma
+import zlib
+from pathlib import Path
+
+import zstandard
+
+from pgolf.errors import ArtifactError
+
+OURS = b"PGOLF"
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+HEAD_BYTES = 1 << 16  # enough of a file, or of what a compressed one holds, to know it by
+HOW = "`pgolf import FILE --recipe NAME --out RUN` makes a run folder with an artifact of it"
+
+
+def compressor(data: bytes) -> str:
+    """The compressor that the first bytes name; '' for none."""
+    if data[:1] == b"\x78" and len(data) > 1 and int.from_bytes(data[:2], "big") % 31 == 0:
+        return "zlib"
+    marks = {b"\xfd7zXZ\0": "lzma", b"\x5d\0\0": "lzma", b"\x28\xb5\x2f\xfd": "zstd"}
+    return next((name for mark, name in marks.items() if data.startswith(mark)), "")
+
+
+def decompress(data: bytes, limit: int) -> bytes:
+    """At most `limit` bytes of what a compressed file holds; of the file itself if it is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    name = compressor(data)
+    try:
+        if name == "zlib":
+            return zlib.decompressobj().decompress(data, limit)
+        if name == "lzma":
+            return lzma.LZMADecompressor().decompress(data, limit)
+        if name == "zstd":
+            return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(limit)
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as e:
+        raise ArtifactError(f"compressed with {name} and damaged ({e})") from e
+    return data[:limit]
+
+
+def is_safetensors(data: bytes) -> bool:
+    """Whether it begins as a safetensors file: the length of its JSON header, and the header."""
+    return data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= 100 << 20
+
+
+def kind(data: bytes) -> str:
+    """What the first bytes say of a file: 'artifact', 'torch', 'raw', 'safetensors', '' if unknown.
+
+    'raw' is PR 478's layout: the length of a JSON header in four bytes, compressed.
+    """
+    if data.startswith(OURS):
+        return "artifact"
+    if is_safetensors(data):
+        return "safetensors"
+    try:
+        content = decompress(data, HEAD_BYTES)
+    except ArtifactError:
+        return ""
+    if content.startswith(PICKLE) or (content.startswith(ZIP) and b"data.pkl" in content):
+        return "torch"
+    return "raw" if compressor(data) and content[4:5] == b"{" else ""
+
+
+def explain(data: bytes) -> str:
+    """A file that is wanted as an artifact or a run folder, in words: what it is, what to do."""
+    packed = compressor(data)
+    found = kind(data)
+    if found == "artifact":
+        return "an artifact"
+    if found == "safetensors":
+        return f"a safetensors file: {HOW}"
+    if found == "torch":
+        of = ", the quantised model of a public script" if packed else ", as final_model.pt is"
+        way = f" compressed with {packed}" if packed else ""
+        return f"a file of torch.save{way}{of}: {HOW}"
+    if found == "raw":
+        return (
+            f"compressed with {packed}, in the layout of PR 478's script, which pgolf does not "
+            "read: import the final_model.pt that lies beside it"
+        )
+    return f"compressed with {packed}, and what it holds is unknown" if packed else "unknown"
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise ArtifactError if `path` is a file of a kind that is known and no artifact."""
+    with open(path, "rb") as f:
+        data = f.read(HEAD_BYTES)
+    if compressor(data) or kind(data) not in ("artifact", ""):
+        raise ArtifactError(f"{path} is not an artifact but {explain(data)}")
