@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pgolf.artifact.foreign import refuse_foreign
 from pgolf.errors import ArtifactError
 
 
@@ -9,9 +10,10 @@ def artifact_of(path: Path) -> Path:
     """The artifact file that `path` is, or that the run folder `path` holds.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or the file is another program's.
     """
     if path.is_file():
+        refuse_foreign(path)
         return path
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such file or run folder; name one of `pgolf train`")

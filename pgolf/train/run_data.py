@@ -93,7 +93,7 @@ def places(run: Path, recorded: str) -> Iterator[Path]:
     yield Path(recorded)
     names = Path(recorded).parts[1:] if Path(recorded).is_absolute() else Path(recorded).parts
     for around in run.resolve().parents:
-        for first in range(len(names)):
+        for first in range(max(1, len(names) - 1)):  # one name alone may be anything's
             yield around.joinpath(*names[first:])
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pgolf import errors
-from pgolf.artifact.foreign import refuse_foreign
 from pgolf.artifact.location import artifact_of
 from pgolf.child import run_module
 from pgolf.config import EvalConfig, from_dict
@@ -88,7 +87,6 @@ def main(argv: list[str]) -> int:
     """`pgolf eval`."""
     args = _parser().parse_args(argv)
     artifact = artifact_of(args.artifact)
-    refuse_foreign(artifact)
     run = artifact.parent
     trained = from_dict(read_config(run)) if (run / "config.json").is_file() else None
     if not args.data and trained is None:

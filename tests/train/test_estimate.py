@@ -52,7 +52,7 @@ def test_time_names_what_shortens_it() -> None:
 
 def test_quick_gives_way_to_what_is_given(monkeypatch) -> None:
     found = []
-    monkeypatch.setattr(run, "run", lambda recipe, config, environment: found.append(config) or 0)
+    monkeypatch.setattr(run, "run", lambda config, *_: found.append(config) or 0)
     assert cli.main(["train", "demo", "quick=true", "eval.val_tokens=999"]) == 0
     assert cli.main(["train", "demo"]) == 0
     e = found[0].eval

@@ -46,8 +46,9 @@ def test_a_run_of_their_weights(state, shards, tmp_path, capsys):
     assert imported(file, out, shards) == 0
     said = capsys.readouterr().out
     assert "a tensor a layer" in said and "activation=leaky_relu2" in said
-    names = {"config.json", "imported.json", "tokenizer.model", "checkpoints", "artifact"}
-    assert {p.name for p in out.iterdir()} == names  # nothing was trained: no result, no metrics
+    names = {"config.json", "data.json", "imported.json", "tokenizer.model", "checkpoints", "artifact"}
+    # Nothing was trained: no result, no metrics.
+    assert {p.name for p in out.iterdir()} == names
     config = from_dict(read_config(out))
     model, words = load_weights(out, config, torch.device("cpu"))
     assert words == "step-0000000: last weights"

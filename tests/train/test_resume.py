@@ -8,7 +8,7 @@ import pytest
 
 from pgolf.cli import main
 from pgolf.config import Config, from_dict, to_dict, with_overrides
-from pgolf.errors import ConfigError
+from pgolf.data.manifest import Dataset
 from pgolf.train.interrupt import Interrupt
 from pgolf.train.run_folder import RunFolder, read_config
 
@@ -21,12 +21,15 @@ def config() -> Config:
 
 
 @pytest.fixture
-def run(config, tmp_path):
+def dataset(shards) -> Dataset:
+    return Dataset.open(shards)
+
+
+@pytest.fixture
+def run(config, dataset, tmp_path):
     """A folder with a space in its name, of a run with settings that are not the recipe's."""
     folder = RunFolder(tmp_path / "a run")
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"pieces")
-    folder.open(config, tokenizer)
+    folder.open(config, dataset)
     return folder
 
 
@@ -51,10 +54,10 @@ def test_the_hint_that_is_printed_works(run, config, resumed):
     assert resumed(hint) == dataclasses.replace(config, run=expected)
 
 
-def test_settings_that_may_change(run, config, resumed, tmp_path):
+def test_settings_that_may_change(run, config, dataset, resumed):
     free = "val_tokens=64 eval.stride=8 score_live=off log_every=3 checkpoint_every=5 device=cpu"
     went_on = resumed(f"pgolf train demo 'out={run.path}' run.resume=1 {free}")
-    run.open(went_on, tmp_path / "tokenizer.model")
+    run.open(went_on, dataset)
     kept = from_dict(read_config(run.path))
     assert (kept.eval.val_tokens, kept.eval.stride, kept.run.log_every) == (64, 8, 3)
     assert kept.model == config.model
@@ -81,12 +84,6 @@ def test_late_qat_does_not_come_in_between(run, capsys, resumed):
     assert main(["train", "demo", f"out={run.path}", "resume=true", "qat_start=0.5"]) == 2
     error = capsys.readouterr().err
     assert "quant.qat_start=1.0 then, 0.5 now" in error and "Late QAT goes on where" in error
-
-
-def test_other_data_are_refused_once_they_are_found(run, config, tmp_path):
-    other = with_overrides(config, {"data": "/elsewhere", "resume": True, "out": str(run.path)})
-    with pytest.raises(ConfigError, match="data.data= then, /elsewhere now"):
-        run.open(other, tmp_path / "tokenizer.model")
 
 
 def test_settings_of_an_older_version_have_their_defaults(run, resumed):

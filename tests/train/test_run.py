@@ -340,8 +340,8 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
         r"measured on [\d,]+ held-out tokens; expected to add [\d.]+\n", out,
     )  # fmt: skip
     assert "EMA" in out and "next cheaper" in out
-    left = budget - result["bytes_code"] - small.stat().st_size
-    assert 0 <= left < 2_000  # a step of one matrix
+    total = int(re.search(r"= ([\d,]+) bytes of", out)[1].replace(",", ""))
+    assert 0 <= budget - total < 2_000  # a step of one matrix
     with pytest.raises(ConfigError, match="give it once"):
         settings(finished, {"budget": "9", "budget_bytes": "9"})
     assert not settings(finished, {"budget": "9", "grid": "rows"})[1].artifact.fit_to_budget
