@@ -9,8 +9,6 @@ import lzma
 import zlib
 from pathlib import Path
 
-import zstandard
-
 from pgolf.errors import ArtifactError
 
 OURS = b"PGOLF"
@@ -33,7 +31,11 @@ def decompress(data: bytes, limit: int) -> bytes:
     Raises:
         ArtifactError: it is damaged.
     """
-    name = compressor(data)
+    name, errors = compressor(data), (zlib.error, lzma.LZMAError)
+    if name == "zstd":
+        import zstandard  # scoring loads this module, and needs no zstandard
+
+        errors = (zstandard.ZstdError,)
     try:
         if name == "zlib":
             return zlib.decompressobj().decompress(data, limit)
@@ -41,7 +43,7 @@ def decompress(data: bytes, limit: int) -> bytes:
             return lzma.LZMADecompressor().decompress(data, limit)
         if name == "zstd":
             return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(limit)
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as e:
+    except errors as e:
         raise ArtifactError(f"compressed with {name} and damaged ({e})") from e
     return data[:limit]
 

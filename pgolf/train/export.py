@@ -47,7 +47,7 @@ class Export:
     script: Script
     pruned: int
     fit: Fit | None
-    added: AddedLoss
+    added: AddedLoss | None
     seconds: float
 
     @property
@@ -118,8 +118,10 @@ def export(
         if line := rounded_line(quantized):
             say(line)
         packed, report, pruned = _pack(quantized, state, meta, config, len(script.data), path)
-        added = added_loss(model, packed, config, dataset)
-        say(added.line())
+        # A run whose shards are gone can still be packed again.
+        added = added_loss(model, packed, config, dataset) if dataset.train_shards else None
+        if added is not None:
+            say(added.line())
         return Export(packed, report, script, pruned, found, added, seconds)
 
     return ranks.on_first(write)

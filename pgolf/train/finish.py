@@ -124,7 +124,7 @@ def write_result(
         "codecs_tried": packed.report.tried,
         "codes_pruned": packed.pruned,
         "budget_fit": fit_row(packed.fit),
-        "quantisation_loss": dataclasses.asdict(packed.added),
+        "quantisation_loss": packed.added and dataclasses.asdict(packed.added),
         "quantise_seconds": packed.seconds,
         "code_modules": sorted(packed.script.sources),
         "steps": clock.step,

@@ -166,6 +166,7 @@ def test_decoding_imports_nothing_that_it_does_not_need(tmp_path, model, meta):
     )
     assert set(json.loads(done.stdout)) == {
         "pgolf", "pgolf.errors", "pgolf.artifact", "pgolf.artifact.container",
+        "pgolf.artifact.foreign",
         "pgolf.artifact.table", "pgolf.codecs", "pgolf.codecs.lzma", "pgolf.quant",
         "pgolf.quant.dequantize", "pgolf.quant.steps",
     }

@@ -318,7 +318,7 @@ def test_a_table_that_takes_too_long_says_so(register, capsys) -> None:
         (["--providers", "tpu"], "no provider is named 'tpu'; there are eager, compiled, cpu"),
         (["--plot", "1.png", "--op", "xsa", "toy"], "--plot 1.png is one file for 2 operators"),
         (["--sample", "nothing like it"], "no sample is left"),
-        (["--json", "ops.py/x", "--op", "toy", "--providers", "eager"], "cannot write ops.py/x"),
+        (["--json", "ops.py/x", "--op", "toy", "--providers", "eager"], "ops.py/x: File exists"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line(
