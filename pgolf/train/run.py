@@ -223,10 +223,13 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
 
     Raises:
         DataError: no checkpoint is whole.
+        ConfigError: nothing was trained.
     """
     # Looked at first, outside of the memory that compiling needs.
-    clock = Clock(**folder.load(torch.device("cpu"))[0]["clock"])
-    if not trainer.schedule.finished(clock):
+    state, path = folder.load(torch.device("cpu"))
+    if "clock" not in state:
+        raise ConfigError(f"{path} holds imported weights: there is no training to resume")
+    if not trainer.schedule.finished(Clock(**state["clock"])):
         trainer.warm_up()
     state, path = folder.load(trainer.ranks.device)
     trainer.load_state_dict(state)
