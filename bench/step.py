@@ -18,7 +18,7 @@ from pgolf.progress import Progress
 from pgolf.recipes import get
 from pgolf.recipes.recipe import Recipe
 from pgolf.train.ranks import Ranks
-from pgolf.train.run import build, open_data
+from pgolf.train.run import build, fit_vocabulary, open_data
 from pgolf.train.run_folder import RunFolder
 from pgolf.train.trainer import Trainer
 
@@ -119,7 +119,9 @@ def _variant(
     with contextlib.redirect_stdout(io.StringIO()):  # what a run says at its start
         # Steps alone write nothing, so the folder is never made.
         folder = RunFolder(Path("bench-step"), writes=False)
-        trainer = build(recipe.title, config, ranks, open_data(config, ranks), folder, "")
+        dataset = open_data(config, ranks)
+        config = fit_vocabulary(config, dataset, "vocab_size" not in overrides)
+        trainer = build(recipe.title, config, ranks, dataset, folder, "")
         trainer.warm_up()
     return Variant(ops, compiled, trainer)
 

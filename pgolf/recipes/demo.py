@@ -5,7 +5,7 @@ from pgolf.recipes.recipe import Value as V
 
 RECIPE = Recipe(
     name="demo",
-    title="4 layers of 256, all the seeds' techniques, 0.75 M tokens of Wikipedia, CPU",
+    title="4 layers of 256, all the seeds' techniques, 0.75 M tokens",
     source="",
     contest=False,
     values=(

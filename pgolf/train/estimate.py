@@ -12,6 +12,8 @@ and the libraries. kv = dim kv_heads / heads. The factors fit what the operators
 (ops=reference) keeps a third more.
 """
 
+from pathlib import Path
+
 import torch
 
 from pgolf.config import Config
@@ -52,10 +54,27 @@ def memory(model: GPT, config: Config, tokens: int) -> float:
     return state + max(activations, state) + LIBRARIES
 
 
-def memory_line(model: GPT, config: Config, tokens: int) -> str:
-    """The memory of a run, and what a smaller pass would make of it."""
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free for a run; None where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def memory_line(model: GPT, config: Config, tokens: int, free: float | None = None) -> str:
+    """The memory of a run, that there is less where there is, and what a smaller pass takes.
+
+    Args:
+        free: bytes, None if that is not known.
+    """
     size, length = memory(model, config, tokens), config.data.seq_len
     line = f"about {size / 1e9:.1f} GB at its peak"
+    if free is not None and size > free:
+        line += f", MORE THAN THE {free / 1e9:.1f} GB THAT ARE FREE"
     fewer = max(CPU_TOKENS // length, 1) * length
     less = memory(model, config, fewer)
     if less < 0.7 * size:

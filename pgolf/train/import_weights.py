@@ -27,7 +27,7 @@ from pgolf.model.public_names import BANKS, from_public
 from pgolf.recipes import get
 from pgolf.train.export import Export, export
 from pgolf.train.ranks import Ranks
-from pgolf.train.run import claimed_folder, open_data, with_dataset
+from pgolf.train.run import claimed_folder, fit_vocabulary, open_data, with_dataset
 from pgolf.train.run_folder import RunFolder
 
 MAX_BYTES = 8 << 30  # of a file, and of what a compressed one may grow to
@@ -148,6 +148,7 @@ def import_run(file: Path, config: Config, device: torch.device) -> tuple[RunFol
     model, config = imported_model(state, config)
     ranks = Ranks(0, 1, device)
     dataset = open_data(config, ranks)
+    config = fit_vocabulary(config, dataset, False)
     config = with_dataset(config, dataset)
     with claimed_folder(config, ranks) as folder:
         folder.open(config, dataset)

@@ -18,7 +18,7 @@ from pgolf.data.manifest import Dataset
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import BudgetError, ConfigError
+from pgolf.errors import BudgetError, ConfigError, DataError, StorageError
 from pgolf.model import GPT
 from pgolf.model.gpt import DTYPES, operator_sizes
 from pgolf.model.init import init_weights
@@ -29,7 +29,7 @@ from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import write_report
 from pgolf.report.table import result_table
-from pgolf.train.estimate import memory_line
+from pgolf.train.estimate import free_memory, memory_line
 from pgolf.train.export import export
 from pgolf.train.finish import score_artifact, write_result
 from pgolf.train.interrupt import Interrupt, Interrupted, resume_command
@@ -46,7 +46,7 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
 
     Raises:
         DataError: shards or tokenizer are missing, damaged or mixed up.
-        ConfigError: the tokenizer is larger than the model's vocabulary.
+        ConfigError: a tokenizer is named without shards.
     """
     if config.data.data:
         dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
@@ -56,13 +56,14 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
                 f"tokenizer={config.data.tokenizer} needs data=FOLDER, shards that it made: the "
                 "embedded corpus has a tokenizer of its own"
             )
-        ranks.on_first(lambda: ensure_default_dataset(DEFAULT_DATA))
+        try:
+            ranks.on_first(lambda: ensure_default_dataset(DEFAULT_DATA))
+        except StorageError as e:  # out= does not help
+            raise DataError(
+                f"{e}. The embedded corpus is prepared in {DEFAULT_DATA.resolve()}: go to another "
+                "folder, or name shards that are prepared with data=FOLDER"
+            ) from e
         dataset = ensure_default_dataset(DEFAULT_DATA)
-    if dataset.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {dataset.folder} has {dataset.vocab_size} pieces, the model "
-            f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
-        )
     return dataset
 
 
@@ -78,11 +79,23 @@ def data_again(config: Config, folder: Path) -> Dataset:
     return find_dataset(folder, recorded, moved, other)
 
 
-def fit_vocabulary(config: Config, dataset: Dataset) -> Config:
-    """The settings with as many rows in the token table as the tokenizer has pieces, if fewer."""
-    if dataset.vocab_size >= config.model.vocab_size:
-        return config
-    return with_overrides(config, {"vocab_size": dataset.vocab_size})
+def fit_vocabulary(config: Config, dataset: Dataset, follows: bool) -> Config:
+    """The settings with a token table that the tokenizer fits.
+
+    Args:
+        follows: as many rows as the tokenizer has pieces; else those that were asked for.
+
+    Raises:
+        ConfigError: fewer were asked for.
+    """
+    if follows:
+        return with_overrides(config, {"vocab_size": dataset.vocab_size})
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {dataset.folder} has {dataset.vocab_size} pieces, the model "
+            f"{config.model.vocab_size}: use vocab_size={dataset.vocab_size}"
+        )
+    return config
 
 
 def vocabulary_line(rows: int, pieces: int) -> str:
@@ -173,7 +186,9 @@ def build(
         "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
     }
-    reasons["memory"] = memory_line(model, config, trainer.local_tokens)
+    reasons["memory"] = memory_line(
+        model, config, trainer.local_tokens, free_memory(ranks.device)
+    )
     if note:
         reasons["environment"] = note
     trainer.say(opening_lines(title, config, dataset, folder.path, reasons))
@@ -194,13 +209,11 @@ def train(
         title: what a run with these settings is, in one line.
         folder: from `claimed_folder`.
         note: which settings the environment gave.
-        any_vocabulary: nobody asked for a vocab_size: the model takes the data's if it is smaller.
+        any_vocabulary: nobody asked for a vocab_size: the model takes the data's.
     """
     going_on = config.run.resume
     dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
-    if any_vocabulary:
-        config = fit_vocabulary(config, dataset)
-    config = with_dataset(config, dataset)
+    config = with_dataset(fit_vocabulary(config, dataset, any_vocabulary), dataset)
     trainer = build(title(config), config, ranks, dataset, folder, note)
     try:
         ranks.on_first(lambda: folder.open(config, dataset))
@@ -208,6 +221,7 @@ def train(
             resume(trainer, folder)
         else:
             trainer.warm_up()
+        if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)

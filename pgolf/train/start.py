@@ -14,7 +14,7 @@ from pgolf.recipes.recipe import Recipe
 def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Train, pack, decode and score a recipe; what result.json holds, None on ranks but the first.
 
-    The contest's environment names fill in what `settings` leave open.
+    The contest's environment names fill in what `settings` leave open, for a new run.
 
     Args:
         name: of the recipe.
@@ -27,14 +27,15 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     presets = {key: _switch(key, settings.pop(key)) for key in PRESETS if key in settings}
     given = {key: find_key(key)[1].name for key in settings}
     environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
-    overrides = {**environment, **settings}
     place = {key: settings[key] for key, field in given.items() if field in ("out", "resume")}
     run_settings = with_overrides(Config(), place).run
     resuming = bool(run_settings.resume and run_settings.out)
     if resuming:
-        config = _going_on(recipe, presets, overrides, Path(run_settings.out))
+        # What the environment gave is in config.json, unless the command line had it.
+        environment = {}
+        config = _going_on(recipe, presets, settings, Path(run_settings.out))
     else:
-        config = recipe.config(overrides, presets.get("seed_exact", False))
+        config = recipe.config({**environment, **settings}, presets.get("seed_exact", False))
         if presets.get("quick"):
             from pgolf.train.estimate import quick_values
 

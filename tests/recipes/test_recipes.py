@@ -47,6 +47,11 @@ def test_values_reach_the_config(name):
         assert config.seed_exact == exact
 
 
+def test_titles_do_not_name_data_which_are_said_beside_them():
+    for recipe in RECIPES.values():
+        assert "Wikipedia" not in recipe.title and "CPU" not in recipe.title
+
+
 def test_no_value_is_given_twice():
     for recipe in RECIPES.values():
         for values in (recipe.values, recipe.seed_exact):

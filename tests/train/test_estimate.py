@@ -28,6 +28,14 @@ def test_memory_is_what_was_counted() -> None:
     assert ";" not in memory_line(model(config, torch.bfloat16), config, 8192)
 
 
+def test_memory_that_is_not_there_is_said() -> None:
+    config = get("pr1473").config()
+    meta = model(config, torch.bfloat16)
+    line = memory_line(meta, config, 98_304, free=8e9)
+    assert "MORE THAN THE 8.0 GB THAT ARE FREE; micro_tokens=8192 takes" in line
+    assert "MORE" not in memory_line(meta, config, 98_304, free=30e9)
+
+
 def test_a_pass_on_a_cpu_is_no_larger_than_needed() -> None:
     config = with_overrides(get("demo").config(), {"batch_tokens": "65536"})
     assert pass_limit(config, CPU) == 8192 and pass_limit(config, CUDA) == 98_304

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +151,18 @@ def test_the_vocabulary_follows_the_data_unless_one_is_asked_for(
     out = capsys.readouterr().out
     assert f"  vocabulary      {said}" in out
     assert re.match(rf"demo with \d+ settings changed: vocab_size={rows}, layers=3, ", out)
+
+
+def test_a_larger_vocabulary_of_the_data_is_followed_too() -> None:
+    data = SimpleNamespace(folder="shards", vocab_size=4096)
+    assert run.fit_vocabulary(Config(), data, follows=True).model.vocab_size == 4096
+    with pytest.raises(ConfigError, match="use vocab_size=4096"):
+        run.fit_vocabulary(Config(), data, follows=False)
+
+
+def test_the_embedded_corpus_is_not_where_out_is(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("a file is in the way")
+    assert main(["train", "demo", "out=elsewhere"]) == 2
+    error = capsys.readouterr().err
+    assert f"prepared in {tmp_path / 'data'}" in error and "data=FOLDER" in error

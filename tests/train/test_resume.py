@@ -54,6 +54,16 @@ def test_the_hint_that_is_printed_works(run, config, resumed):
     assert resumed(hint) == dataclasses.replace(config, run=expected)
 
 
+def test_the_environment_is_not_read_again(run, config, resumed, monkeypatch):
+    """The command line may have decided against it when the run began."""
+    monkeypatch.setenv("SEED", "9")
+    monkeypatch.setenv("MAX_WALLCLOCK_SECONDS", "60")
+    monkeypatch.setenv("DATA_PATH", "elsewhere")
+    went_on = resumed(f"pgolf train demo 'out={run.path}' resume=true")
+    assert dataclasses.replace(went_on, run=config.run) == config
+    assert went_on.run.seed == config.run.seed
+
+
 def test_settings_that_may_change(run, config, dataset, resumed):
     free = "val_tokens=64 eval.stride=8 score_live=off log_every=3 checkpoint_every=5 device=cpu"
     went_on = resumed(f"pgolf train demo 'out={run.path}' run.resume=1 {free}")

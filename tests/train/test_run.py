@@ -121,6 +121,7 @@ def test_deterministic_and_resumable(train, finished, tmp_path):
     code, output = train(f"out={out}", "resume=true")
     assert code == 0, output
     assert "step-0000015, late QAT is on" in output
+    assert "of training (5 steps of" in output, "what is left is said"
     assert metrics(out) == metrics(finished)
     assert (out / "artifact").read_bytes() == (finished / "artifact").read_bytes()
 
