@@ -146,7 +146,7 @@ def _forward(
         wide = losses.dtype if losses.is_cuda else torch.float64
         total = losses.sum(dtype=wide)
         if mean:
-            count = (targets != IGNORED).sum().to(losses.dtype)
+            count = (targets != IGNORED).sum(dtype=losses.dtype)
             total = total / count
         losses = total.to(losses.dtype)
     return losses, z if gradient else z.new_empty(0), count

@@ -28,7 +28,6 @@ from pgolf.ops.registry import (
     Work,
     beyond,
     check_alike,
-    compute_dtype,
     in_cpp,
     in_cuda,
     in_triton,
@@ -53,7 +52,7 @@ def reference(y: Tensor, v: Tensor) -> Tensor:
     batch, time, heads, size = y.shape
     groups = v.size(2)
     y = y.reshape(batch, time, groups, heads // groups, size)
-    wide = v.to(compute_dtype(v.dtype))  # in fp16 the floor would be 0
+    wide = v.float() if v.dtype == torch.float16 else v  # in fp16 the floor would be 0
     n = F.normalize(wide, dim=-1, eps=NORM_FLOOR).to(v.dtype).unsqueeze(3)
     return (y - (y * n).sum(-1, keepdim=True) * n).reshape(batch, time, heads, size)
 
