@@ -2,12 +2,12 @@
 
 Memory of a rank, in bytes, is about
 
-    state + max(tokens x kept, state) + 0.4 GB
+    state + max(tokens x kept, state) + 0.77 GB
 
 state: weights, gradients, Muon's momentum of matrices and AdamW's two of the rest, all in the
 parameter's dtype, and an fp32 copy for each average. tokens: those of one pass. kept, a token:
 layers x (8 dim + 7 kv + 1.2 hidden) + 10 dim activations of the compute dtype, and logits with
-their gradient in fp32. The second state is the checkpoint that is being written; 0.4 GB are torch
+their gradient in fp32. The second state is the checkpoint that is being written; 0.77 GB are torch
 and the libraries. kv = dim kv_heads / heads. The factors fit what the operators keep; plain torch
 (ops=reference) keeps a third more.
 """
@@ -23,7 +23,7 @@ from pgolf.optim.groups import kind_of
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 
-LIBRARIES = 400e6
+LIBRARIES = 770e6
 CPU_TOKENS = 8192  # a larger pass is no faster on a CPU
 FORWARD = 1 / 3  # of the time of forward and backward
 SLOW = 30.0  # seconds of scoring above which what shortens it is said
