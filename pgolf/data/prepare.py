@@ -102,27 +102,37 @@ def prepare(
                 raise DataError(
                     "the text changed while it was read: run `pgolf data prepare` again"
                 )
-            manifest = {
-                "kind": KIND,
-                "version": VERSION,
-                "corpus": corpus,
-                "license": license,
-                "note": note,
-                "text_sha256": text_sha256,
-                "val_fraction": val_fraction,
-                "tokenizer_sha256": sha256_of(model),
-                "vocab_size": encoder.sp.get_piece_size(),
-                "tokenizer_changes": changed_by(encoder.sp),
-                "splits": {
-                    split: {**vars(s), "bytes_per_token": round(s.bytes_scored / s.tokens, 6)}
-                    for split, s in stats.items()
-                },
-            }
+            manifest = _manifest(
+                corpus, license, note, text_sha256, val_fraction, encoder, sha256_of(model), stats
+            )
             atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             _check_written(folder, encoder, stats)
     if old:
         print(f"{out}: replaced corpus {old['corpus']}", file=sys.stderr)
     return Dataset.open(out)
+
+
+def _manifest(
+    corpus: str, license: str, note: str, text_sha256: str, val_fraction: float, encoder: Encoder,
+    tokenizer_sha256: str, stats: dict[str, SplitStats],
+) -> dict[str, Any]:  # fmt: skip
+    """What manifest.json says of a prepared folder."""
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "corpus": corpus,
+        "license": license,
+        "note": note,
+        "text_sha256": text_sha256,
+        "val_fraction": val_fraction,
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": encoder.sp.get_piece_size(),
+        "tokenizer_changes": changed_by(encoder.sp),
+        "splits": {
+            split: {**vars(s), "bytes_per_token": round(s.bytes_scored / s.tokens, 6)}
+            for split, s in stats.items()
+        },
+    }
 
 
 def _prepared_before(out: Path) -> dict[str, Any] | None:

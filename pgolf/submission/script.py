@@ -53,7 +53,7 @@ TRAINING = (
     "pgolf.train.run_folder", "pgolf.train.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # Operators that a script never runs: they have kernels in the compiled half only.
-LEFT_OUT = ("pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update")
+LEFT_OUT = {"pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update"}
 
 # bzip2 is in Python itself, and 1.6 % smaller than raw lzma here; brotli would take 1 % less
 # again, for one more library to install.
@@ -146,7 +146,7 @@ def _named(modules: Iterable[str], codec: str) -> list[str]:
         if star:
             places = find_spec(package).submodule_search_locations
             found |= {f"{package}.{m.name}" for m in iter_modules(places)}
-    found -= {*LEFT_OUT}
+    found -= LEFT_OUT
     for name in list(found):
         parts = name.split(".")
         found |= {".".join(parts[:n]) for n in range(1, len(parts))}

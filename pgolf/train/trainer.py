@@ -370,8 +370,6 @@ class Trainer:
         return words
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "optimizers" not in state:
-            raise ConfigError("the weights were imported: there is no training to resume")
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.averager.load_state_dict(state["averager"])
