@@ -14,9 +14,9 @@ import torch
 
 from bench import schema
 from bench.artifact_sources import NOISES, from_path, synthetic, weights_of
+from pgolf.artifact.layout import Layout
 from pgolf.artifact.pack import encode_form, form_name, forms
 from pgolf.artifact.sizes import entropy, integer_bits
-from pgolf.artifact.table import Layout
 from pgolf.child import run_code
 from pgolf.config import ArtifactConfig, parse_overrides
 from pgolf.errors import PgolfError
@@ -51,7 +51,7 @@ examples:
 DECODE = """
 import sys, time
 import torch
-import pgolf.artifact.model
+import pgolf.artifact.load
 from pgolf.artifact.container import read_artifact
 
 def memory(field):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.container import read_artifact
-from pgolf.artifact.layout import lay_out
+from pgolf.artifact.layout import Layout, lay_out
 from pgolf.artifact.pack import encode
-from pgolf.artifact.table import Layout
 from pgolf.config import Config
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
@@ -19,7 +18,7 @@ from pgolf.model.init import init_weights
 from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import collect
-from pgolf.quant.policy import category
+from pgolf.quant.plan import category
 from pgolf.quant.quantize import QuantizedModel, quantize
 from pgolf.recipes import get
 from pgolf.submission.script import build_script
@@ -111,7 +110,7 @@ def _quantised(model: GPT, config: Config, generator: torch.Generator) -> Quanti
         return quantize(state, config.quant, factors=factors, moments=statistics.moments)
     steps = Steps(state, config.quant, statistics, factors)
     if not config.artifact.fit_to_budget:
-        return steps.at(steps.dial.at(steps.nominal), progress=True)
+        return steps.at(steps.level.at(steps.nominal), progress=True)
 
     def size(candidate: QuantizedModel) -> int:
         meta = {"recipe": config.recipe}

@@ -49,7 +49,7 @@ LITE = {
 GPTQ = LITE | {"quantizer": "gptq", "clip_search": "row"}
 METHODS = {
     "round to nearest": LITE | {"clip_search": "max"},
-    "lite as the seeds, with their floor": LITE | {"clip_search": "matrix", "min_scale": 1.0},
+    "lite as published, with its floor": LITE | {"clip_search": "matrix", "min_scale": 1.0},
     "lite, a clip a matrix": LITE | {"clip_search": "matrix"},
     "lite, a clip a row": LITE | {"clip_search": "row"},
     "gptq, self-generated": GPTQ | {"calibration": "self"},

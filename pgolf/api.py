@@ -4,7 +4,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pgolf.artifact import model as artifact_model
+from pgolf.artifact import load as artifact_load
 from pgolf.device import pick_device, pick_dtype
 from pgolf.model import GPT
 
@@ -29,4 +29,4 @@ def load_model(
     path = Path(path)
     picked = pick_device(device)
     file = path / "artifact" if path.is_dir() else path
-    return artifact_model.load_model(file, picked, pick_dtype(dtype, picked)[0])
+    return artifact_load.load_model(file, picked, pick_dtype(dtype, picked)[0])

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pgolf.errors import ConfigError
-from pgolf.fields import parse_value, resolve_layers, section_from_dict
-from pgolf.sections import (
+from pgolf.fields import parse_value, section_from_dict
+from pgolf.settings import (
     ArtifactConfig,
     AverageConfig,
     DataConfig,
@@ -22,6 +22,7 @@ from pgolf.sections import (
     QuantConfig,
     RunConfig,
     ScheduleConfig,
+    resolve_layers,
 )
 
 
@@ -30,7 +31,7 @@ class Config:
     """A whole run. Build it with a recipe, change it with `with_overrides`."""
 
     recipe: str = ""
-    seed_exact: bool = False
+    as_published: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -43,11 +44,11 @@ class Config:
 
 
 SECTIONS = {
-    f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "seed_exact")
+    f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "as_published")
 }
 
 # Words of `pgolf train` that stand for several keys.
-PRESETS = ("quick", "seed_exact")
+PRESETS = ("quick", "as_published")
 
 # The contest's scripts are configured by environment variables; fingers know these names.
 ENVIRONMENT = {
@@ -63,8 +64,9 @@ ENVIRONMENT = {
 }
 
 
-# Other words for a key.
+# Other words for a key, and keys that have another name now.
 ALIASES = {"budget": "budget_bytes"}
+RENAMED = {"seed_exact": "as_published"}
 
 
 def known_keys() -> dict[str, tuple[str, dataclasses.Field]]:
@@ -92,6 +94,8 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
     name = ALIASES.get(name, name)
     if name in keys and section in ("", keys[name][0]):
         return keys[name]
+    if name in RENAMED:
+        raise ConfigError(f"{key} is now called {RENAMED[name]}")
     near = suggestion(name)
     hint = f"did you mean {near}?" if near else "`pgolf recipes --keys` lists them"
     raise ConfigError(f"unknown key {key!r}: {hint}")
@@ -203,11 +207,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: something is missing, unknown, or not a setting's value.
     """
-    names = {"recipe": str, "seed_exact": bool} | dict.fromkeys(SECTIONS, dict)
+    if old := RENAMED.keys() & values.keys():
+        raise ConfigError(
+            f"an earlier version of pgolf wrote {', '.join(sorted(old))}, which this one calls "
+            "otherwise: use that version, or train again"
+        )
+    names = {"recipe": str, "as_published": bool} | dict.fromkeys(SECTIONS, dict)
     for name in names.keys() | values.keys():
         if name not in names or type(values.get(name)) is not names[name]:
             raise ConfigError(f"a configuration cannot have {name}={values.get(name)!r}")
     sections = {s: section_from_dict(cls, values.get(s, {})) for s, cls in SECTIONS.items()}
-    config = Config(recipe=values["recipe"], seed_exact=values["seed_exact"], **sections)
+    config = Config(recipe=values["recipe"], as_published=values["as_published"], **sections)
     check(config)
     return config

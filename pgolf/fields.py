@@ -11,7 +11,7 @@ SCALES = {"k": 10**3, "m": 10**6, "g": 10**9}  # 100k and 2M, in capitals or not
 
 
 def opt(default: Any, doc: str, **limits: Any) -> Any:
-    """A documented field; limits are `ge`, `gt`, `le`, `choices`."""
+    """A documented field; limits are `ge`, `gt`, `le`, `choices`, `renamed` (old choice -> new)."""
     return field(default=default, metadata={"doc": doc, **limits})
 
 
@@ -52,6 +52,8 @@ def check_limits(key: str, limits: Mapping[str, Any], value: Any) -> None:
     """Raise ConfigError unless `value` is within the field's limits."""
     if isinstance(value, float) and not abs(value) < float("inf"):
         raise ConfigError(f"{key}={value}: must be finite")
+    if value in limits.get("renamed", ()):
+        raise ConfigError(f"{key}={value} is now called {key}={limits['renamed'][value]}")
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(
             f"{key}={value}: must be one of {', '.join(map(repr, limits['choices']))}"
@@ -73,27 +75,3 @@ def section_from_dict(cls: type, values: Any) -> Any:
         if name not in known:
             raise ConfigError(f"{cls.__name__}: unknown key {name!r}")
     return cls(**{name: parse_value(name, known[name], v) for name, v in values.items()})
-
-
-def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
-    """Layer indices of 'all', 'none', 'last:N' or '0,3,7-10' in a model of `layers` blocks."""
-    try:
-        if text in ("none", ""):
-            return ()
-        if text == "all":
-            return tuple(range(layers))
-        if text.startswith("last:"):
-            count = int(text[5:])
-            if not 0 < count <= layers:
-                raise ConfigError(f"{key}={text}: there are {layers} layers")
-            return tuple(range(layers - count, layers))
-        chosen: set[int] = set()
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            low, high = int(first), int(last or first)
-            if not 0 <= low <= high < layers:  # before a range of any size is built
-                raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
-            chosen.update(range(low, high + 1))
-    except ValueError:
-        raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
-    return tuple(sorted(chosen))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pgolf.artifact.load import load_model
 from pgolf.artifact.location import artifact_of
-from pgolf.artifact.model import load_model
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pgolf.artifact.model import load_model
+from pgolf.artifact.load import load_model
 from pgolf.bpb import ByteTable, refuse_if_foreign
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer

@@ -160,7 +160,7 @@ def test_a_value_of_the_wrong_kind_is_named(key: str, text: object) -> None:
         ("qat_start", -0.1, "at least 0"),
         ("seed", -1, "at least 0"),
         ("seed", 2**31, "at most"),
-        ("smear", "maybe", "'off', 'seed', 'bos_masked'"),
+        ("smear", "maybe", "'off', 'plain', 'bos_masked'"),
         ("attn_bits", "3", "'4', '5'"),
         ("codec", "zip", "must be one of"),
         ("ema_horizon", 0, "greater than 0"),
@@ -278,7 +278,7 @@ def test_layers_that_make_no_sense(text: str) -> None:
 
 def test_a_config_survives_its_file() -> None:
     config = with_overrides(
-        Config(recipe="demo", seed_exact=True),
+        Config(recipe="demo", as_published=True),
         {
             "layers": 4,
             "matrix_lr": 0.013,
@@ -392,7 +392,7 @@ def test_one_key_by_two_names_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"recipe": 3}, {"seed_exact": "yes"}, {"model": []}, {"extra": {}}, {"run": None}]
+    "change", [{"recipe": 3}, {"as_published": "yes"}, {"model": []}, {"extra": {}}, {"run": None}]
 )
 def test_a_damaged_configuration_is_refused(change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

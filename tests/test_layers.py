@@ -19,7 +19,7 @@ LAYERS = [
     ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.device"],
     ["pgolf.options"],
     ["pgolf.config"],
-    ["pgolf.sections"],
+    ["pgolf.settings"],
     [
         "pgolf.extras", "pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension",
         "pgolf.triton_kernels",

@@ -5,7 +5,7 @@
     body  = length(u32) header, integers, low bytes of all halves, high bytes of all halves
 
 All numbers are little-endian. The digest covers the 17 bytes before it and all that follows it. The
-body is packed by the codec, or by lzma if that is rans. `table` says what the header is and which
+body is packed by the codec, or by lzma if that is rans. `header` says what the header is and which
 arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
 the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, row by
 row; codes may also be column by column (packing "columns"). Halves are fp16; their high bytes
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.foreign import explain
-from pgolf.artifact.table import Array, Header, Key, Layout, arrays, parse_header
+from pgolf.artifact.header import Array, Header, arrays, parse_header
+from pgolf.artifact.layout import Key, Layout
 from pgolf.codecs import CODECS, body_codec, codec
 from pgolf.errors import ArtifactError
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
@@ -211,7 +212,7 @@ def _numbers(whose: str, stored: Tensor, base: int | None) -> Tensor:
     if base is None:
         return _finite(whose, stored)
     # Only files with steps on the grid need it.
-    from pgolf.quant.steps import HIGHEST, LOWEST, step_values
+    from pgolf.quant.step_grid import HIGHEST, LOWEST, step_values
 
     numbers = torch.empty(stored.numel(), dtype=torch.float16)
     for out, piece in zip(numbers.split(CHUNK), stored.flatten().split(CHUNK), strict=True):

@@ -2,23 +2,35 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf.artifact.table import (
-    COLUMN_GROUP,
-    PACKINGS,
-    Array,
-    Entry,
-    Header,
-    Key,
-    Layout,
-    Vector,
-)
+from pgolf.artifact.header import COLUMN_GROUP, PACKINGS, Array, Entry, Header, Vector, arrays
 from pgolf.quant.dequantize import QuantizedTensor
-from pgolf.quant.steps import exact_index
+from pgolf.quant.step_grid import exact_index
+
+Key = tuple[str | int, str]  # owner and kind of an array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a file stores: int8 matrices and fp16 numbers, by owner and kind of the array."""
+
+    header: Header
+    stored: dict[Key, Tensor]
+
+    def integers(self) -> tuple[list[Array], list[Tensor]]:
+        """The arrays of integers, and their matrices."""
+        table, _ = arrays(self.header)
+        return table, [self.stored[a.owner, a.kind] for a in table]
+
+    def halves(self) -> tuple[list[Array], list[Tensor]]:
+        """The arrays of halves, and their numbers."""
+        _, table = arrays(self.header)
+        return table, [self.stored[a.owner, a.kind] for a in table]
 
 
 def lay_out(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any]) -> Layout:

@@ -1,6 +1,6 @@
 """Writing artifacts: what is stored and how, and the smallest of all codecs and packings.
 
-The format is described in `container` and `table`, what is stored how in `layout`.
+The format is described in `container` and `header`, what is stored how in `layout`.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from pgolf.artifact.container import (
     digest,
     read_artifact,
 )
-from pgolf.artifact.layout import lay_out, pack_matrix, planes
+from pgolf.artifact.header import PACKINGS
+from pgolf.artifact.layout import Layout, lay_out, pack_matrix, planes
 from pgolf.artifact.sizes import byte_shares
-from pgolf.artifact.table import PACKINGS, Layout
 from pgolf.codecs import CODECS, GENERAL, body_codec, codec, rans_encode
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError

@@ -13,9 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from pgolf.artifact.container import Artifact
-from pgolf.artifact.table import Array, Layout
+from pgolf.artifact.header import Array
+from pgolf.artifact.layout import Layout
 from pgolf.codecs import body_codec, codec, rans_encode
-from pgolf.quant.policy import category
+from pgolf.quant.plan import category
 
 GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
 

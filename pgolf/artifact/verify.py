@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.artifact.container import VERSION, Artifact, read_artifact
+from pgolf.artifact.header import Entry
 from pgolf.artifact.location import artifact_of
 from pgolf.artifact.sizes import byte_shares
-from pgolf.artifact.table import Entry
 from pgolf.options import Parser
 
 

@@ -1,4 +1,4 @@
-"""The transformer of the four seed systems, every technique switchable by ModelConfig.
+"""The transformer of the four published systems, every technique switchable by ModelConfig.
 
 Forward pass: embed (+ bigram), norm, smear; blocks with U-Net skips; norm; capped logits.
 Shapes: ids and targets (N, T) int64, x (N, T, D), logits (.., V).
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
-from pgolf.fields import resolve_layers
 from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
 from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
@@ -20,6 +19,7 @@ from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.registry import OPERATORS
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
+from pgolf.settings import resolve_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

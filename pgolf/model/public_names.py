@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig
 from pgolf.errors import ConfigError
-from pgolf.fields import resolve_layers
 from pgolf.model.gpt import GPT
+from pgolf.settings import resolve_layers
 
 BANKS = {
     "qo_bank": ("attn.c_q", "attn.proj"),
@@ -103,7 +103,7 @@ def settings_of(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, An
     if adding != len(resolve_layers("ve_layers", model.ve_layers, model.layers)):
         found["ve_layers"] = f"last:{adding}" if adding else "none"
     for key, name, on in (
-        ("smear", "smear.gate", "seed"),
+        ("smear", "smear.gate", "plain"),
         ("resid_mix", "blocks.0.resid_mix", "identity"),
     ):
         if (name in shape) == (getattr(model, key) == "off"):

@@ -2,7 +2,7 @@
 
     bigram row of position t = ((36313 id[t]) xor (27191 id[t-1])) mod (B - 1);  B - 1 at t = 0
     e = table[id] + scale * bigram,   n = e rstd,   rstd = 1 / sqrt(mean(e^2) + eps)
-    x_t = (1 - g) n_t + g n_{t-1},  g = sigmoid(gate),  n_{-1} = 0         (SmearGate, seed form)
+    x_t = (1 - g) n_t + g n_{t-1},  g = sigmoid(gate),  n_{-1} = 0         (SmearGate, plain form)
 
 Both come from the contest's public records; the hash constants are theirs. With d = dx and
 u_t = d_{t+1} where t + 1 sees t, else 0, the gradients are
@@ -64,7 +64,7 @@ def smear(x: Tensor, gate: Tensor, starts: Tensor | None = None) -> Tensor:
 
     Args:
         starts: (N, T) bool, positions that begin a document: they see zeros instead of the
-            position before, as position 0 does. None is the seed form.
+            position before, as position 0 does. None is the plain form.
     """
     g = torch.sigmoid(gate).to(x.dtype)
     previous = F.pad(x[:, :-1], (0, 0, 1, 0))

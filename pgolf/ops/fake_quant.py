@@ -318,7 +318,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
 
 
 def samples() -> list[Sample]:
-    """Every width, both switches, the seeds' floor, PR 531's and PR 543's grids."""
+    """Every width, both switches, the published floor, PR 531's and PR 543's grids."""
 
     def make(rows: int, columns: int, bits: int, on: bool = True, sliced: bool = False, **grid):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:

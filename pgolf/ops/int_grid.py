@@ -43,7 +43,7 @@ def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     Args:
         clip: (R,) magnitudes that the largest code stands for.
         bits: bits a code, 4 to 8; a 0-d tensor keeps a compiled graph free of recompiles.
-        floor: least clip; the seed scripts use 1.0.
+        floor: least clip; the published scripts use 1.0.
     """
     step = clip.clamp_min(floor) / _qmax(bits, clip)
     return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)

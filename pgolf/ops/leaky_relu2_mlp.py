@@ -204,7 +204,7 @@ def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bo
 
 
 def samples() -> list[Sample]:
-    """MLPs: ragged ones, with and without rstd, and those of the seeds at 98,304 tokens."""
+    """MLPs: ragged ones, with and without rstd, and the recipes' at 98,304 tokens."""
     return [
         Sample("2x7 24-40", _make((2, 7), 24, 40, False)),
         Sample("33 64-96 rstd", _make((33,), 64, 96, True)),

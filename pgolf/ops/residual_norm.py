@@ -142,7 +142,7 @@ def residual_norm(
         x0: (..., D) first embedding; without `mix` it has no part.
         mix: (2, D) factors of the sum and of x0; None leaves the sum as it is. All parameters are
             fp32 (fp64 for an fp64 x), the other tensors of x's dtype.
-        scale: constant factor of h, 1/sqrt(layer + 1) in the seeds.
+        scale: constant factor of h, 1/sqrt(layer + 1) as published.
         eps: added to the mean square of a row before the root.
         keep_total: whether the sum before the mix, which a U-Net skip wants, is a result too.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 4096) or 'cuda' (fp32, bf16;

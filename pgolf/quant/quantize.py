@@ -12,15 +12,15 @@ from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError, TrainingError
 from pgolf.ops.int_grid import row_scale
 from pgolf.progress import Progress
+from pgolf.quant.clip_search import clip_factors, clip_of_step, quantize_rows, uniform_step
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import Factor, Factors, in_order, row_errors, stacked
-from pgolf.quant.gptq_lite import clip_factors, clip_of_step, quantize_rows, uniform_step
+from pgolf.quant.gptq_rows import gptq_rows
+from pgolf.quant.gptq_uniform import gptq_uniform, least_bits
 from pgolf.quant.hessians import Calibration
-from pgolf.quant.policy import TensorPlan, plan
-from pgolf.quant.rows import gptq_rows
+from pgolf.quant.plan import TensorPlan, plan
 from pgolf.quant.safeguard import expected_to_add, rounded_at_bits
-from pgolf.quant.steps import snap
-from pgolf.quant.uniform import gptq_uniform, least_bits
+from pgolf.quant.step_grid import snap
 
 BATCH = 1 << 24  # weights that a batch of matrices has at most, each clip counted: 64 MB in fp32
 

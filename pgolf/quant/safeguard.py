@@ -14,12 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from pgolf.quant.clip_search import clip_of_step, quantize_rows
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import row_errors
-from pgolf.quant.gptq_lite import clip_of_step, quantize_rows
-from pgolf.quant.policy import TensorPlan
-from pgolf.quant.steps import HIGHEST, LOWEST, PER_OCTAVE, step_values
-from pgolf.quant.uniform import Costs, least_bits
+from pgolf.quant.gptq_uniform import Costs, least_bits
+from pgolf.quant.plan import TensorPlan
+from pgolf.quant.step_grid import HIGHEST, LOWEST, PER_OCTAVE, step_values
 
 TRIES = 8
 

@@ -38,7 +38,7 @@ def get(name: str) -> Recipe:
 
 def changes(config: Config) -> list[str]:
     """The settings in which a configuration is not what its recipe says, as `layers=2`."""
-    recipe = get(config.recipe).config(seed_exact=config.seed_exact)
+    recipe = get(config.recipe).config(as_published=config.as_published)
     changed = []
     for key, (section, spec) in known_keys().items():
         own, theirs = (getattr(getattr(c, section), spec.name) for c in (config, recipe))

@@ -1,4 +1,4 @@
-"""What all four seed systems share; each seed's module adds what is its own."""
+"""What all four published systems share; each one's module adds what is its own."""
 
 from pgolf.recipes.recipe import Value as V
 
@@ -12,7 +12,7 @@ FLOOR_NOTE = (
     "the file small, so it stays on; min_scale=0 is the finer grid"
 )
 
-SEED_VALUES = (
+SHARED_VALUES = (
     V("vocab_size", 1024, "C"),
     V("layers", 11, "C"),
     V("dim", 512, "C"),
@@ -21,7 +21,7 @@ SEED_VALUES = (
     V("qk_norm", True, "C"),
     V("qk_gain", 1.5, "C"),
     V("tied_embedding", True, "C"),
-    V("smear", "seed", "C", "static gate, not masked at document starts"),
+    V("smear", "plain", "C", "static gate, not masked at document starts"),
     V("bos_id", 1, "C"),
     V("leaky_slope", 0.5, "C", "used by PR 1473 alone"),
     V("unet_skips", True, "C", "4->5, 3->6, 2->7, 1->8, 0->9; layer 10 has none"),
@@ -80,7 +80,7 @@ SEED_VALUES = (
 )
 
 # What all scripts but PR 1473's do.
-SEED_QUANT = (
+PUBLISHED_QUANT = (
     V("quantizer", "lite", "C"),
     V("grid", "rows", "C"),
     V("fit_to_budget", False, "C"),
@@ -88,8 +88,8 @@ SEED_QUANT = (
     V("small_numel", 65536, "C"),
 )
 
-SEED_EXACT = (
-    *SEED_QUANT,
+AS_PUBLISHED = (
+    *PUBLISHED_QUANT,
     V("schedule", "iterations", "C"),
     V("clip_search", "matrix", "C"),
     V("qat_start", 1.0, "C", "the switch was compiled in as off: late QAT never ran"),

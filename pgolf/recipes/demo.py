@@ -1,11 +1,11 @@
-"""The demo: a small model with all the seeds' techniques, trained in minutes on a CPU."""
+"""The demo: a small model with all the published techniques, trained in minutes on a CPU."""
 
 from pgolf.recipes.recipe import Recipe
 from pgolf.recipes.recipe import Value as V
 
 RECIPE = Recipe(
     name="demo",
-    title="4 layers of 256, all the seeds' techniques, 0.75 M tokens",
+    title="4 layers of 256, all the published techniques, 0.75 M tokens",
     source="",
     contest=False,
     values=(

@@ -9,7 +9,7 @@ RECIPE = Recipe(
     title="11 layers, XSA on all, LeakyReLU(0.5)^2, bigram 3072x112, value embedding, EMA, int6",
     source="PR 1473 of openai/parameter-golf: 1.11564 BPB, 15,832,508 bytes, 6891 steps of 87.1 ms",
     values=common.with_values(
-        common.SEED_VALUES,
+        common.SHARED_VALUES,
         (
             V("mlp_hidden", 1536, "C"),
             V("activation", "leaky_relu2", "C"),
@@ -66,8 +66,8 @@ RECIPE = Recipe(
         common.SIZE_CORRECTION,
         common.EVAL_CORRECTION,
     ),
-    seed_exact=common.with_values(
-        common.SEED_EXACT,
+    as_published=common.with_values(
+        common.AS_PUBLISHED,
         (
             V("quantizer", "gptq", "C"),
             V("calibration", "self", "C"),

@@ -9,7 +9,7 @@ RECIPE = Recipe(
     title="11 layers, XSA on all, relu^2, bigram 2048x128, value embedding, EMA, int6",
     source="PR 478 of openai/parameter-golf: 1.12648 BPB, 15.6 MB, 6766 steps of 88.7 ms",
     values=common.with_values(
-        common.SEED_VALUES,
+        common.SHARED_VALUES,
         (
             V("mlp_hidden", 1536, "C"),
             V("activation", "relu2", "C"),
@@ -66,5 +66,5 @@ RECIPE = Recipe(
         common.GPTQ_CORRECTION,
         common.SIZE_CORRECTION,
     ),
-    seed_exact=(*common.SEED_EXACT, V("codec", "zstd", "C", "zstd-22, in our container")),
+    as_published=(*common.AS_PUBLISHED, V("codec", "zstd", "C", "zstd-22, in our container")),
 )

@@ -9,7 +9,7 @@ RECIPE = Recipe(
     title="11 layers, XSA on 4, relu^2, bigram 10240x128, full RoPE, SWA, int5/int6",
     source="PR 531 of openai/parameter-golf: 1.13508 and 1.12977 BPB, both over 16 MB",
     values=common.with_values(
-        common.SEED_VALUES,
+        common.SHARED_VALUES,
         (
             V("mlp_hidden", 1536, "C"),
             V("activation", "relu2", "C"),
@@ -70,8 +70,8 @@ RECIPE = Recipe(
         common.SIZE_CORRECTION,
         common.EVAL_CORRECTION,
     ),
-    seed_exact=common.with_values(
-        common.SEED_EXACT,
+    as_published=common.with_values(
+        common.AS_PUBLISHED,
         (
             V("qat_start", 1.0, "L", "absent from the logged runs"),
             V(

@@ -18,7 +18,7 @@ SHARED = tuple(
     V(v.key, v.value, "R", v.note) if v.key in README
     else V(v.key, v.value, "I", f"{PARENT}: {v.note}" if v.note else PARENT) if v.source in "CL"
     else v
-    for v in common.SEED_VALUES
+    for v in common.SHARED_VALUES
 )  # fmt: skip
 
 RECIPE = Recipe(
@@ -80,8 +80,8 @@ RECIPE = Recipe(
         common.GPTQ_CORRECTION,
         common.SIZE_CORRECTION,
     ),
-    seed_exact=(
-        *common.SEED_QUANT,
+    as_published=(
+        *common.PUBLISHED_QUANT,
         V("schedule", "iterations", "R"),
         V("clip_search", "matrix", "R"),
         V("attn_bits", "8/4", "R"),

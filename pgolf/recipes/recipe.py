@@ -34,7 +34,7 @@ class Recipe:
         source: where the system is published; '' for our own.
         values: every setting that the recipe decides.
         corrections: what differs from the publication, each with the reason.
-        seed_exact: what `seed_exact=true` changes back, as far as it is known.
+        as_published: what `as_published=true` changes back, as far as it is known.
         contest: whether the budget of 16,000,000 bytes is a rule for it.
     """
 
@@ -43,24 +43,24 @@ class Recipe:
     source: str
     values: tuple[Value, ...]
     corrections: tuple[str, ...] = ()
-    seed_exact: tuple[Value, ...] = ()
+    as_published: tuple[Value, ...] = ()
     contest: bool = True
 
     def config(
-        self, overrides: Mapping[str, Any] | None = None, seed_exact: bool = False
+        self, overrides: Mapping[str, Any] | None = None, as_published: bool = False
     ) -> Config:
         """The configuration, with `overrides` on top.
 
         Raises:
             ConfigError: an override is unknown, out of range, does not fit, or lifts the contest's
-                limit; or seed_exact for a recipe without a published form.
+                limit; or as_published for a recipe without a published form.
         """
         chosen = {v.key: v.value for v in self.values}
-        if seed_exact and not self.seed_exact:
-            raise ConfigError(f"seed_exact=true: {self.name} has no published form")
-        if seed_exact:
-            chosen.update({v.key: v.value for v in self.seed_exact})
-        base = with_overrides(Config(recipe=self.name, seed_exact=seed_exact), chosen)
+        if as_published and not self.as_published:
+            raise ConfigError(f"as_published=true: {self.name} has no published form")
+        if as_published:
+            chosen.update({v.key: v.value for v in self.as_published})
+        base = with_overrides(Config(recipe=self.name, as_published=as_published), chosen)
         # In a second step: `model.layers` may replace what the recipe calls `layers`.
         config = with_overrides(base, overrides or {})
         self.check_limit(config)

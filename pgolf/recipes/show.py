@@ -18,7 +18,7 @@ def list_recipes() -> str:
 
 
 def show_recipe(name: str) -> str:
-    """One recipe: every value with its source, corrections, and what seed_exact changes."""
+    """One recipe: every value with its source, corrections, and what as_published changes."""
     r = get(name)
     config, sources = r.config(), {v.key: v for v in r.values}
     lines = [f"{r.name}: {r.title}", *([r.source] if r.source else []), ""]
@@ -36,9 +36,9 @@ def show_recipe(name: str) -> str:
         lines += [
             textwrap.fill(c, 98, initial_indent="- ", subsequent_indent="  ") for c in r.corrections
         ]
-    if r.seed_exact:
-        lines += ["", "seed_exact=true puts back:"]
-        lines += [f"  {v.key}={v.value}  {v.source}  {v.note}".rstrip() for v in r.seed_exact]
+    if r.as_published:
+        lines += ["", "as_published=true puts back:"]
+        lines += [f"  {v.key}={v.value}  {v.source}  {v.note}".rstrip() for v in r.as_published]
         lines += ["and nothing else: corrections that this does not undo stay."]
     return "\n".join([*lines, "", SOURCES])
 
@@ -54,5 +54,5 @@ def list_keys() -> str:
         default = spec.default if spec.default != "" else "''"
         what = spec.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
         lines.append(f"  {key:<22} {default!s:<12} {what}")
-    lines += ["for several keys, see pgolf train --help: quick=true, seed_exact=true"]
+    lines += ["for several keys, see pgolf train --help: quick=true, as_published=true"]
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def _run_facts(run: RunFiles) -> Markup:
         "optim": ("matrix_lr", "embed_lr", "scalar_lr"),
         "quant": ("attn_bits", "mlp_bits", "tok_bits", "qat_start"),
     }
-    settings = [(name, _value(result.get(name))) for name in ("recipe", "seed", "seed_exact")]
+    settings = [(name, _value(result.get(name))) for name in ("recipe", "seed", "as_published")]
     settings += [
         (name, _value(mapping(config.get(section)).get(name)))
         for section, names in chosen.items()

@@ -36,11 +36,11 @@ REPLACED = {
 # bundled module imports from a module which is not bundled is None there.
 SCORING = (
     "pgolf.artifact.container", "pgolf.artifact.foreign", "pgolf.artifact.layout",
-    "pgolf.artifact.model", "pgolf.artifact.table", "pgolf.bpb", "pgolf.config",
+    "pgolf.artifact.load", "pgolf.artifact.header", "pgolf.bpb", "pgolf.config",
     "pgolf.data.contest", "pgolf.data.shards", "pgolf.data.tokenizer", "pgolf.device",
     "pgolf.errors", "pgolf.evaluate", "pgolf.extension", "pgolf.fields", "pgolf.files",
     "pgolf.model.gpt", "pgolf.model.layers", "pgolf.ops.*", "pgolf.progress",
-    "pgolf.quant.dequantize", "pgolf.quant.steps", "pgolf.score", "pgolf.sections",
+    "pgolf.quant.dequantize", "pgolf.quant.step_grid", "pgolf.score", "pgolf.settings",
     "pgolf.submission.entry", "pgolf.submission.script", "pgolf.train.ranks",
 )  # fmt: skip
 TRAINING = (
@@ -106,11 +106,13 @@ def script_parts(config: Config) -> dict[str, int]:
 def _settings(config: Config) -> str:
     """What differs from the defaults, as text; sections stay."""
 
+    whole = ("recipe", "as_published")  # what `from_dict` wants in any case
+
     def difference(values: dict, defaults: dict) -> dict:
         return {
             key: difference(value, defaults[key]) if isinstance(value, dict) else value
             for key, value in values.items()
-            if isinstance(value, dict) or value != defaults[key] or key in ("recipe", "seed_exact")
+            if isinstance(value, dict) or key in whole or value != defaults[key]
         }
 
     # Where and how this machine ran is no part of a submission.

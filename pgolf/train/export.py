@@ -14,9 +14,8 @@ from pgolf.config import Config
 from pgolf.data.manifest import Dataset
 from pgolf.errors import BudgetError
 from pgolf.model import GPT
-from pgolf.quant.budget import Steps, fill_budget, fit_lines
+from pgolf.quant.budget import Fit, Steps, fill_budget, fit_lines
 from pgolf.quant.calibration import calibration_tokens
-from pgolf.quant.fit import Fit
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration, collect
 from pgolf.quant.prune import prune_to_fit
@@ -161,7 +160,7 @@ def _quantized(
         if config.artifact.fit_to_budget:
             return _fitted(steps, meta, config, script, ranks, say)
         if steps.names:
-            return steps.at(steps.dial.at(steps.nominal), ranks.first), None
+            return steps.at(steps.level.at(steps.nominal), ranks.first), None
     return quantize(
         state, config.quant, ranks.first, factors, statistics.moments, share=share,
         held_out=statistics.held_out,

@@ -18,8 +18,8 @@ from pgolf.evaluate import Sums
 from pgolf.files import atomic_write
 from pgolf.model.gpt import DTYPES
 from pgolf.optim.schedule import Clock
-from pgolf.quant.fit import Fit
-from pgolf.quant.policy import category
+from pgolf.quant.budget import Fit
+from pgolf.quant.plan import category
 from pgolf.train.export import Export
 from pgolf.train.provenance import provenance
 from pgolf.train.ranks import Ranks
@@ -87,7 +87,7 @@ def fit_row(fit: Fit | None) -> dict[str, Any] | None:
     """How the budget was filled, for result.json; None where it was not."""
     if fit is None:
         return None
-    beside = {"chosen": fit.chosen, "cheaper": fit.cheaper, "dearer": fit.dearer}
+    beside = {"chosen": fit.chosen, "coarser": fit.coarser, "finer": fit.finer}
     return {
         "probes": fit.probes,
         "full": fit.full,
@@ -134,7 +134,7 @@ def write_result(
         "tokens_per_second": clock.tokens / clock.seconds if clock.seconds else None,
         "parameters": sum(q.data.numel() for q in packed.model.tensors.values()),
         "recipe": config.recipe,
-        "seed_exact": config.seed_exact,
+        "as_published": config.as_published,
         "seed": config.run.seed,
         "corpus": dataset.corpus,
         "corpus_sha256": dataset.sha256,

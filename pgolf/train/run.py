@@ -133,9 +133,9 @@ def opening_lines(
     )
     if config.artifact.budget_bytes:
         lines.append(f"  size limit      {config.artifact.budget_bytes:,} bytes of code + model")
-    if config.seed_exact:
+    if config.as_published:
         listed = f"what `pgolf recipes {config.recipe}` lists"
-        lines.append(f"  seed_exact      {listed} is as published")
+        lines.append(f"  as_published      {listed} is as published")
     return "\n".join(lines)
 
 

@@ -80,13 +80,13 @@ def refuse_changes(run: Path, old: Config, new: Config, free: Set[str]) -> None:
 
 
 def resumed_config(
-    recipe: str, seed_exact: bool | None, overrides: Mapping[str, Any], run: Path
+    recipe: str, as_published: bool | None, overrides: Mapping[str, Any], run: Path
 ) -> Config:
     """The settings of a run that goes on: those of its config.json, with `overrides` on top.
 
     Args:
         recipe: the one that was named.
-        seed_exact: None if it was not given.
+        as_published: None if it was not given.
 
     Raises:
         ConfigError: there is no run, or an override changes what may not; lists all of these.
@@ -94,8 +94,8 @@ def resumed_config(
     if not (run / "config.json").is_file():
         raise ConfigError(f"nothing to resume in {run}: there is no config.json")
     old = from_dict(read_config(run))
-    exact = old.seed_exact if seed_exact is None else seed_exact
-    new = with_overrides(replace(old, recipe=recipe, seed_exact=exact), overrides)
+    exact = old.as_published if as_published is None else as_published
+    new = with_overrides(replace(old, recipe=recipe, as_published=exact), overrides)
     refuse_changes(run, old, new, FREE_KEYS)
     return new
 

@@ -18,7 +18,7 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Args:
         name: of the recipe.
-        settings: key -> value or its text; presets such as seed_exact may be among them.
+        settings: key -> value or its text; presets such as as_published may be among them.
 
     Raises:
         PgolfError: a setting, the data or the run is not what it has to be.
@@ -35,7 +35,7 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         environment = {}
         config = _going_on(recipe, presets, settings, Path(run_settings.out))
     else:
-        config = recipe.config({**environment, **settings}, presets.get("seed_exact", False))
+        config = recipe.config({**environment, **settings}, presets.get("as_published", False))
         if presets.get("quick"):
             from pgolf.train.estimate import quick_values
 
@@ -63,4 +63,4 @@ def _going_on(
 
     if presets.get("quick"):
         raise ConfigError("quick=true is for a new run: one that goes on keeps its settings")
-    return resumed_config(recipe.name, presets.get("seed_exact"), overrides, run)
+    return resumed_config(recipe.name, presets.get("as_published"), overrides, run)

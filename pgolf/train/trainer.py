@@ -21,8 +21,8 @@ from pgolf.optim.averaging import Averager
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
-from pgolf.quant.gptq_lite import clip_factors
-from pgolf.quant.policy import TensorPlan, plan
+from pgolf.quant.clip_search import clip_factors
+from pgolf.quant.plan import TensorPlan, plan
 from pgolf.train.estimate import pass_limit, time_line
 from pgolf.train.interrupt import Interrupt
 from pgolf.train.ranks import Ranks

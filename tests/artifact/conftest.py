@@ -14,7 +14,7 @@ from pgolf.codecs import CODECS, body_codec, codec
 from pgolf.config import ArtifactConfig, QuantConfig
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel, quantize
-from pgolf.quant.steps import step_values
+from pgolf.quant.step_grid import step_values
 
 META = {"recipe": "demo", "model": {"layers": 2, "dim": 24}, "seq_len": 256, "note": "é"}
 

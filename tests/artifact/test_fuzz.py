@@ -18,7 +18,7 @@ from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel
-from pgolf.quant.steps import step_values
+from pgolf.quant.step_grid import step_values
 
 STATUS = Path("/proc/self/status")
 SECONDS = 2.0  # of the process: the machine may be busy with others

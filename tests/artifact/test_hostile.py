@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pgolf.artifact.container import DIGEST_BYTES, HEAD, MAX_DECODED, MAX_HEADER, read_artifact
-from pgolf.artifact.table import MAX_TENSORS
+from pgolf.artifact.header import MAX_TENSORS
 from pgolf.codecs import codec, rans_encode
 from pgolf.errors import ArtifactError
-from pgolf.quant.steps import step_values
+from pgolf.quant.step_grid import step_values
 
 ONE = ["a.weight", 6, [2, 3], 2, None, None]  # needs 6 bytes of codes and 2 steps
 INDEXED = ["a.weight", 6, [2, 3], 2, -50, 0]  # 6 bytes of codes and 2 of indices

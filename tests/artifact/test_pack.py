@@ -12,15 +12,15 @@ import torch
 
 from pgolf.artifact import container, pack
 from pgolf.artifact.container import Artifact, read_artifact
+from pgolf.artifact.header import PACKINGS
 from pgolf.artifact.layout import lay_out
 from pgolf.artifact.pack import encode, write_artifact
 from pgolf.artifact.sizes import GROUPS
-from pgolf.artifact.table import PACKINGS
 from pgolf.codecs import CODECS, GENERAL
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError, StorageError
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
-from pgolf.quant.steps import step_values
+from pgolf.quant.step_grid import step_values
 
 FORMS = [*itertools.product(GENERAL, PACKINGS), *((c, "bytes") for c in CODECS if c not in GENERAL)]
 
@@ -166,7 +166,7 @@ def test_decoding_imports_nothing_that_it_does_not_need(tmp_path, model, meta):
     )
     assert set(json.loads(done.stdout)) == {
         "pgolf", "pgolf.errors", "pgolf.artifact", "pgolf.artifact.container",
-        "pgolf.artifact.foreign",
-        "pgolf.artifact.table", "pgolf.codecs", "pgolf.codecs.lzma", "pgolf.quant",
-        "pgolf.quant.dequantize", "pgolf.quant.steps",
+        "pgolf.artifact.foreign", "pgolf.artifact.header",
+            "pgolf.artifact.layout", "pgolf.codecs", "pgolf.codecs.lzma", "pgolf.quant",
+        "pgolf.quant.dequantize", "pgolf.quant.step_grid",
     }

@@ -12,7 +12,7 @@ from pgolf.artifact.pack import write_artifact
 from pgolf.config import ArtifactConfig
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.quantize import QuantizedModel
-from pgolf.quant.steps import PER_OCTAVE, step_values
+from pgolf.quant.step_grid import PER_OCTAVE, step_values
 
 SMALL = {"grid": "rows", "clip_search": "max",
          "layers": "2", "dim": "64", "heads": "4", "kv_heads": "2", "mlp_hidden": "256",

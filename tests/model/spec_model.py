@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.fields import resolve_layers
+from pgolf.settings import resolve_layers
 
 Params = Mapping[str, Tensor]
 

@@ -11,7 +11,7 @@ from pgolf.model.decode import Decoder, generate, pick
 from pgolf.model.frozen import frozen_copy
 from pgolf.model.layers import Matrix
 
-from .seeds import SEEDS, small
+from .published import PUBLISHED, small
 from .test_forms import fused
 from .test_gpt_spec import CASES, TIME, randomised
 
@@ -54,13 +54,13 @@ def test_every_position_has_the_logits_of_the_whole_pass(name: str) -> None:
 
 @settings(max_examples=12)
 @given(
-    st.sampled_from(list(SEEDS)), st.integers(1, 5), st.integers(1, TIME), st.integers(0, TIME),
+    st.sampled_from(list(PUBLISHED)), st.integers(1, 5), st.integers(1, TIME), st.integers(0, TIME),
     st.integers(1, TIME),
 )  # fmt: skip
 def test_batches_lengths_and_spans(
     name: str, batch: int, time: int, read: int, stride: int
 ) -> None:
-    model = randomised(small(SEEDS[name]), torch.float32)
+    model = randomised(small(PUBLISHED[name]), torch.float32)
     ids, read = sequences(model, batch, time), min(read, time)
     found = cached(frozen_copy(model), ids, read, time, stride)
     expected = whole(model, ids)[:, max(read, 1) - 1 :]
@@ -68,7 +68,7 @@ def test_batches_lengths_and_spans(
 
 
 def test_our_kernels_decode_the_same() -> None:
-    model = fused(randomised(small(SEEDS["pr1473"]), torch.float32), "cpu")
+    model = fused(randomised(small(PUBLISHED["pr1473"]), torch.float32), "cpu")
     ids = sequences(model, 3, TIME)
     frozen = frozen_copy(model, ops=model.ops)
     assert frozen.blocks[0].cast_impl == "cpu"  # scales are folded once
@@ -80,7 +80,7 @@ def test_our_kernels_decode_the_same() -> None:
 @pytest.mark.slow
 def test_a_compiled_step_compiles_once_a_span() -> None:
     torch._dynamo.reset()
-    model = randomised(small(SEEDS["pr1473"], layers=2, ve_layers="0"), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"], layers=2, ve_layers="0"), torch.float32)
     ids, compiled = sequences(model, 2, TIME), []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
@@ -98,7 +98,7 @@ def test_a_compiled_step_compiles_once_a_span() -> None:
 
 
 def test_what_is_masked_cannot_come_through() -> None:
-    model = randomised(small(SEEDS["pr478"]), torch.float64)
+    model = randomised(small(PUBLISHED["pr478"]), torch.float64)
     ids = sequences(model, 2, TIME)
     decoder = Decoder(frozen_copy(model), 2, TIME)
     decoder.read(ids)  # what an earlier text left
@@ -109,7 +109,7 @@ def test_what_is_masked_cannot_come_through() -> None:
 
 
 def test_a_full_cache_says_so() -> None:
-    model = frozen_copy(randomised(small(SEEDS["pr478"]), torch.float32))
+    model = frozen_copy(randomised(small(PUBLISHED["pr478"]), torch.float32))
     ids = sequences(model, 1, TIME)
     decoder = Decoder(model, 1, 3)
     decoder.read(ids[:, :3])
@@ -123,7 +123,7 @@ def test_a_full_cache_says_so() -> None:
 
 
 def test_frozen_copies_cast_once_and_leave_late_qat_out() -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     ids = sequences(model, 2, TIME)
     expected = whole(model, ids)
     switch = torch.ones(())
@@ -155,7 +155,7 @@ def greedy(model: GPT, ids: list[int], count: int, pieces: int) -> list[int]:
 
 @pytest.mark.parametrize("prompt", [1, 3])
 def test_greedy_text_is_that_of_whole_passes(prompt: int) -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float64)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     pieces = model.config.vocab_size - 3
     ids = sequences(model, 4, prompt)
     found = generate(frozen_copy(model), ids, TIME - prompt, TIME, pieces)
@@ -171,7 +171,7 @@ def test_a_full_context_goes_on_from_its_last_half(monkeypatch) -> None:
         return read(decoder, ids)
 
     monkeypatch.setattr(Decoder, "read", noted)
-    model = randomised(small(SEEDS["pr1473"]), torch.float64)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     pieces, ids = model.config.vocab_size, sequences(model, 8, 2)
     found = generate(frozen_copy(model), ids, 10, 6, pieces).tolist()
     for row, start in zip(found, ids.tolist(), strict=True):
@@ -183,7 +183,7 @@ def test_a_full_context_goes_on_from_its_last_half(monkeypatch) -> None:
 
 
 def test_a_prompt_beyond_the_context_counts_by_its_end() -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float64)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     ids, pieces = sequences(model, 1, 7), model.config.vocab_size
     found = generate(frozen_copy(model), ids, 1, 4, pieces)[0].tolist()
     assert found == ids[0, :3].tolist() + greedy(model, ids[0, 3:].tolist(), 1, pieces)

@@ -10,7 +10,7 @@ from pgolf.ops.registry import OPERATORS
 from pgolf.optim.groups import Optimizers
 
 from ..triton.interpreter import repair
-from .seeds import SEEDS, small
+from .published import PUBLISHED, small
 from .test_gpt_spec import BATCH, TIME, randomised
 
 repair()
@@ -54,11 +54,11 @@ def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, list[torch.Tensor]]:
         ("cuda", torch.float32),
     ],
 )
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", PUBLISHED)
 def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> None:
-    config = small(SEEDS[seed])
+    config = small(PUBLISHED[seed])
     if impl != "cpu":  # interpreter and emulator take their time
-        config = small(SEEDS[seed], layers=2, ve_layers="0", xsa_layers="all")
+        config = small(PUBLISHED[seed], layers=2, ve_layers="0", xsa_layers="all")
     model = randomised(config, dtype)
     loss, gradients = loss_and_gradients(model)
     mine, ours = loss_and_gradients(fused(model, impl))
@@ -72,7 +72,7 @@ def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("clip_mask", [False, True])
 def test_qat_on_our_grid(clip_mask: bool) -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     twin = fused(model, "cpu")
     for one, impl in ((model, "reference"), (twin, "cpu")):
         with_qat(one, impl, clip_mask).fill_(1.0)
@@ -100,7 +100,7 @@ def trained(model: GPT, steps: int) -> list[float]:
 
 def test_training_on_our_operators_is_training_on_the_reference() -> None:
     """Relative difference of the loss at every one of 32 steps, Newton-Schulz included."""
-    config = small(SEEDS["pr1473"], layers=3, ve_layers="1,2")
+    config = small(PUBLISHED["pr1473"], layers=3, ve_layers="1,2")
     model = randomised(config, torch.float32)
     twin = fused(model, "cpu")
     assert twin.ops["newton_schulz"] == "cpu"
@@ -114,7 +114,8 @@ def test_training_on_our_operators_is_training_on_the_reference() -> None:
 
 def test_one_graph_whatever_the_switch_with_our_operators() -> None:
     torch._dynamo.reset()
-    model = fused(randomised(small(SEEDS["pr1473"], layers=2, ve_layers="0"), torch.float32), "cpu")
+    config = small(PUBLISHED["pr1473"], layers=2, ve_layers="0")
+    model = fused(randomised(config, torch.float32), "cpu")
     switch = with_qat(model, "cpu", True)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     compiled(*batch(model.config)).backward()

@@ -11,7 +11,7 @@ from pgolf.config import ModelConfig
 from pgolf.model import GPT
 
 from . import spec_model
-from .seeds import SEEDS, small
+from .published import PUBLISHED, small
 
 BATCH, TIME = 2, 7
 
@@ -44,8 +44,8 @@ SWITCHES = {
     "mha": dict(kv_heads=4),
     "mqa": dict(kv_heads=1),
 }
-CASES = {name: small(config) for name, config in SEEDS.items()} | {
-    name: small(SEEDS["pr1473"], **{"layers": 5, "ve_layers": "3,4"} | changes)
+CASES = {name: small(config) for name, config in PUBLISHED.items()} | {
+    name: small(PUBLISHED["pr1473"], **{"layers": 5, "ve_layers": "3,4"} | changes)
     for name, changes in SWITCHES.items()
 }
 
@@ -105,7 +105,7 @@ def test_loss_and_gradients_follow_the_specification(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*SEEDS, "smear_bos_masked", "backout"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "smear_bos_masked", "backout"])
 def test_a_later_token_changes_no_earlier_loss(name: str) -> None:
     config = CASES[name]
     ids, targets = batch(config)
@@ -122,7 +122,7 @@ def test_a_later_token_changes_no_earlier_loss(name: str) -> None:
 
 
 def test_smear_and_bigram_look_back_one_position_only() -> None:
-    config = small(SEEDS["pr1473"])
+    config = small(PUBLISHED["pr1473"])
     ids, _ = batch(config)
     model = randomised(config, torch.float64)
     changed = ids.clone()
@@ -134,7 +134,7 @@ def test_smear_and_bigram_look_back_one_position_only() -> None:
 
 
 def test_masked_smear_stops_at_a_document_start() -> None:
-    config = small(SEEDS["pr1473"], smear="bos_masked", bos_id=3, bigram_buckets=0)
+    config = small(PUBLISHED["pr1473"], smear="bos_masked", bos_id=3, bigram_buckets=0)
     ids, _ = batch(config)
     assert ids[0, 3] == config.bos_id
     model = randomised(config, torch.float64)
@@ -146,7 +146,7 @@ def test_masked_smear_stops_at_a_document_start() -> None:
 
 
 def test_last_gives_the_losses_of_the_last_positions() -> None:
-    config = small(SEEDS["pr478"])
+    config = small(PUBLISHED["pr478"])
     ids, targets = batch(config)
     model = randomised(config, torch.float64)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_last_gives_the_losses_of_the_last_positions() -> None:
 
 
 def test_a_shorter_sequence_sees_the_same_positions() -> None:
-    config = small(SEEDS["pr1473"])
+    config = small(PUBLISHED["pr1473"])
     ids, targets = batch(config)
     model = randomised(config, torch.float64)
     with torch.no_grad():

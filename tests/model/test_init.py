@@ -1,4 +1,4 @@
-"""Initial weights and parameter counts of the four seed systems."""
+"""Initial weights and parameter counts of the four published systems."""
 
 import dataclasses
 import functools
@@ -9,11 +9,11 @@ import torch
 
 from pgolf import recipes
 from pgolf.config import ModelConfig
-from pgolf.fields import resolve_layers
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
+from pgolf.settings import resolve_layers
 
-from .seeds import PARAMETERS, SEEDS
+from .published import PARAMETERS, PUBLISHED
 
 
 def build(config: ModelConfig, seed: int = 1, length: int = 2048) -> GPT:
@@ -25,7 +25,7 @@ def build(config: ModelConfig, seed: int = 1, length: int = 2048) -> GPT:
 @functools.cache
 def seed_model(name: str) -> GPT:
     """A seed system at full size; tests only read it."""
-    return build(SEEDS[name], length=64)
+    return build(PUBLISHED[name], length=64)
 
 
 def count(config: ModelConfig) -> int:
@@ -33,18 +33,18 @@ def count(config: ModelConfig) -> int:
         return sum(p.numel() for p in GPT(config).parameters())
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    assert count(SEEDS[name]) == PARAMETERS[name]
+    assert count(PUBLISHED[name]) == PARAMETERS[name]
 
 
 def test_the_published_backout_is_one_parameter_more() -> None:
-    assert count(dataclasses.replace(SEEDS["pr478"], backout=True)) == 26_993_757
+    assert count(dataclasses.replace(PUBLISHED["pr478"], backout=True)) == 26_993_757
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_describe_the_same_models(name: str) -> None:
-    """The settings of `seeds.py` were written from the publications, not from the recipes."""
+    """The settings of `published.py` were written from the publications, not from the recipes."""
 
     def resolved(config: ModelConfig) -> ModelConfig:
         layers = {
@@ -53,7 +53,7 @@ def test_recipes_describe_the_same_models(name: str) -> None:
         }
         return dataclasses.replace(config, **layers)
 
-    assert resolved(recipes.get(name).config().model) == resolved(SEEDS[name])
+    assert resolved(recipes.get(name).config().model) == resolved(PUBLISHED[name])
 
 
 def orthogonal_gain(weight: torch.Tensor) -> float:
@@ -128,7 +128,7 @@ def test_the_other_seeds_start_from_the_identity_mix() -> None:
         assert (block.resid_mix[0] == 1).all() and (block.resid_mix[1] == 0).all()
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_first_loss_is_that_of_a_uniform_guess(name: str) -> None:
     model = seed_model(name)
     ids = torch.randint(1024, (2, 65), generator=torch.Generator().manual_seed(0))
@@ -205,6 +205,6 @@ def test_checkpoints_of_the_public_scripts_load() -> None:
             f"blocks.{i}.mlp_scale": (512,),
             f"blocks.{i}.resid_mix": (2, 512),
         }
-    model = GPT(SEEDS["pr478"], max_length=8)
+    model = GPT(PUBLISHED["pr478"], max_length=8)
     model.load_state_dict({n: torch.full(s, 0.25) for n, s in shapes.items()}, strict=True)
     assert all((p == 0.25).all() for p in model.parameters())

@@ -12,9 +12,9 @@ from pgolf.model import GPT
 from pgolf.model.public_names import from_public
 
 from . import spec_model
-from .seeds import SEEDS, small
+from .published import PUBLISHED, small
 
-CONFIG = small(SEEDS["pr1473"], backout=True)
+CONFIG = small(PUBLISHED["pr1473"], backout=True)
 
 
 def public(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Tensor]:

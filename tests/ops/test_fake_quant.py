@@ -130,7 +130,7 @@ def test_huge_rows_clip_at_the_largest_fp16(clip: float) -> None:
     assert row_scale(torch.tensor([clip]), 6).item() == 65504.0
 
 
-def test_the_floor_of_the_seeds() -> None:
+def test_the_published_floor() -> None:
     clip = torch.tensor([0.3, 1.0, 4.0])
     expected = torch.tensor([1 / 31, 1 / 31, 4 / 31]).half().float()
     assert torch.equal(row_scale(clip, 6, 1.0), expected)

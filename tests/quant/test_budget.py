@@ -7,8 +7,7 @@ from pgolf.artifact.pack import encode
 from pgolf.config import ArtifactConfig, QuantConfig
 from pgolf.errors import ConfigError
 from pgolf.quant import budget as budget_module
-from pgolf.quant.budget import Steps, expected_loss, fill_budget, fit_lines
-from pgolf.quant.fit import WINDOW
+from pgolf.quant.budget import WINDOW, Steps, expected_loss, fill_budget, fit_lines
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration
 from pgolf.quant.quantize import tensor_stats
@@ -47,7 +46,7 @@ def test_the_file_is_just_within_the_budget(state, statistics) -> None:
     for target in (5_000, 9_000):
         model, found = fill_budget(steps_of(state, statistics), target, size, progress=False)
         assert size(model) == found.chosen.size <= target
-        beside = found.dearer
+        beside = found.finer
         assert found.chosen.size >= target - target // WINDOW or beside.size > target
         assert f"{target:,}" in fit_lines(found, target)[0]
 
@@ -69,12 +68,12 @@ def test_every_matrix_costs_the_same_for_each_of_its_weights(state, statistics) 
     for i, n in enumerate(NAMES):
         statistics.moments[n] = 2.0**-i * torch.linspace(0.5, 1.5, 64)
     steps = steps_of(state, statistics)
-    model = steps.at(steps.dial.at(steps.nominal))
+    model = steps.at(steps.level.at(steps.nominal))
     losses = [model.stats[n].loss for n in NAMES]
     assert max(losses) < 2 * min(losses)
     flat = Calibration(statistics.hessians, dict.fromkeys(NAMES, torch.ones(64)), 1000)
     ignorant = steps_of(state, flat)
-    assert ignorant.dial.at(ignorant.nominal) != steps.known
+    assert ignorant.level.at(ignorant.nominal) != steps.known
 
 
 def test_the_shares_are_better_than_equal_steps_at_equal_bytes(state, statistics) -> None:
@@ -94,7 +93,7 @@ def test_the_shares_are_better_than_equal_steps_at_equal_bytes(state, statistics
 
 def test_only_what_changes_is_quantised_again(state, statistics, monkeypatch) -> None:
     steps = steps_of(state, statistics)
-    here = steps.dial.at(0.0)
+    here = steps.level.at(0.0)
     steps.at(here)
     asked = []
     quantize = budget_module.quantize
@@ -108,7 +107,7 @@ def test_only_what_changes_is_quantised_again(state, statistics, monkeypatch) ->
 def test_a_matrix_that_nothing_depends_on_keeps_the_step_of_its_policy(state, statistics) -> None:
     statistics.moments[NAMES[0]] = torch.zeros(64)
     steps = steps_of(state, statistics)
-    model = steps.at(steps.dial.at(steps.nominal))
+    model = steps.at(steps.level.at(steps.nominal))
     assert model.tensors[NAMES[0]].data.abs().max() > 0
 
 

@@ -13,7 +13,7 @@ from pgolf.model import GPT
 from pgolf.quant import calibration
 from pgolf.quant.calibration import calibration_tokens, generated_tokens, spread_tokens
 
-from ..model.seeds import SEEDS, small
+from ..model.published import PUBLISHED, small
 from ..model.test_gpt_spec import randomised
 
 TIME = 8
@@ -56,7 +56,7 @@ def test_damaged_or_short_shards(shards, tmp_path) -> None:
 
 
 def language_model() -> GPT:
-    made = randomised(small(SEEDS["pr1473"]), torch.float64)
+    made = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     model = GPT(made.config, torch.float64, max_length=TIME).double()
     model.load_state_dict(made.state_dict())
     return model

@@ -19,9 +19,9 @@ from pgolf.quant import gptq
 from pgolf.quant import quantize as module
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
 from pgolf.quant.gptq import Factors
+from pgolf.quant.gptq_uniform import Costs
 from pgolf.quant.quantize import QuantizedModel, quantize
-from pgolf.quant.steps import exact_index
-from pgolf.quant.uniform import Costs
+from pgolf.quant.step_grid import exact_index
 from tests.quant.gptq_cases import hessian, obq, row_error, weights
 
 NAME = "blocks.0.attn.c_q.weight"

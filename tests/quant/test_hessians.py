@@ -9,7 +9,7 @@ from pgolf.model import GPT
 from pgolf.quant.hessians import Calibration, collect
 
 from ..model import spec_model
-from ..model.seeds import SEEDS, small
+from ..model.published import PUBLISHED, small
 from ..model.test_gpt_spec import CASES, TIME, randomised
 
 COUNT = 3
@@ -85,7 +85,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*SEEDS, "untied", "smear_off", "backout", "bigram_full_width", "one_layer"]
+    "name", [*PUBLISHED, "untied", "smear_off", "backout", "bigram_full_width", "one_layer"]
 )
 def test_against_spies_in_an_independent_model(name: str) -> None:
     model = randomised(CASES[name], torch.float64)
@@ -111,7 +111,7 @@ def test_against_spies_in_an_independent_model(name: str) -> None:
 
 
 def test_q_k_and_v_share_one_hessian() -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     h = collect(model, text(model), 64, progress=False).hessians
     for i in range(model.config.layers):
         q, k, v = (h[f"blocks.{i}.attn.c_{c}.weight"] for c in "qkv")
@@ -128,7 +128,7 @@ def same(a: Calibration, b: Calibration, rtol: float) -> None:
 
 
 def test_batches_and_ranks_change_nothing_but_the_rounding(monkeypatch) -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     tokens = text(model)
     alone = collect(model, tokens, 10**6, progress=False)
     same(alone, collect(model, tokens, 1, progress=False), 1e-5)
@@ -142,7 +142,7 @@ def test_batches_and_ranks_change_nothing_but_the_rounding(monkeypatch) -> None:
 
 
 def test_a_rank_without_a_sequence_adds_nothing(monkeypatch) -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     sums: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", sums.append)
     collect(model, text(model)[:1], 64, part=(0, 2), progress=False)
@@ -150,7 +150,7 @@ def test_a_rank_without_a_sequence_adds_nothing(monkeypatch) -> None:
 
 
 def test_the_model_is_left_alone() -> None:
-    model = randomised(small(SEEDS["pr1473"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     collect(model, text(model), 64, progress=False)
     assert all(block.frozen is None for block in model.blocks)
@@ -159,7 +159,7 @@ def test_the_model_is_left_alone() -> None:
 
 
 def test_bad_input() -> None:
-    model = randomised(small(SEEDS["pr478"]), torch.float32)
+    model = randomised(small(PUBLISHED["pr478"]), torch.float32)
     with pytest.raises(ConfigError, match=r"calibration on \(0, 8\) tokens"):
         collect(model, torch.zeros(0, 8, dtype=torch.int64), 64)
     with torch.no_grad():

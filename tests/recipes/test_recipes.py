@@ -13,38 +13,38 @@ from pgolf.model import GPT
 from pgolf.recipes import RECIPES, get, run_name, title
 from pgolf.recipes.show import list_keys, list_recipes, show_recipe
 
-SEEDS = {"pr478": 26_993_756, "pr531": 27_878_489, "pr543": 25_224_283, "pr1473": 27_067_484}
+PUBLISHED = {"pr478": 26_993_756, "pr531": 27_878_489, "pr543": 25_224_283, "pr1473": 27_067_484}
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts(name):
     with torch.device("meta"):
         model = GPT(get(name).config().model)
-    assert sum(p.numel() for p in model.parameters()) == SEEDS[name]
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_value_of_a_seed_is_documented(name):
     """No method setting of a seed is left to a default that may move."""
     stated = {v.key for v in get(name).values}
     decided = {k for k, (s, _) in known_keys().items()
                if s in ("model", "optim", "schedule", "average", "quant", "data")}
     assert decided <= stated
-    assert all(v.source in "CLRSIP" for v in get(name).values + get(name).seed_exact)
+    assert all(v.source in "CLRSIP" for v in get(name).values + get(name).as_published)
     assert get(name).corrections and get(name).contest
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_values_reach_the_config(name):
     recipe = get(name)
-    for exact in {False, bool(recipe.seed_exact)}:
-        config = recipe.config(seed_exact=exact)
+    for exact in {False, bool(recipe.as_published)}:
+        config = recipe.config(as_published=exact)
         expected = {v.key: v.value for v in recipe.values}
         if exact:
-            expected |= {v.key: v.value for v in recipe.seed_exact}
+            expected |= {v.key: v.value for v in recipe.as_published}
         for key, value in expected.items():
             assert getattr(getattr(config, known_keys()[key][0]), key) == value
-        assert config.seed_exact == exact
+        assert config.as_published == exact
 
 
 def test_titles_do_not_name_data_which_are_said_beside_them():
@@ -54,14 +54,14 @@ def test_titles_do_not_name_data_which_are_said_beside_them():
 
 def test_no_value_is_given_twice():
     for recipe in RECIPES.values():
-        for values in (recipe.values, recipe.seed_exact):
+        for values in (recipe.values, recipe.as_published):
             keys = [v.key for v in values]
             assert len(keys) == len(set(keys))
 
 
-def test_seed_exact_of_a_recipe_of_our_own_is_refused():
+def test_as_published_of_a_recipe_of_our_own_is_refused():
     with pytest.raises(ConfigError, match="no published form"):
-        get("demo").config(seed_exact=True)
+        get("demo").config(as_published=True)
 
 
 def test_a_key_may_be_given_with_its_section():
@@ -87,7 +87,7 @@ def test_a_run_is_called_by_its_settings():
     two = demo.config({"layers": 2, "layer_scale": False})
     assert title(two) == "demo with 2 settings changed: layers=2, layer_scale=false"
     assert run_name(two) == "demo with 2 settings changed"
-    exact = get("pr478").config(seed_exact=True)
+    exact = get("pr478").config(as_published=True)
     assert title(exact) == f"pr478: {get('pr478').title}", "not a change: it is said on its own"
 
 
@@ -98,9 +98,9 @@ def test_unknown_recipe():
 
 def test_shown_text():
     assert all(name in list_recipes() for name in RECIPES)
-    for name in SEEDS:
+    for name in PUBLISHED:
         text = show_recipe(name)
-        assert "Corrected, and why:" in text and "seed_exact=true puts back:" in text
+        assert "Corrected, and why:" in text and "as_published=true puts back:" in text
     assert all(key in list_keys() for cls in SECTIONS.values() for key in cls.__dataclass_fields__)
 
 
@@ -121,25 +121,25 @@ def run(name: str, shards, out, *words: str) -> tuple[dict, str]:
     return json.loads((out / "result.json").read_text()), done.stdout
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
     """The whole structure on a CPU: the second step with QAT on, then the artifact."""
     quick = ("qat_start=0.5", "codec=rans", "quantizer=lite", "grid=rows", "fit_to_budget=false")
     result, printed = run(name, seed_shards, tmp_path / name, *quick)
     assert "late QAT on for" in printed
-    assert result["parameters"] == SEEDS[name]
+    assert result["parameters"] == PUBLISHED[name]
     assert result["bytes_total"] <= 16_000_000
     assert result["val_targets"] == 256
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_form(name, seed_shards, tmp_path):
-    """seed_exact=true, with the published codec; for the last seed, with every codec."""
+    """as_published=true, with the published codec; for the last seed, with every codec."""
     every = name == "pr1473"
     words = ["calibration_sequences=1", *["brotli_quality=9", "codec=auto"] * every]
-    result, printed = run(name, seed_shards, tmp_path / name, "seed_exact=true", *words)
+    result, printed = run(name, seed_shards, tmp_path / name, "as_published=true", *words)
     # of the four, only PR 543's fake-quant ran; two steps are at the end of its warm-down
-    assert result["seed_exact"] and (len(result["codecs_tried"]) == 7) == every
+    assert result["as_published"] and (len(result["codecs_tried"]) == 7) == every
     assert result["bytes_model"] == min(result["codecs_tried"].values())
     assert ("late QAT on" in printed) == (name == "pr543")

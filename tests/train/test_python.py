@@ -47,8 +47,8 @@ def test_the_example(shards, tmp_path, monkeypatch, capsys):
         (dict(layer=6), "did you mean layers"),
         (dict(layers=0), "at least 1"),
         (dict(layers=2.5), "expected int"),
-        (dict(seed_exact="perhaps"), "expected true or false"),
-        (dict(seed_exact=True), "no published form"),
+        (dict(as_published="perhaps"), "expected true or false"),
+        (dict(as_published=True), "no published form"),
     ],
 )
 def test_the_checks_are_the_command_s(settings, words):

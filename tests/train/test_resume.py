@@ -76,12 +76,12 @@ def test_settings_that_may_change(run, config, dataset, resumed):
 
 def test_settings_that_may_not_are_listed_in_one_error(run, capsys, resumed):
     before = (run.path / "config.json").read_bytes()
-    words = ["seed_exact=true", "layers=3", "matrix_lr=0.5", "val_tokens=64", "dim=64"]
+    words = ["as_published=true", "layers=3", "matrix_lr=0.5", "val_tokens=64", "dim=64"]
     assert main(["train", "pr478", f"out={run.path}", "resume=true", *words]) == 2
     error = capsys.readouterr().err
     for told in (
         "recipe=demo then, pr478 now",
-        "seed_exact=False then, True now",
+        "as_published=False then, True now",
         "model.layers=2 then, 3 now",
         "optim.matrix_lr=0.025 then, 0.5 now",
     ):

@@ -340,7 +340,7 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
         r"quantisation adds [-\d.]+ ± [\d.]+ nats a token: loss [\d.]+ before, [\d.]+ after, "
         r"measured on [\d,]+ held-out tokens; expected to add [\d.]+\n", out,
     )  # fmt: skip
-    assert "EMA" in out and "next cheaper" in out
+    assert "EMA" in out and "next coarser" in out
     total = int(re.search(r"= ([\d,]+) bytes of", out)[1].replace(",", ""))
     assert 0 <= budget - total < 2_000  # a step of one matrix
     with pytest.raises(ConfigError, match="give it once"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from pgolf.codecs.rans_encode import magnitude_bits
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.gptq import Factor, in_order, out_of_order, row_errors, sweep
-from pgolf.quant.steps import covering_index, snap
+from pgolf.quant.step_grid import covering_index, snap
 
 LARGEST = 127
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.int_grid import row_codes
+from pgolf.quant.clip_search import candidate_factors, row_steps
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.gptq import Factor, in_order, out_of_order, row_errors, sweep
-from pgolf.quant.gptq_lite import candidate_factors, row_steps
-from pgolf.quant.policy import TensorPlan
+from pgolf.quant.plan import TensorPlan
 
 
 def gptq_rows(w: Tensor, factor: Factor, plan: TensorPlan) -> list[QuantizedTensor]:

@@ -1,4 +1,4 @@
-"""The four seed systems' model settings, written down a second time, full size and small."""
+"""The four published systems' model settings, written down a second time, full size and small."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ BASE_2048 = 10000 * 2 ** (16 / 14)  # what the published NTK rule gives for 16 d
 PARTIAL = dict(rope_dims=16, rope_base=BASE_2048, layer_scale=True)
 VALUES = dict(ve_layers="9,10", ve_dim=128)
 
-SEEDS = {
+PUBLISHED = {
     "pr478": ModelConfig(
         activation="relu2",
         xsa_layers="all",

@@ -6,6 +6,7 @@ step budget, whichever is spent furthest.
 
 from dataclasses import dataclass
 
+from pgolf.errors import ConfigError
 from pgolf.fields import opt
 
 
@@ -37,9 +38,10 @@ class ModelConfig:
     ve_layers: str = opt("none", "layers that add the shared value embedding to v")
     ve_dim: int = opt(128, "width of the shared value-embedding table", ge=1)
     smear: str = opt(
-        "seed",
-        "SmearGate: off, seed form, or no smear across BOS",
-        choices=("off", "seed", "bos_masked"),
+        "plain",
+        "SmearGate: off, plain, or no smear across BOS",
+        choices=("off", "plain", "bos_masked"),
+        renamed={"seed": "plain"},
     )
     bos_id: int = opt(1, "id of the document start, for smear=bos_masked", ge=0)
     resid_mix: str = opt(
@@ -171,7 +173,7 @@ class QuantConfig:
     int8_percentile: float = opt(0.9999984, "clip of 8-bit rows", gt=0.5, le=1)
     min_scale: float = opt(
         0.0,
-        "floor of a row's step as a multiple of 1/qmax (the seeds use 1; not for 5 bits)",
+        "floor of a row's step as a multiple of 1/qmax (published: 1; not for 5 bits)",
         ge=0,
         le=100,
     )
@@ -294,3 +296,27 @@ class RunConfig:
     checkpoint_every: int = opt(
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0
     )
+
+
+def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:
+    """Layer indices of 'all', 'none', 'last:N' or '0,3,7-10' in a model of `layers` blocks."""
+    try:
+        if text in ("none", ""):
+            return ()
+        if text == "all":
+            return tuple(range(layers))
+        if text.startswith("last:"):
+            count = int(text[5:])
+            if not 0 < count <= layers:
+                raise ConfigError(f"{key}={text}: there are {layers} layers")
+            return tuple(range(layers - count, layers))
+        chosen: set[int] = set()
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            low, high = int(first), int(last or first)
+            if not 0 <= low <= high < layers:  # before a range of any size is built
+                raise ConfigError(f"{key}={text}: layers are 0 to {layers - 1}")
+            chosen.update(range(low, high + 1))
+    except ValueError:
+        raise ConfigError(f"{key}={text}: expected all, none, last:N or 0,3,7-10") from None
+    return tuple(sorted(chosen))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.quant.steps import (
+from pgolf.quant.step_grid import (
     HIGHEST,
     LEAST_STEP,
     LOWEST,

@@ -1,8 +1,8 @@
 """Clip search: of a few percentiles of |row|, the one whose grid gives the least squared error.
 
-The seed scripts compare the errors of whole matrices, so one percentile wins for all rows of a
+The published scripts compare the errors of whole matrices, so one percentile wins for all rows of a
 matrix; choosing per row is never worse. Percentiles are torch.quantile's (linear interpolation).
-A plan may ask for steps on the grid of `steps`: a clip then moves up to the next one.
+A plan may ask for steps on `step_grid`: a clip then moves up to the next one.
 Shapes: w (R, C), P candidates.
 """
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.int_grid import row_codes, row_scale
-from pgolf.quant.policy import TensorPlan
-from pgolf.quant.steps import LEAST_STEP, covering_index, snap
+from pgolf.quant.plan import TensorPlan
+from pgolf.quant.step_grid import LEAST_STEP, covering_index, snap
 
 CHUNK = 1 << 21  # elements worked on at a time: bounds the memory, and stays near the caches
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from pgolf.errors import BudgetError
-from pgolf.quant.fit import PROBES, WINDOW, Dial, Fit, fit
-from pgolf.quant.steps import PER_OCTAVE
+from pgolf.quant.budget import PROBES, WINDOW, Fit, WaterLevel, fit
+from pgolf.quant.step_grid import PER_OCTAVE
 
 SHAPES = {f"m{i}": (1 << 18) + 1000 * i for i in range(60)}
 
 
-def dial(**finest: float) -> Dial:
+def level(**finest: float) -> WaterLevel:
     relative = {n: math.exp(0.7 * math.sin(7 * i)) for i, n in enumerate(SHAPES)}
-    return Dial(relative, dict.fromkeys(SHAPES, 2.0**-10) | finest)
+    return WaterLevel(relative, dict.fromkeys(SHAPES, 2.0**-10) | finest)
 
 
 def size_of(steps) -> int:
@@ -23,7 +23,9 @@ def size_of(steps) -> int:
     return int(sum(bits) / 8) + 12_345
 
 
-def fitted(d: Dial, start: float, budget: int, size: Callable[[Mapping], int] = size_of) -> Fit:
+def fitted(
+    d: WaterLevel, start: float, budget: int, size: Callable[[Mapping], int] = size_of
+) -> Fit:
     def measure(steps: Mapping[str, int]) -> tuple[int, float]:
         return size(steps), sum(4.0 ** (index / PER_OCTAVE) for index in steps.values())
 
@@ -33,15 +35,15 @@ def fitted(d: Dial, start: float, budget: int, size: Callable[[Mapping], int] = 
 @pytest.mark.parametrize("budget", [6_000_000, 9_000_000, 15_937_000])
 @pytest.mark.parametrize("start", [-100.0, -40.0, 0.0, 30.0])
 def test_it_lands_in_the_window(budget: int, start: float) -> None:
-    found = fitted(dial(), start, budget)
+    found = fitted(level(), start, budget)
     assert budget - budget // WINDOW <= found.chosen.size <= budget
     assert found.full and found.probes <= 5
     assert size_of(found.chosen.steps) == found.chosen.size
 
 
 def test_the_neighbours_move_one_matrix_by_one_index() -> None:
-    found = fitted(dial(), 0.0, 9_000_000)
-    for beside, sign in ((found.cheaper, 1), (found.dearer, -1)):
+    found = fitted(level(), 0.0, 9_000_000)
+    for beside, sign in ((found.coarser, 1), (found.finer, -1)):
         moved = {n: beside.steps[n] - i for n, i in found.chosen.steps.items()
                  if beside.steps[n] != i}  # fmt: skip
         assert list(moved.values()) == [sign]
@@ -50,22 +52,22 @@ def test_the_neighbours_move_one_matrix_by_one_index() -> None:
 
 
 def test_ratios_of_steps_are_those_asked_for() -> None:
-    d = dial()
+    d = level()
     found = fitted(d, 0.0, 9_000_000)
-    off = [index - (found.chosen.dial + d.offsets[n]) for n, index in found.chosen.steps.items()]
+    off = [index - (found.chosen.level + d.offsets[n]) for n, index in found.chosen.steps.items()]
     assert max(map(abs, off)) <= 0.5 + 1e-9
 
 
 def test_room_that_the_finest_steps_leave_is_left() -> None:
-    d = dial()
+    d = level()
     finest = size_of(d.finest)
     found = fitted(d, 0.0, 2 * finest)
-    assert found.chosen.size == finest and not found.full and found.dearer is None
+    assert found.chosen.size == finest and not found.full and found.finer is None
 
 
 def test_what_no_step_makes_small_enough() -> None:
     with pytest.raises(BudgetError, match="too large even with the coarsest steps"):
-        fitted(dial(), 0.0, 10_000)
+        fitted(level(), 0.0, 10_000)
 
 
 def test_sizes_with_a_jump_still_fit() -> None:
@@ -73,21 +75,21 @@ def test_sizes_with_a_jump_still_fit() -> None:
         size = size_of(steps)
         return size + 2_000_000 if size > 8_800_000 else size
 
-    found = fitted(dial(), 0.0, 9_000_000, jumping)
+    found = fitted(level(), 0.0, 9_000_000, jumping)
     assert found.chosen.size <= 8_800_000 and not found.full
     assert found.chosen.size > 8_700_000 and found.probes <= PROBES
 
 
 def test_one_matrix_alone_comes_as_near_as_the_grid_allows() -> None:
-    alone = Dial({"m0": 1.0}, {"m0": 2.0**-10})
+    alone = WaterLevel({"m0": 1.0}, {"m0": 2.0**-10})
     found = fitted(alone, 0.0, 100_000)
     index = found.chosen.steps["m0"]
     assert size_of({"m0": index}) <= 100_000 < size_of({"m0": index - 1})
 
 
 def test_neighbours_of_a_setting_that_the_finest_steps_hold_back() -> None:
-    d = Dial({"a": 1.0, "b": 1.0}, {"a": 2.0**-4, "b": 2.0**-8})
-    at = -100.0  # a is held at -64, 36 indices above where the dial would have it
+    d = WaterLevel({"a": 1.0, "b": 1.0}, {"a": 2.0**-4, "b": 2.0**-8})
+    at = -100.0  # a is held at -64, 36 indices above where the level would have it
     assert d.at(at) == {"a": -64, "b": -100}
     assert d.at(d.next(at, +1)) == {"a": -64, "b": -99}
     assert d.at(d.next(at, -1)) == {"a": -64, "b": -101}

@@ -1,6 +1,6 @@
 """What is stored for each tensor: fp16 values, or which integer grid with which clip.
 
-The order of the rules is that of the seed scripts, with overrides in front:
+The order of the rules is that of the published scripts, with overrides in front:
 
     1. not a weight matrix (scales, gates, gains, skips)   fp16
     2. the first pattern of `bits_overrides` that matches  its bits
@@ -40,7 +40,7 @@ class TensorPlan:
         floor: least clip.
         full_range: use -2^(bits-1) too.
         widths: more candidates, in standard deviations of the row.
-        on_grid: steps are those of `steps`.
+        on_grid: steps are those of `step_grid`.
         relative_step: of 'uniform', in rms of the matrix.
     """
 
@@ -132,9 +132,9 @@ def _grid(config: QuantConfig, text: str, reason: str) -> TensorPlan:
         step = config.width / levels
         return TensorPlan("int", reason, 8, clip="uniform", on_grid=True, relative_step=step)
     floor, widths = config.min_scale, ()
-    # int8 codes never use -128: the seeds' full range is that of their searched grids.
+    # int8 codes never use -128: the published full range is that of their searched grids.
     full_range = config.full_range and bits < 8
-    # The seeds' steps, with their floor or one percentile a matrix, stay as they are.
+    # The published steps, with their floor or one percentile a matrix, stay as they are.
     on_grid = config.quantizer == "gptq" and floor == 0 and config.clip_search != "matrix"
     if text in _max_clip_bits(config):
         clip, candidates, floor = "max", (1.0,), 0.0

@@ -8,8 +8,8 @@ A line of six is a matrix of integer codes. `group` is the entropy coder's; `col
 index of a line of "columns", the vectors of column factors, which several matrices may share.
 
 `steps` and the `base` of a column vector say how such fp16 numbers are stored. An integer is the
-index of a step in `pgolf.quant.steps`: what is stored is an int8 distance from it for each number.
-null stands for the halves themselves.
+index of a step in `pgolf.quant.step_grid`: what is stored is an int8 distance from it for each
+number. null stands for the halves themselves.
 
 The arrays of a file follow from the table, in this order: codes, indices of steps, indices of
 column factors, then as halves steps, column factors and values; each kind in the order of its
@@ -22,8 +22,6 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from pgolf.errors import ArtifactError
 
 INT_BITS = (4, 5, 6, 7, 8)
@@ -35,8 +33,6 @@ MAX_TENSORS = 4096
 MAX_DIMS = 4
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME = 128
-
-Key = tuple[str | int, str]  # owner and kind of an array
 
 
 @dataclass(frozen=True)
@@ -93,24 +89,6 @@ class Array(NamedTuple):
     def body_bytes(self) -> int:
         """Bytes that it takes in a body."""
         return math.prod(self.shape) * (2 if self.bits == 16 else 1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """All that a file stores: int8 matrices and fp16 numbers, by owner and kind of the array."""
-
-    header: Header
-    stored: dict[Key, Tensor]
-
-    def integers(self) -> tuple[list[Array], list[Tensor]]:
-        """The arrays of integers, and their matrices."""
-        table, _ = arrays(self.header)
-        return table, [self.stored[a.owner, a.kind] for a in table]
-
-    def halves(self) -> tuple[list[Array], list[Tensor]]:
-        """The arrays of halves, and their numbers."""
-        _, table = arrays(self.header)
-        return table, [self.stored[a.owner, a.kind] for a in table]
 
 
 def arrays(header: Header) -> tuple[list[Array], list[Array]]:

@@ -5,10 +5,10 @@ import torch
 
 from pgolf.config import QuantConfig
 from pgolf.ops.fake_quant import fake_quant
-from pgolf.quant import gptq_lite
+from pgolf.quant import clip_search
+from pgolf.quant.clip_search import clip_factors, quantize_rows
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
-from pgolf.quant.gptq_lite import clip_factors, quantize_rows
-from pgolf.quant.policy import TensorPlan, plan
+from pgolf.quant.plan import TensorPlan, plan
 from pgolf.quant.quantize import quantize
 
 CANDIDATES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -71,7 +71,7 @@ def test_matrix_search_takes_one_percentile_and_is_never_better():
 def test_chunks_do_not_change_the_result(monkeypatch, clip: str):
     w, how = heavy_rows(50, 300), int_plan(clip)
     whole = clip_factors(w, how)
-    monkeypatch.setattr(gptq_lite, "CHUNK", 7 * 300)
+    monkeypatch.setattr(clip_search, "CHUNK", 7 * 300)
     assert torch.equal(clip_factors(w, how), whole)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError
-from pgolf.quant.policy import TensorPlan, category, plan
+from pgolf.quant.plan import TensorPlan, category, plan
 
 
 def full_size_shapes(layers: int = 11, hidden: int = 1536) -> dict[str, tuple[int, ...]]:
