@@ -1,5 +1,7 @@
 """Models for `bench artifact`: artifacts, checkpoints, and synthetic weights."""
 
+import contextlib
+import io
 import math
 import tempfile
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pgolf import roles
 from pgolf.artifact.container import read_artifact
 from pgolf.artifact.layout import Layout, lay_out
 from pgolf.artifact.pack import encode
@@ -18,14 +21,15 @@ from pgolf.model.init import init_weights
 from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import collect
-from pgolf.quant.plan import category
 from pgolf.quant.quantize import QuantizedModel, quantize
+from pgolf.ranks import Ranks
 from pgolf.recipes import get
 from pgolf.submission.script import build_script
-from pgolf.train.export import export
-from pgolf.train.ranks import Ranks
-from pgolf.train.repack import load_weights, settings
-from pgolf.train.run_data import find_dataset
+from pgolf.training.export import export
+from pgolf.training.repack import load_weights, settings
+from pgolf.training.run_data import find_dataset
+from pgolf.training.run_folder import RunFolder
+from pgolf.training.session import Session
 
 CPU = torch.device("cpu")
 SEQUENCES, TOKENS = 4, 512  # of the random text that stands for calibration
@@ -59,7 +63,9 @@ def from_path(path: Path, overrides: Mapping[str, str]) -> Layout:
     model, _ = load_weights(path, trained, CPU)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "artifact"
-        export(model, config, dataset, Ranks(0, 1, CPU), file, lambda text: None)
+        session = Session(config, Ranks(0, 1, CPU), dataset, RunFolder(path, writes=False))
+        with contextlib.redirect_stdout(io.StringIO()):  # what packing says
+            export(session, model, build_script(config), file)
         return read_artifact(file).layout
 
 
@@ -91,7 +97,7 @@ def _weights(
     if noise == "laplacian":  # a Gaussian of exponential variance
         exponential = torch.empty(shape).exponential_(generator=generator)
         w *= exponential.sqrt_()
-    group = category(name)
+    group = roles.group(name)
     key = f"mlp.{name.split('.')[-2]}" if group == "mlp" else group
     for axis, spread in enumerate(SPREADS[key]):
         factors = (spread * torch.randn(shape[axis], generator=generator)).exp()

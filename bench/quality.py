@@ -1,6 +1,7 @@
 """`python -m bench quality`: what each way to quantise a run's weights costs in bits per byte."""
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import tempfile
@@ -12,25 +13,26 @@ import torch
 
 from bench import schema
 from pgolf.artifact.pack import encode
-from pgolf.bpb import ByteTable
 from pgolf.config import Config, QuantConfig, with_overrides
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_device, pick_dtype
 from pgolf.errors import PgolfError
-from pgolf.evaluate import evaluate
 from pgolf.model import GPT
-from pgolf.model.gpt import DTYPES
 from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration
 from pgolf.quant.quantize import QuantizedModel, quantize
 from pgolf.quant.safeguard import expected_to_add
-from pgolf.train.export import calibrate, metadata
-from pgolf.train.ranks import Ranks
-from pgolf.train.repack import load_weights, settings
-from pgolf.train.run_data import find_dataset
-from pgolf.train.scoring import ask, sums_of
+from pgolf.ranks import Ranks
+from pgolf.scoring.bpb import ByteTable
+from pgolf.scoring.job import ScoreJob
+from pgolf.scoring.windows import evaluate
+from pgolf.training.export import calibrate, metadata
+from pgolf.training.repack import load_weights, settings
+from pgolf.training.run_data import find_dataset
+from pgolf.training.run_folder import RunFolder
+from pgolf.training.session import Session
 
 DESCRIPTION = """\
 Quantise the weights of a run in every way that pgolf knows, write each to a file, decode and score
@@ -122,6 +124,7 @@ class _Bench:
     ):
         self.config, self.device, self.stride = config, device, stride
         self.dataset = find_dataset(run, config.data)
+        self.folder = RunFolder(run, writes=False)
         self.model, self.words = load_weights(run, trained, device)
         self.state = self.model.export_state()
         self.dtype = pick_dtype("auto", device)[0]
@@ -131,7 +134,8 @@ class _Bench:
 
     def _collect(self, calibration: str) -> Calibration:
         config = with_overrides(self.config, GPTQ | {"calibration": calibration})
-        return calibrate(self.model, config, self.dataset, Ranks(0, 1, self.device))
+        session = Session(config, Ranks(0, 1, self.device), self.dataset, self.folder)
+        return calibrate(session, self.model)
 
     def _quant(self, bits: int, overrides: Mapping[str, object]) -> QuantConfig:
         widths = {"attn_bits": str(bits), "mlp_bits": str(bits)}
@@ -183,12 +187,9 @@ class _Bench:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "artifact"
             path.write_bytes(data)
-            answer = ask(
-                artifact=str(path), device=str(self.device),
-                dtype=next(n for n, d in DTYPES.items() if d == self.dtype),
-                data=str(self.dataset.folder), tokenizer=str(self.dataset.tokenizer_path),
-                tokenizer_sha256=self.dataset.tokenizer_sha256, stride=self.stride,
-                val_tokens=self.config.eval.val_tokens, eval_tokens=self.config.eval.eval_tokens,
-                part=[0, 1], compile=False, progress="",
-            )  # fmt: skip
-        return len(data), sums_of(answer).bpb
+            settings = dataclasses.replace(self.config.eval, stride=self.stride)
+            job = ScoreJob.of(
+                path, self.dataset, settings, Ranks(0, 1, self.device), self.dtype
+            )
+            sums = job.ask().sums
+        return len(data), sums.bpb

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pgolf.files import atomic_write
-from pgolf.train.provenance import provenance
+from pgolf.training.provenance import provenance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 from bench import schema, timing
 from pgolf.config import Config, parse_overrides
+from pgolf.device import dtype_name
 from pgolf.errors import PgolfError
-from pgolf.model.gpt import DTYPES
 from pgolf.progress import Progress
+from pgolf.ranks import Ranks
 from pgolf.recipes import get
 from pgolf.recipes.recipe import Recipe
-from pgolf.train.ranks import Ranks
-from pgolf.train.run import build, fit_vocabulary, open_data
-from pgolf.train.run_folder import RunFolder
-from pgolf.train.trainer import Trainer
+from pgolf.training.run import build
+from pgolf.training.run_folder import RunFolder
+from pgolf.training.session import Session, fit_vocabulary, open_data
+from pgolf.training.trainer import Trainer
 
 SAME_LOSS = 0.01  # relative; weights and tokens are the same, so only rounding may differ
 
@@ -95,7 +96,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     ]
     print(
         f"{recipe.name}, {config.data.batch_tokens:,} tokens a step, "
-        f"{_dtype(variants[0].trainer)}: {setting.device}, "
+        f"{dtype_name(variants[0].trainer.model.compute_dtype)}: {setting.device}, "
         f"{setting.threads} threads, torch {setting.torch}"
     )
     losses = {v.name: v.trainer.step(0.0, config.optim.momentum)[0].item() for v in variants}
@@ -121,13 +122,9 @@ def _variant(
         folder = RunFolder(Path("bench-step"), writes=False)
         dataset = open_data(config, ranks)
         config = fit_vocabulary(config, dataset, "vocab_size" not in overrides)
-        trainer = build(recipe.title, config, ranks, dataset, folder, "")
+        trainer = build(Session(config, ranks, dataset, folder), recipe.title)
         trainer.warm_up()
     return Variant(ops, compiled, trainer)
-
-
-def _dtype(trainer: Trainer) -> str:
-    return next(name for name, d in DTYPES.items() if d == trainer.model.compute_dtype)
 
 
 def _timed(
@@ -151,11 +148,12 @@ def _timed(
     lines = []
     for v in variants:
         spent = timing.summarise(times[v.name])
+        model = v.trainer.model
         lines.append(
             schema.StepTiming(
                 **asdict(setting),
                 recipe=config.recipe, overrides=overrides, ops=v.ops,
-                chosen=dict(v.trainer.model.ops), compile=v.compiled, dtype=_dtype(v.trainer),
+                chosen=dict(model.ops), compile=v.compiled, dtype=dtype_name(model.compute_dtype),
                 tokens=config.data.batch_tokens, rounds=rounds,
                 median_ms=spent.median, p20_ms=spent.p20, p80_ms=spent.p80,
                 tokens_per_second=1e3 * config.data.batch_tokens / spent.median,

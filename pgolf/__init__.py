@@ -13,8 +13,6 @@ __all__ = ["__version__", "load_model", "train"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "train":  # the package: it can be called
-        return import_module(f"pgolf.{name}")
-    if name == "load_model":
-        return import_module("pgolf.api").load_model
+    if name in ("load_model", "train"):
+        return getattr(import_module("pgolf.api"), name)
     raise AttributeError(f"module 'pgolf' has no attribute {name!r}")

@@ -1,16 +1,24 @@
-"""What `import pgolf` offers beside `pgolf.train`; loaded when it is first asked for."""
+"""What `import pgolf` offers: loaded when it is first asked for, torch when it is called."""
 
-from os import PathLike
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pgolf.artifact import load as artifact_load
-from pgolf.device import pick_device, pick_dtype
-from pgolf.model import GPT
+from pgolf.config import PRESETS, Config, environment_overrides, find_key, with_overrides
+from pgolf.errors import ConfigError
+from pgolf.fields import SWITCH
+from pgolf.recipes import get
+from pgolf.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pgolf.model import GPT
 
 
 def load_model(
-    path: str | PathLike[str], device: str = "auto", dtype: str = "auto"
+    path: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
 ) -> tuple[GPT, dict[str, Any]]:
     """The model that an artifact holds, decoded, and what the artifact says of itself.
 
@@ -26,7 +34,94 @@ def load_model(
     Raises:
         ArtifactError: there is none, or it is damaged.
     """
+    from pgolf.artifact import load
+    from pgolf.device import pick_device, pick_dtype
+
     path = Path(path)
     picked = pick_device(device)
     file = path / "artifact" if path.is_dir() else path
-    return artifact_load.load_model(file, picked, pick_dtype(dtype, picked)[0])
+    return load.load_model(file, picked, pick_dtype(dtype, picked)[0])
+
+
+def train(recipe: str, /, **settings: Any) -> dict[str, Any] | None:
+    """Train a recipe, pack and score it, as the command `pgolf train` does, with its output.
+
+        result = pgolf.train("demo", layers=2, max_tokens=2e5, out="runs/two")
+
+    Args:
+        recipe: name of a recipe; `pgolf recipes` lists them.
+        settings: what to change, as on the command line; values may be text, numbers, paths.
+
+    Returns:
+        What result.json holds: val_bpb, bytes_total and more; with torchrun None on ranks but
+        the first.
+
+    Raises:
+        PgolfError: what the command would end with.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pgolf.cli does, and why
+    return start(recipe, {key: _plain(value) for key, value in settings.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A setting as the configuration takes it: a path as text, a whole 2e6 as an integer."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Train, pack, decode and score a recipe; what result.json holds, None on ranks but the first.
+
+    The contest's environment names fill in what `settings` leave open, for a new run.
+
+    Args:
+        name: of the recipe.
+        settings: key -> value or its text; presets such as as_published may be among them.
+
+    Raises:
+        PgolfError: a setting, the data or the run is not what it has to be.
+    """
+    recipe, settings = get(name), dict(settings)
+    presets = {key: _switch(key, settings.pop(key)) for key in PRESETS if key in settings}
+    given = {key: find_key(key)[1].name for key in settings}
+    environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
+    place = {key: settings[key] for key, field in given.items() if field in ("out", "resume")}
+    run_settings = with_overrides(Config(), place).run
+    resuming = bool(run_settings.resume and run_settings.out)
+    if resuming:
+        # What the environment gave is in config.json, unless the command line had it.
+        environment = {}
+        config = _going_on(recipe, presets, settings, Path(run_settings.out))
+    else:
+        config = recipe.config({**environment, **settings}, presets.get("as_published", False))
+        if presets.get("quick"):
+            from pgolf.training.estimate import quick_values
+
+            taken = {*given.values(), *environment}
+            left = {k: v for k, v in quick_values(config).items() if k not in taken}
+            config = with_overrides(config, left)
+    # Checked first: torch takes seconds to load.
+    from pgolf.submission.script import build_script
+    from pgolf.training.run import run
+
+    any_vocabulary = not resuming and "vocab_size" not in given.values()
+    return run(config, environment, any_vocabulary, build_script)
+
+
+def _switch(key: str, value: Any) -> bool:
+    on = SWITCH.get(str(value).lower())
+    if on is None:
+        raise ConfigError(f"{key}={value}: expected true or false")
+    return on
+
+
+def _going_on(
+    recipe: Recipe, presets: Mapping[str, bool], overrides: Mapping[str, Any], run: Path
+) -> Config:
+    """The settings of a run that goes on."""
+    from pgolf.training.run_folder import resumed_config
+
+    if presets.get("quick"):
+        raise ConfigError("quick=true is for a new run: one that goes on keeps its settings")
+    return resumed_config(recipe.name, presets.get("as_published"), overrides, run)

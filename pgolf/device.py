@@ -7,6 +7,8 @@ import torch
 
 from pgolf.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def cpu_flags() -> set[str]:
     """Instruction-set flags of this CPU as Linux names them; empty elsewhere."""
@@ -48,10 +50,15 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a compute dtype in settings: bf16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def pick_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype of 'auto', 'bf16' or 'fp32', and why."""
     if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted], "as asked"
+        return DTYPES[wanted], "as asked"
     if device.type == "cuda":
         return torch.bfloat16, "GPU"
     flags = cpu_flags() & {"avx512_bf16", "amx_bf16"}

@@ -397,3 +397,14 @@ def test_one_key_by_two_names_is_refused() -> None:
 def test_a_damaged_configuration_is_refused(change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         from_dict(to_dict(Config()) | change)
+
+
+def test_an_old_word_gets_the_new_one():
+    with pytest.raises(ConfigError, match="seed_exact is now called as_published"):
+        find_key("seed_exact")
+    with pytest.raises(ConfigError, match="smear=seed is now called smear=plain"):
+        changed(smear="seed")
+    values = to_dict(Config())
+    values["seed_exact"] = values.pop("as_published")
+    with pytest.raises(ConfigError, match="an earlier version of pgolf wrote seed_exact"):
+        from_dict(values)

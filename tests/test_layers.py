@@ -9,25 +9,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Top first; what stands on one line may import each other and whatever stands below.
 LAYERS = [
-    ["pgolf.__main__", "pgolf.cli"],
-    [
-        "pgolf.api", "pgolf.doctor", "pgolf.train", "pgolf.sample", "pgolf.score", "pgolf.recipes",
-        "pgolf.report", "pgolf.submission",
-    ],  # fmt: skip
-    ["pgolf.artifact", "pgolf.evaluate"],
-    ["pgolf.model", "pgolf.optim", "pgolf.quant"],
-    ["pgolf.ops", "pgolf.codecs", "pgolf.data", "pgolf.bpb", "pgolf.device"],
-    ["pgolf.options"],
+    ["pgolf.cli", "pgolf.__main__"],
+    ["pgolf.api"],
+    ["pgolf.submission"],
+    ["pgolf.training"],
+    ["pgolf.recipes", "pgolf.report"],
+    ["pgolf.scoring"],
+    ["pgolf.artifact"],
+    ["pgolf.optim", "pgolf.quant"],
+    ["pgolf.model"],
+    ["pgolf.ops", "pgolf.codecs", "pgolf.data"],
+    ["pgolf.scoring.bpb", "pgolf.ranks"],
+    ["pgolf.device", "pgolf.options"],
     ["pgolf.config"],
     ["pgolf.settings"],
-    [
-        "pgolf.extras", "pgolf.fields", "pgolf.files", "pgolf.progress", "pgolf.extension",
-        "pgolf.triton_kernels",
-    ],  # fmt: skip
+    ["pgolf.fields", "pgolf.progress", "pgolf.roles"],
+    ["pgolf.extras", "pgolf.files", "pgolf.extension", "pgolf.triton_kernels"],
     ["pgolf.child", "pgolf.stop"],
     ["pgolf.errors"],
     ["pgolf"],
 ]
+
+
+def picture() -> str:
+    """The layers for people: each in a line, in short names, the top first."""
+    lines = (", ".join(name.removeprefix("pgolf.") for name in names) for names in LAYERS)
+    return "\n".join(lines)
 
 
 def layer(module: str) -> int:
@@ -64,6 +71,11 @@ def test_imports_point_down():
     assert not upward
 
 
+def test_contributing_shows_the_layers():
+    """`python tests/test_layers.py` prints what stands there."""
+    assert f"```\n{picture()}\n```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_every_module_has_a_layer():
     """A new module is placed on purpose: nothing falls to the bottom entry 'pgolf' by accident."""
     for file in (ROOT / "pgolf").rglob("*.py"):
@@ -82,3 +94,7 @@ def test_import_and_help_load_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "torchrun" in done.stdout
+
+
+if __name__ == "__main__":
+    print(picture())

@@ -11,7 +11,7 @@ from pgolf.cli import main
 from pgolf.data import prepare
 from pgolf.progress import print_anything
 from pgolf.stop import SIGNALS, Stopped, stoppable
-from pgolf.train.interrupt import Interrupt, Interrupted
+from pgolf.training.interrupt import Interrupt, Interrupted
 
 
 def send(number: int) -> None:

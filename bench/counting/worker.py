@@ -75,7 +75,7 @@ def _build(request: Request) -> tuple[Any, Any]:
     from pgolf.model import GPT
     from pgolf.model.gpt import operator_sizes
     from pgolf.ops import registry
-    from pgolf.train.trainer import Trainer
+    from pgolf.training.trainer import prepare_qat
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
@@ -87,10 +87,7 @@ def _build(request: Request) -> tuple[Any, Any]:
     choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
     if request.qat:
-        trainer = Trainer.__new__(Trainer)
-        trainer.config, trainer.model = config, model
-        trainer.qat_switch = torch.zeros((), device="cuda")
-        trainer._prepare_qat()
+        prepare_qat(model, config, torch.zeros((), device="cuda"))
     return config, model
 
 

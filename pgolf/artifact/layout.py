@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf import roles
 from pgolf.artifact.header import COLUMN_GROUP, PACKINGS, Array, Entry, Header, Vector, arrays
 from pgolf.quant.dequantize import QuantizedTensor
 from pgolf.quant.step_grid import exact_index
@@ -42,7 +43,7 @@ def lay_out(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any]) -> 
             entries.append(Entry(name, 16, q.shape))
             stored[name, "values"] = q.data
             continue
-        group = groups.setdefault(_role(name), COLUMN_GROUP + 1 + len(groups))
+        group = groups.setdefault(roles.without_layer(name), COLUMN_GROUP + 1 + len(groups))
         steps, stored[name, "steps"] = _distances(q.scale)
         stored[name, "codes"] = q.data
         index = None
@@ -70,16 +71,11 @@ def _distances(numbers: Tensor) -> tuple[int | None, Tensor]:
     return base, (index - base).to(torch.int8)[None]
 
 
-def _role(name: str) -> str:
-    """Of like tensors in all layers."""
-    return re.sub(r"\d+", "", name)
-
-
 def _ordered(tensors: Mapping[str, QuantizedTensor]) -> list[tuple[str, QuantizedTensor]]:
     """By role, then layer: neighbours with like statistics compress a little better."""
 
     def key(item: tuple[str, QuantizedTensor]) -> tuple[str, list[int]]:
-        return _role(item[0]), [int(n) for n in re.findall(r"\d+", item[0])]
+        return roles.without_layer(item[0]), [int(n) for n in re.findall(r"\d+", item[0])]
 
     return sorted(tensors.items(), key=key)
 

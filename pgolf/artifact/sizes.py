@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pgolf import roles
 from pgolf.artifact.container import Artifact
 from pgolf.artifact.header import Array
 from pgolf.artifact.layout import Layout
 from pgolf.codecs import body_codec, codec, rans_encode
-from pgolf.quant.plan import category
 
 GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
 
@@ -82,7 +82,8 @@ def _owners(layout: Layout) -> dict[str | int, str]:
 
 def _share(array: Array, owners: dict[str | int, str], size: float) -> Share:
     tensor = owners[array.owner]
-    return Share("scales" if array.kind in ("steps", "columns") else category(tensor), tensor, size)
+    group = "scales" if array.kind in ("steps", "columns") else roles.group(tensor)
+    return Share(group, tensor, size)
 
 
 def _halves(layout: Layout, owners: dict[str | int, str]) -> list[Share]:

@@ -1,17 +1,14 @@
-"""`pgolf verify ARTIFACT`: check a file fully and list what it holds."""
+"""Checking an artifact fully, and listing what it holds."""
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pgolf.artifact.container import VERSION, Artifact, read_artifact
 from pgolf.artifact.header import Entry
-from pgolf.artifact.location import artifact_of
 from pgolf.artifact.sizes import byte_shares
-from pgolf.options import Parser
 
 
 @dataclass(frozen=True)
@@ -95,20 +92,3 @@ def verify(path: Path | str) -> VerifyReport:
     """
     artifact = read_artifact(Path(path))
     return VerifyReport(Path(path), artifact, *byte_shares(artifact))
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the report of one artifact; errors are for the caller to show."""
-    parser = Parser(
-        prog="pgolf verify",
-        description="Decode an artifact with every check, and list its tensors: how each is "
-        "stored, and the bytes that it takes in the file. With the codec rans these are what the "
-        "coder says; otherwise the order-0 entropy of its codes, scaled to the file.",
-        epilog="example: pgolf verify runs/demo-seed1337 --json | jq .bytes_by_group",
-    )
-    parser.add_argument("artifact", type=Path, help="artifact file, or the folder of its run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    args = parser.parse_args(argv)
-    report = verify(artifact_of(args.artifact))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else report.to_text())
-    return 0

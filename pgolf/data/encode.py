@@ -1,8 +1,8 @@
 """Documents to tokens on disk, with the bytes of every document accounted for exactly.
 
-The rule of `pgolf.bpb` is applied to each document's tokens and must give the bytes of the text
-that they decode to, save the one leading space that is free after BOS. Where the decoded text is
-not the original text the tokenizer normalises: that is counted, and an error if not expected.
+The rule of `pgolf.scoring.bpb` is applied to each document's tokens and must give the bytes of the
+text that they decode to, save the one leading space that is free after BOS. Where the decoded text
+is not the original text the tokenizer normalises: that is counted, and an error if not expected.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from pgolf.bpb import SPACE, ByteTable
 from pgolf.data.readers import Document
 from pgolf.data.shards import open_shard, write_shard
 from pgolf.errors import DataError
 from pgolf.files import sha256_of
+from pgolf.scoring.bpb import SPACE, ByteTable
 
 
 @dataclass

@@ -15,12 +15,12 @@ from typing import Any
 
 import sentencepiece
 
-from pgolf.bpb import refuse_if_foreign, refuse_if_lossy
 from pgolf.data.contest import MANIFEST, ContestLayout, read_json
 from pgolf.data.shards import BOS_ID, find_shards, open_shard, read_header
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.errors import DataError
 from pgolf.files import sha256_of
+from pgolf.scoring.bpb import refuse_if_foreign, refuse_if_lossy
 
 KIND, VERSION = "pgolf-dataset", 1
 TOKENIZER = "tokenizer.model"

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf.bpb import changed_by
 from pgolf.data.contest import MANIFEST
 from pgolf.data.encode import Encoder, ShardWriter, SplitStats, count_written
 from pgolf.data.manifest import (
@@ -32,6 +31,7 @@ from pgolf.data.tokenizer import TRAIN_BYTES, check_vocab_size, load_tokenizer, 
 from pgolf.errors import ConfigError, DataError
 from pgolf.files import atomic_folder, atomic_write, claim, sha256_of
 from pgolf.progress import Progress
+from pgolf.scoring.bpb import changed_by
 
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.1

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from pgolf.bpb import SPACE
 from pgolf.errors import ConfigError, DataError
 from pgolf.files import atomic_write
+from pgolf.scoring.bpb import SPACE
 
 TRAIN_BYTES = 10_000_000
 MIN_VOCAB, MAX_VOCAB = 300, 65536

@@ -5,23 +5,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pgolf import roles
 from pgolf.config import OptimConfig
 from pgolf.device import pick_dtype
 from pgolf.model.gpt import GPT
 from pgolf.optim import fused
 from pgolf.optim.muon import Muon
 
-SIDE_PROJECTIONS = ("bigram.proj.weight", "ve_shared.proj.weight")
-TABLES = ("tok_emb.weight", "lm_head.weight", "bigram.embed.weight", "ve_shared.embed.weight")
-
 
 def kind_of(name: str, side_proj_optimizer: str = "muon") -> str:
     """'matrix' (Muon), 'embed' or 'scalar' (AdamW)."""
-    if name in TABLES:
-        return "embed"
-    if name in SIDE_PROJECTIONS:
-        return "matrix" if side_proj_optimizer == "muon" else "scalar"
-    return "matrix" if name.startswith("blocks.") and name.endswith(".weight") else "scalar"
+    if roles.is_side_projection(name) and side_proj_optimizer != "muon":
+        return "scalar"
+    return {"matrix": "matrix", "table": "embed", "vector": "scalar"}[roles.kind(name)]
 
 
 def fuses(model: GPT) -> bool:

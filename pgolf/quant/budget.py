@@ -36,6 +36,7 @@ from pgolf.quant.hessians import Calibration
 from pgolf.quant.plan import plan
 from pgolf.quant.quantize import QuantizedModel, quantize, row_factors
 from pgolf.quant.step_grid import HIGHEST, LOWEST, PER_OCTAVE, step_values
+from pgolf.ranks import ALONE, Ranks
 
 PROBES = 12
 WINDOW = 320  # the size may end up to 1/320 under the budget: 50,000 of 16,000,000 bytes
@@ -214,7 +215,7 @@ class Steps:
     Args:
         state: parameters by name.
         factors: of all matrices that the level moves; others are quantised once.
-        share: (rank, world) of the ranks that work together.
+        ranks: that work together.
     """
 
     def __init__(
@@ -223,11 +224,11 @@ class Steps:
         config: QuantConfig,
         statistics: Calibration,
         factors: Factors,
-        share: tuple[int, int] = (0, 1),
+        ranks: Ranks = ALONE,
     ):
         self.state, self.config, self.moments = state, config, statistics.moments
         self.held_out = statistics.held_out
-        self.factors, self.share = factors, share
+        self.factors, self.ranks = factors, ranks
         plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
         rms = {n: w.float().square().mean().sqrt().item() for n, w in state.items()}
         self.names = [
@@ -245,7 +246,7 @@ class Steps:
         # Where the mean over weights of log2(step) is that of the policy's steps.
         logs = (state[n].numel() * math.log2(nominal[n] / relative[n]) for n in self.names)
         self.nominal = PER_OCTAVE * sum(logs) / max(self.weights, 1)
-        if share[1] > 1:
+        if ranks.world > 1:
             # Factors may differ in their last bits from rank to rank, and then the jobs would too.
             box = [(self.names, self.level.offsets, self.level.finest, self.nominal)]
             dist.broadcast_object_list(box, 0)
@@ -262,7 +263,7 @@ class Steps:
         changed = {n for n, index in steps.items() if self.known.get(n) != index}
         values = {n: step_values(torch.tensor(steps[n])).item() for n in changed}
         part = quantize(
-            self.state, self.config, progress, self.factors, self.moments, values, self.share,
+            self.state, self.config, progress, self.factors, self.moments, values, self.ranks,
             None if self.model is None else changed, self.held_out,
         )  # fmt: skip
         if self.model is None:

@@ -18,6 +18,7 @@ from pgolf.errors import DataError
 from pgolf.model import GPT
 from pgolf.model.decode import generate
 from pgolf.model.frozen import frozen_copy
+from pgolf.ranks import ALONE, Ranks
 
 BATCH = 64  # sequences that are generated together
 CHECKED = 8  # for so many calibration sequences, one more is held out, to judge by
@@ -28,7 +29,7 @@ def calibration_tokens(
     model: GPT,
     shards: Sequence[Path],
     pieces: int,
-    part: tuple[int, int] = (0, 1),
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sequences for `hessians.collect`, as `config.quant.calibration` says, on every rank.
@@ -37,7 +38,7 @@ def calibration_tokens(
         model: with the weights that will be quantised, for calibration=self.
         shards: of training text, for calibration=train.
         pieces: size of the tokenizer, for calibration=self.
-        part: (rank, world): ranks share the work; the tokens do not depend on their number.
+        ranks: share the work; the tokens do not depend on their number.
         progress: whether to show how long generation takes.
 
     Returns:
@@ -54,7 +55,7 @@ def calibration_tokens(
         tokens = spread_tokens(shards, count, length + 1, config.model.vocab_size)
     else:
         tokens = generated_tokens(
-            model, count, length, pieces, quant.calibration_temperature, config.run.seed, part,
+            model, count, length, pieces, quant.calibration_temperature, config.run.seed, ranks,
             progress,
         )  # fmt: skip
     held_out = torch.zeros(count, dtype=torch.bool)
@@ -104,7 +105,7 @@ def generated_tokens(
     pieces: int,
     temperature: float,
     seed: int,
-    part: tuple[int, int] = (0, 1),
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Tensor:
     """Sequences by the model itself, (count, length + 1) int64 on the CPU.
@@ -113,19 +114,18 @@ def generated_tokens(
     number of ranks, unless a number falls within the rounding of a matmul of a token's border.
     """
     model, device = frozen_copy(model, ops=model.ops), model.rope_cos.device
-    rank, world = part
-    first, end = count * rank // world, count * (rank + 1) // world
+    own = ranks.part(count)
     tokens = torch.zeros((count, length + 1), dtype=torch.int64, device=device)
-    for start in range(first, end, BATCH):
-        rows = range(start, min(start + BATCH, end))
+    for start in range(own.start, own.stop, BATCH):
+        rows = range(start, min(start + BATCH, own.stop))
         chances = np.stack([_chances(seed, row, length + 1) for row in rows])
         chances = torch.from_numpy(chances).to(device)
         tokens[rows.start : rows.stop] = generate(
             model, (chances[:, :1] * pieces).long(), length, length, pieces, temperature,
             chances[:, 1:],
-            f"generating {rows.start}-{rows.stop} of {first}-{end}" if progress else "",
+            f"generating {rows.start}-{rows.stop} of {own.start}-{own.stop}" if progress else "",
         )  # fmt: skip
-    if world > 1:
+    if ranks.world > 1:
         dist.all_reduce(tokens)  # every row is zero on all ranks but one
     return tokens.cpu()
 

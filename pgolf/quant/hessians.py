@@ -28,6 +28,7 @@ from pgolf.errors import ConfigError, TrainingError
 from pgolf.model import GPT
 from pgolf.model.frozen import frozen_copy
 from pgolf.progress import Progress
+from pgolf.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def collect(
     model: GPT,
     tokens: Tensor,
     batch_tokens: int,
-    part: tuple[int, int] = (0, 1),
+    ranks: Ranks = ALONE,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> Calibration:
@@ -120,8 +121,8 @@ def collect(
         model: with the weights that will be quantised; late QAT is left out.
         tokens: (N, T + 1) ids, the same on every rank; the last of a row is only a target.
         batch_tokens: tokens a pass, at most, but for a sequence that is longer.
-        part: (rank, world): ranks take equal shares of the sequences; each gets the whole result,
-            which depends on their number by rounding only.
+        ranks: each takes as many of the sequences and gets the whole result, which depends on
+            their number by rounding only.
         dtype: of activations; products are summed up in fp32 and those sums in fp64.
 
     Raises:
@@ -133,8 +134,7 @@ def collect(
         raise ConfigError(
             f"calibration on {tuple(tokens.shape)} tokens: there must be a sequence, of 2 or more"
         )
-    rank, world = part
-    own = tokens[count * rank // world : count * (rank + 1) // world]
+    own = tokens[ranks.part(count)]
     model = frozen_copy(model, dtype=dtype)
     matrices, tables = _matrices(model), _tables(model)
     with (
@@ -147,7 +147,7 @@ def collect(
             inputs, targets = batch[:, :-1], batch[:, 1:]
             (model(inputs, targets) * targets.numel()).backward()
             bar.update(len(batch))
-    if world > 1:
+    if ranks.world > 1:
         for t in watch.sums():
             dist.all_reduce(t)
     return _calibration(model, watch, count * time)

@@ -5,7 +5,7 @@ The order of the rules is that of the published scripts, with overrides in front
     1. not a weight matrix (scales, gates, gains, skips)   fp16
     2. the first pattern of `bits_overrides` that matches  its bits
     3. at most `small_numel` elements                      fp16
-    4. the category (attn, mlp, tok, bigram, ve)           its bits
+    4. the group (attn, mlp, tok, bigram, ve)              its bits
     5. any other matrix (the projections of 4's tables)    8 bits
 
 Late QAT asks for the same plan, so with grid=rows training sees the grid that is exported. With
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pgolf import roles
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError
 
@@ -66,17 +67,6 @@ class TensorPlan:
         return {"floor": self.floor, "multiple": self.multiple, "full_range": self.full_range}
 
 
-def category(name: str) -> str:
-    """Group of a tensor: attn, mlp, tok, bigram, ve, or scalars for all that is no matrix."""
-    parts = name.split(".")
-    if parts[-1] != "weight":
-        return "scalars"
-    if parts[0] == "blocks" and parts[2:3] in (["attn"], ["mlp"]):
-        return parts[2]
-    tables = {"tok_emb": "tok", "lm_head": "tok", "bigram": "bigram", "ve_shared": "ve"}
-    return tables.get(parts[0], "scalars")
-
-
 def plan(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorPlan]:
     """The plan of every tensor, in the order of `shapes`.
 
@@ -103,13 +93,13 @@ def plan(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         elif shape[0] * shape[1] <= config.small_numel:
             plans[name] = TensorPlan("float16", f"at most {config.small_numel} elements")
         else:
-            plans[name] = _grid(config, *_category_bits(config, name))
+            plans[name] = _grid(config, *_group_bits(config, name))
     return plans
 
 
-def _category_bits(config: QuantConfig, name: str) -> tuple[str, str]:
-    group = category(name)
-    if group in ("bigram", "ve") and not name.endswith("embed.weight"):
+def _group_bits(config: QuantConfig, name: str) -> tuple[str, str]:
+    group = roles.group(name)
+    if roles.is_side_projection(name):
         return "8", "other matrix"
     bits = {
         "attn": config.attn_bits,

@@ -21,6 +21,7 @@ from pgolf.quant.hessians import Calibration
 from pgolf.quant.plan import TensorPlan, plan
 from pgolf.quant.safeguard import expected_to_add, rounded_at_bits
 from pgolf.quant.step_grid import snap
+from pgolf.ranks import ALONE, Ranks
 
 BATCH = 1 << 24  # weights that a batch of matrices has at most, each clip counted: 64 MB in fp32
 
@@ -65,7 +66,7 @@ def quantize(
     factors: Factors | None = None,
     moments: Mapping[str, Tensor] | None = None,
     steps: Mapping[str, float] | None = None,
-    share: tuple[int, int] = (0, 1),
+    ranks: Ranks = ALONE,
     only: Collection[str] | None = None,
     held_out: Calibration | None = None,
 ) -> QuantizedModel:
@@ -80,8 +81,7 @@ def quantize(
             geometric mean.
         steps: of some matrices, for grid=uniform; the others' follow from `width`. With moments,
             the geometric mean of its rows'.
-        share: (rank, world): matrices are shared out over the ranks of torch.distributed, and each
-            gets the whole model.
+        ranks: matrices are dealt out over them, and each gets the whole model.
         only: leave out all others; None takes all.
         held_out: statistics of text that is not that of `factors`: where GPTQ is worse by them than
             rounding to nearest at the same bits (`safeguard`), that is taken. None trusts GPTQ.
@@ -99,14 +99,14 @@ def quantize(
     chosen = [name for name in state if only is None or name in only]
     weights = {name: state[name].detach().float() for name in chosen}
     work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {}, held_out)
-    mine = _shared_out(work.jobs(share[1]), work.cost, share)
+    mine = _dealt_out(work.jobs(ranks.world), work.cost, ranks)
     done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
     with Progress("quantising", sum(map(len, mine)), "tensors", enabled=progress) as bar:
         for names in mine:
             done.update(work.run(names))
             bar.update(len(names), note=names[-1])
-    if share[1] > 1:
-        parts = [done] * share[1]
+    if ranks.world > 1:
+        parts = [done] * ranks.world
         dist.all_gather_object(parts, done)
         done = {name: result for part in parts for name, result in part.items()}
     tensors = {name: done[name][0] for name in chosen}
@@ -222,16 +222,15 @@ def row_factors(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     return ((log.mean() - log) / 2).exp().float(), log.mean().exp().item()
 
 
-def _shared_out(
-    jobs: Sequence[list[str]], cost: Callable[[list[str]], float], share: tuple[int, int]
+def _dealt_out(
+    jobs: Sequence[list[str]], cost: Callable[[list[str]], float], ranks: Ranks
 ) -> list[list[str]]:
     """The jobs of a rank: the costliest first, each to the rank that has least to do."""
-    rank, world = share
-    load, mine = [0.0] * world, []
+    load, mine = [0.0] * ranks.world, []
     for names in sorted(jobs, key=cost, reverse=True):
         least = load.index(min(load))
         load[least] += cost(names)
-        if least == rank:
+        if least == ranks.rank:
             mine.append(names)
     return mine
 

@@ -16,14 +16,13 @@ import torch
 
 from pgolf.config import Config, environment_overrides, from_dict, with_overrides
 from pgolf.data.contest import ContestLayout
-from pgolf.device import pick_dtype
+from pgolf.device import dtype_name, pick_dtype
 from pgolf.errors import ArtifactError, DataError, PgolfError
-from pgolf.evaluate import Sums
 from pgolf.files import sha256_of
-from pgolf.model.gpt import DTYPES
-from pgolf.score import score
+from pgolf.ranks import Ranks
+from pgolf.scoring.job import ScoreJob
+from pgolf.scoring.windows import Sums
 from pgolf.submission.script import build_script
-from pgolf.train.ranks import Ranks
 
 ARTIFACT = "artifact"
 
@@ -43,24 +42,12 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
     if not Path(tokenizer).is_file():
         raise DataError(f"no tokenizer at {tokenizer}: set TOKENIZER_PATH to the shards' own")
     dtype = pick_dtype(config.run.compute_dtype, ranks.device)[0]
-    part = score(
-        {
-            "artifact": path,
-            "device": ranks.device,
-            "dtype": next(name for name, d in DTYPES.items() if d == dtype),
-            "data": folder,
-            "tokenizer": tokenizer,
-            "tokenizer_sha256": sha256_of(tokenizer),
-            "stride": config.eval.stride,
-            "val_tokens": config.eval.val_tokens,
-            "eval_tokens": config.eval.eval_tokens,
-            "part": (ranks.rank, ranks.world),
-            "compile": ranks.device.type == "cuda",
-            "progress": "scoring" if ranks.first else "",
-        }
-    )
-    nll, targets, size = ranks.sum([part["nll"], part["targets"], part["bytes"]])
-    sums = Sums(nll, int(targets), int(size))
+    job = ScoreJob(
+        str(path), str(folder), str(tokenizer), sha256_of(tokenizer), config.eval.stride,
+        config.eval.val_tokens, config.eval.eval_tokens, str(ranks.device), dtype_name(dtype),
+        ranks.rank, ranks.world, "scoring",
+    )  # fmt: skip
+    sums = job.run().sums.over(ranks)
     if ranks.first:
         model, code = path.stat().st_size, len(build_script(config).data)
         print(f"Total submission size: {model + code} bytes (model {model} + code {code})")
@@ -74,13 +61,15 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
 
 def train_artifact(config: Config, ranks: Ranks) -> Path:
     """Train and pack; the artifact's place in its run folder."""
-    from pgolf.train.export import export
-    from pgolf.train.run import claimed_folder, train
+    from pgolf.training.export import export
+    from pgolf.training.run import train
+    from pgolf.training.session import claimed_folder, open_session
 
     with claimed_folder(config, ranks) as folder:
-        config, dataset, trainer = train(lambda c: c.recipe, config, ranks, folder, "")
+        session = open_session(config, ranks, folder)
+        trainer = train(session, config.recipe)
         trainer.take_export()
-        export(trainer.model, config, dataset, ranks, folder.artifact, trainer.say)
+        export(session, trainer.model, build_script(session.config), folder.artifact)
         folder.check()
     torch.set_float32_matmul_precision("highest")  # as in a process that only scores
     return folder.artifact

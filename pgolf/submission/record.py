@@ -19,17 +19,16 @@ from typing import Any
 
 from pgolf.child import run_script
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.device import pick_device, pick_dtype
+from pgolf.device import DTYPES, pick_device, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, PgolfError
 from pgolf.files import atomic_folder, atomic_write, claim
-from pgolf.model.gpt import DTYPES
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
 from pgolf.submission.script import Script, build_script, script_parts
 from pgolf.submission.texts import console_log, readme, requirements
-from pgolf.train.interrupt import resume_command
-from pgolf.train.run_data import Identity, find_dataset
-from pgolf.train.run_folder import FREE_KEYS, flat, read_config
+from pgolf.training.interrupt import resume_command
+from pgolf.training.run_data import Identity, find_dataset
+from pgolf.training.run_folder import FREE_KEYS, flat, read_config
 
 SCRIPT = "train_gpt.py"
 # What may differ between the runs of one record.

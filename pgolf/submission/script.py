@@ -30,27 +30,28 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
-    "pgolf.train.run_data": "run_data.py",
+    "pgolf.training.run_data": "run_data.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
 # bundled module imports from a module which is not bundled is None there.
 SCORING = (
-    "pgolf.artifact.container", "pgolf.artifact.foreign", "pgolf.artifact.layout",
-    "pgolf.artifact.load", "pgolf.artifact.header", "pgolf.bpb", "pgolf.config",
-    "pgolf.data.contest", "pgolf.data.shards", "pgolf.data.tokenizer", "pgolf.device",
-    "pgolf.errors", "pgolf.evaluate", "pgolf.extension", "pgolf.fields", "pgolf.files",
-    "pgolf.model.gpt", "pgolf.model.layers", "pgolf.ops.*", "pgolf.progress",
-    "pgolf.quant.dequantize", "pgolf.quant.step_grid", "pgolf.score", "pgolf.settings",
-    "pgolf.submission.entry", "pgolf.submission.script", "pgolf.train.ranks",
+    "pgolf.artifact.container", "pgolf.artifact.foreign", "pgolf.artifact.header",
+    "pgolf.artifact.layout", "pgolf.artifact.load", "pgolf.config", "pgolf.data.contest",
+    "pgolf.data.shards", "pgolf.data.tokenizer", "pgolf.device", "pgolf.errors",
+    "pgolf.extension", "pgolf.fields", "pgolf.files", "pgolf.model.gpt", "pgolf.model.layers",
+    "pgolf.ops.*", "pgolf.progress", "pgolf.quant.dequantize", "pgolf.quant.step_grid",
+    "pgolf.ranks", "pgolf.roles", "pgolf.scoring.*", "pgolf.settings",
+    "pgolf.submission.entry", "pgolf.submission.script",
 )  # fmt: skip
 TRAINING = (
     *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans",
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.decode", "pgolf.model.frozen",
     "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.stop",
-    "pgolf.train.added_loss", "pgolf.train.estimate", "pgolf.train.export",
-    "pgolf.train.interrupt", "pgolf.train.run", "pgolf.train.run_data",
-    "pgolf.train.run_folder", "pgolf.train.trainer", "pgolf.triton_kernels.*",
+    "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
+    "pgolf.training.interrupt", "pgolf.training.run", "pgolf.training.run_data",
+    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
+    "pgolf.triton_kernels.*",
 )  # fmt: skip
 # Operators that a script never runs: they have kernels in the compiled half only.
 LEFT_OUT = {"pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update"}

@@ -5,7 +5,7 @@ from importlib.metadata import packages_distributions, version
 from typing import Any
 
 from pgolf.config import Config, to_dict
-from pgolf.train.run_folder import flat
+from pgolf.training.run_folder import flat
 
 README = """# {name}
 

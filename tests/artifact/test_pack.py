@@ -168,5 +168,5 @@ def test_decoding_imports_nothing_that_it_does_not_need(tmp_path, model, meta):
         "pgolf", "pgolf.errors", "pgolf.artifact", "pgolf.artifact.container",
         "pgolf.artifact.foreign", "pgolf.artifact.header",
             "pgolf.artifact.layout", "pgolf.codecs", "pgolf.codecs.lzma", "pgolf.quant",
-        "pgolf.quant.dequantize", "pgolf.quant.step_grid",
+        "pgolf.quant.dequantize", "pgolf.quant.step_grid", "pgolf.roles",
     }

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pgolf.artifact.pack import write_artifact
-from pgolf.artifact.verify import main, verify
+from pgolf.artifact.verify import verify
+from pgolf.cli.verify import main
 from pgolf.config import ArtifactConfig
 from pgolf.errors import ArtifactError
 

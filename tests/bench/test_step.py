@@ -9,9 +9,9 @@ import torch
 
 from bench import schema, step
 from pgolf.data.prepare import prepare
-from pgolf.train.run import build
+from pgolf.training.run import build
 
-from ..train.tiny import TINY, Words
+from ..training.tiny import TINY, Words
 
 
 @pytest.fixture(scope="module")

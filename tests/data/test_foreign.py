@@ -6,10 +6,10 @@
 import numpy as np
 import pytest
 
-from pgolf.bpb import pairs_lost
 from pgolf.data.corpus import WIKI_ID, default_corpus, ensure_default_dataset
 from pgolf.data.shards import open_shard
 from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
+from pgolf.scoring.bpb import pairs_lost
 
 CHECKED = 8192
 

@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 
-from pgolf.bpb import ByteTable
 from pgolf.data import encode
 from pgolf.data import prepare as prepare_module
 from pgolf.data.encode import Encoder, SplitStats
@@ -17,6 +16,7 @@ from pgolf.data.readers import Document, TextSource
 from pgolf.data.shards import BOS_ID, open_shard
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.errors import ConfigError, DataError
+from pgolf.scoring.bpb import ByteTable
 
 
 class Texts:

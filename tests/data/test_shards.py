@@ -135,7 +135,7 @@ def test_too_little_validation_text(tmp_path):
 
 def test_scoring_modules_stay_light():
     """Their size counts against the contest's limit, so nothing heavy may come along."""
-    modules = "pgolf.bpb, pgolf.data.shards, pgolf.data.tokenizer, pgolf.data.manifest"
+    modules = "pgolf.scoring.bpb, pgolf.data.shards, pgolf.data.tokenizer, pgolf.data.manifest"
     code = (
         f"import sys, {modules}; print(sorted({{'torch', 'huggingface_hub'}} & set(sys.modules)))"
     )

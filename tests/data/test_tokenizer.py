@@ -2,9 +2,9 @@
 
 import pytest
 
-from pgolf.bpb import changed_by, refuse_if_lossy
 from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 from pgolf.errors import ConfigError, DataError
+from pgolf.scoring.bpb import changed_by, refuse_if_lossy
 
 
 def pieces(sp) -> list[str]:

@@ -12,6 +12,7 @@ from pgolf.errors import DataError
 from pgolf.model import GPT
 from pgolf.quant import calibration
 from pgolf.quant.calibration import calibration_tokens, generated_tokens, spread_tokens
+from pgolf.ranks import Ranks
 
 from ..model.published import PUBLISHED, small
 from ..model.test_gpt_spec import randomised
@@ -81,7 +82,7 @@ def test_own_text_is_the_same_in_any_batch_and_on_any_ranks(monkeypatch) -> None
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda t: parts.append(t.clone()))
     for rank in range(3):
-        own(part=(rank, 3))
+        own(ranks=Ranks(rank, 3, torch.device("cpu")))
     assert torch.equal(sum(parts), alone)
 
 

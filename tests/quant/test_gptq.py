@@ -22,6 +22,7 @@ from pgolf.quant.gptq import Factors
 from pgolf.quant.gptq_uniform import Costs
 from pgolf.quant.quantize import QuantizedModel, quantize
 from pgolf.quant.step_grid import exact_index
+from pgolf.ranks import Ranks
 from tests.quant.gptq_cases import hessian, obq, row_error, weights
 
 NAME = "blocks.0.attn.c_q.weight"
@@ -260,7 +261,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
     state, hessians = two_layers()
     for grid in ("rows", "uniform"):
         model = quantize(
-            state, settings(grid=grid), False, Factors(hessians, 0.01), share=(rank, world)
+            state, settings(grid=grid), False, Factors(hessians, 0.01),
+            ranks=Ranks(rank, world, torch.device("cpu")),
         )
         torch.save(model, f"{folder}/{grid}-{rank}.pt")
     dist.barrier()

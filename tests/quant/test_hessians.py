@@ -7,6 +7,7 @@ import torch.distributed as dist
 from pgolf.errors import ConfigError, TrainingError
 from pgolf.model import GPT
 from pgolf.quant.hessians import Calibration, collect
+from pgolf.ranks import Ranks
 
 from ..model import spec_model
 from ..model.published import PUBLISHED, small
@@ -135,9 +136,10 @@ def test_batches_and_ranks_change_nothing_but_the_rounding(monkeypatch) -> None:
 
     sums: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda t: sums.append(t.clone()))
-    collect(model, tokens, 1, part=(1, 2), progress=False)
+    collect(model, tokens, 1, ranks=Ranks(1, 2, torch.device("cpu")), progress=False)
     monkeypatch.setattr(dist, "all_reduce", lambda t: t.add_(sums.pop(0)))
-    same(alone, collect(model, tokens, 1, part=(0, 2), progress=False), 1e-5)
+    first = Ranks(0, 2, torch.device("cpu"))
+    same(alone, collect(model, tokens, 1, ranks=first, progress=False), 1e-5)
     assert not sums
 
 
@@ -145,7 +147,7 @@ def test_a_rank_without_a_sequence_adds_nothing(monkeypatch) -> None:
     model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     sums: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", sums.append)
-    collect(model, text(model)[:1], 64, part=(0, 2), progress=False)
+    collect(model, text(model)[:1], 64, ranks=Ranks(0, 2, torch.device("cpu")), progress=False)
     assert sums and not any(t.any() for t in sums)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError
-from pgolf.quant.plan import TensorPlan, category, plan
+from pgolf.quant.plan import TensorPlan, plan
 
 
 def full_size_shapes(layers: int = 11, hidden: int = 1536) -> dict[str, tuple[int, ...]]:
@@ -192,5 +192,5 @@ def test_malformed_settings_are_named(key: str, value: str, message: str):
         ("skip_weights", "scalars"),
     ],
 )
-def test_category(name: str, group: str):
-    assert category(name) == group
+def test_group(name: str, group: str):
+    assert group(name) == group

@@ -15,14 +15,14 @@ from pgolf.artifact.pack import write_artifact
 from pgolf.config import Config, to_dict, with_overrides
 from pgolf.data.manifest import Dataset
 from pgolf.data.prepare import prepare
-from pgolf.evaluate import Sums
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 from pgolf.quant.quantize import quantize
-from pgolf.score import score
+from pgolf.ranks import Ranks
+from pgolf.scoring.job import ScoreJob
 from pgolf.submission.script import Script, build_script
 
-from ..train.tiny import TINY, Words
+from ..training.tiny import TINY, Words
 
 # Refuses pgolf wherever it is installed: a script has to bring its own.
 BLOCKER = """
@@ -96,17 +96,9 @@ def make_run(config, shards, tmp_path_factory):
 
 
 def scored(artifact: Path, config: Config, dataset: Dataset) -> dict[str, float]:
-    """What `pgolf.score` makes of an artifact."""
-    part = score(
-        {
-            "artifact": artifact, "device": "cpu", "dtype": "fp32", "data": dataset.folder,
-            "tokenizer": dataset.tokenizer_path, "tokenizer_sha256": dataset.tokenizer_sha256,
-            "stride": config.eval.stride, "val_tokens": config.eval.val_tokens,
-            "eval_tokens": config.eval.eval_tokens, "part": (0, 1), "compile": False,
-            "progress": "",
-        }
-    )  # fmt: skip
-    sums = Sums(part["nll"], part["targets"], part["bytes"])
+    """The score of an artifact, in this process."""
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    sums = ScoreJob.of(artifact, dataset, config.eval, ranks, torch.float32).run().sums
     return {"val_loss": sums.loss, "val_bpb": sums.bpb}
 
 

@@ -25,7 +25,7 @@ from pgolf.submission.record import (
     verify,
     write_record,
 )
-from pgolf.train.run_data import Identity
+from pgolf.training.run_data import Identity
 
 ABOUT = About("A. Name", "aname", "A record", "One sentence.", "2026-11-26", "track_10min_16mb")
 FIELDS = {

@@ -19,7 +19,7 @@ from pgolf.errors import DataError
 from pgolf.submission import entry
 from pgolf.submission.script import build_script, literal, script_parts
 
-from ..train.tiny import ROOT, Words
+from ..training.tiny import ROOT, Words
 from .conftest import scored
 
 
@@ -168,8 +168,8 @@ def test_only_what_a_script_never_does_is_missing(script):
     missing = {m for m in asked if m.startswith("pgolf.")} - script.sources.keys()
     assert missing == {
         "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
-        "pgolf.recipes.recipe", "pgolf.report.html", "pgolf.report.table", "pgolf.train.finish",
-        "pgolf.train.start",
+        "pgolf.recipes.recipe", "pgolf.report.html", "pgolf.report.table", "pgolf.training.result",
+        "pgolf.training.start",
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""In place of pgolf.train.run_data: a script goes on with no run, so it notes no data."""
+"""In place of pgolf.training.run_data: a script goes on with no run, so it notes no data."""
 
 from pathlib import Path
 

@@ -1,0 +1,27 @@
+"""`pgolf train`: a recipe, with settings changed."""
+
+from pgolf.api import start
+from pgolf.config import parse_overrides
+from pgolf.options import SETTINGS, Parser
+
+
+def main(argv: list[str]) -> int:
+    """Train, pack, decode and score."""
+    parser = Parser(
+        prog="pgolf train",
+        description="Train a recipe, quantise and pack it, decode the artifact and score it. The "
+        "run folder gets config.json, metrics.jsonl, artifact, result.json and report.html.",
+        epilog="`pgolf recipes` lists recipes, `pgolf recipes --keys` every key. The contest's "
+        "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
+        "line wins. resume=true goes on with the run in out= as its config.json has it: eval.*, "
+        "log_every, checkpoint_every and device may be given anew, nothing else. "
+        "quick=true tries a recipe out: fewer validation tokens (65536), a stride of "
+        "half a sequence, no validation while training, no score of the live weights, 16 sequences "
+        "to calibrate; what is given wins, and max_tokens=N shortens training. "
+        "example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
+    )
+    parser.add_argument("recipe", help="name of a recipe, such as demo")
+    parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
+    args = parser.parse_args(argv)
+    start(args.recipe, parse_overrides(args.overrides))
+    return 0

@@ -1,0 +1,131 @@
+"""What a run will take, said before it takes it: memory, time, and the settings that shorten them.
+
+Memory of a rank, in bytes, is about
+
+    state + max(tokens x kept, state) + 0.77 GB
+
+state: weights, gradients, Muon's momentum of matrices and AdamW's two of the rest, all in the
+parameter's dtype, and an fp32 copy for each average. tokens: those of one pass. kept, a token:
+layers x (8 dim + 7 kv + 1.2 hidden) + 10 dim activations of the compute dtype, and logits with
+their gradient in fp32. The second state is the checkpoint that is being written; 0.77 GB are torch
+and the libraries. kv = dim kv_heads / heads. The factors fit what the operators keep; plain torch
+(ops=reference) keeps a third more.
+"""
+
+from pathlib import Path
+
+import torch
+
+from pgolf.config import Config
+from pgolf.model import GPT
+from pgolf.optim.groups import kind_of
+from pgolf.optim.schedule import Clock, Schedule
+from pgolf.progress import format_seconds
+from pgolf.scoring.windows import windows
+
+LIBRARIES = 770e6
+CPU_TOKENS = 8192  # a larger pass is no faster on a CPU
+FORWARD = 1 / 3  # of the time of forward and backward
+SLOW = 30.0  # seconds of scoring above which what shortens it is said
+
+
+def pass_limit(config: Config, device: torch.device) -> int:
+    """Tokens that a pass may have at most: fewer on a CPU, where the sums stay the same.
+
+    Tables in bf16 add up their gradients in bf16: there more passes would round more often.
+    """
+    d = config.data
+    if device.type == "cpu" and config.model.table_dtype == "fp32":
+        return min(d.micro_tokens, max(CPU_TOKENS, d.seq_len))
+    return d.micro_tokens
+
+
+def memory(model: GPT, config: Config, tokens: int) -> float:
+    """Bytes that training takes at most on a rank, about; see the module's formula."""
+    m, side = config.model, config.optim.side_proj_optimizer
+    copies = sum(a in config.average.averaging for a in ("ema", "swa"))
+    state = sum(
+        p.numel() * (p.element_size() * (3 if kind_of(n, side) == "matrix" else 4) + 4 * copies)
+        for n, p in model.named_parameters()
+    )
+    kv = m.dim // m.heads * m.kv_heads
+    kept = m.layers * (8 * m.dim + 7 * kv + 1.2 * m.mlp_hidden) + 10 * m.dim
+    activations = tokens * (kept * model.compute_dtype.itemsize + 8 * m.vocab_size)
+    return state + max(activations, state) + LIBRARIES
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free for a run; None where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def memory_line(model: GPT, config: Config, tokens: int, free: float | None = None) -> str:
+    """The memory of a run, that there is less where there is, and what a smaller pass takes.
+
+    Args:
+        free: bytes, None if that is not known.
+    """
+    size, length = memory(model, config, tokens), config.data.seq_len
+    line = f"about {size / 1e9:.1f} GB at its peak"
+    if free is not None and size > free:
+        line += f", MORE THAN THE {free / 1e9:.1f} GB THAT ARE FREE"
+    fewer = max(CPU_TOKENS // length, 1) * length
+    less = memory(model, config, fewer)
+    if less < 0.7 * size:
+        line += f"; micro_tokens={fewer} takes {less / 1e9:.1f} GB"
+    return line
+
+
+def time_line(config: Config, clock: Clock, targets: int, step: float, token: float) -> str:
+    """The time of training and scoring, and the settings that shorten it.
+
+    Args:
+        clock: what is spent already, by a run that is resumed.
+        targets: validation tokens that are scored.
+        step: seconds of a step.
+        token: seconds of a token of a pass, forward and backward, with all ranks at work.
+    """
+    schedule, e = Schedule(config), config.eval
+    steps = [float(schedule.max_steps - clock.step)] if schedule.max_steps else []
+    if schedule.max_seconds:
+        steps.append((schedule.max_seconds - clock.seconds) // step)
+    count = max(min(steps), 0.0)
+    training = count * step
+
+    def scoring(stride: int) -> float:
+        length, starts, _ = windows(targets, config.data.seq_len, stride)
+        return len(starts) * length * token * FORWARD
+
+    validation = scoring(config.data.seq_len) * (1 + (count // e.val_every if e.val_every else 0))
+    final = scoring(e.stride) * (1 + e.score_live)
+    line = (
+        f"about {format_seconds(training)} of training ({count:,.0f} steps of "
+        f"{step:.2f} s), {format_seconds(validation)} of validation, {format_seconds(final)} of "
+        "scoring"
+    )
+    if validation + final > max(SLOW, 0.5 * training):
+        wide = config.data.seq_len // 2 or 1
+        shorter = [f"stride={wide} ({format_seconds(scoring(wide))})"] if wide > e.stride else []
+        shorter += ["score_live=false (half)"] if e.score_live else []
+        shorter += ["val_every=0"] if e.val_every and validation > final else []
+        line += f"; shorter scoring: {', '.join([*shorter, 'val_tokens=N'])}, or quick=true for all"
+    if training > 3600:
+        line += "; shorter training: max_tokens=N or max_seconds=N"
+    return line
+
+
+def quick_values(config: Config) -> dict[str, object]:
+    """The settings of quick=true: how little validates, calibrates and scores a run usefully."""
+    return {
+        "val_tokens": 65_536,
+        "stride": max(config.data.seq_len // 2, config.eval.stride),
+        "val_every": 0,
+        "score_live": False,
+        "calibration_sequences": min(16, config.quant.calibration_sequences),
+    }

@@ -1,0 +1,264 @@
+"""`pgolf train`: from a configuration to a scored artifact."""
+
+import time
+from collections.abc import Mapping
+from shlex import quote
+from typing import Any
+
+import torch
+
+from pgolf import recipes
+from pgolf.config import Config
+from pgolf.data.loader import SequentialLoader
+from pgolf.data.shards import load_validation
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import pick_dtype
+from pgolf.errors import BudgetError, ConfigError
+from pgolf.model import GPT
+from pgolf.model.gpt import operator_sizes
+from pgolf.model.init import init_weights
+from pgolf.ops import registry
+from pgolf.ops.attention import choose
+from pgolf.optim.schedule import Clock
+from pgolf.progress import format_seconds
+from pgolf.ranks import Ranks
+from pgolf.recipes.recipe import CONTEST_BYTES
+from pgolf.report.html import write_report
+from pgolf.report.table import result_table
+from pgolf.scoring.bpb import ByteTable
+from pgolf.scoring.job import ScoreJob
+from pgolf.training.estimate import free_memory, memory_line
+from pgolf.training.export import export
+from pgolf.training.interrupt import Interrupt, Interrupted, resume_command
+from pgolf.training.result import write_result
+from pgolf.training.run_folder import RunFolder
+from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
+from pgolf.training.trainer import Trainer, compiles
+
+
+def vocabulary_line(rows: int, pieces: int) -> str:
+    """What the token table has, and how much of it no text can reach."""
+    unused = f", {rows - pieces:,} of them unused: vocab_size={pieces} is enough" * (rows > pieces)
+    return f"{rows:,} rows for {pieces:,} pieces{unused}"
+
+
+def opening_lines(title: str, session: Session, reasons: Mapping[str, str]) -> str:
+    """What a run says before it starts: what it is, what limits it, what counts."""
+    config, dataset = session.config, session.dataset
+    s, lines = config.schedule, []
+    limits = [f"{s.max_seconds:g} s"] if s.max_seconds else []
+    limits += [f"{s.max_tokens:,} tokens"] if s.max_tokens else []
+    limits += [f"{s.max_steps:,} steps"] if s.max_steps else []
+    lines.append(title)
+    lines.append(f"  run folder      {session.folder.path}")
+    lines.append(f"  data            {dataset.folder} (corpus {dataset.corpus})")
+    lines += [f"  {name:<15} {reason}" for name, reason in reasons.items()]
+    lines.append(
+        f"  budget          {' or '.join(limits)} of training; compilation, validation and "
+        "checkpoints are off the clock"
+    )
+    if config.artifact.budget_bytes:
+        lines.append(f"  size limit      {config.artifact.budget_bytes:,} bytes of code + model")
+    if config.as_published:
+        listed = f"what `pgolf recipes {config.recipe}` lists"
+        lines.append(f"  as_published      {listed} is as published")
+    return "\n".join(lines)
+
+
+def build(session: Session, title: str, note: str = "") -> Trainer:
+    """The model with its initial weights and the trainer around it; says what was chosen.
+
+    Args:
+        title: what the run is, in one line.
+        note: which settings the environment gave.
+    """
+    config, ranks, dataset = session.config, session.ranks, session.dataset
+    dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
+    backend, attention = choose(
+        ranks.device, dtype, config.run.attention, config.model.dim // config.model.heads
+    )
+    if ranks.device.type == "cuda":
+        # Matmuls that stay in fp32 may use TF32, as in the published scripts.
+        torch.set_float32_matmul_precision("high")
+    ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
+    ops = registry.choose_all(
+        config.run.ops,
+        ranks.device.type,
+        dtype,
+        compiles(config, ranks.device),
+        operator_sizes(config.model, dtype, ns_dtype),
+    )
+    model = GPT(
+        config.model,
+        dtype,
+        backend,
+        config.data.seq_len,
+        {name: choice.impl for name, choice in ops.items()},
+    )
+    init_weights(model, config.run.seed)
+    val = load_validation(
+        dataset.folder, config.model.vocab_size, config.data.seq_len, config.eval.val_tokens
+    )
+    table = ByteTable(load_tokenizer(dataset.tokenizer_path), config.model.vocab_size)
+    loader = SequentialLoader(
+        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size
+    )
+    model.to(ranks.device)
+    ranks.broadcast(model.parameters())
+    trainer = Trainer(session, model, loader, val, table)
+    reasons = {
+        "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
+        "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
+        "attention": attention,
+        **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
+        "vocabulary": vocabulary_line(config.model.vocab_size, dataset.vocab_size),
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        "batch": f"{config.data.batch_tokens:,} tokens a step, {trainer.accum} pass"
+        f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
+    }
+    reasons["memory"] = memory_line(
+        model, config, trainer.local_tokens, free_memory(ranks.device)
+    )
+    if note:
+        reasons["environment"] = note
+    session.say(opening_lines(title, session, reasons))
+    return trainer
+
+
+def train(session: Session, title: str, note: str = "") -> Trainer:
+    """Train a new model until the budget is spent; the arguments are those of `build`."""
+    config, ranks, folder = session.config, session.ranks, session.folder
+    trainer = build(session, title, note)
+    try:
+        ranks.on_first(lambda: folder.open(config, session.dataset))
+        if config.run.resume:
+            resume(trainer, folder)
+        else:
+            trainer.warm_up()
+        if not trainer.schedule.finished(trainer.clock):
+            trainer.say_estimate()
+        with Interrupt(folder.path, config.recipe) as interrupt:
+            trainer.train(interrupt)
+    except BaseException:
+        if not config.run.resume and not trainer.clock.step:
+            folder.discard()
+        raise
+    return trainer
+
+
+def resume(trainer: Trainer, folder: RunFolder) -> None:
+    """Put the newest checkpoint into the trainer; nothing is compiled if training is over.
+
+    Raises:
+        DataError: no checkpoint is whole.
+        ConfigError: nothing was trained.
+    """
+    # Looked at first, outside of the memory that compiling needs.
+    state, path = folder.load(torch.device("cpu"))
+    if "clock" not in state:
+        raise ConfigError(f"{path} holds imported weights: there is no training to resume")
+    if not trainer.schedule.finished(Clock(**state["clock"])):
+        trainer.warm_up()
+    state, path = folder.load(trainer.session.ranks.device)
+    trainer.load_state_dict(state)
+    folder.forget_after(trainer.clock.step)
+    qat = ", late QAT is on" if trainer.qat_switch else ""
+    trainer.session.say(f"going on from {path}{qat}")
+
+
+def run(
+    config: Config,
+    environment: Mapping[str, str],
+    any_vocabulary: bool,
+    build_script: BuildScript,
+) -> dict[str, Any] | None:
+    """Train, pack, decode, score, report. Returns the result, None on ranks but the first.
+
+    Args:
+        environment: settings that the environment gave.
+        any_vocabulary: as for `open_session`.
+        build_script: what makes the code that is counted, of the settings.
+    """
+    started = time.perf_counter()
+    ranks = Ranks.start(config.run.device)
+    try:
+        note = ", ".join(f"{k}={v}" for k, v in environment.items())
+        with claimed_folder(config, ranks) as folder:
+            session = open_session(config, ranks, folder, any_vocabulary)
+            trainer = train(session, recipes.title(session.config), note)
+            try:
+                result = finish(session, trainer, build_script)
+            except KeyboardInterrupt as e:
+                raise stopped_after_training(session, e) from e
+            folder.check()
+            session.say(f"done in {format_seconds(time.perf_counter() - started)}")
+    finally:
+        ranks.stop()
+    return result
+
+
+def stopped_after_training(session: Session, stop: KeyboardInterrupt) -> Interrupted:
+    """What a run says that is stopped while it packs or scores."""
+    folder = session.folder
+    if folder.checkpoints():
+        remedy = (
+            "training is done and kept; to pack and score it, "
+            f"`{resume_command(session.config.recipe, folder.path)}`"
+        )
+    else:
+        remedy = "no checkpoint was kept (checkpoint_every=0): train again"
+    return Interrupted(f"stopped after training: {remedy}", getattr(stop, "exit_code", 130))
+
+
+def packing_again(session: Session, excess: int) -> str:
+    """What is left of a run that is `excess` bytes over its budget, and how to pack that."""
+    config, folder = session.config, session.folder
+    if not folder.checkpoints():
+        return "No checkpoint was kept (checkpoint_every=0): train again"
+    line = f"pgolf pack {quote(str(folder.path))} --out {quote(str(folder.artifact))}"
+    # A little more than is needed: settings are in the code, whose size counts.
+    enough = -(-(config.artifact.budget_bytes + excess) * 101 // 100_000) * 1000
+    if recipes.get(config.recipe).contest and enough > CONTEST_BYTES:
+        if config.artifact.fit_to_budget:
+            return f"The weights are safe in {folder.checkpoints()[-1]}"
+        line, enough = f"{line} grid=uniform quantizer=gptq", CONTEST_BYTES
+    return (
+        f"The weights are safe in {folder.checkpoints()[-1]}: pack them with `{line} "
+        f"budget={enough}`"
+    )
+
+
+def finish(
+    session: Session, trainer: Trainer, build_script: BuildScript
+) -> dict[str, Any] | None:
+    """Pack, score the live weights and the decoded bytes, write, show and return the result."""
+    config, ranks, folder = session.config, session.ranks, session.folder
+    exported = trainer.take_export()
+    model = trainer.model
+    script = ranks.on_first(lambda: build_script(config))
+    try:
+        packed = export(session, model, script, folder.artifact)
+    except BudgetError as e:
+        raise BudgetError(f"{e}. {packing_again(session, e.excess)}", e.excess) from e
+    reserve = config.schedule.reserve_s
+    if packed is not None and 0 < reserve < packed.seconds:
+        session.say(
+            f"calibration and quantisation took {format_seconds(packed.seconds)}: raise "
+            f"reserve_s={reserve:g} for them to be within max_seconds"
+        )
+    live = None
+    if config.eval.score_live:
+        live = trainer.score(config.eval.stride, "scoring live")
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
+    job = ScoreJob.of(
+        folder.artifact, session.dataset, config.eval, ranks, model.compute_dtype,
+        "scoring decoded",
+    )  # fmt: skip
+    decoded = job.ask().sums.over(ranks)
+    result = None
+    if packed is not None:
+        result = write_result(session, trainer, packed, decoded, live, exported)
+        print(result_table(result | {"recipe": recipes.run_name(config)}))
+        print(f"\n{write_report(folder.path)}")
+    return result

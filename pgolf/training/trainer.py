@@ -1,0 +1,388 @@
+"""The training loop: micro-steps, one optimiser step, and what happens between steps.
+
+Off the clock: compilation, validation and checkpoints of it. On the clock: everything else.
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pgolf.config import Config
+from pgolf.data.loader import SequentialLoader
+from pgolf.errors import ConfigError, StorageError, TrainingError
+from pgolf.model import GPT
+from pgolf.model.layers import Matrix
+from pgolf.optim.averaging import Averager
+from pgolf.optim.groups import Optimizers, fuses
+from pgolf.optim.schedule import Clock, Schedule
+from pgolf.progress import format_seconds
+from pgolf.quant.clip_search import clip_factors
+from pgolf.quant.plan import TensorPlan, plan
+from pgolf.scoring.bpb import ByteTable
+from pgolf.scoring.windows import Sums, evaluate
+from pgolf.training.estimate import pass_limit, time_line
+from pgolf.training.interrupt import Interrupt
+from pgolf.training.session import Session
+
+
+def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
+    """Least number of micro-steps that shares a batch out evenly in whole sequences.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    sequences, ragged = divmod(batch_tokens, seq_len * world)
+    if not ragged:
+        for count in range(1, sequences + 1):
+            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
+                return count
+    raise ConfigError(
+        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
+        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
+    )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the model of a run goes through torch.compile."""
+    wanted = config.run.compile
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
+
+
+def prepare_qat(
+    model: GPT, config: Config, switch: torch.Tensor
+) -> dict[Matrix, TensorPlan]:
+    """Put the exported grid, switched by `switch` (), on every integer block matrix.
+
+    Raises:
+        ConfigError: the settings of the quantiser do not fit the model, with late QAT or without.
+    """
+    # Made even without QAT, so that settings which do not fit fail now, not after training.
+    plans = plan(config.quant, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    steps = any(how.clip == "uniform" for how in plans.values())
+    if config.artifact.fit_to_budget and not steps:
+        raise ConfigError(
+            "fit_to_budget=true: every matrix is stored as fp16, none has a step to choose: "
+            "lower small_numel, or give them bits"
+        )
+    if config.quant.qat_start >= 1.0:
+        return {}
+    chosen = {}
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        how = plans.get(f"{name}.weight")
+        if isinstance(module, Matrix) and how is not None and how.kind == "int":
+            module.prepare_qat(
+                how.bits,
+                switch,
+                **how.grid(),
+                clip_mask=config.quant.qat_clip_mask,
+                impl=model.ops["fake_quant"],
+            )
+            chosen[module] = how
+    return chosen
+
+
+class Trainer:
+    """One run's state and its loop.
+
+    Args:
+        model: initialised, on the run's device.
+        val: (N + 1,) validation tokens.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model: GPT,
+        loader: SequentialLoader,
+        val: np.ndarray,
+        table: ByteTable,
+    ):
+        config, ranks = session.config, session.ranks
+        self.session, self.say = session, session.say
+        self.config, self.ranks, self.folder = config, ranks, session.folder
+        self.model, self.loader, self.val, self.table = model, loader, val, table
+        self.schedule = Schedule(config)
+        self.clock = Clock()
+        self.kept = 0  # the step of the last checkpoint that could be written
+        d = config.data
+        limit = pass_limit(config, ranks.device)
+        self.accum = micro_steps(d.batch_tokens, limit, d.seq_len, ranks.world)
+        self.local_tokens = d.batch_tokens // ranks.world // self.accum
+        # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
+        self.step_seconds = self.pass_seconds = 0.0
+        self.qat_switch = torch.zeros((), device=ranks.device)
+        self.qat_plans = prepare_qat(model, config, self.qat_switch)
+        self.averager = Averager(model, self.schedule, fuses(model))
+        self.optimizers = Optimizers(model, config.optim, self.averager.room)
+        self.compiled = compiles(config, ranks.device)
+        self.forward = (
+            torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
+        )
+        # First step whose loss or gradient was not finite; read now and then, not every step.
+        self.bad_step = torch.full((), math.inf, device=ranks.device)
+
+    # --- late QAT -----------------------------------------------------------------------------
+
+    def _switch_qat_on(self) -> None:
+        for matrix, how in self.qat_plans.items():
+            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), how))
+        self.qat_switch.fill_(1.0)
+        self.event(f"late QAT on for {len(self.qat_plans)} matrices")
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def step(
+        self, lr_scale: float, momentum: float, average_rate: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
+        total = self._passes(self.accum)
+        self.ranks.average_gradients(self.optimizers.params)
+        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+
+    def _passes(self, count: int) -> torch.Tensor:
+        """Forward and backward of so many micro-steps; what they add to the mean loss."""
+        total = torch.zeros((), device=self.ranks.device)
+        for _ in range(count):
+            x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
+            x = x.to(self.ranks.device, non_blocking=True)
+            y = y.to(self.ranks.device, non_blocking=True)
+            loss = self.forward(x, y)
+            (loss / self.accum).backward()
+            total += loss.detach() / self.accum
+        return total
+
+    def _expected(self) -> Clock:
+        """The clock after the step that begins, if it takes as long as the mean step so far."""
+        c = self.clock
+        mean = c.seconds / c.step if c.step else 0.0
+        tokens = c.tokens + self.config.data.batch_tokens
+        return Clock(c.step + 1, tokens, c.seconds + mean)
+
+    def warm_up(self) -> None:
+        """Compile and measure off the clock: real steps, then everything is put back.
+
+        Without torch.compile one pass and one update are enough.
+        """
+        weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        cursor = self.loader.state_dict()
+        started = time.perf_counter()
+        if self.compiled:
+            self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
+            for _ in range(self.config.run.compile_warmup):
+                began = self._now()
+                self.step(0.0, self.config.optim.momentum_start)
+                self.step_seconds = self._now() - began
+            self.pass_seconds = self.step_seconds / self.accum
+        else:
+            self._passes(1)
+            passed = self._now()
+            self.pass_seconds = passed - started
+            self.ranks.average_gradients(self.optimizers.params)
+            self.optimizers.step(0.0, self.config.optim.momentum_start)
+            self.step_seconds = self.accum * self.pass_seconds + self._now() - passed
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(weights[name])
+        self.optimizers = Optimizers(self.model, self.config.optim, self.averager.room)
+        self.loader.load_state_dict(cursor)
+        if self.compiled:
+            self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
+
+    def say_estimate(self) -> None:
+        """What is left to do and how long it takes, as the warm-up measured it."""
+        token = self.pass_seconds / self.local_tokens / self.ranks.world
+        targets = len(self.val) - 1
+        self.say(
+            f"  {'time':<15} "
+            + time_line(self.config, self.clock, targets, self.step_seconds, token)
+        )
+
+    def _now(self) -> float:
+        self.synchronize()
+        return time.perf_counter()
+
+    def train(self, interrupt: Interrupt) -> None:
+        """Run until the budget is spent.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            Interrupted: Ctrl-C or the like; a checkpoint was written.
+            StorageError: likewise, and it could not be.
+        """
+        self.synchronize()
+        started, offset = time.perf_counter(), self.clock.seconds
+        loss = norm = torch.zeros(())
+        while not self.schedule.finished(self.clock):
+            before = Clock(self.clock.step, self.clock.tokens, self.clock.seconds)
+            if self.schedule.qat(before) and not self.qat_switch:
+                self._switch_qat_on()
+            lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
+            average_rate = self.averager.ema_rate(before, self._expected())
+            loss, norm = self.step(lr_scale, momentum, average_rate)
+            bad = ~(loss.isfinite() & norm.isfinite())
+            self.clock.step += 1
+            first = self.bad_step.clamp(max=self.clock.step)
+            self.bad_step = torch.where(bad, first, self.bad_step)
+            self.clock.tokens += self.config.data.batch_tokens
+            self.synchronize()
+            self.clock.seconds, stop = self.ranks.decide(
+                time.perf_counter() - started + offset, interrupt.requested
+            )
+            self.averager.update(before, self.clock)
+
+            paused = time.perf_counter()
+            self._between_steps(loss, norm, lr_scale, momentum)
+            if stop:
+                self._stop(interrupt)
+            offset -= time.perf_counter() - paused
+        if self.ranks.decide(interrupt.requested)[0]:  # while the last step was looked at
+            self._stop(interrupt)
+
+    def _stop(self, interrupt: Interrupt) -> None:
+        """Keep this step, then raise Interrupted; StorageError if it could not be kept."""
+        if self.kept != self.clock.step:
+            self.check_finite()
+            self.checkpoint()
+        if self.kept != self.clock.step:
+            self.folder.check()
+        raise interrupt.error(self.clock.step)
+
+    def _between_steps(
+        self, loss: torch.Tensor, norm: torch.Tensor, lr_scale: float, momentum: float
+    ) -> None:
+        """Log, validate, write a checkpoint: whatever is due after this step."""
+        run, step = self.config.run, self.clock.step
+        finished = self.schedule.finished(self.clock)
+        validate = finished or (
+            self.config.eval.val_every and step % self.config.eval.val_every == 0
+        )
+        # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
+        save = run.checkpoint_every and (finished or step % run.checkpoint_every == 0)
+        log = finished or step == 1 or step % run.log_every == 0
+        if log or save or validate:
+            self.check_finite()
+        if log:
+            mean = self.ranks.sum([loss.item()])[0] / self.ranks.world
+            self.log_step(mean, norm.item(), lr_scale, momentum)
+        if validate:
+            self.validate()
+        if save:
+            self.checkpoint()
+
+    def synchronize(self) -> None:
+        """Let the clock see finished work only."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def check_finite(self) -> None:
+        """Stop at the first step whose loss or gradient was not finite, on any rank."""
+        step = self.bad_step.item()
+        bad = self.ranks.sum([float(step < math.inf)])[0]
+        if bad:
+            kept = self.folder.checkpoints()
+            first = int(min(step, self.clock.step))
+            raise TrainingError(
+                f"the loss or its gradient was not finite at step {first}: "
+                "lower the learning rates, or look at the data. "
+                + (
+                    f"The last good checkpoint is {kept[-1]}"
+                    if kept
+                    else "No checkpoint was due yet"
+                )
+            )
+
+    # --- looking and keeping ------------------------------------------------------------------
+
+    def event(self, text: str) -> None:
+        """A line in the log and in the metrics about the step that begins.
+
+        Under the number of that step: a run that is resumed before it writes the line again.
+        """
+        step = self.clock.step + 1
+        self.say(f"step:{step} {text}")
+        self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
+
+    def log_step(self, loss: float, norm: float, lr_scale: float, momentum: float) -> None:
+        """The contest's console line, and a line of metrics."""
+        c = self.clock
+        ms = 1000 * c.seconds / c.step
+        left = self.schedule.steps_left(c)
+        self.say(
+            f"step:{c.step}/{c.step + left} train_loss:{loss:.4f} "
+            f"train_time:{1000 * c.seconds:.0f}ms step_avg:{ms:.2f}ms "
+            f"eta:{format_seconds(left * ms / 1000)}"
+        )
+        self.folder.log(
+            kind="train",
+            **vars(c),
+            loss=loss,
+            grad_norm=norm,
+            lr_scale=lr_scale,
+            momentum=momentum,
+            ms_per_step=ms,
+        )
+
+    def score(self, stride: int, label: str = "") -> Sums:
+        """Sums over the validation tokens with the model's present weights, all ranks together."""
+        sums = evaluate(
+            self.forward,
+            self.val,
+            self.table,
+            self.config.data.seq_len,
+            stride,
+            self.config.eval.eval_tokens,
+            self.ranks,
+            label,
+        )
+        return sums.over(self.ranks)
+
+    def validate(self) -> None:
+        """Non-overlapping score of the weights as they train: not averaged, late QAT included."""
+        sums = self.score(self.config.data.seq_len)
+        c = self.clock
+        self.say(
+            f"step:{c.step}/{c.step + self.schedule.steps_left(c)} val_loss:{sums.loss:.4f} "
+            f"val_bpb:{sums.bpb:.4f} train_time:{1000 * c.seconds:.0f}ms"
+        )
+        self.folder.log(kind="val", **vars(c), loss=sums.loss, bpb=sums.bpb)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "averager": self.averager.state_dict(),
+            "loader": self.loader.state_dict(),
+            "clock": vars(self.clock),
+        }
+
+    def take_export(self) -> str:
+        """Put the weights that are exported into the model, late QAT off; returns their name."""
+        state, words = self.averager.export()
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(state[name])
+        self.qat_switch.zero_()
+        self.say(f"exporting {words}")
+        return words
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.averager.load_state_dict(state["averager"])
+        self.loader.load_state_dict(state["loader"])
+        self.clock = Clock(**state["clock"])
+        self.kept = self.clock.step
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint (rank 0; every rank holds the same state), if there is room for it."""
+        try:
+            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
+        except StorageError as e:  # on every rank
+            self.folder.failed = e
+            self.say(f"step:{self.clock.step} warning: no checkpoint: {e}; training goes on")
+        else:
+            self.kept = self.clock.step
+            self.say(f"step:{self.clock.step} checkpoint {path}")
