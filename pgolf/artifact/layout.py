@@ -39,12 +39,12 @@ def lay_out(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any]) -> 
     entries, vectors, factors, groups = [], [], [], {}
     stored: dict[Key, Tensor] = {}
     for name, q in _ordered(tensors):
-        if q.scale is None:
+        if q.steps is None:
             entries.append(Entry(name, 16, q.shape))
             stored[name, "values"] = q.data
             continue
         group = groups.setdefault(roles.without_layer(name), COLUMN_GROUP + 1 + len(groups))
-        steps, stored[name, "steps"] = _distances(q.scale)
+        steps, stored[name, "steps"] = _distances(q.steps)
         stored[name, "codes"] = q.data
         index = None
         if q.columns is not None:

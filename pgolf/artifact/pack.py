@@ -130,7 +130,7 @@ def write_encoded(path: Path | str, model: QuantizedModel, encoded: Encoded) -> 
 
 
 def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    pairs = ((a.data, b.data), (a.scale, b.scale), (a.columns, b.columns))
+    pairs = ((a.data, b.data), (a.steps, b.steps), (a.columns, b.columns))
     return a.bits == b.bits and all(
         (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
         for x, y in pairs

@@ -33,7 +33,7 @@ from pgolf.progress import Progress
 from pgolf.quant.gptq import Factors
 from pgolf.quant.gptq_uniform import LARGEST
 from pgolf.quant.hessians import Calibration
-from pgolf.quant.plan import plan
+from pgolf.quant.plan import plan_tensors
 from pgolf.quant.quantize import QuantizedModel, quantize, row_factors
 from pgolf.quant.step_grid import HIGHEST, LOWEST, PER_OCTAVE, step_values
 from pgolf.ranks import ALONE, Ranks
@@ -229,12 +229,12 @@ class Steps:
         self.state, self.config, self.moments = state, config, statistics.moments
         self.held_out = statistics.held_out
         self.factors, self.ranks = factors, ranks
-        plans = plan(config, {name: tuple(w.shape) for name, w in state.items()})
+        plans = plan_tensors(config, {name: tuple(w.shape) for name, w in state.items()})
         rms = {n: w.float().square().mean().sqrt().item() for n, w in state.items()}
         self.names = [
             n
-            for n, how in plans.items()
-            if how.clip == "uniform" and rms[n] and factors.get(n) is not None
+            for n, plan in plans.items()
+            if plan.clip == "uniform" and rms[n] and factors.get(n) is not None
         ]
         self.known: dict[str, int] = {}
         self.model: QuantizedModel | None = None

@@ -41,17 +41,17 @@ def clip_factors(w: Tensor, plan: TensorPlan) -> Tensor:
 def quantize_rows(w: Tensor, factors: Tensor, plan: TensorPlan) -> tuple[Tensor, Tensor]:
     """int8 codes (R, C) and fp16 steps (R,) of w for the clip factors (R,)."""
     w = w.detach().float()
-    scale = row_steps(w, factors, plan)
-    codes = row_codes(w, scale, plan.bits, plan.multiple, plan.full_range)
-    return codes.to(torch.int8), scale.to(torch.float16)
+    steps = row_steps(w, factors, plan)
+    codes = row_codes(w, steps, plan.bits, plan.multiple, plan.full_range)
+    return codes.to(torch.int8), steps.to(torch.float16)
 
 
 def row_steps(w: Tensor, factors: Tensor, plan: TensorPlan) -> Tensor:
     """fp16 steps (R,), held in fp32, of w (R, C) for clip factors (R,)."""
     largest = w.abs().amax(dim=1)
-    scale = row_scale(largest * factors, plan.bits, plan.floor)
+    steps = row_scale(largest * factors, plan.bits, plan.floor)
     # Any step does for a row of zeros: one of the grid, if the others are.
-    return scale.where(largest > 0, LEAST_STEP) if plan.on_grid else scale
+    return steps.where(largest > 0, LEAST_STEP) if plan.on_grid else steps
 
 
 def candidate_factors(w: Tensor, plan: TensorPlan) -> Tensor:
@@ -94,5 +94,5 @@ def clip_of_step(step: Tensor, w: Tensor, plan: TensorPlan) -> Tensor:
 
 def _row_errors(w: Tensor, factors: Tensor, plan: TensorPlan) -> Tensor:
     """Squared error of each row, (R,)."""
-    codes, scale = quantize_rows(w, factors, plan)
-    return (codes.float().mul_(scale.float()[:, None]).sub_(w)).square_().sum(dim=1)
+    codes, steps = quantize_rows(w, factors, plan)
+    return (codes.float().mul_(steps.float()[:, None]).sub_(w)).square_().sum(dim=1)

@@ -1,6 +1,6 @@
 """A stored tensor and its value: all of quantisation that decoding needs.
 
-Shapes: codes (R, C), scale (R,), columns (C,).
+Shapes: codes (R, C), steps (R,), columns (C,).
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class QuantizedTensor:
     Attributes:
         data: int8 codes (R, C), or fp16 values of any shape.
         bits: bits a code, 4 to 8; 16 for fp16 values.
-        scale: fp16 steps (R,); None for fp16 values.
+        steps: fp16 steps (R,); None for fp16 values.
         columns: fp16 factors (C,) on the steps; None where all are 1.
     """
 
     data: Tensor
     bits: int = 16
-    scale: Tensor | None = None
+    steps: Tensor | None = None
     columns: Tensor | None = None
 
     @property
@@ -33,8 +33,8 @@ class QuantizedTensor:
 def dequantize(q: QuantizedTensor) -> Tensor:
     """The fp32 values that `q` stands for: code * row step * column factor, or the fp16 values."""
     values = q.data.to(torch.float32)
-    if q.scale is not None:
-        values *= q.scale.to(torch.float32)[:, None]
+    if q.steps is not None:
+        values *= q.steps.to(torch.float32)[:, None]
     if q.columns is not None:
         values *= q.columns.to(torch.float32)
     return values

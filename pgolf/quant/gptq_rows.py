@@ -21,40 +21,40 @@ def gptq_rows(w: Tensor, factor: Factor, plan: TensorPlan) -> list[QuantizedTens
     Args:
         factor: of the B matrices, stacked.
     """
-    scale = torch.stack(
+    steps = torch.stack(
         [
             torch.stack([row_steps(matrix, f, plan) for f in candidate_factors(matrix, plan)])
             for matrix in w
         ]
     )  # (B, P, R)
-    steps = scale.flatten(1)
-    weights = in_order(w, factor).repeat(1, 1, scale.size(1))  # (B, C, P R)
+    flat = steps.flatten(1)
+    weights = in_order(w, factor).repeat(1, 1, steps.size(1))  # (B, C, P R)
 
     def codes_of(x: Tensor) -> Tensor:
         """Codes of numbers (B, n, P R)."""
         rows = x.mT.reshape(-1, x.size(1))
-        codes = row_codes(rows, steps.flatten(), plan.bits, plan.multiple, plan.full_range)
+        codes = row_codes(rows, flat.flatten(), plan.bits, plan.multiple, plan.full_range)
         return codes.view(x.mT.shape).mT
 
     def quantise(x: Tensor, j: int) -> tuple[Tensor, Tensor]:
         codes = codes_of(x[:, None])[:, 0]
-        return codes, codes * steps
+        return codes, codes * flat
 
     def errors(codes: Tensor) -> Tensor:
-        return row_errors(weights - codes * steps[:, None], factor.hessian)
+        return row_errors(weights - codes * flat[:, None], factor.hessian)
 
     codes, rounded = sweep(weights, factor.upper, quantise), codes_of(weights).to(torch.int8)
     error, error_rounded = errors(codes).nan_to_num_(nan=torch.inf), errors(rounded)
     codes = codes.where((error <= error_rounded)[:, None], rounded)
 
-    error = torch.minimum(error, error_rounded).view(scale.shape)
+    error = torch.minimum(error, error_rounded).view(steps.shape)
     if plan.clip == "search_matrix":
         error = error.sum(dim=2, keepdim=True, dtype=torch.float64).expand_as(error)
     best = error.argmin(dim=1, keepdim=True)  # (B, 1, R); ties: the first clip
-    codes = codes.view(*codes.shape[:2], *scale.shape[1:])  # (B, C, P, R)
+    codes = codes.view(*codes.shape[:2], *steps.shape[1:])  # (B, C, P, R)
     codes = codes.gather(2, best[:, None].expand(-1, codes.size(1), -1, -1))[:, :, 0]
-    scale = scale.gather(1, best)[:, 0].to(torch.float16)
+    steps = steps.gather(1, best)[:, 0].to(torch.float16)
     return [
         QuantizedTensor(c, plan.bits, s)
-        for c, s in zip(out_of_order(codes, factor).cpu(), scale.cpu(), strict=True)
+        for c, s in zip(out_of_order(codes, factor).cpu(), steps.cpu(), strict=True)
     ]

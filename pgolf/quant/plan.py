@@ -67,7 +67,9 @@ class TensorPlan:
         return {"floor": self.floor, "multiple": self.multiple, "full_range": self.full_range}
 
 
-def plan(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorPlan]:
+def plan_tensors(
+    config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorPlan]:
     """The plan of every tensor, in the order of `shapes`.
 
     Raises:

@@ -79,7 +79,7 @@ def _ranked_candidates(model: QuantizedModel) -> tuple[dict[str, tuple[Tensor, T
     """Per tensor, flat positions of its candidates and their ranks by cost; and the total."""
     positions, costs = {}, {}
     for name, q in model.tensors.items():
-        if q.scale is None:
+        if q.steps is None:
             continue
         magnitude = q.data.to(torch.int16).abs_()
         nonzero = magnitude[magnitude > 0]
@@ -88,7 +88,7 @@ def _ranked_candidates(model: QuantizedModel) -> tuple[dict[str, tuple[Tensor, T
         smallest = nonzero.min()
         positions[name] = torch.nonzero(magnitude.flatten() == smallest).flatten()
         rows, columns = positions[name] // q.data.size(1), positions[name] % q.data.size(1)
-        steps = q.scale.float()[rows]
+        steps = q.steps.float()[rows]
         if q.columns is not None:
             steps *= q.columns.float()[columns]
         costs[name] = (steps * smallest).square()

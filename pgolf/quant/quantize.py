@@ -18,7 +18,7 @@ from pgolf.quant.gptq import Factor, Factors, in_order, row_errors, stacked
 from pgolf.quant.gptq_rows import gptq_rows
 from pgolf.quant.gptq_uniform import gptq_uniform, least_bits
 from pgolf.quant.hessians import Calibration
-from pgolf.quant.plan import TensorPlan, plan
+from pgolf.quant.plan import TensorPlan, plan_tensors
 from pgolf.quant.safeguard import expected_to_add, rounded_at_bits
 from pgolf.quant.step_grid import snap
 from pgolf.ranks import ALONE, Ranks
@@ -90,7 +90,7 @@ def quantize(
         TrainingError: a weight is not finite, or too large for fp16; names the tensor.
         ConfigError: the settings do not fit these tensors.
     """
-    plans = plan(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    plans = plan_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     for name, tensor in state.items():
         _check(name, tensor, plans[name])
     for name in steps or ():
@@ -129,8 +129,8 @@ class _Work:
         """Names by job: one tensor, or matrices that GPTQ takes together, but not all to a rank."""
         alike: dict[tuple, list[str]] = {}
         for name, w in self.weights.items():
-            how = dataclasses.replace(self.plans[name], reason="")
-            alike.setdefault((w.shape, how) if self._by_gptq(name) else (name,), []).append(name)
+            plan = dataclasses.replace(self.plans[name], reason="")
+            alike.setdefault((w.shape, plan) if self._by_gptq(name) else (name,), []).append(name)
         jobs = []
         for names in alike.values():
             rows = self.plans[names[0]].clips * self.weights[names[0]].numel()
@@ -151,13 +151,13 @@ class _Work:
         by_gptq = [n for n in whole if self._by_gptq(n) and factors[n] is not None]
         stored = {n: self._without_hessian(n) for n in names if n not in by_gptq}
         if by_gptq:
-            w, how = torch.stack([self.weights[n] for n in by_gptq]), self.plans[by_gptq[0]]
+            w, plan = torch.stack([self.weights[n] for n in by_gptq]), self.plans[by_gptq[0]]
             factor = stacked([factors[n] for n in by_gptq], w.device)
-            if how.clip == "uniform":
+            if plan.clip == "uniform":
                 steps = torch.stack([self._row_steps(n) for n in by_gptq])
                 matrices = gptq_uniform(w, factor, steps, self.config.rate_weight)
             else:
-                matrices = gptq_rows(w, factor, how)
+                matrices = gptq_rows(w, factor, plan)
             stored.update(zip(by_gptq, matrices, strict=True))
         return {n: self._judged(n, q, factors.get(n), n in by_gptq) for n, q in stored.items()}
 
@@ -165,14 +165,14 @@ class _Work:
         self, name: str, q: QuantizedTensor, factor: Factor | None, by_gptq: bool
     ) -> tuple[QuantizedTensor, TensorStats]:
         """The better of q and rounding to nearest on held-out text, and what it does."""
-        w, how, rounded, added = self.weights[name], self.plans[name], False, None
+        w, plan, rounded, added = self.weights[name], self.plans[name], False, None
         if self.held_out is not None and name in self.held_out.hessians:
             judge = self.held_out.hessians[name], self.held_out.moments[name]
             added = expected_to_add(w, q, *judge)
             other = self._rounded(name, q) if by_gptq else None
             if other is not None and (least := expected_to_add(w, other, *judge)) < added:
                 q, added, rounded = other, least, True
-        stats = tensor_stats(w, q, how, factor, self.moments.get(name))
+        stats = tensor_stats(w, q, plan, factor, self.moments.get(name))
         if added is not None:
             stats = dataclasses.replace(stats, loss=added, rounded=rounded)
         return q, stats
@@ -199,14 +199,14 @@ class _Work:
         return snap(step * row_factors(self.moments[name].to(w.device), self.config.damping)[0])
 
     def _without_hessian(self, name: str) -> QuantizedTensor:
-        w, how = self.weights[name], self.plans[name]
-        if how.kind == "float16":
+        w, plan = self.weights[name], self.plans[name]
+        if plan.kind == "float16":
             return QuantizedTensor(w.to(torch.float16).cpu())
-        if how.clip != "uniform":
-            codes, scale = quantize_rows(w, clip_factors(w, how), how)
-            return QuantizedTensor(codes.cpu(), how.bits, scale.cpu())
-        codes, scale = quantize_rows(w, clip_of_step(self._row_steps(name), w, how), how)
-        return QuantizedTensor(codes.cpu(), least_bits(codes), scale.cpu())
+        if plan.clip != "uniform":
+            codes, steps = quantize_rows(w, clip_factors(w, plan), plan)
+            return QuantizedTensor(codes.cpu(), plan.bits, steps.cpu())
+        codes, steps = quantize_rows(w, clip_of_step(self._row_steps(name), w, plan), plan)
+        return QuantizedTensor(codes.cpu(), least_bits(codes), steps.cpu())
 
 
 def row_factors(moment: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -235,31 +235,31 @@ def _dealt_out(
     return mine
 
 
-def _check(name: str, tensor: Tensor, how: TensorPlan) -> None:
+def _check(name: str, tensor: Tensor, plan: TensorPlan) -> None:
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise TrainingError(
             f"{name} has {bad} of {tensor.numel()} weights that are not finite: "
             "the training diverged, quantise an earlier checkpoint"
         )
-    if how.kind == "float16" and not bool(torch.isfinite(tensor.to(torch.float16)).all()):
+    if plan.kind == "float16" and not bool(torch.isfinite(tensor.to(torch.float16)).all()):
         raise TrainingError(f"{name} has weights above fp16's 65504: {tensor.abs().max():g}")
 
 
 def tensor_stats(
     w: Tensor,
     q: QuantizedTensor,
-    how: TensorPlan,
+    plan: TensorPlan,
     factor: Factor | None = None,
     moment: Tensor | None = None,
 ) -> TensorStats:
     """What storing w as q does; with the factor and moments of `quantize`, where there are any."""
-    if q.scale is None:
+    if q.steps is None:
         return TensorStats(relative_error(w, q))
-    scale = q.scale.to(w.device, torch.float32)
-    floor = row_scale(torch.zeros_like(scale), how.bits, how.floor)
-    step = scale[:, None] if q.columns is None else scale[:, None] * q.columns.to(scale)
-    qmax = 2 ** (how.bits - 1) - 1
+    steps = q.steps.to(w.device, torch.float32)
+    floor = row_scale(torch.zeros_like(steps), plan.bits, plan.floor)
+    step = steps[:, None] if q.columns is None else steps[:, None] * q.columns.to(steps)
+    qmax = 2 ** (plan.bits - 1) - 1
     error = loss = None
     if factor is not None:
         both = torch.stack([dequantize(q).to(w.device) - w, w])
@@ -270,7 +270,7 @@ def tensor_stats(
         loss = None if moment is None else (rows[0] @ moment.to(rows)).item() / 2
     return TensorStats(
         relative_error(w, q),
-        (scale == floor).float().mean().item() if how.floor else 0.0,
+        (steps == floor).float().mean().item() if plan.floor else 0.0,
         (w.abs() >= (qmax + 0.5) * step).float().mean().item(),
         error,
         loss,

@@ -45,26 +45,26 @@ def rounded_at_bits(w: Tensor, like: QuantizedTensor, plan: TensorPlan) -> Quant
         None, if a few tries find no such step.
     """
     limit = bits_a_code(like.data)
-    step = like.scale.double().log2().mean()
+    step = like.steps.double().log2().mean()
     if like.columns is not None:
         step = step + like.columns.double().log2().mean()
     index, best = round(PER_OCTAVE * step.item()), None
     for _ in range(TRIES):
         index = min(max(index, LOWEST), HIGHEST)
         factors = clip_of_step(step_values(torch.tensor(index)).to(w), w, plan)
-        codes, scale = quantize_rows(w, factors, plan)
+        codes, steps = quantize_rows(w, factors, plan)
         # An index is worth at most a 16th of a bit, and less at low rates: no step goes too far.
         gap = PER_OCTAVE * (bits_a_code(codes) - limit)
         if gap <= 0:
-            best = codes, scale
+            best = codes, steps
         move = math.ceil(gap) if gap > 0 else -math.floor(-gap)
         if not move or not LOWEST <= index + move <= HIGHEST:
             break
         index += move
     if best is None:
         return None
-    codes, scale = best
-    return QuantizedTensor(codes.cpu(), least_bits(codes), scale.cpu())
+    codes, steps = best
+    return QuantizedTensor(codes.cpu(), least_bits(codes), steps.cpu())
 
 
 def bits_a_code(codes: Tensor) -> float:

@@ -128,7 +128,7 @@ def rounded_line(model: QuantizedModel) -> str:
         return ""
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"{len(names)} of {sum(q.scale is not None for q in model.tensors.values())} matrices are "
+        f"{len(names)} of {sum(q.steps is not None for q in model.tensors.values())} matrices are "
         f"rounded to nearest ({listed}): GPTQ was worse on held-out text at the same bits; raise "
         "calibration_sequences or damping"
     )

@@ -20,7 +20,7 @@ from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.quant.clip_search import clip_factors
-from pgolf.quant.plan import TensorPlan, plan
+from pgolf.quant.plan import TensorPlan, plan_tensors
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
 from pgolf.training.estimate import pass_limit, time_line
@@ -60,8 +60,8 @@ def prepare_qat(
         ConfigError: the settings of the quantiser do not fit the model, with late QAT or without.
     """
     # Made even without QAT, so that settings which do not fit fail now, not after training.
-    plans = plan(config.quant, {n: tuple(p.shape) for n, p in model.named_parameters()})
-    steps = any(how.clip == "uniform" for how in plans.values())
+    plans = plan_tensors(config.quant, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    steps = any(plan.clip == "uniform" for plan in plans.values())
     if config.artifact.fit_to_budget and not steps:
         raise ConfigError(
             "fit_to_budget=true: every matrix is stored as fp16, none has a step to choose: "
@@ -71,16 +71,16 @@ def prepare_qat(
         return {}
     chosen = {}
     for name, module in model.blocks.named_modules(prefix="blocks"):
-        how = plans.get(f"{name}.weight")
-        if isinstance(module, Matrix) and how is not None and how.kind == "int":
+        plan = plans.get(f"{name}.weight")
+        if isinstance(module, Matrix) and plan is not None and plan.kind == "int":
             module.prepare_qat(
-                how.bits,
+                plan.bits,
                 switch,
-                **how.grid(),
+                **plan.grid(),
                 clip_mask=config.quant.qat_clip_mask,
                 impl=model.ops["fake_quant"],
             )
-            chosen[module] = how
+            chosen[module] = plan
     return chosen
 
 
@@ -127,8 +127,8 @@ class Trainer:
     # --- late QAT -----------------------------------------------------------------------------
 
     def _switch_qat_on(self) -> None:
-        for matrix, how in self.qat_plans.items():
-            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), how))
+        for matrix, plan in self.qat_plans.items():
+            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), plan))
         self.qat_switch.fill_(1.0)
         self.event(f"late QAT on for {len(self.qat_plans)} matrices")
 

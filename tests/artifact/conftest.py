@@ -47,12 +47,12 @@ def model() -> QuantizedModel:
         for role in ("attn.c_q", "mlp.fc")
     }
     tensors = {
-        name: q if q.scale is None else dataclasses.replace(q, scale=q.scale * 1.01)
+        name: q if q.steps is None else dataclasses.replace(q, steps=q.steps * 1.01)
         for name, q in model.tensors.items()
     }
     for name, columns in on_grid.items():
         q = tensors[name]
-        steps = step_values(torch.randint(-60, -40, q.scale.shape))
+        steps = step_values(torch.randint(-60, -40, q.steps.shape))
         tensors[name] = QuantizedTensor(q.data, q.bits, steps, columns.clone())
     q = tensors["blocks.9.mlp.fc.weight"]
     columns = torch.rand(24).half()

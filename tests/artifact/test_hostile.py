@@ -261,7 +261,7 @@ def test_the_forger_can_make_valid_files(forge):
     assert coded.codec == "rans" and coded.tensors["a.weight"].data.tolist() == CODES.tolist()
     indexed = read_artifact(forge.table(INDEXED, columns=FACTORS, data=bytes(11)))
     q = indexed.tensors["a.weight"]
-    assert q.scale.tolist() == [step_values(torch.tensor(-50)).item()] * 2
+    assert q.steps.tolist() == [step_values(torch.tensor(-50)).item()] * 2
     assert q.columns.tolist() == [step_values(torch.tensor(5)).item()] * 3
 
 

@@ -41,7 +41,7 @@ def test_decoded_values_are_exactly_the_quantised_ones(tmp_path, model, meta, co
     for name, q in model.tensors.items():
         stored = artifact.tensors[name]
         assert (stored.bits, stored.shape) == (q.bits, q.shape)
-        for a, b in ((stored.data, q.data), (stored.scale, q.scale), (stored.columns, q.columns)):
+        for a, b in ((stored.data, q.data), (stored.steps, q.steps), (stored.columns, q.columns)):
             assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype)
     assert artifact.meta == meta
     assert (artifact.codec, artifact.packing) == (report.codec, report.packing) == (codec, packing)
@@ -122,7 +122,7 @@ def test_a_model_that_does_not_survive_is_not_written(tmp_path, model, meta):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("part", ["scale", "columns"])
+@pytest.mark.parametrize("part", ["steps", "columns"])
 def test_what_decodes_to_other_values_is_not_written(tmp_path, monkeypatch, model, meta, part):
     def other_step(data: bytes) -> Artifact:
         artifact = read_artifact(data)
@@ -143,7 +143,7 @@ def test_a_folder_in_the_way_is_a_storage_error(tmp_path, model, meta):
 
 def test_views_and_strides_are_written_by_value(model, meta):
     q = model.tensors["ve_shared.embed.weight"]
-    scale = q.scale.repeat_interleave(2)[::2]
+    scale = q.steps.repeat_interleave(2)[::2]
     strided = QuantizedTensor(q.data.t().contiguous().t(), q.bits, scale)
     other = dataclasses.replace(model, tensors=model.tensors | {"ve_shared.embed.weight": strided})
     config = ArtifactConfig(codec="zstd")

@@ -45,7 +45,7 @@ def total_error(w: torch.Tensor, q: QuantizedTensor, h: torch.Tensor) -> float:
 def steps_of(q: QuantizedTensor) -> np.ndarray:
     """(R, C) step of every code."""
     columns = torch.ones(q.shape[1]) if q.columns is None else q.columns
-    return q.scale.double().numpy()[:, None] * columns.double().numpy()
+    return q.steps.double().numpy()[:, None] * columns.double().numpy()
 
 
 def textbook(w, h, config: QuantConfig, step: np.ndarray, largest: int) -> np.ndarray:
@@ -166,17 +166,17 @@ def test_steps_are_on_the_grid_unless_the_seeds_rules_are_asked_for(grid: str):
     w, h = weights(20, 40), hessian(40)
     w[3] = 0
     q = run(w, h, settings(grid=grid, clip_search="row"))
-    assert exact_index(q.scale) is not None
+    assert exact_index(q.steps) is not None
     assert q.columns is None or exact_index(q.columns) is not None
     for seeds in ({"min_scale": 1.0}, {"clip_search": "matrix"}):
-        assert exact_index(run(w, h, settings(**{"clip_search": "row", **seeds})).scale) is None
+        assert exact_index(run(w, h, settings(**{"clip_search": "row", **seeds})).steps) is None
 
 
 def test_a_row_that_is_too_wide_for_the_step_gets_a_coarser_one():
     w, h = weights(20, 40), hessian(40)
     w[7] *= 100
     q = run(w, h, settings(grid="uniform", width=0.5))
-    assert q.scale.unique().numel() == 2 and q.scale[7] == q.scale.max()
+    assert q.steps.unique().numel() == 2 and q.steps[7] == q.steps.max()
     assert q.data[7].abs().max() >= 120 and q.bits == 8
     narrow = run(weights(20, 40), h, settings(grid="uniform", width=150.0))
     assert narrow.bits == 4 and narrow.data.abs().max() <= 7
@@ -187,7 +187,7 @@ def test_explicit_steps():
     factors = Factors({NAME: h}, 0.01)
     for step in (0.2, 0.5):
         q = quantize({NAME: w}, settings(grid="uniform"), False, factors, steps={NAME: step})
-        scale = q.tensors[NAME].scale
+        scale = q.tensors[NAME].steps
         assert scale.float().log2().allclose(torch.tensor(step).log2(), atol=1 / 32 + 1e-3)
     for config, name in ((settings(), NAME), (settings(grid="uniform"), "tok_emb.weight")):
         with pytest.raises(ConfigError, match=name):
@@ -202,14 +202,14 @@ def test_rows_that_matter_more_get_finer_steps():
     model = quantize({NAME: w}, config, False, factors, {NAME: moments})
     moment = moments + 0.01 * moments.mean()
     expected = (moment.log().mean() - moment.log()) / 2 / math.log(2)
-    ratio = model.tensors[NAME].scale.float() / plain.tensors[NAME].scale.float()
+    ratio = model.tensors[NAME].steps.float() / plain.tensors[NAME].steps.float()
     assert (ratio.log2() - expected).abs().max() < 1 / 32 + 1e-3
     assert expected.max() - expected.min() > 3, "the rows must differ for this to test"
     loss = 0.5 * moments.double().numpy() @ row_error(w, dequantize(model.tensors[NAME]), h)
     assert model.stats[NAME].loss == pytest.approx(loss, rel=1e-4)
     assert plain.stats[NAME].loss is None
     unused = quantize({NAME: w}, config, False, factors, {NAME: torch.zeros(20)})
-    assert torch.equal(unused.tensors[NAME].scale, plain.tensors[NAME].scale)
+    assert torch.equal(unused.tensors[NAME].steps, plain.tensors[NAME].steps)
 
 
 def two_layers() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -250,7 +250,7 @@ def test_columns_in_any_order_give_the_same_codes(grid: str):
     config = settings(grid=grid, clip_search="row")
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
     q, mixed = run(w, h, config), run(w[:, order], h[order][:, order], config)
-    assert torch.equal(q.data[:, order], mixed.data) and torch.equal(q.scale, mixed.scale)
+    assert torch.equal(q.data[:, order], mixed.data) and torch.equal(q.steps, mixed.steps)
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
@@ -279,10 +279,11 @@ def test_two_ranks_share_the_work_and_have_the_codes_of_one(tmp_path: Path):
             assert_same(alone, model)
 
 
-def test_work_is_shared_out_evenly():
+def test_work_is_dealt_out_evenly():
     jobs = [["a"], ["b"], ["c"], ["d"], ["e"]]
     cost = {"a": 5.0, "b": 1.0, "c": 3.0, "d": 4.0, "e": 2.0}
-    parts = [module._shared_out(jobs, lambda n: cost[n[0]], (rank, 2)) for rank in range(2)]
+    ranks = [Ranks(rank, 2, torch.device("cpu")) for rank in range(2)]
+    parts = [module._dealt_out(jobs, lambda n: cost[n[0]], r) for r in ranks]
     assert sorted(sum(parts, [])) == sorted(jobs)
     assert [sum(cost[n[0]] for n in part) for part in parts] == [8.0, 7.0]
 

@@ -4,7 +4,7 @@ import pytest
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError
-from pgolf.quant.plan import TensorPlan, plan
+from pgolf.quant.plan import TensorPlan, plan_tensors
 
 
 def full_size_shapes(layers: int = 11, hidden: int = 1536) -> dict[str, tuple[int, ...]]:
@@ -41,17 +41,17 @@ def full_size_shapes(layers: int = 11, hidden: int = 1536) -> dict[str, tuple[in
 
 
 def bits_of(config: QuantConfig) -> dict[str, tuple[int, int]]:
-    return {n: (p.bits, p.multiple) for n, p in plan(config, full_size_shapes()).items()}
+    return {n: (p.bits, p.multiple) for n, p in plan_tensors(config, full_size_shapes()).items()}
 
 
 def test_every_tensor_gets_a_plan_in_order():
     shapes = full_size_shapes()
-    assert list(plan(QuantConfig(), shapes)) == list(shapes)
+    assert list(plan_tensors(QuantConfig(), shapes)) == list(shapes)
 
 
 def test_int6_everywhere_with_int8_tokens():
     """The layout of PR 478: int6 blocks and tables, int8 tokens, fp16 for all that is small."""
-    plans = plan(QuantConfig(min_scale=1.0, clip_search="matrix"), full_size_shapes())
+    plans = plan_tensors(QuantConfig(min_scale=1.0, clip_search="matrix"), full_size_shapes())
     lite = dict(clip="search_matrix", percentiles=(0.999, 0.9995, 0.9999, 0.99999, 1.0), floor=1.0)
     assert plans["blocks.3.attn.c_k.weight"] == TensorPlan("int", "attn", 6, **lite)
     assert plans["blocks.10.mlp.proj.weight"] == TensorPlan("int", "mlp", 6, **lite)
@@ -72,7 +72,7 @@ def test_int5_mlp_and_fp16_exceptions():
         mlp_bits="5", tok_bits="16", bigram_bits="8", full_range=True, min_scale=1.0,
         bits_overrides="blocks.8.attn.c_k*=16",
     )
-    plans = plan(config, full_size_shapes())
+    plans = plan_tensors(config, full_size_shapes())
     assert plans["blocks.8.mlp.fc.weight"] == TensorPlan(
         "int", "mlp", 5, clip="max", percentiles=(1.0,), floor=0.0, full_range=True
     )
@@ -90,7 +90,7 @@ def test_int8_multiples_of_four_between_int8_ends():
         clip_percentiles="0.9999,0.99999,0.999999,0.9999984,1",
         bits_overrides="blocks.0.*=8, blocks.10.*=8",
     )
-    plans = plan(config, full_size_shapes())
+    plans = plan_tensors(config, full_size_shapes())
     middle, end = plans["blocks.5.mlp.fc.weight"], plans["blocks.10.mlp.fc.weight"]
     assert (middle.bits, middle.multiple, middle.clip) == (8, 4, "search_matrix")
     assert middle.percentiles == (0.9999, 0.99999, 0.999999, 0.9999984, 1.0)
@@ -101,15 +101,15 @@ def test_int8_multiples_of_four_between_int8_ends():
 
 def test_large_table_projections_get_eight_bits():
     shapes = {"bigram.proj.weight": (1024, 128), "ve_shared.proj.weight": (512, 256)}
-    for p in plan(QuantConfig(), shapes).values():
+    for p in plan_tensors(QuantConfig(), shapes).values():
         assert (p.bits, p.reason) == (8, "other matrix")
 
 
 def test_the_size_limit_is_inclusive_and_overrides_come_before_it():
     shapes = {"blocks.0.attn.c_q.weight": (256, 256), "blocks.1.attn.c_q.weight": (256, 257)}
-    plans = plan(QuantConfig(small_numel=65536), shapes)
+    plans = plan_tensors(QuantConfig(small_numel=65536), shapes)
     assert [p.bits for p in plans.values()] == [16, 6]
-    forced = plan(QuantConfig(bits_overrides="blocks.0.*=7"), shapes)
+    forced = plan_tensors(QuantConfig(bits_overrides="blocks.0.*=7"), shapes)
     assert forced["blocks.0.attn.c_q.weight"].bits == 7
 
 
@@ -121,7 +121,7 @@ def test_the_first_of_two_patterns_wins():
 
 
 def test_one_step_a_matrix_has_codes_of_eight_bits():
-    plans = plan(QuantConfig(grid="uniform", width=3.1, mlp_bits="5"), full_size_shapes())
+    plans = plan_tensors(QuantConfig(grid="uniform", width=3.1, mlp_bits="5"), full_size_shapes())
     for name, step in (("attn.c_q", 0.1), ("mlp.fc", 3.1 / 15)):
         p = plans[f"blocks.0.{name}.weight"]
         assert (p.clip, p.bits, p.on_grid, p.floor) == ("uniform", 8, True, 0.0)
@@ -136,17 +136,17 @@ def test_steps_on_the_grid_and_widths_are_for_gptq():
         ({"min_scale": 1.0}, False, (3.5, 4.0)),
         ({"clip_search": "matrix"}, False, (3.5, 4.0)),
     ):
-        p = plan(QuantConfig(clip_widths="3.5,4", **more), full_size_shapes())[name]
+        p = plan_tensors(QuantConfig(clip_widths="3.5,4", **more), full_size_shapes())[name]
         assert (p.on_grid, p.widths) == (on_grid, widths), more
 
 
 def test_max_clip_is_by_bits_as_written():
-    plans = plan(QuantConfig(max_clip_bits="8/4,6", attn_bits="8/4", min_scale=2.0),
+    plans = plan_tensors(QuantConfig(max_clip_bits="8/4,6", attn_bits="8/4", min_scale=2.0),
                  full_size_shapes())
     assert plans["blocks.0.attn.c_q.weight"].clip == plans["blocks.0.mlp.fc.weight"].clip == "max"
     assert plans["blocks.0.attn.c_q.weight"].floor == 0.0
     assert plans["tok_emb.weight"].clip == "quantile"
-    searched = plan(QuantConfig(clip_search="max", min_scale=2.0), full_size_shapes())
+    searched = plan_tensors(QuantConfig(clip_search="max", min_scale=2.0), full_size_shapes())
     assert searched["blocks.0.attn.c_q.weight"].clip == "max"
     assert searched["blocks.0.attn.c_q.weight"].floor == 2.0
 
@@ -172,7 +172,7 @@ def test_max_clip_is_by_bits_as_written():
 )
 def test_malformed_settings_are_named(key: str, value: str, message: str):
     with pytest.raises(ConfigError) as caught:
-        plan(QuantConfig(**{key: value}), full_size_shapes())
+        plan_tensors(QuantConfig(**{key: value}), full_size_shapes())
     assert message in str(caught.value)
     assert key in str(caught.value)
 

@@ -31,14 +31,14 @@ def test_values_are_codes_times_steps_and_fp16_passes_through():
     model = quantize(state, QuantConfig(small_numel=0), progress=False)
     assert list(model.tensors) == list(model.plans) == list(model.stats) == list(state)
     q = model.tensors["blocks.0.attn.c_q.weight"]
-    assert (q.data.dtype, q.scale.dtype, q.bits) == (torch.int8, torch.float16, 6)
+    assert (q.data.dtype, q.steps.dtype, q.bits) == (torch.int8, torch.float16, 6)
     assert q.data.abs().max() <= 31
     expected = torch.tensor(
-        [[int(c) * float(s) for c in row] for row, s in zip(q.data, q.scale, strict=True)]
+        [[int(c) * float(s) for c in row] for row, s in zip(q.data, q.steps, strict=True)]
     )
     assert torch.equal(dequantize(q), expected)
     mix = model.tensors["blocks.0.resid_mix"]
-    assert mix.bits == 16 and mix.scale is None
+    assert mix.bits == 16 and mix.steps is None
     assert torch.equal(dequantize(mix), state["blocks.0.resid_mix"].half().float())
     assert model.tensors["backout"].shape == () and model.tensors["skip_weights"].shape == (0, 32)
     assert not dequantize(model.tensors["bigram.embed.weight"]).any()
@@ -56,7 +56,7 @@ def test_error_of_an_unclipped_weight_is_at_most_half_a_step(bits, width, seed):
     config = QuantConfig(attn_bits=bits, clip_search="max", small_numel=0, int8_percentile=1.0)
     q = quantize({name: w}, config, progress=False).tensors[name]
     rounding = 5 if bits == "8/4" else 1  # to multiples of 4 after whole numbers: 2 + 1/2
-    step = q.scale.float()[:, None] * rounding
+    step = q.steps.float()[:, None] * rounding
     # fp16 rounds the step by at most 2^-11 of itself (more below 2^-14), qmax steps from zero.
     qmax = 2 ** (int(bits[0]) - 1) - 1
     cut = qmax * torch.maximum(step * 2.0**-11, torch.tensor(2.0**-25))
@@ -83,7 +83,7 @@ def test_rows_at_the_floor_are_counted():
     config = QuantConfig(small_numel=0, min_scale=1.0)
     model = quantize({name: w}, config, progress=False)
     assert model.stats[name].floor_share == 0.75
-    scale = model.tensors[name].scale
+    scale = model.tensors[name].steps
     assert (scale[:6] == torch.tensor(1 / 31).half()).all() and (scale[6:] > 1 / 31).all()
     assert quantize({name: w}, QuantConfig(small_numel=0), False).stats[name].floor_share == 0
 

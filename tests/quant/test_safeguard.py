@@ -73,11 +73,11 @@ def test_rounding_takes_a_fine_step_within_the_bits(width: float) -> None:
     w = weights(ROWS, COLUMNS)
     like, plan = model.tensors[NAME], model.plans[NAME]
     found = rounded_at_bits(w, like, plan)
-    limit, step = bits_a_code(like.data), found.scale.float().min().item()
+    limit, step = bits_a_code(like.data), found.steps.float().min().item()
     assert bits_a_code(found.data) <= limit
     finer = (w / (step * 2 ** (-1 / 8))).round().clamp(-127, 127).char()
     assert bits_a_code(finer) > limit or (found.data.abs() == 127).any()
-    assert torch.allclose(dequantize(found), w, atol=found.scale.float().max().item() * 0.51)
+    assert torch.allclose(dequantize(found), w, atol=found.steps.float().max().item() * 0.51)
 
 
 def test_what_it_adds_is_by_moments_and_hessian() -> None:
