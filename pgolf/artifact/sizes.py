@@ -21,7 +21,7 @@ from pgolf.codecs import body_codec, codec, rans_encode
 GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
 
 
-class Share(NamedTuple):
+class Part(NamedTuple):
     """A part of the file: its group, the tensor that it belongs to, and its size in some unit."""
 
     group: str
@@ -39,19 +39,19 @@ def byte_shares(artifact: Artifact) -> tuple[dict[str, int], dict[str, int]]:
     table, matrices = layout.integers()
     owners = _owners(layout)
     bits = integer_bits(artifact.codec, table, matrices)
-    integers = [_share(a, owners, n) for a, n in zip(table, bits, strict=True)]
+    integers = [_part(a, owners, n) for a, n in zip(table, bits, strict=True)]
     # The file's own codec: a script of a submission has no other.
     header = len(codec(body_codec(artifact.codec)).compress(layout.header.to_json(), 3))
-    body = [Share("meta", None, 8 * header), *_halves(layout, owners)]
+    body = [Part("meta", None, 8 * header), *_halves(layout, owners)]
     if artifact.codec == "rans":
-        shares = _scaled(integers, artifact.stream_bytes) + _scaled(body, artifact.body_bytes)
+        parts = _scaled(integers, artifact.stream_bytes) + _scaled(body, artifact.body_bytes)
     else:
-        shares = _scaled(integers + body, artifact.body_bytes)
+        parts = _scaled(integers + body, artifact.body_bytes)
     head = artifact.file_bytes - artifact.body_bytes - artifact.stream_bytes
-    shares.append(Share("meta", None, head))
-    groups = {group: sum(s.size for s in shares if s.group == group) for group in GROUPS}
+    parts.append(Part("meta", None, head))
+    groups = {group: sum(s.size for s in parts if s.group == group) for group in GROUPS}
     tensors = {
-        e.name: round(sum(s.size for s in shares if s.tensor == e.name))
+        e.name: round(sum(s.size for s in parts if s.tensor == e.name))
         for e in layout.header.tensors
     }
     return _rounded(groups), tensors
@@ -80,13 +80,13 @@ def _owners(layout: Layout) -> dict[str | int, str]:
     return owners
 
 
-def _share(array: Array, owners: dict[str | int, str], size: float) -> Share:
+def _part(array: Array, owners: dict[str | int, str], size: float) -> Part:
     tensor = owners[array.owner]
     group = "scales" if array.kind in ("steps", "columns") else roles.group(tensor)
-    return Share(group, tensor, size)
+    return Part(group, tensor, size)
 
 
-def _halves(layout: Layout, owners: dict[str | int, str]) -> list[Share]:
+def _halves(layout: Layout, owners: dict[str | int, str]) -> list[Part]:
     """Bits of each array of halves, coded with the frequencies of low and high bytes of all."""
     table, numbers = layout.halves()
     planes = [h.numpy().reshape(-1).view(np.uint8).reshape(-1, 2) for h in numbers]
@@ -95,15 +95,15 @@ def _halves(layout: Layout, owners: dict[str | int, str]) -> list[Share]:
         counts = sum((np.bincount(p[:, k], minlength=256) for p in planes), np.zeros(256, int))
         bits[k] = np.log2(max(counts.sum(), 1)) - np.log2(np.maximum(counts, 1))
     return [
-        _share(a, owners, float(sum(bits[k, p[:, k]].sum() for k in range(2))))
+        _part(a, owners, float(sum(bits[k, p[:, k]].sum() for k in range(2))))
         for a, p in zip(table, planes, strict=True)
     ]
 
 
-def _scaled(shares: Sequence[Share], total: int) -> list[Share]:
+def _scaled(parts: Sequence[Part], total: int) -> list[Part]:
     """With sizes that add up to `total`."""
-    scale = total / (sum(s.size for s in shares) or 1)
-    return [s._replace(size=s.size * scale) for s in shares]
+    scale = total / (sum(s.size for s in parts) or 1)
+    return [s._replace(size=s.size * scale) for s in parts]
 
 
 def _rounded(groups: dict[str, float]) -> dict[str, int]:

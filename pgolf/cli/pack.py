@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
         if not args.force:
             refuse_to_replace(args.out)
         dataset = open_data(args.run, config, args.data)
-        model, words = load_weights(args.run, trained, device)
-        print(words)
+        model, description = load_weights(args.run, trained, device)
+        print(description)
         folder = RunFolder(args.run, writes=False)
         session = Session(config, Ranks(0, 1, device), dataset, folder)
         packed = export(session, model, build_script(config), args.out)

@@ -32,12 +32,12 @@ def operator_sizes(
         dtype: of activations.
         ns_dtype: of Muon's iteration.
     """
-    head, share = config.dim // config.heads, config.heads // config.kv_heads
+    head, group = config.dim // config.heads, config.heads // config.kv_heads
     table = DTYPES[config.table_dtype]
     return {
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
-        "xsa": {"size": head, "share": share},
+        "xsa": {"size": head, "share": group},
         "residual_norm": {"width": config.dim},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},

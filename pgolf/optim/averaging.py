@@ -14,7 +14,7 @@ class Averager:
     """Follows a model's weights as the schedule says and gives the weights to export.
 
     Args:
-        fused: whether the optimiser step moves the EMA, by `ema_rate`, in the tensors `room`.
+        fused: whether the optimiser step moves the EMA, by `ema_rate`, in the tensors `averages`.
     """
 
     def __init__(self, model: GPT, schedule: Schedule, fused: bool = False):
@@ -24,8 +24,8 @@ class Averager:
         # With schedule=iterations the EMA starts from the initial weights, as published.
         start_now = "ema" in self.kind and not schedule.by_share
         self.fused = fused and "ema" in self.kind
-        self.room: dict[str, Tensor] = self._copy() if self.fused else {}
-        self.ema: dict[str, Tensor] = (self.room or self._copy()) if start_now else {}
+        self.averages: dict[str, Tensor] = self._copy() if self.fused else {}
+        self.ema: dict[str, Tensor] = (self.averages or self._copy()) if start_now else {}
         self.swa: dict[str, Tensor] = {}
         self.snapshots = 0
 
@@ -33,14 +33,14 @@ class Averager:
         return {n: p.detach().to(torch.float32, copy=True) for n, p in self.params.items()}
 
     def ema_rate(self, before: Clock, after: Clock) -> float:
-        """How far the step that begins is to move `room` to its weights; 0: not, 1: all the way.
+        """How far the step that begins moves `averages` to its weights; 0: not, 1: all the way.
 
         `after` is what the clock will show, as far as one knows: its time is an estimate.
         """
         decay = self.schedule.ema_decay(before, after) if self.fused else None
         if decay is None:
             return 0.0
-        started, self.ema = bool(self.ema), self.room
+        started, self.ema = bool(self.ema), self.averages
         return 1.0 - decay if started else 1.0
 
     @torch.no_grad()
@@ -65,16 +65,16 @@ class Averager:
         )
 
     def export(self) -> tuple[dict[str, Tensor], str]:
-        """The weights to export, in the parameters' dtypes, and what they are in words."""
+        """The weights to export, in the parameters' dtypes, and what they are in description."""
         if self.kind in ("swa", "ema_then_swa") and self.snapshots >= (
             2 if self.kind == "ema_then_swa" else 1
         ):
-            chosen, words = self.swa, f"SWA of {self.snapshots} snapshots"
+            chosen, description = self.swa, f"SWA of {self.snapshots} snapshots"
         elif self.ema:
-            chosen, words = self.ema, "EMA"
+            chosen, description = self.ema, "EMA"
         else:
-            chosen, words = self._copy(), "last weights"
-        return {n: chosen[n].to(p.dtype, copy=True) for n, p in self.params.items()}, words
+            chosen, description = self._copy(), "last weights"
+        return {n: chosen[n].to(p.dtype, copy=True) for n, p in self.params.items()}, description
 
     def state_dict(self) -> dict:
         return {"ema": self.ema, "swa": self.swa, "snapshots": self.snapshots}
@@ -82,6 +82,6 @@ class Averager:
     def load_state_dict(self, state: dict) -> None:
         self.ema, self.swa, self.snapshots = state["ema"], state["swa"], state["snapshots"]
         if self.fused and self.ema:
-            for name, average in self.room.items():
+            for name, average in self.averages.items():
                 average.copy_(self.ema[name])
-            self.ema = self.room
+            self.ema = self.averages

@@ -19,7 +19,7 @@ from pgolf.training.run_folder import read_config
 
 
 def weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Weights by name, what describes their model, and in words which weights they are.
+    """Weights by name, what describes their model, and which weights they are, in words.
 
     Those of the decoded artifact (fp32) if there is one, as they are what is scored; otherwise
     those that the newest checkpoint would export, in the dtypes of training.
@@ -32,14 +32,14 @@ def weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         found = read_artifact(artifact)
         return found.state_dict(), found.meta, f"decoded from {artifact}"
     trained = from_dict(read_config(path))
-    model, words = load_weights(path, trained, torch.device("cpu"))
+    model, description = load_weights(path, trained, torch.device("cpu"))
     meta = {
         "model": dataclasses.asdict(trained.model),
         "seq_len": trained.data.seq_len,
         "recipe": trained.recipe,
         "seed": trained.run.seed,
     }
-    return model.export_state(), meta, f"{words} of {path}, not quantised"
+    return model.export_state(), meta, f"{description} of {path}, not quantised"
 
 
 def export_weights(path: Path, out: Path) -> str:
@@ -51,13 +51,14 @@ def export_weights(path: Path, out: Path) -> str:
     library = safetensors()
     if out.exists():
         raise ConfigError(f"{out} exists: choose another folder with --out")
-    state, meta, words = weights_of(path)
+    state, meta, description = weights_of(path)
     with atomic_folder(out) as folder:
         content = library.save({n: t.contiguous() for n, t in state.items()}, {"format": "pt"})
         (folder / "model.safetensors").write_bytes(content)
-        (folder / "config.json").write_text(json.dumps({**meta, "weights": words}, indent=2) + "\n")
+        config = json.dumps({**meta, "weights": description}, indent=2)
+        (folder / "config.json").write_text(config + "\n")
         tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / tokenizer.name)
     count = sum(t.numel() for t in state.values())
-    return f"{out}: {count:,} weights {words}"
+    return f"{out}: {count:,} weights {description}"

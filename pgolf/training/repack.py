@@ -35,11 +35,11 @@ def load_weights(run: Path, trained: Config, device: torch.device) -> tuple[GPT,
     model.load_state_dict({name: state["model"][name] for name, _ in model.named_parameters()})
     averager = Averager(model, Schedule(trained))
     averager.load_state_dict(state["averager"])
-    weights, words = averager.export()
+    weights, description = averager.export()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    return model.to(device), f"{path.name}: {words}"
+    return model.to(device), f"{path.name}: {description}"
 
 
 def settings(run: Path, overrides: dict[str, str]) -> tuple[Config, Config]:

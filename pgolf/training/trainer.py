@@ -116,7 +116,7 @@ class Trainer:
         self.qat_switch = torch.zeros((), device=ranks.device)
         self.qat_plans = prepare_qat(model, config, self.qat_switch)
         self.averager = Averager(model, self.schedule, fuses(model))
-        self.optimizers = Optimizers(model, config.optim, self.averager.room)
+        self.optimizers = Optimizers(model, config.optim, self.averager.averages)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
@@ -186,7 +186,7 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        self.optimizers = Optimizers(self.model, self.config.optim, self.averager.room)
+        self.optimizers = Optimizers(self.model, self.config.optim, self.averager.averages)
         self.loader.load_state_dict(cursor)
         if self.compiled:
             self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
@@ -360,13 +360,13 @@ class Trainer:
 
     def take_export(self) -> str:
         """Put the weights that are exported into the model, late QAT off; returns their name."""
-        state, words = self.averager.export()
+        state, description = self.averager.export()
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[name])
         self.qat_switch.zero_()
-        self.say(f"exporting {words}")
-        return words
+        self.say(f"exporting {description}")
+        return description
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
