@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pgolf.config import Config, with_overrides
 from pgolf.errors import DataError
 from pgolf.model import GPT
+from pgolf.ranks import Ranks
 from pgolf.scoring.windows import Sums, evaluate, windows
 
 
@@ -88,7 +89,8 @@ def test_sums_over_batches_and_ranks(n, length, stride, world):
     model = Remembering()
     total = Sums()
     for rank in range(world):
-        part = evaluate(model, np.arange(n + 1), CountingTable(), length, stride, 50, (rank, world))
+        ranks = Ranks(rank, world, torch.device("cpu"))
+        part = evaluate(model, np.arange(n + 1), CountingTable(), length, stride, 50, ranks)
         total = Sums(total.nll + part.nll, total.targets + part.targets, total.bytes + part.bytes)
     assert sorted(model.seen) == list(range(1, n + 1))
     assert total.nll == n * (n - 1) / 2 and total.targets == total.bytes == n

@@ -10,6 +10,7 @@ from pgolf.errors import BudgetError, ConfigError
 from pgolf.recipes import get
 from pgolf.training.run import packing_again
 from pgolf.training.run_folder import RunFolder
+from pgolf.training.session import Session
 
 
 @pytest.mark.parametrize(
@@ -52,10 +53,11 @@ def test_one_key_by_two_words() -> None:
 def test_the_line_that_packs_what_was_kept(recipe, overrides, excess, last, tmp_path) -> None:
     config = get(recipe).config(overrides)
     folder = RunFolder(tmp_path / "a run")
-    assert "checkpoint_every=0" in packing_again(config, folder, excess)
+    session = Session(config, None, None, folder)
+    assert "checkpoint_every=0" in packing_again(session, excess)
     kept = folder.path / "checkpoints" / "step-0000005"
     kept.mkdir(parents=True)
-    said = packing_again(config, folder, excess)
+    said = packing_again(session, excess)
     assert f"safe in {kept}" in said
     if last is None:
         assert "pgolf pack" not in said, "the contest's limit cannot be lifted"
