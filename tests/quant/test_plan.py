@@ -175,22 +175,3 @@ def test_malformed_settings_are_named(key: str, value: str, message: str):
         plan_tensors(QuantConfig(**{key: value}), full_size_shapes())
     assert message in str(caught.value)
     assert key in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("blocks.3.attn.c_q.weight", "attn"),
-        ("blocks.3.mlp.proj.weight", "mlp"),
-        ("tok_emb.weight", "tok"),
-        ("lm_head.weight", "tok"),
-        ("bigram.proj.weight", "bigram"),
-        ("ve_shared.embed.weight", "ve"),
-        ("bigram.scale", "scalars"),
-        ("blocks.3.attn.q_gain", "scalars"),
-        ("blocks.3.resid_mix", "scalars"),
-        ("skip_weights", "scalars"),
-    ],
-)
-def test_group(name: str, group: str):
-    assert group(name) == group
