@@ -28,7 +28,7 @@ def test_kind_and_group(name: str, kind: str, group: str):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_matrix_of_a_recipe_is_known(name: str):
-    """What has two dimensions and is called a weight is a matrix or a table, and nothing else is."""
+    """A weight of two dimensions is a matrix or a table, and nothing else is."""
     config = recipes.get(name).config({"tied_embedding": False})
     with torch.device("meta"):
         parameters = dict(GPT(config.model).named_parameters())
