@@ -148,12 +148,12 @@ def _timed(
     lines = []
     for v in variants:
         spent = timing.summarise(times[v.name])
-        model = v.trainer.model
         lines.append(
             schema.StepTiming(
                 **asdict(setting),
                 recipe=config.recipe, overrides=overrides, ops=v.ops,
-                chosen=dict(model.ops), compile=v.compiled, dtype=dtype_name(model.compute_dtype),
+                chosen=dict(v.trainer.ops), compile=v.compiled,
+                dtype=dtype_name(v.trainer.model.compute_dtype),
                 tokens=config.data.batch_tokens, rounds=rounds,
                 median_ms=spent.median, p20_ms=spent.p20, p80_ms=spent.p80,
                 tokens_per_second=1e3 * config.data.batch_tokens / spent.median,

@@ -67,8 +67,8 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def _build(request: Request) -> tuple[Any, Any]:
-    """(config, model) as `pgolf train` makes them, with empty weights."""
+def _build(request: Request) -> tuple[Any, Any, dict[str, str]]:
+    """(config, model, choices of operators) as `pgolf train` makes them, with empty weights."""
     import torch
 
     from pgolf import recipes
@@ -88,7 +88,7 @@ def _build(request: Request) -> tuple[Any, Any]:
     model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
     if request.qat:
         prepare_qat(model, config, torch.zeros((), device="cuda"))
-    return config, model
+    return config, model, choices
 
 
 def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
@@ -97,8 +97,8 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
 
     from pgolf.optim.groups import Optimizers
 
-    config, model = _build(request)
-    optimizers = Optimizers(model, config.optim)
+    config, model, choices = _build(request)
+    optimizers = Optimizers(model, config.optim, choices)
     step = torch.compile(model, fullgraph=True, dynamic=False) if request.compiled else model
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
     kept = {}  # a loss lives until the next one, as in the trainer's loop
@@ -120,7 +120,7 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     from pgolf.model.frozen import frozen_copy
     from pgolf.model.layers import Table
 
-    _, model = _build(request)
+    _, model, _ = _build(request)
     model = frozen_copy(model, ops=model.ops)
     decoder = Decoder(model, request.sequences, request.tokens, request.compiled)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, Table)}

@@ -38,7 +38,8 @@ class FusedStep:
         ops: Mapping[str, str],
         copies: Mapping[nn.Parameter, Tensor],
     ):
-        self.muon, self.adamw, self.ops = muon, adamw, ops
+        self.muon, self.adamw = muon, adamw
+        self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops)
         self.max_norm = config.grad_clip or float("inf")
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in muon.param_groups[0]["params"]:

@@ -20,18 +20,19 @@ def kind_of(name: str, side_proj_optimizer: str = "muon") -> str:
     return {"matrix": "matrix", "table": "embed", "vector": "scalar"}[roles.kind(name)]
 
 
-def fuses(model: GPT) -> bool:
-    """Whether the optimiser step of this model goes through the operators."""
-    return any(model.ops[name] != "reference" for name in fused.OPERATORS)
+def fuses(ops: Mapping[str, str]) -> bool:
+    """Whether an optimiser step with these choices of kernels goes through the operators."""
+    return any(ops.get(name, "reference") != "reference" for name in fused.OPERATORS)
 
 
 class Optimizers:
     """Muon and AdamW of one model, stepped together.
 
-    The step goes through the operators where the model's choices name a kernel for one of them,
-    and otherwise through torch.optim; both keep the same state.
+    The step goes through the operators where the choices name a kernel for one of them, and
+    otherwise through torch.optim; both keep the same state.
 
     Args:
+        ops: operator -> implementation; the reference where none is named.
         averages: by parameter name, fp32: moving averages that a step through the operators moves.
         copies: by parameter name, bf16: what such a step copies parameters to.
     """
@@ -40,10 +41,11 @@ class Optimizers:
         self,
         model: GPT,
         config: OptimConfig,
+        ops: Mapping[str, str] | None = None,
         averages: Mapping[str, Tensor] | None = None,
         copies: Mapping[str, Tensor] | None = None,
     ):
-        self.config = config
+        self.config, ops = config, ops or {}
         named = dict(model.named_parameters())
         groups: dict[str, list] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in named.items():
@@ -59,7 +61,7 @@ class Optimizers:
             ns_dtype=pick_dtype(config.ns_dtype, self.params[0].device)[0],
             ns_coefficients=config.ns_coefficients,
             ns_row_norm=config.ns_row_norm,
-            ns_impl=model.ops["newton_schulz"],
+            ns_impl=ops.get("newton_schulz", "reference"),
         )
         self.adamw = torch.optim.AdamW(
             [
@@ -76,9 +78,9 @@ class Optimizers:
         )
         self.base_lr = [[g["lr"] for g in o.param_groups] for o in (self.muon, self.adamw)]
         self.fused, self.averages = None, []
-        if fuses(model):
+        if fuses(ops):
             followers = {named[n]: t for n, t in (copies or {}).items()}
-            self.fused = fused.FusedStep(self.muon, self.adamw, config, model.ops, followers)
+            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops, followers)
             by_param = {named[n]: t for n, t in (averages or {}).items()}
             self.averages = [by_param[p] for p in self.fused.params] if by_param else []
         elif averages or copies:

@@ -122,7 +122,7 @@ def write_result(
         "compute_dtype": dtype,
         "scored_by": {"ranks": ranks.world, "device": ranks.device.type, "dtype": dtype},
         "attention": model.backend,
-        "ops": dict(model.ops),
+        "ops": dict(trainer.ops),
         "baselines": baselines(trainer.val, dataset),
         "tensors": tensor_rows(packed),
         "provenance": provenance(ranks.device),

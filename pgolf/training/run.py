@@ -88,12 +88,13 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
         compiles(config, ranks.device),
         operator_sizes(config.model, dtype, ns_dtype),
     )
+    chosen = {name: choice.impl for name, choice in ops.items()}
     model = GPT(
         config.model,
         dtype,
         backend,
         config.data.seq_len,
-        {name: choice.impl for name, choice in ops.items()},
+        chosen,
     )
     init_weights(model, config.run.seed)
     val = load_validation(
@@ -105,7 +106,7 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     )
     model.to(ranks.device)
     ranks.broadcast(model.parameters())
-    trainer = Trainer(session, model, loader, val, table)
+    trainer = Trainer(session, model, loader, val, table, chosen)
     reasons = {
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",

@@ -5,6 +5,7 @@ Off the clock: compilation, validation and checkpoints of it. On the clock: ever
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,7 @@ class Trainer:
     Args:
         model: initialised, on the run's device.
         val: (N + 1,) validation tokens.
+        ops: operator -> implementation, for the optimisers.
     """
 
     def __init__(
@@ -99,11 +101,13 @@ class Trainer:
         loader: SequentialLoader,
         val: np.ndarray,
         table: ByteTable,
+        ops: Mapping[str, str],
     ):
         config, ranks = session.config, session.ranks
         self.session, self.say = session, session.say
         self.config, self.ranks, self.folder = config, ranks, session.folder
         self.model, self.loader, self.val, self.table = model, loader, val, table
+        self.ops = ops
         self.schedule = Schedule(config)
         self.clock = Clock()
         self.kept = 0  # the step of the last checkpoint that could be written
@@ -115,8 +119,8 @@ class Trainer:
         self.step_seconds = self.pass_seconds = 0.0
         self.qat_switch = torch.zeros((), device=ranks.device)
         self.qat_plans = prepare_qat(model, config, self.qat_switch)
-        self.averager = Averager(model, self.schedule, fuses(model))
-        self.optimizers = Optimizers(model, config.optim, self.averager.averages)
+        self.averager = Averager(model, self.schedule, fuses(ops))
+        self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
@@ -186,7 +190,9 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        self.optimizers = Optimizers(self.model, self.config.optim, self.averager.averages)
+        self.optimizers = Optimizers(
+            self.model, self.config.optim, self.ops, self.averager.averages
+        )
         self.loader.load_state_dict(cursor)
         if self.compiled:
             self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")

@@ -86,7 +86,7 @@ def test_qat_on_our_grid(clip_mask: bool) -> None:
 def trained(model: GPT, steps: int) -> list[float]:
     """Losses of `steps` steps, with late QAT from the middle on."""
     switch = with_qat(model, model.ops["fake_quant"], True)
-    optimizers = Optimizers(model, OptimConfig(ns_dtype="fp32"))
+    optimizers = Optimizers(model, OptimConfig(ns_dtype="fp32"), model.ops)
     losses = []
     for step in range(steps):
         if step == steps // 2:

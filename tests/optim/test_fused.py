@@ -25,8 +25,7 @@ needs_cpp = pytest.mark.skipif(
 
 def pair(ops: dict[str, str], **changes: object) -> tuple[GPT, Optimizers]:
     net = model(**changes)
-    net.ops.update(ops)
-    return net, Optimizers(net, CONFIG)
+    return net, Optimizers(net, CONFIG, ops)
 
 
 def run(optimisers: Optimizers, steps: range) -> list[float]:
@@ -82,14 +81,13 @@ def test_state_goes_on(kinds: tuple[dict, dict]) -> None:
 @needs_cpp
 def test_averages_and_copies_follow() -> None:
     net = model()
-    net.ops.update(CPP)
     averages = {n: torch.full(p.shape, 7.0) for n, p in net.named_parameters()}
     copies = {
         n: torch.zeros(p.shape, dtype=torch.bfloat16)
         for n, p in net.named_parameters()
         if p.dim() == 2
     }
-    optimisers = Optimizers(net, CONFIG, averages, copies)
+    optimisers = Optimizers(net, CONFIG, CPP, averages, copies)
     exact = {n: t.double() for n, t in averages.items()}
     for step, rate in enumerate((0.0, 1.0, 0.25)):
         randomise_gradients(optimisers, step)
@@ -135,8 +133,8 @@ def test_all_of_pr1473_is_three_calls(recorder: Recorder) -> None:
     """
     config = recipes.get("pr1473").config()
     registry.choose.cache_clear()
-    net = GPT(config.model, ops=dict.fromkeys(fused.OPERATORS, "cuda"))
-    optimisers = Optimizers(net, config.optim)
+    kernels = dict.fromkeys(fused.OPERATORS, "cuda")
+    optimisers = Optimizers(GPT(config.model), config.optim, kernels)
     optimisers.muon.orthogonal = lambda stack, normalized: stack
     for p in optimisers.params:
         p.grad = torch.empty_like(p)

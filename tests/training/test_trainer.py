@@ -83,7 +83,8 @@ def build(
     init_weights(model, 0)
     folder = Recorder(clock)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    trainer = Trainer(Session(config, ranks, None, folder), model, Batches(), None, None)
+    session = Session(config, ranks, None, folder)
+    trainer = Trainer(session, model, Batches(), None, None, ops or {})
     step = trainer.step
 
     def slow_step(*args):
