@@ -17,7 +17,7 @@ from pgolf.report.figures import all_figures
 from pgolf.report.markup import Markup, join, tag
 from pgolf.report.page_style import STYLE
 from pgolf.report.read import RunFiles, mapping, number, objects, read_run
-from pgolf.report.svg import short
+from pgolf.report.plots import short
 from pgolf.report.words import (
     GROUPS,
     MISSING,
