@@ -57,12 +57,16 @@ def _course(name: str, points: Sequence[Point], places: int) -> str:
     return f"{name}: {decimal(first, places)} first, {decimal(last, places)} at {si(x)} tokens"
 
 
-def _no_values(axes: Any, words: str = "no values") -> None:
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=LIGHT["soft"])
+def _no_values(place: Any, words: str) -> None:
+    """Says so in the middle of a figure, or of its axes."""
+    place.text(0.5, 0.5, words, ha="center", color=LIGHT["soft"], transform=getattr(
+        place, "transAxes", None) or place.transSubfigure)
 
 
 def _draw_tips(axes: Any, series: Series, end: float, tips: dict[str, str]) -> None:
     """Invisible upright bands over a plot; each tells the values at its x."""
+    from matplotlib.patches import Rectangle
+
     values: dict[float, list[str]] = {}
     for name, (points, _, places) in series.items():
         for x, y in points:
@@ -76,7 +80,8 @@ def _draw_tips(axes: Any, series: Series, end: float, tips: dict[str, str]) -> N
     for x, (left, right) in zip(xs, itertools.pairwise(borders), strict=False):
         gid = f"band {len(tips)}"
         tips[gid] = "\n".join([f"{decimal(x, 0)} tokens", *values[x]])
-        axes.axvspan(left, right, color=LIGHT["soft"], alpha=0, linewidth=0, gid=gid)
+        axes.add_artist(Rectangle((left, 0), right - left, 1, color=LIGHT["soft"], alpha=0,
+                                  transform=axes.get_xaxis_transform(), linewidth=0, gid=gid))
 
 
 def _draw_lines(axes: Any, series: Series, title: str, end: float, tips: dict[str, str]) -> None:
@@ -97,7 +102,7 @@ def _draw_lines(axes: Any, series: Series, title: str, end: float, tips: dict[st
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(in_units(end))
     if all(y is None for points, _, _ in series.values() for _, y in points):
-        _no_values(axes)
+        _no_values(axes, "no values")
     _draw_tips(axes, series, end, tips)
 
 
@@ -176,8 +181,8 @@ def _draw_events(axes: Sequence[Any], events: Sequence[tuple[float, str]], end: 
             each.axvline(x, color=LIGHT["soft"], linewidth=1, linestyle=(0, (2, 3)))
     for group in groups:
         label = f"{group[0] + 1}" + (f"–{group[-1] + 1}" if len(group) > 1 else "")
-        axes[0].text(events[group[0]][0] / end, 1.01, label, transform=axes[0].transAxes,
-                     ha="center", va="bottom", fontsize=11)
+        axes[0].text(events[group[0]][0] / end, -0.02, label, transform=axes[0].transAxes,
+                     ha="center", va="top", fontsize=11)
 
 
 def schedule_figure(run: RunFiles) -> Markup:
@@ -210,7 +215,7 @@ def _draw_strip(axes: Any, parts: Sequence[tuple[str, float, str]], budget: floa
     total = sum(size for _, size, _ in parts)
     heading = f"{decimal(total, 0)} bytes"
     if budget:
-        heading += f" of {decimal(budget, 0)}"
+        heading += f" of a budget of {decimal(budget, 0)}"
         axes.barh(0, budget, color=LIGHT["hair"])
         axes.axvline(budget, color=LIGHT["bad"], linewidth=2)
     used = 0.0
@@ -250,17 +255,15 @@ def size_figure(run: RunFiles) -> Markup:
     colours = itertools.cycle("abcdef")
     styled = [(name, size, "rest" if name in _NOT_TENSORS else next(colours))
               for name, size in parts]
-    drawn, tips = new(110 + 22.0 * len(parts)), {}
-    top, below = drawn.subplots(2, height_ratios=(1, max(0.9 * len(parts), 1)))
+    drawn, tips = new(82 + 22.0 * len(parts)), {}
     if total:
-        _draw_strip(top, styled, budget)
-        _draw_rows(below, [
+        above, below = drawn.subfigures(2, height_ratios=(82, 22 * len(parts)))
+        _draw_strip(above.subplots(), styled, budget)
+        _draw_rows(below.subplots(), [
             (name, size, colour, f"{decimal(size, 0)}  ·  {percent(size / total, 1)}",
              f"{name}: {decimal(size, 0)} bytes") for name, size, colour in styled], tips)
     else:
-        top.set_axis_off()
-        below.set_axis_off()
-        _no_values(below, "no sizes")
+        _no_values(drawn, "no sizes")
     words = ", ".join(f"{name} {decimal(size, 0)}" for name, size in parts) or "no sizes"
     limit = f"budget {decimal(budget, 0)}" if budget else "no budget"
     return figure(
@@ -284,39 +287,54 @@ def _bars(run: RunFiles, unit: str, measure: Callable[[dict[str, Any]], float | 
     return found
 
 
+def _draw_parts(axes: Any, bars: Bars, tips: dict[str, str]) -> None:
+    """Two panels beside each other, of a bar a layer, for every two parts of a block."""
+    from matplotlib.ticker import MaxNLocator
+
+
+    panel = max(map(len, bars.values()))
+    width = 1.15 * panel
+    largest = max(value for group in bars.values() for _, value, _ in group) or 1.0
+    ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(0, largest)
+    top = ticks[-1]
+    for i, (part, group) in enumerate(bars.items()):
+        left, floor = width * (i % 2), -1.7 * (i // 2)
+        axes.text(left, floor + 1.12, short(part, 24))
+        for tick in ticks:
+            y = floor + tick / top
+            axes.plot([left, left + panel], [y, y], linewidth=1, zorder=1,
+                      color=LIGHT["hair" if tick else "soft"])
+            if i % 2 == 0:
+                axes.annotate(f"{tick:g}", (left, y), (-6, 0), textcoords="offset points",
+                              ha="right", va="center", fontsize=11, color=LIGHT["soft"])
+        every = -(-len(group) // 14)  # where layers are many, each second one or so is named
+        for x, (layer, value, tip) in enumerate(group):
+            gid = f"bar {len(tips)}"
+            tips[gid] = tip
+            axes.bar(left + x + 0.5, value / top, bottom=floor, gid=gid,
+                     color=LIGHT[_FAMILIES.get(part.split(".")[0], "c")])
+            if x % every == 0:
+                axes.annotate(layer, (left + x + 0.5, floor), (0, -4), textcoords="offset points",
+                              ha="center", va="top", fontsize=11, color=LIGHT["soft"])
+    axes.set_xlim(0, width + panel)
+    axes.set_ylim(floor - 0.1, 1.3)
+    axes.set_axis_off()
+
+
 def _tensor_chart(name: str, what: str, unit: str, bars: Bars) -> Markup:
     """A panel for each part of a block with a bar a layer, and a row for each other tensor."""
     outside = bars.pop("", [])
     everything = [bar for group in (*bars.values(), outside) for bar in group]
-    top = max((value for _, value, _ in everything), default=0.0) or 1.0
-    rows = -(-len(bars) // 2)
-    drawn, tips = new(max(92.0 * rows + (22 * len(outside) + 12 if outside else 0), 60.0)), {}
-    grid = drawn.add_gridspec(
-        rows + 1, 2, height_ratios=[92] * rows + [22 * len(outside) + 1])
-    for i, (part, group) in enumerate(bars.items()):
-        axes = drawn.add_subplot(grid[i // 2, i % 2])
-        axes.set_title(short(part, 24), color=LIGHT["ink"])
-        axes.grid(axis="y")
-        colour = LIGHT[_FAMILIES.get(part.split(".")[0], "c")]
-        for x, (_, value, tip) in enumerate(group):
-            gid = f"bar {len(tips)}"
-            tips[gid] = tip
-            axes.bar(x, value, width=0.8, color=colour, gid=gid)
-        every = -(-len(group) // 14)  # where layers are many, each second one or so is named
-        axes.set_xticks(range(0, len(group), every), [own for own, *_ in group[::every]])
-        axes.set_xlim(-0.6, len(group) - 0.4)
-        axes.set_ylim(0, top)
-        axes.locator_params(axis="y", nbins=3)
-        if i // 2 == rows - 1 or i == len(bars) - 2:
-            axes.set_xlabel("layer")
-    last = drawn.add_subplot(grid[rows, :])
+    heights = [90.0 * -(-len(bars) // 2), 22.0 * len(outside)]
+    drawn, tips = new(max(sum(heights) + 20, 60.0)), {}
+    above, below = drawn.subfigures(2, height_ratios=[max(h, 1.0) for h in heights])
+    if bars:
+        _draw_parts(above.subplots(), bars, tips)
     if outside:
-        _draw_rows(last, [(own, value, "c", decimal(value, 2), tip) for own, value, tip in outside],
-                   tips)
-    else:
-        last.set_axis_off()
+        _draw_rows(below.subplots(), [(own, value, "c", decimal(value, 2), tip)
+                                      for own, value, tip in outside], tips)
     if not everything:
-        _no_values(last, "no tensors")
+        _no_values(drawn, "no tensors")
     largest = max(everything, key=lambda bar: bar[1])[2] if everything else "none"
     return inline(
         drawn, name, f"{what} of {len(everything)} tensors, in {unit}; largest: {largest}.", tips)
@@ -332,7 +350,8 @@ def bits_figure(run: RunFiles) -> Markup:
         return None if size is None or count < 1 else number(8 * size / count)
 
     return figure("Bits a weight", _tensor_chart("bits", "Bits", "bits", _bars(run, "bits", bits)),
-                  "One bar a matrix or table: its compressed codes and steps, over its weights.")
+                  "One bar a matrix or table, by layer: its compressed codes and steps, over its "
+                  "weights.")
 
 
 def error_figure(run: RunFiles) -> Markup:
@@ -356,7 +375,7 @@ def error_figure(run: RunFiles) -> Markup:
         title = "Quantisation error, %"
         words = ("the norm of its change by storing it as a share of its own norm. Those near zero "
                  "are stored as float16.")
-    return figure(title, chart, f"One bar a matrix or table: {words}")
+    return figure(title, chart, f"One bar a matrix or table, by layer: {words}")
 
 
 def all_figures(run: RunFiles) -> Markup:

@@ -37,6 +37,13 @@ h1, h2, p, dl, dd, figure { margin: 0; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; overflow-wrap: anywhere; }
 h2 { font-size: 17px; line-height: 1.3; }
 .under { color: var(--soft); margin-top: 6px; overflow-wrap: anywhere; }
+.changed { display: flex; flex-wrap: wrap; gap: 6px; margin: 10px 0 0; padding: 0; }
+.changed li {
+  list-style: none;
+  background: var(--card); border: 1px solid var(--hair); border-radius: 8px; padding: 1px 9px;
+  font-size: 14px; overflow-wrap: anywhere;
+}
+.changed small { color: var(--soft); }
 .card, figure, details {
   background: var(--card); border: 1px solid var(--hair); border-radius: 12px; padding: 20px 22px;
 }

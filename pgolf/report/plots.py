@@ -73,6 +73,22 @@ def in_units(end: float) -> Callable[[float, Any], str]:
     return lambda value, _=None: f"{value / scale:.6g} {unit}".strip() if value else "0"
 
 
+def log_ticks(axes: Any) -> None:
+    """A logarithmic y axis with some labelled ticks, however little of a decade it shows."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axes.dataLim.intervaly
+    low, high = low / 1.3, high * 1.6  # room for words above the highest
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    locator = LogLocator(subs=(1, 2, 5))
+    if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3:
+        locator = MaxNLocator(5)
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+
+
 def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
     """Positions near the wanted ones, in the same order, `gap` apart where there is room."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -132,9 +148,11 @@ def inline(figure: Any, name: str, label: str, tips: Mapping[str, str]) -> Marku
         label: the whole figure in words, for screen readers.
         tips: gid of an artist, `CLASS NUMBER` -> what its tooltip says.
     """
-    library, drawn = matplotlib(), io.BytesIO()
-    with library.rc_context({"svg.hashsalt": name}):
-        figure.savefig(drawn, format="svg")
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    drawn = io.BytesIO()
+    with matplotlib().rc_context({"svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(drawn)  # savefig would draw everything twice
     root = ElementTree.fromstring(drawn.getvalue())
     return tag("svg", *(_element(child, tips) for child in root),
                viewBox=root.get("viewBox"), role="img", aria_label=label)

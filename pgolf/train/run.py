@@ -27,7 +27,7 @@ from pgolf.ops.attention import choose
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.recipes.recipe import CONTEST_BYTES
-from pgolf.report.html import write_report
+from pgolf.report.html import report_line
 from pgolf.report.table import result_table
 from pgolf.train.estimate import free_memory, memory_line
 from pgolf.train.export import export
@@ -358,5 +358,5 @@ def finish(
             model.ops,
         )
         print(result_table(result | {"recipe": recipes.run_name(config)}))
-        print(f"\n{write_report(folder.path)}")
+        print(f"\n{report_line(folder.path)}")
     return result
