@@ -99,6 +99,7 @@ def _draw_lines(axes: Any, series: Series, title: str, end: float, tips: dict[st
     if len(series) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=len(series),
                     borderaxespad=0, handlelength=1.5)
+    axes.locator_params(axis="y", nbins=6)
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(in_units(end))
     if all(y is None for points, _, _ in series.values() for _, y in points):

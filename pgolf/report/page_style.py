@@ -72,6 +72,8 @@ figure li { overflow-wrap: anywhere; }
 svg { display: block; width: 100%; max-width: 620px; height: auto; margin: 14px auto 0; }
 svg { stroke-linejoin: round; }
 .bar:hover path { opacity: 0.7; }
+/* Important over the style that each element has; a shape without fill notices no pointer. */
+.band path { fill: var(--soft) !important; }
 .band:hover path { opacity: 0.15 !important; }
 
 .facts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 20px; }
