@@ -57,12 +57,6 @@ def _course(name: str, points: Sequence[Point], places: int) -> str:
     return f"{name}: {decimal(first, places)} first, {decimal(last, places)} at {si(x)} tokens"
 
 
-def _no_values(place: Any, words: str) -> None:
-    """Says so in the middle of a figure, or of its axes."""
-    place.text(0.5, 0.5, words, ha="center", color=LIGHT["soft"], transform=getattr(
-        place, "transAxes", None) or place.transSubfigure)
-
-
 def _draw_tips(axes: Any, series: Series, end: float, tips: dict[str, str]) -> None:
     """Invisible upright bands over a plot; each tells the values at its x."""
     from matplotlib.patches import Rectangle
@@ -103,7 +97,8 @@ def _draw_lines(axes: Any, series: Series, title: str, end: float, tips: dict[st
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(in_units(end))
     if all(y is None for points, _, _ in series.values() for _, y in points):
-        _no_values(axes, "no values")
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center",
+                  color=LIGHT["soft"])
     _draw_tips(axes, series, end, tips)
 
 
@@ -264,7 +259,7 @@ def size_figure(run: RunFiles) -> Markup:
             (name, size, colour, f"{decimal(size, 0)}  ·  {percent(size / total, 1)}",
              f"{name}: {decimal(size, 0)} bytes") for name, size, colour in styled], tips)
     else:
-        _no_values(drawn, "no sizes")
+        drawn.text(0.5, 0.5, "no sizes", ha="center", color=LIGHT["soft"])
     words = ", ".join(f"{name} {decimal(size, 0)}" for name, size in parts) or "no sizes"
     limit = f"budget {decimal(budget, 0)}" if budget else "no budget"
     return figure(
@@ -296,7 +291,7 @@ def _draw_parts(axes: Any, bars: Bars, tips: dict[str, str]) -> None:
     panel = max(map(len, bars.values()))
     width = 1.15 * panel
     largest = max(value for group in bars.values() for _, value, _ in group) or 1.0
-    ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(0, largest)
+    ticks = MaxNLocator(3, steps=[1, 2, 2.5, 4, 5, 10]).tick_values(0, largest)
     top = ticks[-1]
     for i, (part, group) in enumerate(bars.items()):
         left, floor = width * (i % 2), -1.7 * (i // 2)
@@ -335,7 +330,7 @@ def _tensor_chart(name: str, what: str, unit: str, bars: Bars) -> Markup:
         _draw_rows(below.subplots(), [(own, value, "c", decimal(value, 2), tip)
                                       for own, value, tip in outside], tips)
     if not everything:
-        _no_values(drawn, "no tensors")
+        drawn.text(0.5, 0.5, "no tensors", ha="center", color=LIGHT["soft"])
     largest = max(everything, key=lambda bar: bar[1])[2] if everything else "none"
     return inline(
         drawn, name, f"{what} of {len(everything)} tensors, in {unit}; largest: {largest}.", tips)

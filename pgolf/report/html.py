@@ -172,7 +172,7 @@ def _called(run: RunFiles) -> tuple[str, Markup]:
         return _value(run.result.get("recipe")), Markup()
     if not changed:
         return run_name(config), tag("p", recipe.title, class_="under")
-    items = (tag("li", f"{key}={own or '(empty)'} ", tag("small", f"not {theirs or '(empty)'}"))
+    items = (tag("li", f"{key}={_value(own)} ", tag("small", f"not {_value(theirs)}"))
              for key, own, theirs in changed)
     return run_name(config), tag("ul", *items, class_="changed", aria_label="changed settings")
 
