@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 import sys
 from functools import cache
 from html.parser import HTMLParser
@@ -314,6 +315,9 @@ def test_without_matplotlib_a_run_ends_with_one_line(write_run, result, metrics,
     line = report_line(run)
     assert re.fullmatch(r"no report.html: .*: pip install --upgrade matplotlib, "
                         rf"then python -m pgolf.report {run}", line)
+    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    with pytest.raises(SystemExit, match="error: figures need the library matplotlib"):
+        runpy.run_module("pgolf.report", run_name="__main__")
     assert not (run / "report.html").exists()
 
 
