@@ -1,4 +1,4 @@
-"""Libraries of optional features, imported where they are needed."""
+"""Libraries that are imported where they are needed."""
 
 from types import ModuleType
 
@@ -16,5 +16,22 @@ def safetensors() -> ModuleType:
     except ImportError as e:
         raise ConfigError(
             "safetensors files need the library safetensors: pip install 'pgolf[export]'"
+        ) from e
+    return library
+
+
+def matplotlib() -> ModuleType:
+    """matplotlib, which takes a second to load.
+
+    Raises:
+        ConfigError: it is not installed or does not load; the message says how to mend that.
+    """
+    try:
+        import matplotlib as library
+        import matplotlib.figure
+    except Exception as e:  # also of its own libraries, and of a backend that MPLBACKEND invents
+        raise ConfigError(
+            f"figures need the library matplotlib, which does not load ({e}): "
+            "pip install --upgrade matplotlib"
         ) from e
     return library

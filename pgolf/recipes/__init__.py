@@ -36,14 +36,18 @@ def get(name: str) -> Recipe:
     raise ConfigError(f"unknown recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
 
 
-def changes(config: Config) -> list[str]:
-    """The settings in which a configuration is not what its recipe says, as `layers=2`."""
+def changes(config: Config) -> list[tuple[str, str, str]]:
+    """The settings in which a configuration is not what its recipe says: key, value, the recipe's.
+
+    Values are written as on the command line.
+    """
     recipe = get(config.recipe).config(as_published=config.as_published)
     changed = []
     for key, (section, spec) in known_keys().items():
         own, theirs = (getattr(getattr(c, section), spec.name) for c in (config, recipe))
         if own != theirs and f"{section}.{key}" not in OF_PLACE:
-            changed.append(f"{key}={str(own).lower() if isinstance(own, bool) else own}")
+            own, theirs = (str(v).lower() if isinstance(v, bool) else str(v) for v in (own, theirs))
+            changed.append((key, own, theirs))
     return changed
 
 
@@ -55,4 +59,5 @@ def run_name(config: Config) -> str:
 
 def title(config: Config) -> str:
     """What a run is, in one line: its recipe's title, or every setting that is another."""
-    return f"{run_name(config)}: {', '.join(changes(config)) or get(config.recipe).title}"
+    changed = ", ".join(f"{key}={own}" for key, own, _ in changes(config))
+    return f"{run_name(config)}: {changed or get(config.recipe).title}"

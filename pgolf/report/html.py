@@ -1,23 +1,24 @@
 """report.html: a run on one page, in one file that loads nothing.
 
-Header with the result, the charts of `figures`, what was run where, and the full configuration and
+Header with the result, the figures of `figures`, what was run where, and the full configuration and
 table of tensors folded away. A content security policy forbids scripts and every network access.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pgolf.config import from_dict
 from pgolf.errors import ConfigError
 from pgolf.files import atomic_write
 from pgolf.progress import format_seconds
-from pgolf.recipes import run_name, title
+from pgolf.recipes import changes, get, run_name
 from pgolf.report.figures import all_figures
 from pgolf.report.markup import Markup, join, tag
 from pgolf.report.page_style import STYLE
+from pgolf.report.plots import short
 from pgolf.report.read import RunFiles, mapping, number, objects, read_run
-from pgolf.report.svg import short
 from pgolf.report.words import (
     GROUPS,
     MISSING,
@@ -162,13 +163,18 @@ def _folded(title: str, note: str, inside: Markup, columns: bool = False) -> Mar
                tag("div", inside, class_="inside columns" if columns else "inside"))
 
 
-def _called(run: RunFiles) -> tuple[str, str]:
-    """What a run is called and what it is: by its configuration, or failing that by its result."""
+def _called(run: RunFiles) -> tuple[str, Markup]:
+    """What a run is called and what it is: its recipe's title, or all that is not as in there."""
     try:
         config = from_dict(run.config)
-        return run_name(config), title(config).removeprefix(f"{run_name(config)}: ")
+        changed, recipe = changes(config), get(config.recipe)
     except ConfigError:  # of another version
-        return _value(run.result.get("recipe")), ""
+        return _value(run.result.get("recipe")), Markup()
+    if not changed:
+        return run_name(config), tag("p", recipe.title, class_="under")
+    items = (tag("li", f"{key}={_value(own)} ", tag("small", f"not {_value(theirs)}"))
+             for key, own, theirs in changed)
+    return run_name(config), tag("ul", *items, class_="changed", aria_label="changed settings")
 
 
 def _page(run: RunFiles) -> Markup:
@@ -180,8 +186,7 @@ def _page(run: RunFiles) -> Markup:
              f"commit {short(_value(mapping(result.get('provenance')).get('commit')), 13)}")
     main = tag(
         "main",
-        tag("header", tag("h1", name), tag("p", what, class_="under"),
-            tag("p", under, class_="under")),
+        tag("header", tag("h1", name), what, tag("p", under, class_="under")),
         _over_budget(result),
         _lead(result),
         tag("section", all_figures(run), class_="charts"),
@@ -214,6 +219,7 @@ def write_report(run: Path) -> Path:
         The path of the page.
 
     Raises:
+        ConfigError: matplotlib does not load.
         DataError: a file is missing or damaged; the message names the file and the line.
         StorageError: the page could not be written.
     """
@@ -221,3 +227,14 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     atomic_write(path, _page(read_run(run)) + "\n")
     return path
+
+
+def report_line(run: Path) -> str:
+    """Write the page that ends a run; its path, or one line that says how to get it.
+
+    Everything else of the run is written and shown by then: a missing library must not fail it.
+    """
+    try:
+        return str(write_report(run))
+    except ConfigError as e:
+        return f"no report.html: {e}, then python -m pgolf.report {quote(str(run))}"

@@ -19,8 +19,13 @@ class Markup(str):
     """Text that is markup already."""
 
 
+def printable(value: Any) -> str:
+    """`value` as text that an element can hold."""
+    return _FORBIDDEN.sub("\ufffd", str(value))
+
+
 def _escaped(value: Any) -> str:
-    return escape(_FORBIDDEN.sub("\ufffd", str(value)))
+    return escape(printable(value))
 
 
 def join(parts: Iterable[Any]) -> Markup:

@@ -4,22 +4,29 @@ The colours of what is compared come from the Okabe-Ito palette, which colour-bl
 tell apart, darkened on white and lightened on black.
 """
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f6f6f3; --card: #fff; --ink: #1b1d21; --soft: #5a6068; --hair: #e3e3de;
-  --accent: #0067a3; --good: #00785a; --bad: #b3261e;
-  --a: #0072b2; --b: #d55e00; --c: #009e73; --d: #b5578f; --e: #c98a00; --f: #4aa5de;
-  --rest: #7d848c;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #131518; --card: #1b1e22; --ink: #e9eaec; --soft: #a2a9b2; --hair: #31353b;
-    --accent: #6cbcf0; --good: #4fcfa6; --bad: #ff8a80;
-    --a: #56b4e9; --b: #f5894a; --c: #3cc8a0; --d: #e39cc5; --e: #f0c14b; --f: #2f86bd;
-    --rest: #8e959e;
-  }
-}
+LIGHT = {
+    "page": "#f6f6f3", "card": "#ffffff", "ink": "#1b1d21", "soft": "#5a6068", "hair": "#e3e3de",
+    "accent": "#0067a3", "good": "#00785a", "bad": "#b3261e",
+    "a": "#0072b2", "b": "#d55e00", "c": "#009e73", "d": "#b5578f", "e": "#c98a00", "f": "#4aa5de",
+    "rest": "#7d848c",
+}  # fmt: skip
+DARK = {
+    "page": "#131518", "card": "#1b1e22", "ink": "#e9eaec", "soft": "#a2a9b2", "hair": "#31353b",
+    "accent": "#6cbcf0", "good": "#4fcfa6", "bad": "#ff8a80",
+    "a": "#56b4e9", "b": "#f5894a", "c": "#3cc8a0", "d": "#e39cc5", "e": "#f0c14b", "f": "#2f86bd",
+    "rest": "#8e959e",
+}  # fmt: skip
+
+
+def _variables(theme: dict[str, str]) -> str:
+    return ":root { " + " ".join(f"--{name}: {colour};" for name, colour in theme.items()) + " }"
+
+
+STYLE = f"""
+:root {{ color-scheme: light dark; }}
+{_variables(LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_variables(DARK)} }}
+""" + """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--page); color: var(--ink);
@@ -30,6 +37,13 @@ h1, h2, p, dl, dd, figure { margin: 0; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; overflow-wrap: anywhere; }
 h2 { font-size: 17px; line-height: 1.3; }
 .under { color: var(--soft); margin-top: 6px; overflow-wrap: anywhere; }
+.changed { display: flex; flex-wrap: wrap; gap: 6px; margin: 10px 0 0; padding: 0; }
+.changed li {
+  list-style: none;
+  background: var(--card); border: 1px solid var(--hair); border-radius: 8px; padding: 1px 9px;
+  font-size: 14px; overflow-wrap: anywhere;
+}
+.changed small { color: var(--soft); }
 .card, figure, details {
   background: var(--card); border: 1px solid var(--hair); border-radius: 12px; padding: 20px 22px;
 }
@@ -52,31 +66,15 @@ h2 { font-size: 17px; line-height: 1.3; }
 strong, dd, td, text { font-variant-numeric: tabular-nums; }
 
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; }
-.wide { grid-column: 1 / -1; }
 figcaption { color: var(--soft); font-size: 14px; margin-top: 10px; max-width: 75ch; }
-.chart { overflow-x: auto; margin-top: 14px; }
-svg { display: block; width: 100%; height: auto; min-width: 440px; }
-.wide svg { min-width: 860px; }
-text { font-size: 12px; fill: var(--ink); }
-text.tick, text.axis-label, text.event-label, text.value { fill: var(--soft); }
-.a { --hue: var(--a); } .b { --hue: var(--b); } .c { --hue: var(--c); } .d { --hue: var(--d); }
-.e { --hue: var(--e); } .f { --hue: var(--f); } .rest { --hue: var(--rest); }
-.line { fill: none; stroke: var(--hue); stroke-width: 2; }
-.line { stroke-linejoin: round; stroke-linecap: round; }
-.dot { fill: var(--hue); stroke: var(--card); }
-.bar { fill: var(--hue); }
-g:hover > .bar { opacity: 0.7; }
-.reference { stroke: var(--hue); stroke-width: 1.5; stroke-dasharray: 6 4; }
-.leader { fill: none; stroke: var(--hue); }
-.gridline { stroke: var(--hair); }
-.base { stroke: var(--soft); }
-.event { stroke: var(--soft); stroke-dasharray: 2 3; }
-.limit { stroke: var(--bad); stroke-width: 2; }
-.bar.room { fill: var(--hair); }
-.band rect { fill: transparent; }
-.band .guide, .band .dot { visibility: hidden; }
-.band .guide { stroke: var(--soft); }
-.band:hover .guide, .band:hover .dot { visibility: visible; }
+figure ol { color: var(--soft); font-size: 14px; margin: 10px 0 0; padding-left: 2em; }
+figure li { overflow-wrap: anywhere; }
+svg { display: block; width: 100%; max-width: 620px; height: auto; margin: 14px auto 0; }
+svg { stroke-linejoin: round; }
+.bar:hover path { opacity: 0.7; }
+/* Important over the style that each element has; a shape without fill notices no pointer. */
+.band path { fill: var(--soft) !important; }
+.band:hover path { opacity: 0.15 !important; }
 
 .facts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 20px; }
 .facts, .more { margin-top: 20px; }

@@ -23,7 +23,7 @@ from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
 from pgolf.recipes.recipe import CONTEST_BYTES
-from pgolf.report.html import write_report
+from pgolf.report.html import report_line
 from pgolf.report.table import result_table
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.job import ScoreJob
@@ -261,5 +261,5 @@ def finish(
     if packed is not None:
         result = write_result(session, trainer, packed, decoded, live, exported)
         print(result_table(result | {"recipe": recipes.run_name(config)}))
-        print(f"\n{write_report(folder.path)}")
+        print(f"\n{report_line(folder.path)}")
     return result

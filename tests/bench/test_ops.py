@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import cases, ops, peers, plot, providers, schema, timing
 from pgolf.ops.registry import OPERATORS, Implementation, Operator, Sample, Work
+from pgolf.report import plots
 
 CPU = torch.device("cpu")
 
@@ -337,6 +338,28 @@ def test_rounds_and_threads_are_at_least_one(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             ops.main(words)
         assert stop.value.code == 2 and "is not 1 or more" in capsys.readouterr().err
+
+
+def test_a_plot_can_be_read(tmp_path: Path, monkeypatch) -> None:
+    """Labelled ticks, though the times are within a decade, and a value at each point."""
+    drawn = []
+    monkeypatch.setattr(plot, "new", lambda *size: drawn.append(plots.new(*size)) or drawn[0])
+    common = {f.name: None for f in dataclasses.fields(schema.Timing)}
+    common |= {"operator": "toy", "sample": "8 rows", "dtype": "fp32", "mode": "both",
+               "device": "a CPU", "threads": 1, "floor_ms": 4.0}
+    for low, high, ticks in ((4.5, 8.25, 3), (0.013, 2.5, 6)):
+        drawn.clear()
+        plot.draw([
+            schema.Timing(**common | {"provider": provider, "median_ms": ms, "p20_ms": ms * 0.9,
+                                      "p80_ms": ms * 1.1})
+            for provider, ms in (("eager", high), ("cpu", low))], tmp_path / "toy.png")
+        panel, = drawn[0].axes
+        bottom, top = panel.get_ylim()
+        shown = [t.get_text() for t in panel.get_yticklabels()
+                 if bottom <= t.get_position()[1] <= top]
+        assert len(shown) >= ticks and all(float(words) for words in shown)
+        assert {f"{low:.3g}", f"{high:.3g}"} <= {t.get_text() for t in panel.texts}
+        assert [t.get_text() for t in panel.get_legend().texts] == ["floor", "eager", "cpu"]
 
 
 def test_plots_go_into_a_folder_or_a_file(tmp_path: Path) -> None:
