@@ -18,7 +18,7 @@ from pgolf.artifact.header import Array
 from pgolf.artifact.layout import Layout
 from pgolf.codecs import body_codec, codec, rans_encode
 
-GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "scales", "meta")
+GROUPS = ("attn", "mlp", "tok", "bigram", "ve", "scalars", "steps", "meta")
 
 
 class Part(NamedTuple):
@@ -82,7 +82,7 @@ def _owners(layout: Layout) -> dict[str | int, str]:
 
 def _part(array: Array, owners: dict[str | int, str], size: float) -> Part:
     tensor = owners[array.owner]
-    group = "scales" if array.kind in ("steps", "columns") else roles.group(tensor)
+    group = "steps" if array.kind in ("steps", "columns") else roles.group(tensor)
     return Part(group, tensor, size)
 
 

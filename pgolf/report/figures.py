@@ -14,7 +14,7 @@ from pgolf.report.words import artifact_parts, decimal, percent, si, stored_as
 
 # Lines of more points are thinned, points of more are not dotted, and tooltips of more are merged.
 _MAX_POINTS, _MAX_DOTS, _MAX_TIPS = 600, 40, 120
-_NOT_TENSORS = ("scales", "header", "code")
+_NOT_TENSORS = ("steps", "header", "code")
 _FAMILIES = {"attn": "a", "mlp": "b"}  # colours of the two parts of a block
 
 Point = tuple[float, float | None]  # a missing y leaves a gap in the line
