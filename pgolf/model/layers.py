@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.ops.embed_smear import bigram_rows
-from pgolf.ops.fake_quant import fake_quant_all
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
-from pgolf.ops.weight_cast import weight_cast_all
+from pgolf.ops.weight_cast import fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 
 
