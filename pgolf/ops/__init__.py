@@ -4,7 +4,6 @@ of implementations. The functions named here can be used alone: `from pgolf.ops 
 
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.grad_norm import grad_norm
-from pgolf.ops.leaky_relu2 import leaky_relu2
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.muon_momentum import muon_momentum
 from pgolf.ops.newton_schulz import newton_schulz
@@ -20,7 +19,6 @@ __all__ = [
     "fake_quant",
     "fake_quant_all",
     "grad_norm",
-    "leaky_relu2",
     "leaky_relu2_mlp",
     "muon_momentum",
     "newton_schulz",

@@ -15,7 +15,7 @@ from .cases import Call, cases, is_empty, over
 
 repair()
 
-SINGLE_PASS = ("fake_quant", "leaky_relu2", "weight_cast", "xsa")
+SINGLE_PASS = ("fake_quant", "weight_cast", "xsa")
 
 
 class Traffic:
@@ -101,9 +101,8 @@ def test_least_bytes_are_inputs_outputs_and_saved_tensors(name: str) -> None:
         assert forward.read == nbytes(*inputs.values())
         assert forward.written == nbytes(out, *extra)
         if backward != Work(0, 0, 0):
-            wanted = [t for n, t in inputs.items() if n in operator.differentiable and n != "rstd"]
-            again = [t for t in kept if not _needed_by_rstd_alone(name, t, inputs)]
-            assert backward.read == nbytes(out, *again)
+            wanted = [t for n, t in inputs.items() if n in operator.differentiable]
+            assert backward.read == nbytes(out, *kept)
             assert backward.written == nbytes(*wanted)
 
 
@@ -117,11 +116,6 @@ def _run_and_keep(call: Call, leaves: list) -> tuple[torch.Tensor, list[torch.Te
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         return call.on(*leaves, impl="cpu"), kept
-
-
-def _needed_by_rstd_alone(name: str, kept: torch.Tensor, inputs: dict) -> bool:
-    """leaky_relu2 keeps x for rowdot(x, dx), a pass of its own, if there is an rstd."""
-    return name == "leaky_relu2" and kept.data_ptr() == inputs["x"].data_ptr()
 
 
 def test_flops_are_those_of_the_matmuls() -> None:
