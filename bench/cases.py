@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.timing import Entry
+from pgolf.device import DTYPES
 from pgolf.ops.registry import (
     Operator,
     Result,
@@ -21,7 +22,6 @@ from pgolf.ops.registry import (
     with_tensors,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("forward", "backward", "both")
 # How many times torch's own error a provider may have, in the output and in gradients.
 ALLOWED = {"output": 2.0, "gradient": 3.0}

@@ -12,12 +12,11 @@ import torch
 from bench import schema, timing
 from pgolf import recipes
 from pgolf.config import parse_overrides
-from pgolf.device import pick_device, pick_dtype
+from pgolf.device import dtype_name, pick_device, pick_dtype
 from pgolf.errors import ConfigError, PgolfError
 from pgolf.model import GPT
 from pgolf.model.decode import WINDOW, Decoder, pick
 from pgolf.model.frozen import frozen_copy
-from pgolf.model.gpt import DTYPES
 from pgolf.model.init import init_weights
 from pgolf.ops import attention
 from pgolf.progress import Progress
@@ -97,7 +96,7 @@ def _timed(args: argparse.Namespace, command: str) -> schema.DecodeTiming:
     return schema.DecodeTiming(
         **asdict(schema.setting(device, command, "default")),
         recipe=name, overrides=overrides, sequences=count, tokens=length,
-        dtype=next(n for n, d in DTYPES.items() if d == dtype),
+        dtype=dtype_name(dtype),
         rounds=args.rounds, cached_ms=cached_ms, cached_tokens_per_second=1e3 * count / cached_ms,
         whole_ms=whole_ms, whole_tokens_per_second=1e3 / whole_ms,
     )  # fmt: skip

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.cases import DTYPES, Case, Function
+from bench.cases import Case, Function
 from bench.peers import PEERS, Peer
+from pgolf.device import DTYPES
 from pgolf.errors import PgolfError
 from pgolf.ops import registry
 

@@ -16,11 +16,10 @@ from pgolf.bpb import ByteTable
 from pgolf.config import Config, QuantConfig, with_overrides
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
-from pgolf.device import pick_device, pick_dtype
+from pgolf.device import dtype_name, pick_device, pick_dtype
 from pgolf.errors import PgolfError
 from pgolf.evaluate import evaluate
 from pgolf.model import GPT
-from pgolf.model.gpt import DTYPES
 from pgolf.quant.budget import Steps, fill_budget
 from pgolf.quant.gptq import Factors
 from pgolf.quant.hessians import Calibration
@@ -185,7 +184,7 @@ class _Bench:
             path.write_bytes(data)
             answer = ask(
                 artifact=str(path), device=str(self.device),
-                dtype=next(n for n, d in DTYPES.items() if d == self.dtype),
+                dtype=dtype_name(self.dtype),
                 data=str(self.dataset.folder), tokenizer=str(self.dataset.tokenizer_path),
                 tokenizer_sha256=self.dataset.tokenizer_sha256, stride=self.stride,
                 val_tokens=self.config.eval.val_tokens, eval_tokens=self.config.eval.eval_tokens,

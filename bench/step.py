@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from bench import schema, timing
 from pgolf.config import Config, parse_overrides
+from pgolf.device import dtype_name
 from pgolf.errors import PgolfError
-from pgolf.model.gpt import DTYPES
 from pgolf.progress import Progress
 from pgolf.recipes import get
 from pgolf.recipes.recipe import Recipe
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     ]
     print(
         f"{recipe.name}, {config.data.batch_tokens:,} tokens a step, "
-        f"{_dtype(variants[0].trainer)}: {setting.device}, "
+        f"{dtype_name(variants[0].trainer.model.compute_dtype)}: {setting.device}, "
         f"{setting.threads} threads, torch {setting.torch}"
     )
     losses = {v.name: v.trainer.step(0.0, config.optim.momentum)[0].item() for v in variants}
@@ -126,10 +126,6 @@ def _variant(
     return Variant(ops, compiled, trainer)
 
 
-def _dtype(trainer: Trainer) -> str:
-    return next(name for name, d in DTYPES.items() if d == trainer.model.compute_dtype)
-
-
 def _timed(
     variants: Sequence[Variant],
     losses: dict[str, float],
@@ -155,7 +151,8 @@ def _timed(
             schema.StepTiming(
                 **asdict(setting),
                 recipe=config.recipe, overrides=overrides, ops=v.ops,
-                chosen=dict(v.trainer.model.ops), compile=v.compiled, dtype=_dtype(v.trainer),
+                chosen=dict(v.trainer.model.ops), compile=v.compiled,
+                dtype=dtype_name(v.trainer.model.compute_dtype),
                 tokens=config.data.batch_tokens, rounds=rounds,
                 median_ms=spent.median, p20_ms=spent.p20, p80_ms=spent.p80,
                 tokens_per_second=1e3 * config.data.batch_tokens / spent.median,

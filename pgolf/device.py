@@ -7,6 +7,13 @@ import torch
 
 from pgolf.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What settings and reports call it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
 
 def cpu_flags() -> set[str]:
     """Instruction-set flags of this CPU as Linux names them; empty elsewhere."""
@@ -51,7 +58,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 def pick_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype of 'auto', 'bf16' or 'fp32', and why."""
     if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted], "as asked"
+        return DTYPES[wanted], "as asked"
     if device.type == "cuda":
         return torch.bfloat16, "GPU"
     flags = cpu_flags() & {"avx512_bf16", "amx_bf16"}

@@ -16,9 +16,9 @@ from pgolf.artifact.load import load_model
 from pgolf.bpb import ByteTable, refuse_if_foreign
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import DTYPES
 from pgolf.errors import DataError, PgolfError
 from pgolf.evaluate import evaluate
-from pgolf.model.gpt import DTYPES
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:

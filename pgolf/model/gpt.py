@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.device import DTYPES
 from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
 from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
@@ -20,8 +21,6 @@ from pgolf.ops.registry import OPERATORS
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 from pgolf.settings import resolve_layers
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def operator_sizes(

@@ -33,6 +33,7 @@ from pgolf.ops.registry import (
     addresses,
     beyond,
     compute_dtype,
+    contiguous,
     in_cpp,
     in_cuda,
     launcher,
@@ -199,16 +200,12 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
     return table.new_empty(table.shape), dbigram, rstd.new_empty(table.size(1) + 1)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @torch.library.custom_op("pgolf::embed_smear", mutates_args=())
 def _forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
     gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = _contiguous(ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts)
     return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
 
 
@@ -222,7 +219,7 @@ def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
     bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = _contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
     return launcher("embed_smear", impl, "backward")(*inputs, eps)
 
 

@@ -29,14 +29,12 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
-    in_cpp,
-    in_cuda,
+    contiguous,
+    in_extension,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
 )
 
 
@@ -63,7 +61,7 @@ def grad_norm(grads: Tensors, impl: str = "auto") -> tuple[Tensor, Tensor]:
         RuntimeError: `impl` is not there on this machine.
     """
     check_tensors("grad_norm", "grads", grads)
-    grads = [g.contiguous() for g in grads]
+    grads = contiguous(*grads)
     check_lists("grad_norm", grads=grads)
     impl = resolve("grad_norm", impl, grads[0])
     return reference(grads) if impl == "reference" else _norm(grads, impl)
@@ -126,10 +124,7 @@ OPERATOR = register(
         call=grad_norm,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("grad_norm", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("grad_norm", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("grad_norm",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "one pass in C++ (python -m bench ops --op grad_norm)")],
             "cuda": [("cuda", "two launches for all tensors (python -m bench count)")],

@@ -32,15 +32,13 @@ from pgolf.ops.registry import (
     addresses,
     check_alike,
     compute_dtype,
-    in_cpp,
-    in_cuda,
+    contiguous,
+    in_extension,
     in_triton,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
     unit_stride,
 )
 
@@ -48,7 +46,6 @@ _INPUTS = Inputs(
     "leaky_relu2_mlp", ("h", "w_up", "w_down", "rstd"), alike=("h", "w_up", "w_down"),
     wide=("rstd",), optional=("rstd",), matmul=True,
 )  # fmt: skip
-NEEDED = ("leaky_relu2", "leaky_relu2_backward")  # functions of pgolf._C
 
 
 def activation(x: Tensor, slope: float = 0.5, rstd: Tensor | None = None) -> Tensor:
@@ -137,17 +134,14 @@ def _words(post: Tensor) -> Tensor:
     return post.new_empty((post.size(0), -(-post.size(1) // 32)), dtype=torch.int32)
 
 
-def _packed(rstd: Tensor | None) -> Tensor | None:
-    return None if rstd is None else rstd.contiguous()
-
-
 @torch.library.custom_op("pgolf::leaky_relu2_mlp", mutates_args=())
 def _mlp(
     h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = launcher("leaky_relu2_mlp", impl, "up")
     with without_autocast(h):
-        post, bits = up(unit_stride(h), w_up.contiguous(), slope, _packed(rstd))
+        w, rstd = contiguous(w_up, rstd)
+        post, bits = up(unit_stride(h), w, slope, rstd)
         return post @ w_down.t(), post, bits
 
 
@@ -168,7 +162,8 @@ def _down_dgrad(
     impl: str,
 ) -> Tensor:
     dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
-    return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, _packed(rstd))
+    w, rstd = contiguous(w_down, rstd)
+    return dgrad(unit_stride(dout), w, post, bits, slope, rstd)
 
 
 @_down_dgrad.register_fake
@@ -285,8 +280,7 @@ OPERATOR = register(
         reference=reference,
         differentiable=("h", "w_up", "w_down", "rstd"),
         implementations={
-            "cpu": in_cpp(*NEEDED, **_around_matmuls(run_cpp)),
-            "cuda": in_cuda(*NEEDED, **_around_matmuls(run_cuda)),
+            **in_extension(("leaky_relu2", "leaky_relu2_backward"), _around_matmuls),
             "triton": in_triton("leaky_relu2_mlp", up="up", down_dgrad="down_dgrad"),
         },
         preferred={

@@ -37,14 +37,12 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
-    in_cpp,
-    in_cuda,
+    contiguous,
+    in_extension,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
 )
 
 
@@ -115,7 +113,7 @@ def muon_momentum(
     """
     for name, tensors in (("grads", grads), ("momenta", momenta)):
         check_tensors("muon_momentum", name, tensors)
-    grads, momenta = [g.contiguous() for g in grads], list(momenta)
+    grads, momenta = contiguous(*grads), list(momenta)
     check_lists("muon_momentum", grads=grads, momenta=momenta)
     check_same_shapes("muon_momentum", ("grads", "momenta"), grads, momenta)
     check_numbers("muon_momentum", grads[0], False, scalars, norm)
@@ -226,10 +224,7 @@ OPERATOR = register(
         call=muon_momentum,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("muon_momentum", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("muon_momentum", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("muon_momentum",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "two passes in C++ (python -m bench ops --op muon_momentum)")],
             "cuda": [("cuda", "two launches for all matrices (python -m bench count)")],

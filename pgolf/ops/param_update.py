@@ -41,14 +41,12 @@ from pgolf.ops.registry import (
     Sample,
     Work,
     addresses,
-    in_cpp,
-    in_cuda,
+    contiguous,
+    in_extension,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
 )
 
 
@@ -172,7 +170,7 @@ def param_update(
     """
     for name, tensors in (("params", params), ("sources", sources), ("exp_avgs", exp_avgs)):
         check_tensors("param_update", name, tensors)
-    sources = [t.contiguous() for t in sources]
+    sources = contiguous(*sources)
     lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages, copies)]
     params, exp_avgs, exp_avg_sqs, averages, copies = lists
     _check(
@@ -328,10 +326,7 @@ OPERATOR = register(
         call=param_update,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("param_update", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("param_update", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("param_update",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "one pass in C++ (python -m bench ops --op param_update)")],
             "cuda": [("cuda", "one launch for all parameters (python -m bench count)")],

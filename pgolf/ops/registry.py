@@ -396,6 +396,22 @@ def in_cuda(*needed: str, **functions: Callable) -> Implementation:
     )
 
 
+def in_extension(
+    functions: Sequence[str],
+    launchers: Callable[[Run], Mapping[str, Callable]],
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES),
+) -> dict[str, Implementation]:
+    """'cpu' and 'cuda' by one glue: launchers(run) call these functions of pgolf._C with `run`.
+
+    Args:
+        dtypes: that the C++ kernels take.
+    """
+    return {
+        "cpu": in_cpp(*functions, dtypes=dtypes, **launchers(run_cpp)),
+        "cuda": in_cuda(*functions, **launchers(run_cuda)),
+    }
+
+
 def in_triton(module: str, **functions: str) -> Implementation:
     """Launchers of a module of pgolf.triton_kernels, which is imported when one is first called."""
 
@@ -431,6 +447,11 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
 def unit_stride(t: Tensor) -> Tensor:
     """t, copied if its last dimension is strided; `contiguous` keeps strides of empty tensors."""
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """They, packed, where they are there."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -30,14 +30,11 @@ from pgolf.ops.registry import (
     beyond,
     check_alike,
     compute_dtype,
-    in_cpp,
-    in_cuda,
+    in_extension,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
 )
 
 COLUMN_LIMITS = {"cuda": 8192}  # a row lies in a block's registers
@@ -257,10 +254,7 @@ OPERATOR = register(
         call=softcap_cross_entropy,
         reference=reference,
         differentiable=("x", "w"),
-        implementations={
-            "cpu": in_cpp("softcap_cross_entropy", **_launchers(run_cpp)),
-            "cuda": in_cuda("softcap_cross_entropy", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("softcap_cross_entropy",), _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "fewer bytes than compiled (python -m bench count)")],

@@ -33,16 +33,13 @@ from pgolf.ops.registry import (
     Work,
     check_alike,
     compute_dtype,
-    in_cpp,
-    in_cuda,
+    in_extension,
     in_triton,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
 )
-from pgolf.ops.weight_cast_kernels import NEEDED, cast_all, launchers
+from pgolf.ops.weight_cast_kernels import cast_all, launchers
 
 _INPUTS = Inputs(
     "weight_cast", ("w", "scale", "clip_factor"), alike=("w",), optional=("scale", "clip_factor")
@@ -336,10 +333,7 @@ def cost(
 
 # --- implementations ------------------------------------------------------------------------------
 
-_COMPILED = {
-    "cpu": in_cpp(*NEEDED, **launchers(run_cpp)),
-    "cuda": in_cuda(*NEEDED, **launchers(run_cuda)),
-}
+_COMPILED = in_extension(("weight_cast", "weight_cast_backward"), launchers)
 
 OPERATOR = register(
     Operator(
@@ -364,8 +358,10 @@ FAKE_QUANT = register(
         call=fake_quant,
         reference=grid_reference,
         differentiable=("w",),
-        implementations=_COMPILED
-        | {"triton": in_triton("fake_quant", forward="forward", backward="backward")},
+        implementations={
+            **_COMPILED,
+            "triton": in_triton("fake_quant", forward="forward", backward="backward"),
+        },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cpu compiled": [("reference", "torch.compile fuses it with the cast to bf16")],

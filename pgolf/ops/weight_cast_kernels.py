@@ -22,11 +22,10 @@ from pgolf.ops.registry import (
     Run,
     addresses,
     compute_dtype,
+    contiguous,
     launcher,
     unit_stride,
 )
-
-NEEDED = ("weight_cast", "weight_cast_backward")  # functions of pgolf._C
 
 
 def _spread(items: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:
@@ -62,8 +61,8 @@ def _opaque(operator: str) -> _Opaque:
         """The results, then the steps that the gradients need."""
         outs, steps = launcher(operator, impl, "forward")(
             [unit_stride(w) for w in ws],
-            _spread([scale.contiguous() for scale in scales], scaled),
-            _spread([factor.contiguous() for factor in clip_factors], gridded),
+            _spread(contiguous(*scales), scaled),
+            _spread(contiguous(*clip_factors), gridded),
             _spread(bits, gridded),
             on, floor, multiple, full_range, dtype, _stepped(scaled, gridded, clip_mask),
         )  # fmt: skip
@@ -90,7 +89,7 @@ def _opaque(operator: str) -> _Opaque:
         dws, dscales = launcher(operator, impl, "backward")(
             [unit_stride(dout) for dout in douts],
             [unit_stride(w) for w in ws],
-            _spread([scale.contiguous() for scale in scales], scaled),
+            _spread(contiguous(*scales), scaled),
             _spread(steps, stepped),
             _spread(bits, stepped),
             on, multiple, full_range, clip_mask,

@@ -28,15 +28,12 @@ from pgolf.ops.registry import (
     Work,
     beyond,
     check_alike,
-    in_cpp,
-    in_cuda,
+    in_extension,
     in_triton,
     launcher,
     nbytes,
     register,
     resolve,
-    run_cpp,
-    run_cuda,
     unit_stride,
 )
 
@@ -213,8 +210,7 @@ OPERATOR = register(
         reference=reference,
         differentiable=("y", "v"),
         implementations={
-            "cpu": in_cpp("xsa", "xsa_backward", **_launchers(run_cpp)),
-            "cuda": in_cuda("xsa", "xsa_backward", **_launchers(run_cuda)),
+            **in_extension(("xsa", "xsa_backward"), _launchers),
             "triton": in_triton("xsa", forward="xsa", backward="xsa_backward"),
         },
         preferred={

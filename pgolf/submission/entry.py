@@ -16,11 +16,10 @@ import torch
 
 from pgolf.config import Config, environment_overrides, from_dict, with_overrides
 from pgolf.data.contest import ContestLayout
-from pgolf.device import pick_dtype
+from pgolf.device import dtype_name, pick_dtype
 from pgolf.errors import ArtifactError, DataError, PgolfError
 from pgolf.evaluate import Sums
 from pgolf.files import sha256_of
-from pgolf.model.gpt import DTYPES
 from pgolf.score import score
 from pgolf.submission.script import build_script
 from pgolf.train.ranks import Ranks
@@ -47,7 +46,7 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
         {
             "artifact": path,
             "device": ranks.device,
-            "dtype": next(name for name, d in DTYPES.items() if d == dtype),
+            "dtype": dtype_name(dtype),
             "data": folder,
             "tokenizer": tokenizer,
             "tokenizer_sha256": sha256_of(tokenizer),

@@ -19,10 +19,9 @@ from typing import Any
 
 from pgolf.child import run_script
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.device import pick_device, pick_dtype
+from pgolf.device import DTYPES, pick_device, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, PgolfError
 from pgolf.files import atomic_folder, atomic_write, claim
-from pgolf.model.gpt import DTYPES
 from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.submission.entry import ARTIFACT
 from pgolf.submission.script import Script, build_script, script_parts

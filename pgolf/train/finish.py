@@ -14,9 +14,9 @@ import zstandard
 from pgolf.config import Config
 from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import load_tokenizer
+from pgolf.device import dtype_name
 from pgolf.evaluate import Sums
 from pgolf.files import atomic_write
-from pgolf.model.gpt import DTYPES
 from pgolf.optim.schedule import Clock
 from pgolf.quant.budget import Fit
 from pgolf.quant.plan import category
@@ -111,7 +111,7 @@ def write_result(
     ops: Mapping[str, str],
 ) -> dict[str, Any]:
     """Assemble and write result.json."""
-    name = next(n for n, d in DTYPES.items() if d == dtype)
+    name = dtype_name(dtype)
     result = {
         "val_bpb": decoded.bpb,
         "val_bpb_live": live.bpb if live else None,

@@ -17,10 +17,10 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.data.manifest import Dataset
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
-from pgolf.device import pick_dtype
+from pgolf.device import dtype_name, pick_dtype
 from pgolf.errors import BudgetError, ConfigError, DataError, StorageError
 from pgolf.model import GPT
-from pgolf.model.gpt import DTYPES, operator_sizes
+from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
 from pgolf.ops import registry
 from pgolf.ops.attention import choose
@@ -338,7 +338,7 @@ def finish(
         live = trainer.score(config.eval.stride, "scoring live")
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
-    name = next(n for n, d in DTYPES.items() if d == dtype)
+    name = dtype_name(dtype)
     decoded = score_artifact(folder.artifact, config, dataset, ranks, name)
     result = None
     if packed is not None:

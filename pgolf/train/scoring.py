@@ -10,10 +10,9 @@ from pgolf.artifact.location import artifact_of
 from pgolf.child import run_module
 from pgolf.config import EvalConfig, from_dict
 from pgolf.data.manifest import Dataset
-from pgolf.device import pick_device, pick_dtype
+from pgolf.device import DTYPES, dtype_name, pick_device, pick_dtype
 from pgolf.errors import PgolfError
 from pgolf.evaluate import Sums
-from pgolf.model.gpt import DTYPES
 from pgolf.options import Parser
 from pgolf.train.run_data import find_dataset
 from pgolf.train.run_folder import read_config
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> int:
         dataset = find_dataset(run, trained.data, tokenizer=args.tokenizer)
     device = pick_device(args.device)
     dtype = pick_dtype(wanted, device)[0]
-    name = next(name for name, d in DTYPES.items() if d == dtype)
+    name = dtype_name(dtype)
     result = ask(
         artifact=str(artifact),
         device=str(device),

@@ -152,7 +152,7 @@ def test_the_committed_table_is_as_tune_would_write_it() -> None:
 
 def test_operators_without_triton_kernels_are_one_line(table) -> None:
     for name in ("grad_norm", "no such"):
-        with pytest.raises(PgolfError, match=f"no Triton kernel for '{name}'; there are .*fake_quant"):
+        with pytest.raises(PgolfError, match=f"no Triton kernel for '{name}'; there are "):
             tune.tune([name], ["fp32"], CPU, "", best_at(4, 8))
 
 
