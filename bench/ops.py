@@ -14,7 +14,7 @@ import torch
 from bench import cases, peers, plot, providers, schema, timing
 from pgolf.device import pick_device
 from pgolf.errors import PgolfError
-from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.progress import Progress
 
 # Least traffic, forward and backward, of samples that a CPU is spared.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import torch_optim
 from pgolf.ops.newton_schulz import CLASSIC
-from pgolf.ops.registry import Operator, Sample
+from pgolf.ops.operator import Operator, Sample
 
 
 @dataclass(frozen=True)

@@ -22,28 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
+from pgolf.ops.launch import (
     DTYPE_CODES,
-    Operator,
     Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    compute_dtype,
-    contiguous,
     in_cpp,
     in_cuda,
     launcher,
-    nbytes,
-    register,
-    resolve,
     run_cpp,
     run_cuda,
 )
+from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 _INPUTS = Inputs(

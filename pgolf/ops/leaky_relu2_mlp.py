@@ -21,26 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    check_alike,
-    compute_dtype,
-    contiguous,
-    in_extension,
-    in_triton,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 _INPUTS = Inputs(
     "leaky_relu2_mlp", ("h", "w_up", "w_down", "rstd"), alike=("h", "w_up", "w_down"),

@@ -15,7 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.inputs import check_tensors
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -30,20 +32,8 @@ from pgolf.ops.multi_tensor import (
     widened,
 )
 from pgolf.ops.newton_schulz import normalize
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    contiguous,
-    in_extension,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-)
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 
 def batches(matrices: Tensors) -> list[tuple[int, int, int]]:

@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.inputs import check_tensors
+from pgolf.ops.launch import Run, in_extension, launcher
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -35,19 +37,8 @@ from pgolf.ops.multi_tensor import (
     sizes,
     widened,
 )
-from pgolf.ops.registry import (
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    contiguous,
-    in_extension,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-)
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 
 def muon_scale(param: Tensor) -> float:

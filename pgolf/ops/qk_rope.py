@@ -19,27 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    check_alike,
-    compute_dtype,
-    contiguous,
-    in_extension,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 TOKENS_PER_BLOCK = 64  # of which the kernels sum d_gain by itself; csrc/qk_rope.h

@@ -21,24 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    compute_dtype,
-    contiguous,
-    in_extension,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h

@@ -25,20 +25,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.inputs import Inputs, check_tensors, outside_autocast
 from pgolf.ops.int_grid import BITS, grid
-from pgolf.ops.registry import (
-    Operator,
-    Sample,
-    Work,
-    check_alike,
-    compute_dtype,
-    in_extension,
-    in_triton,
-    nbytes,
-    register,
-    resolve,
-)
+from pgolf.ops.launch import in_extension, in_triton
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 from pgolf.ops.weight_cast_kernels import cast_all, launchers
 
 _INPUTS = Inputs(

@@ -17,15 +17,8 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from pgolf.ops.derivatives import once, register_gradient
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Run,
-    addresses,
-    compute_dtype,
-    contiguous,
-    launcher,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, unit_stride
 
 
 def _spread(items: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import cases, ops, peers, plot, providers, schema, timing
-from pgolf.ops.registry import OPERATORS, Implementation, Operator, Sample, Work
+from pgolf.ops.operator import OPERATORS, Implementation, Operator, Sample, Work
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pgolf.errors import PgolfError, StorageError
-from pgolf.ops import registry
-from pgolf.ops.registry import OPERATORS, Sample
+from pgolf.ops.launch import interpreting
+from pgolf.ops.operator import OPERATORS, Sample
 
 pytest.importorskip("triton")
-if not registry.interpreting():
+if not interpreting():
     pytest.skip("Triton kernels are not interpreted here", allow_module_level=True)
 
 from bench import cases, tune  # noqa: E402

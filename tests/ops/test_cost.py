@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample, Work, nbytes
+from pgolf.ops.operator import OPERATORS, Operator, Sample, Work
+from pgolf.ops.tensors import nbytes
 from pgolf.triton_kernels.launch import Launch, intercepted
 
 from ..triton.interpreter import repair, touched

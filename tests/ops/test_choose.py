@@ -13,13 +13,13 @@ from pgolf.ops import (
     fake_quant_all,
     leaky_relu2_mlp,
     newton_schulz,
-    registry,
     residual_norm,
     rms_norm,
     softcap_cross_entropy,
     xsa,
 )
-from pgolf.ops.registry import OPERATORS, choose, choose_all, parse
+from pgolf.ops.choose import VARIABLE, choose, choose_all, parse
+from pgolf.ops.operator import OPERATORS
 
 F32 = torch.float32
 
@@ -27,7 +27,7 @@ F32 = torch.float32
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Decisions are made once a process: forget them around every test."""
-    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -82,16 +82,16 @@ def test_auto_on_a_dtype_that_kernels_do_not_take_is_the_reference() -> None:
 
 
 def test_the_environment_decides_what_auto_is(monkeypatch) -> None:
-    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    monkeypatch.setenv(VARIABLE, "xsa=reference")
     impl, reason = choose("xsa", "auto", "cpu", F32)
-    assert impl == "reference" and registry.VARIABLE in reason
+    assert impl == "reference" and VARIABLE in reason
     assert choose("leaky_relu2_mlp", "auto", "cpu", F32).impl == "cpu"
     assert choose("xsa", "cpu", "cpu", F32).impl == "cpu", "what is asked for by name wins"
 
 
 def test_decided_once(monkeypatch) -> None:
     assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
-    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    monkeypatch.setenv(VARIABLE, "xsa=reference")
     assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
 
 
@@ -287,7 +287,7 @@ def test_heads_beyond_a_kernels_limits(impl: str, shape: tuple, why: str) -> Non
 
 
 def test_newton_schulz_falls_back_for_a_dtype_that_kernels_do_not_iterate_in(monkeypatch) -> None:
-    monkeypatch.setenv(registry.VARIABLE, "newton_schulz=triton")
+    monkeypatch.setenv(VARIABLE, "newton_schulz=triton")
     g = torch.randn(3, 5)
     expected = newton_schulz(g, dtype=torch.float64, impl="reference")
     assert torch.equal(newton_schulz(g, dtype=torch.float64), expected)
