@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgolf.device import DTYPES
+
 TOKENS, WIDTH, HIDDEN, HEADS, GROUPS = 98304, 512, 1536, 8, 4
 HEAD_DIMS = (64, 32, 128, 256)  # the model has 64
 BANKS = [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (11, 512, 1536)]
@@ -18,7 +20,6 @@ LARGE = (4, 2048, 2048)  # where one triangle is computed and mirrored
 # The model's, and rows of each length that has a configuration of its own.
 WEIGHTS = [(1536, 512), (512, 1536), (512, 1024), (512, 4096), (512, 16384), (512, 32768)]
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.arguments import as_tuple, with_tensors
 from bench.timing import Entry
-from pgolf.ops.registry import (
-    Operator,
-    Result,
-    Sample,
-    Work,
-    as_tuple,
-    tensors_in,
-    with_tensors,
-)
+from pgolf.device import DTYPES
+from pgolf.ops.operator import Operator, Result, Sample, Work
+from pgolf.ops.tensors import tensors_in
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("forward", "backward", "both")
 # How many times torch's own error a provider may have, in the output and in gradients.
 ALLOWED = {"output": 2.0, "gradient": 3.0}

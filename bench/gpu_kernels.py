@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample, as_tuple, with_tensors
+from bench.arguments import as_tuple, with_tensors
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 
 def run_once(operator: Operator, impl: str, sample: Sample, dtype: torch.dtype, device: str):

@@ -14,7 +14,7 @@ import torch
 from bench import cases, peers, plot, providers, schema, timing
 from pgolf.device import pick_device
 from pgolf.errors import PgolfError
-from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.progress import Progress
 
 # Least traffic, forward and backward, of samples that a CPU is spared.
@@ -41,7 +41,7 @@ Exit code: 0 all ran, 1 a provider is wrong, 2 a bad argument.
 examples:
   python -m bench ops                                  everything that can run here
   python -m bench ops --op xsa --dtype bf16 --mode both --cold
-  python -m bench ops --op leaky_relu2 --providers eager compiled cpu --sample 4096 --threads 2
+  python -m bench ops --op xsa --providers eager compiled cpu --sample 8192 --threads 2
   python -m bench ops --json new.jsonl --plot plots/   figures to keep: one JSON object a line
 """
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import torch_optim
 from pgolf.ops.newton_schulz import CLASSIC
-from pgolf.ops.registry import Operator, Sample
+from pgolf.ops.operator import Operator, Sample
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,23 @@ class Peer:
         return "" if runs else "torch sees no GPU here"
 
 
-def _relu2(x: Tensor, slope: float) -> Callable[..., Tensor]:
+def _relu2_mlp(*_: Tensor | float) -> Callable[..., Tensor]:
     from liger_kernel.ops import LigerReLUSquaredFunction
 
-    return lambda x, slope: LigerReLUSquaredFunction.apply(x)
+    def mlp(h: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+        return F.linear(LigerReLUSquaredFunction.apply(F.linear(h, w_up)), w_down)
+
+    return mlp
 
 
-def _relu2_unfit(x: Tensor, slope: float, rstd: Tensor | None = None) -> str:
+def _relu2_unfit(
+    h: Tensor, w_up: Tensor, w_down: Tensor, slope: float, rstd: Tensor | None = None
+) -> str:
     return "" if slope == 0.0 and rstd is None else "only relu^2, slope 0 and no rstd"
 
 
 def _with_slope_0(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return (args[0], 0.0), kwargs
+    return (*args[:3], 0.0), kwargs
 
 
 def _newton_schulz(variant: str) -> Callable[..., Callable[..., Tensor]]:
@@ -86,7 +92,8 @@ def _newton_schulz_unfit(
 
 
 PEERS = [
-    Peer("liger", "leaky_relu2", "liger-kernel", "liger_kernel", _relu2, _relu2_unfit,
+    # its activation between torch's matmuls
+    Peer("liger", "leaky_relu2_mlp", "liger-kernel", "liger_kernel", _relu2_mlp, _relu2_unfit,
          ("relu2", _with_slope_0)),
     # quack's symmetric matmuls, in the plain iteration and in that of Gram matrices
     Peer("quack", "newton_schulz", "gram-newton-schulz", "gram_newton_schulz",

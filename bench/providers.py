@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.cases import DTYPES, Case, Function
+from bench.cases import Case, Function
 from bench.peers import PEERS, Peer
+from pgolf.device import DTYPES
 from pgolf.errors import PgolfError
-from pgolf.ops import registry
+from pgolf.ops.choose import choose
+from pgolf.ops.operator import Operator
 
 EAGER, COMPILED = "eager", "compiled"
 KERNELS = ("cpu", "triton", "cuda")
@@ -41,7 +43,7 @@ def expand(words: Sequence[str]) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def applies(name: str, operator: registry.Operator) -> bool:
+def applies(name: str, operator: Operator) -> bool:
     """Whether a provider has this operator at all."""
     if name in (EAGER, COMPILED):
         return True
@@ -81,7 +83,7 @@ def _kernel(name: str, case: Case) -> Callable:
     if case.operator.implementations[name].device != device:
         raise Unavailable(f"runs on {case.operator.implementations[name].device}, not on {device}")
     try:
-        registry.choose(case.operator.name, name, device, dtype)
+        choose(case.operator.name, name, device, dtype)
     except (ValueError, RuntimeError) as e:
         raise Unavailable(str(e)) from None
     return lambda *args, **kwargs: case.operator.call(*args, **kwargs, impl=name)

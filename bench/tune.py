@@ -21,7 +21,7 @@ import torch
 from bench import cases, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
-from pgolf.ops.registry import OPERATORS, Operator
+from pgolf.ops.operator import OPERATORS, Operator
 from pgolf.triton_kernels import launch as launches
 from pgolf.triton_kernels.launch import Config, Launch
 

@@ -258,3 +258,40 @@ def fake_quant_backward(
             FULL_RANGE=full_range,
         )
     return dw
+
+
+def forward(
+    ws: Sequence[Tensor],
+    scales: Sequence[None],
+    clip_factors: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    on: Tensor,
+    floor: float,
+    multiple: int,
+    full_range: bool,
+    dtype: torch.dtype,
+    with_steps: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`fake_quant_all` as pgolf.ops.weight_cast calls it; with_steps are all alike."""
+    rest = (floor, multiple, full_range, dtype, any(with_steps))
+    return fake_quant_all(ws, clip_factors, bits, on, *rest)
+
+
+def backward(
+    douts: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    scales: Sequence[None],
+    steps: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    on: Tensor,
+    multiple: int,
+    full_range: bool,
+    clip_mask: bool,
+) -> tuple[list[Tensor], list[None]]:
+    """`fake_quant_backward` of each matrix, as pgolf.ops.weight_cast calls it."""
+    each = zip(douts, ws, steps, bits, strict=True)
+    dws = [
+        fake_quant_backward(dout.to(w.dtype), w, step, k, on, multiple, full_range)
+        for dout, w, step, k in each
+    ]
+    return dws, []

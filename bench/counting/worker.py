@@ -74,16 +74,17 @@ def _build(request: Request) -> tuple[Any, Any, dict[str, str]]:
     from pgolf import recipes
     from pgolf.model import GPT
     from pgolf.model.gpt import operator_sizes
-    from pgolf.ops import registry
+    from pgolf.ops.choose import choose_all, parse
+    from pgolf.ops.operator import OPERATORS
     from pgolf.training.trainer import prepare_qat
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
-    wanted = registry.parse(request.ops)
+    wanted = parse(request.ops)
     sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
-    everything = dict.fromkeys(registry.OPERATORS, "reference") | wanted
+    everything = dict.fromkeys(OPERATORS, "reference") | wanted
     text = ",".join(f"{name}={impl}" for name, impl in everything.items())
-    chosen = registry.choose_all(text, "cuda", torch.bfloat16, False, sizes)
+    chosen = choose_all(text, "cuda", torch.bfloat16, False, sizes)
     choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
     if request.qat:

@@ -15,7 +15,9 @@ import pgolf
 from pgolf import extension
 from pgolf.device import cpu_flags, driver, pick_device, pick_dtype
 from pgolf.errors import ConfigError
-from pgolf.ops import attention, registry
+from pgolf.ops import attention
+from pgolf.ops.choose import choose_all
+from pgolf.ops.launch import no_cuda
 from pgolf.options import Parser
 from pgolf.training.provenance import FLAGS
 
@@ -80,7 +82,7 @@ def _operators() -> list[tuple[str, str]]:
     device = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     try:
-        chosen = registry.choose_all("", device.type, dtype, device.type == "cuda", sizes={})
+        chosen = choose_all("", device.type, dtype, device.type == "cuda", sizes={})
     except ConfigError as e:
         return [("operators", str(e))]
     return [(name, f"{impl} ({reason})") for name, (impl, reason) in chosen.items()]
@@ -102,7 +104,7 @@ def rows() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} used by torch, {cores} cores"),
         ("free disk here", f"{free / 1e9:.1f} GB"),
         ("extension", _extension()),
-        ("CUDA kernels", registry.no_cuda() or "have code for this GPU"),
+        ("CUDA kernels", no_cuda() or "have code for this GPU"),
         ("attention", attention.describe()),
         *_operators(),
     ]

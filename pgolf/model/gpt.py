@@ -16,8 +16,8 @@ from pgolf.device import DTYPES
 from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
 from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
+from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
-from pgolf.ops.registry import OPERATORS
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 from pgolf.settings import resolve_layers

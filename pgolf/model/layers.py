@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.ops.embed_smear import bigram_rows
-from pgolf.ops.fake_quant import fake_quant_all
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
-from pgolf.ops.weight_cast import weight_cast_all
+from pgolf.ops.weight_cast import fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 
 
@@ -49,21 +48,26 @@ class Matrix(nn.Module):
         return F.linear(x, *cast_all([self], x.dtype))
 
 
+class Fold(NamedTuple):
+    """A cast by kernels of `weight_cast`, which multiplies rows by factors on its way."""
+
+    impl: str
+    scales: Sequence[Tensor | None]  # (out,), one a matrix; None is 1
+
+    def of(self, chosen: Sequence[int]) -> "Fold":
+        """The same for some of the matrices."""
+        return Fold(self.impl, [self.scales[i] for i in chosen])
+
+
 def cast_all(
-    matrices: Sequence[Matrix],
-    dtype: torch.dtype,
-    scales: Sequence[Tensor | None] | None = None,
-    impl: str = "reference",
+    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None = None
 ) -> list[Tensor]:
     """The weights as the forward pass uses them; those of one grid are quantised together.
 
-    All that have a grid share one switch.
-
-    Args:
-        scales: (out,) factors to fold into the rows, or None where there is none.
-        impl: of `weight_cast`.
+    All that have a grid share one switch. Without a fold `fake_quant` casts those with a grid, and
+    torch the others.
     """
-    scales = scales or [None] * len(matrices)
+    scales = fold.scales if fold else [None] * len(matrices)
     weights = [m.weight for m in matrices]
     left = [
         i
@@ -73,24 +77,23 @@ def cast_all(
     while left:
         alike = [i for i in left if matrices[i].grid == matrices[left[0]].grid]
         together = [matrices[i] for i in alike]
-        folded = [scales[i] for i in alike]
-        for i, weight in zip(alike, _cast_alike(together, dtype, folded, impl), strict=True):
+        cast = _cast_alike(together, dtype, fold and fold.of(alike))
+        for i, weight in zip(alike, cast, strict=True):
             weights[i] = weight
         left = [i for i in left if i not in alike]
     return weights
 
 
 def _cast_alike(
-    matrices: Sequence[Matrix], dtype: torch.dtype, scales: Sequence[Tensor | None], impl: str
+    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None
 ) -> list[Tensor]:
     """`cast_all` of matrices with one grid, or with none."""
     weights, options, grids = [m.weight for m in matrices], dict(matrices[0].grid or {}), ()
     if matrices[0].grid is not None:
         grids = [m.qat_clip for m in matrices], [m.qat_bits for m in matrices], matrices[0].qat_on
-    if impl != "reference" or any(scale is not None for scale in scales):
-        return weight_cast_all(
-            weights, scales, *grids, **{**options, "impl": impl, "dtype": dtype}
-        )
+    if fold:
+        options |= {"impl": fold.impl, "dtype": dtype}
+        return weight_cast_all(weights, fold.scales, *grids, **options)
     if grids:
         return fake_quant_all(weights, *grids, dtype=dtype, **options)
     return [w.to(dtype) for w in weights]
@@ -101,12 +104,18 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockWeights(NamedTuple):
-    """The matrices of a block as its forward pass takes them: cast, q, k and v in one."""
+    """The matrices of a block as its forward pass takes them: cast, q, k and v in one.
+
+    `attn_scale` and `mlp_scale` (D,) are what the branches are still to be multiplied by; None
+    where that is folded into the rows of `out` and `down`.
+    """
 
     qkv: Tensor  # ((H + 2 G) d, D)
     out: Tensor  # (D, D)
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
+    attn_scale: Tensor | None
+    mlp_scale: Tensor | None
 
 
 class Attention(nn.Module):
@@ -212,13 +221,14 @@ class Block(nn.Module):
         )
 
     def weights(self, dtype: torch.dtype) -> BlockWeights:
-        """The matrices in `dtype`, fake-quantised in late QAT, the scales folded in if they are."""
-        scales = [None] * 6
+        """The matrices in `dtype`, fake-quantised in late QAT; whether scales are folded in."""
+        left, fold = (self.attn_scale, self.mlp_scale), None
         if self.cast_impl != "reference":
-            scales[3], scales[5] = self.attn_scale, self.mlp_scale
+            fold = Fold(self.cast_impl, [None, None, None, self.attn_scale, None, self.mlp_scale])
+            left = None, None
         matrices = [*self.attn.matrices(), *self.mlp.matrices()]
-        *qkv, out, up, down = cast_all(matrices, dtype, scales, self.cast_impl)
-        return BlockWeights(torch.cat(qkv), out, up, down)
+        *qkv, out, up, down = cast_all(matrices, dtype, fold)
+        return BlockWeights(torch.cat(qkv), out, up, down, *left)
 
     def forward(
         self,
@@ -232,16 +242,14 @@ class Block(nn.Module):
         """The input added up, skip (tensor, weight) included, and the state after this block."""
         x, branch, scale = stream
         weights = self.frozen or self.weights(x.dtype)
-        folds = self.cast_impl != "reference"
-        later = (None, None) if folds else (self.attn_scale, self.mlp_scale)
         skipped, weight = skip or (None, None)
         total, x, h = residual_norm(
             x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
             x0=x0, mix=self.resid_mix, keep_total=True, **self.norm,
         )  # fmt: skip
         branch = self.attn(h, weights, rope, value, attend)
-        x, h = residual_norm(x, branch=branch, branch_scale=later[0], **self.norm)
-        return total, Stream(x, self.mlp(h, weights), later[1])
+        x, h = residual_norm(x, branch=branch, branch_scale=weights.attn_scale, **self.norm)
+        return total, Stream(x, self.mlp(h, weights), weights.mlp_scale)
 
 
 class Table(nn.Module):

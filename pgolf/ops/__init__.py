@@ -3,9 +3,7 @@ of implementations. The functions named here can be used alone: `from pgolf.ops 
 """
 
 from pgolf.ops.embed_smear import embed_smear
-from pgolf.ops.fake_quant import fake_quant, fake_quant_all
 from pgolf.ops.grad_norm import grad_norm
-from pgolf.ops.leaky_relu2 import leaky_relu2
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.muon_momentum import muon_momentum
 from pgolf.ops.newton_schulz import newton_schulz
@@ -13,7 +11,7 @@ from pgolf.ops.param_update import param_update
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
-from pgolf.ops.weight_cast import weight_cast, weight_cast_all
+from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast, weight_cast_all
 from pgolf.ops.xsa import xsa
 
 __all__ = [
@@ -21,7 +19,6 @@ __all__ = [
     "fake_quant",
     "fake_quant_all",
     "grad_norm",
-    "leaky_relu2",
     "leaky_relu2_mlp",
     "muon_momentum",
     "newton_schulz",

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.errors import ConfigError
+from pgolf.ops.choose import transformed
 from pgolf.ops.derivatives import register_gradient
-from pgolf.ops.registry import transformed
 
 # name -> (module that provides it, least compute capability, what to call it, a parameter of the
 # inner forward function that older versions lack: those return their outputs in another order)

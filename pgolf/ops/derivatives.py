@@ -2,7 +2,7 @@
 
 A kernel's gradient is not differentiable again: what it saved would count as a constant. So every
 operator registers its gradient here, where it leaves with a mark that says so when a second
-derivative reaches it. (Forward-mode and torch.func never come this far: `registry.resolve`.)
+derivative reaches it. (Forward-mode and torch.func never come this far: `choose.resolve`.)
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from pgolf.ops.inputs import without_autocast
-from pgolf.ops.registry import tensors_in
+from pgolf.ops.tensors import tensors_in
 
 
 class _Sealed(torch.autograd.Function):

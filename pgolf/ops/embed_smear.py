@@ -22,27 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
+from pgolf.ops.launch import (
     DTYPE_CODES,
-    Operator,
     Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    compute_dtype,
     in_cpp,
     in_cuda,
     launcher,
-    nbytes,
-    register,
-    resolve,
     run_cpp,
     run_cuda,
 )
+from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 _INPUTS = Inputs(
@@ -199,16 +193,12 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
     return table.new_empty(table.shape), dbigram, rstd.new_empty(table.size(1) + 1)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @torch.library.custom_op("pgolf::embed_smear", mutates_args=())
 def _forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
     gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = _contiguous(ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts)
     return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
 
 
@@ -222,7 +212,7 @@ def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
     bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = _contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
     return launcher("embed_smear", impl, "backward")(*inputs, eps)
 
 

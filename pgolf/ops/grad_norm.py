@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_no_gradient
 from pgolf.ops.inputs import check_tensors
+from pgolf.ops.launch import Run, in_extension, launcher
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -23,21 +25,8 @@ from pgolf.ops.multi_tensor import (
     sizes,
     widened,
 )
-from pgolf.ops.registry import (
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 
 def reference(grads: Tensors) -> tuple[Tensor, Tensor]:
@@ -63,7 +52,7 @@ def grad_norm(grads: Tensors, impl: str = "auto") -> tuple[Tensor, Tensor]:
         RuntimeError: `impl` is not there on this machine.
     """
     check_tensors("grad_norm", "grads", grads)
-    grads = [g.contiguous() for g in grads]
+    grads = contiguous(*grads)
     check_lists("grad_norm", grads=grads)
     impl = resolve("grad_norm", impl, grads[0])
     return reference(grads) if impl == "reference" else _norm(grads, impl)
@@ -126,10 +115,7 @@ OPERATOR = register(
         call=grad_norm,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("grad_norm", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("grad_norm", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("grad_norm",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "one pass in C++ (python -m bench ops --op grad_norm)")],
             "cuda": [("cuda", "two launches for all tensors (python -m bench count)")],

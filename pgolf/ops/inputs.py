@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import compute_dtype
+from pgolf.ops.tensors import compute_dtype
 
 
 def autocasting(device: torch.device) -> bool:

@@ -5,10 +5,13 @@
 slope 0 is relu^2 (arXiv 2109.08668). rstd, one factor a row, is optional: with h not yet normed and
 rstd = s / sqrt(mean(h^2) + eps) it stands for the norm before the MLP, which is then never written.
 
-The kernels keep post and sign bits, as `leaky_relu2` does, not two hidden tensors. Both GEMMs
+Kept for the gradient are post and one sign bit an element instead of two hidden tensors:
+post' = 2 sqrt(post) where the bit is set, -2 slope sqrt(post) where not. In bf16 that is closer to
+the truth than a rounded pre; in fp16 small values would vanish, so it is not offered. Both GEMMs
 that touch the hidden tensor carry their pointwise half in the epilogue; the gradients of weights
 and of h are plain matmuls, and that of rstd is rowdot(h, dh) / rstd, so rstd must not be 0.
-Shapes: h (..., D), w_up (F, D), w_down (D, F), rstd (...,); T rows in all; bits (T, ceil(F/32)).
+Shapes: h (..., D), w_up (F, D), w_down (D, F), rstd (...,); T rows in all; bits (T, ceil(F/32))
+int32, element f is bit f % 32.
 """
 
 from collections.abc import Callable
@@ -18,42 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
-from pgolf.ops.leaky_relu2 import (
-    NEEDED,
-    as_rows,
-    bits_bytes,
-    check_rows,
-    launchers,
-    packed,
-    rstd_gradient,
-    words,
-)
-from pgolf.ops.leaky_relu2 import reference as activation
-from pgolf.ops.registry import (
-    Operator,
-    Run,
-    Sample,
-    Work,
-    check_alike,
-    compute_dtype,
-    in_cpp,
-    in_cuda,
-    in_triton,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 _INPUTS = Inputs(
     "leaky_relu2_mlp", ("h", "w_up", "w_down", "rstd"), alike=("h", "w_up", "w_down"),
     wide=("rstd",), optional=("rstd",), matmul=True,
 )  # fmt: skip
+
+
+def activation(x: Tensor, slope: float = 0.5, rstd: Tensor | None = None) -> Tensor:
+    """max(r x, slope r x)^2 of x (..., F) with r = rstd (...,) or 1, in plain torch."""
+    if rstd is not None:
+        x = x * rstd[..., None].to(x.dtype)
+    return (F.leaky_relu(x, slope) if slope else F.relu(x)).square()
 
 
 @outside_autocast
@@ -62,6 +47,24 @@ def reference(
 ) -> Tensor:
     """`leaky_relu2_mlp` in plain torch."""
     return F.linear(activation(F.linear(h, w_up), slope, rstd), w_down)
+
+
+def _check_rows(x: Tensor, slope: float, rstd: Tensor | None) -> None:
+    if not x.dim():
+        raise ValueError("leaky_relu2_mlp: the input has no dimensions: it has to be (..., D)")
+    if not 0.0 <= slope <= 1.0:  # NaN too
+        raise ValueError(f"leaky_relu2_mlp: slope={slope}: it has to be 0 (relu^2) to 1")
+    if rstd is not None:
+        if rstd.shape != x.shape[:-1]:
+            raise ValueError(
+                f"leaky_relu2_mlp: rstd is {tuple(rstd.shape)}: for these rows it has to be "
+                f"{tuple(x.shape[:-1])}"
+            )
+        wanted = compute_dtype(x.dtype)
+        if rstd.dtype != wanted:
+            raise ValueError(f"leaky_relu2_mlp: rstd is {rstd.dtype}: it has to be {wanted}")
+        if rstd.device != x.device:
+            raise ValueError(f"leaky_relu2_mlp: rstd is on {rstd.device}, the rows on {x.device}")
 
 
 def leaky_relu2_mlp(
@@ -86,7 +89,7 @@ def leaky_relu2_mlp(
         TypeError, ValueError, RuntimeError: as `xsa`.
     """
     h, w_up, w_down, rstd = _INPUTS(h, w_up, w_down, rstd)
-    check_rows("leaky_relu2_mlp", h, slope, rstd)
+    _check_rows(h, slope, rstd)
     if w_up.dim() != 2:
         raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
     for name, w, wanted in (
@@ -105,10 +108,16 @@ def leaky_relu2_mlp(
     if impl == "reference":
         return reference(h, w_up, w_down, slope, rstd)
     rows = None if rstd is None else rstd.reshape(-1)
-    return _mlp(as_rows(h), w_up, w_down, rows, slope, impl)[0].view(h.shape)
+    h2 = h.reshape(h.shape[:-1].numel(), h.size(-1))
+    return _mlp(h2, w_up, w_down, rows, slope, impl)[0].view(h.shape)
 
 
 # --- the opaque operators -------------------------------------------------------------------------
+
+
+def _words(post: Tensor) -> Tensor:
+    """Room for the sign bits of post (T, F)."""
+    return post.new_empty((post.size(0), -(-post.size(1) // 32)), dtype=torch.int32)
 
 
 @torch.library.custom_op("pgolf::leaky_relu2_mlp", mutates_args=())
@@ -117,14 +126,15 @@ def _mlp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = launcher("leaky_relu2_mlp", impl, "up")
     with without_autocast(h):
-        post, bits = up(unit_stride(h), w_up.contiguous(), slope, packed(rstd))
+        w, rstd = contiguous(w_up, rstd)
+        post, bits = up(unit_stride(h), w, slope, rstd)
         return post @ w_down.t(), post, bits
 
 
 @_mlp.register_fake
 def _(h, w_up, w_down, rstd, slope, impl):
     post = h.new_empty((h.size(0), w_up.size(0)))
-    return h.new_empty(h.shape), post, words(post)
+    return h.new_empty(h.shape), post, _words(post)
 
 
 @torch.library.custom_op("pgolf::leaky_relu2_down_dgrad", mutates_args=())
@@ -138,12 +148,18 @@ def _down_dgrad(
     impl: str,
 ) -> Tensor:
     dgrad = launcher("leaky_relu2_mlp", impl, "down_dgrad")
-    return dgrad(unit_stride(dout), w_down.contiguous(), post, bits, slope, packed(rstd))
+    w, rstd = contiguous(w_down, rstd)
+    return dgrad(unit_stride(dout), w, post, bits, slope, rstd)
 
 
 @_down_dgrad.register_fake
 def _(dout, w_down, post, bits, rstd, slope, impl):
     return post.new_empty(post.shape)
+
+
+def _rstd_gradient(h: Tensor, dh: Tensor, rstd: Tensor) -> Tensor:
+    """rowdot(h, dh) / rstd: h enters the activation only as rstd times its product."""
+    return (h.to(rstd.dtype) * dh.to(rstd.dtype)).sum(-1) / rstd
 
 
 def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -160,7 +176,7 @@ def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
         dh if need_h else None,
         dpre.t() @ h if need_up else None,
         dout.t() @ post if need_down else None,
-        rstd_gradient(h, dh, rstd) if need_rstd else None,
+        _rstd_gradient(h, dh, rstd) if need_rstd else None,
         None,
         None,
     )
@@ -173,16 +189,26 @@ register_gradient("leaky_relu2_mlp", _mlp, _mlp_gradient, _mlp_context)
 
 
 def _around_matmuls(run: Run) -> dict[str, Callable]:
-    """torch's matmuls, whose results the kernels of `leaky_relu2` overwrite."""
-    kernels = launchers(run)
+    """torch's matmuls, whose results pointwise kernels of the compiled half overwrite."""
 
     def up(h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
-        return kernels["forward"](h @ w_up.t(), slope, rstd, in_place=True)
+        post = h @ w_up.t()
+        bits = _words(post)
+        run(
+            "leaky_relu2", post, post.data_ptr(), post.data_ptr(), bits.data_ptr(),
+            *addresses(rstd), DTYPE_CODES[post.dtype], *post.shape, slope,
+        )  # fmt: skip
+        return post, bits
 
     def down_dgrad(
         dout: Tensor, w_down: Tensor, post: Tensor, bits: Tensor, slope: float, rstd: Tensor | None
     ) -> Tensor:
-        return kernels["backward"](dout @ w_down, post, bits, slope, rstd, in_place=True)
+        dpre = dout @ w_down
+        run(
+            "leaky_relu2_backward", post, dpre.data_ptr(), post.data_ptr(), bits.data_ptr(),
+            *addresses(rstd), dpre.data_ptr(), DTYPE_CODES[post.dtype], *post.shape, slope,
+        )  # fmt: skip
+        return dpre
 
     return {"up": up, "down_dgrad": down_dgrad}
 
@@ -222,7 +248,7 @@ def cost(
     rows, (hidden, dim) = h.shape[:-1].numel(), w_up.shape
     gemm = 2 * rows * hidden * dim
     post = rows * hidden * h.element_size()
-    kept = post + bits_bytes(rows, hidden)
+    kept = post + rows * -(-hidden // 32) * 4
     up = nbytes(h, w_up, rstd), kept
     down = post + nbytes(w_down), nbytes(h)
     dgrad = nbytes(h, w_down, rstd) + kept, post
@@ -240,8 +266,7 @@ OPERATOR = register(
         reference=reference,
         differentiable=("h", "w_up", "w_down", "rstd"),
         implementations={
-            "cpu": in_cpp(*NEEDED, **_around_matmuls(run_cpp)),
-            "cuda": in_cuda(*NEEDED, **_around_matmuls(run_cuda)),
+            **in_extension(("leaky_relu2", "leaky_relu2_backward"), _around_matmuls),
             "triton": in_triton("leaky_relu2_mlp", up="up", down_dgrad="down_dgrad"),
         },
         preferred={

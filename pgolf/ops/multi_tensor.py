@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import DTYPE_CODES, compute_dtype
+from pgolf.ops.launch import DTYPE_CODES
+from pgolf.ops.tensors import compute_dtype
 
 Tensors = Sequence[Tensor]
 

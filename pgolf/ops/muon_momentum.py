@@ -15,7 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.inputs import check_tensors
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -30,22 +32,8 @@ from pgolf.ops.multi_tensor import (
     widened,
 )
 from pgolf.ops.newton_schulz import normalize
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 
 def batches(matrices: Tensors) -> list[tuple[int, int, int]]:
@@ -115,7 +103,7 @@ def muon_momentum(
     """
     for name, tensors in (("grads", grads), ("momenta", momenta)):
         check_tensors("muon_momentum", name, tensors)
-    grads, momenta = [g.contiguous() for g in grads], list(momenta)
+    grads, momenta = contiguous(*grads), list(momenta)
     check_lists("muon_momentum", grads=grads, momenta=momenta)
     check_same_shapes("muon_momentum", ("grads", "momenta"), grads, momenta)
     check_numbers("muon_momentum", grads[0], False, scalars, norm)
@@ -226,10 +214,7 @@ OPERATOR = register(
         call=muon_momentum,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("muon_momentum", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("muon_momentum", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("muon_momentum",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "two passes in C++ (python -m bench ops --op muon_momentum)")],
             "cuda": [("cuda", "two launches for all matrices (python -m bench count)")],

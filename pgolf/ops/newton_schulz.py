@@ -16,22 +16,12 @@ import torch
 from torch import Tensor
 
 from pgolf import extension
+from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_no_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Sample,
-    Work,
-    check_alike,
-    compute_dtype,
-    in_cpp,
-    in_triton,
-    launcher,
-    register,
-    resolve,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, in_cpp, in_triton, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import check_alike, compute_dtype, unit_stride
 
 Coefficients = Sequence[tuple[float, float, float]]
 

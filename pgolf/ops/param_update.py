@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import resolve
 from pgolf.ops.inputs import check_tensors
+from pgolf.ops.launch import Run, in_extension, launcher
 from pgolf.ops.multi_tensor import (
     KERNEL_DTYPES,
     PR1473_MATRICES,
@@ -35,21 +37,8 @@ from pgolf.ops.multi_tensor import (
     sizes,
     widened,
 )
-from pgolf.ops.registry import (
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 
 def muon_scale(param: Tensor) -> float:
@@ -172,7 +161,7 @@ def param_update(
     """
     for name, tensors in (("params", params), ("sources", sources), ("exp_avgs", exp_avgs)):
         check_tensors("param_update", name, tensors)
-    sources = [t.contiguous() for t in sources]
+    sources = contiguous(*sources)
     lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages, copies)]
     params, exp_avgs, exp_avg_sqs, averages, copies = lists
     _check(
@@ -328,10 +317,7 @@ OPERATOR = register(
         call=param_update,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp("param_update", dtypes=KERNEL_DTYPES, **_launchers(run_cpp)),
-            "cuda": in_cuda("param_update", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("param_update",), _launchers, KERNEL_DTYPES),
         preferred={
             "cpu": [("cpu", "one pass in C++ (python -m bench ops --op param_update)")],
             "cuda": [("cuda", "one launch for all parameters (python -m bench count)")],

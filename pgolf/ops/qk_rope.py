@@ -19,29 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    check_alike,
-    compute_dtype,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
+from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 TOKENS_PER_BLOCK = 64  # of which the kernels sum d_gain by itself; csrc/qk_rope.h
@@ -188,9 +172,8 @@ def _forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
     heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = [t.contiguous() for t in (qkv, cos, sin, gain)]
-    value = None if value is None else value.contiguous()
-    return launcher("qk_rope", impl, "forward")(*inputs, value, heads, kv_heads, eps, norm)
+    inputs = contiguous(qkv, cos, sin, gain, value)
+    return launcher("qk_rope", impl, "forward")(*inputs, heads, kv_heads, eps, norm)
 
 
 @_forward.register_fake
@@ -205,7 +188,7 @@ def _backward(
     heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv)]
-    inputs = [t.contiguous() for t in (qkv, cos, sin, gain)]
+    inputs = contiguous(qkv, cos, sin, gain)
     return launcher("qk_rope", impl, "backward")(*gradients, *inputs, heads, kv_heads, eps, norm)
 
 
@@ -327,10 +310,7 @@ OPERATOR = register(
         call=qk_rope,
         reference=reference,
         differentiable=("qkv", "gain", "value"),
-        implementations={
-            "cpu": in_cpp("qk_rope", "qk_rope_backward", **_launchers(run_cpp)),
-            "cuda": in_cuda("qk_rope", "qk_rope_backward", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("qk_rope", "qk_rope_backward"), _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every number once, forward one launch, backward two")],

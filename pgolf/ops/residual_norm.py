@@ -21,26 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    addresses,
-    beyond,
-    compute_dtype,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h
@@ -226,17 +212,13 @@ def _gradients(
     )  # fmt: skip
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @torch.library.custom_op("pgolf::residual_norm", mutates_args=())
 def _forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
     stores_total: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = _contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
+    inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
     return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, stores_total)
 
 
@@ -252,7 +234,7 @@ def _backward(
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = _contiguous(
+    tensors = contiguous(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
     )
     return launcher("residual_norm", impl, "backward")(*tensors, scale, eps)
@@ -415,10 +397,7 @@ OPERATOR = register(
         call=residual_norm,
         reference=reference,
         differentiable=("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
-        implementations={
-            "cpu": in_cpp("residual_norm", "residual_norm_backward", **_launchers(run_cpp)),
-            "cuda": in_cuda("residual_norm", "residual_norm_backward", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("residual_norm", "residual_norm_backward"), _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every tensor once, forward one launch, backward two at most")],

@@ -19,26 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    beyond,
-    check_alike,
-    compute_dtype,
-    in_cpp,
-    in_cuda,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 
 COLUMN_LIMITS = {"cuda": 8192}  # a row lies in a block's registers
 IGNORED = -100  # targets that have no loss, as in F.cross_entropy; csrc/softcap_cross_entropy.h
@@ -257,10 +243,7 @@ OPERATOR = register(
         call=softcap_cross_entropy,
         reference=reference,
         differentiable=("x", "w"),
-        implementations={
-            "cpu": in_cpp("softcap_cross_entropy", **_launchers(run_cpp)),
-            "cuda": in_cuda("softcap_cross_entropy", **_launchers(run_cuda)),
-        },
+        implementations=in_extension(("softcap_cross_entropy",), _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "fewer bytes than compiled (python -m bench count)")],

@@ -18,27 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Run,
-    Sample,
-    Work,
-    beyond,
-    check_alike,
-    in_cpp,
-    in_cuda,
-    in_triton,
-    launcher,
-    nbytes,
-    register,
-    resolve,
-    run_cpp,
-    run_cuda,
-    unit_stride,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.tensors import check_alike, nbytes, unit_stride
 
 NORM_FLOOR = 1e-12
 _INPUTS = Inputs("xsa", ("y", "v"), alike=("y", "v"))
@@ -213,8 +198,7 @@ OPERATOR = register(
         reference=reference,
         differentiable=("y", "v"),
         implementations={
-            "cpu": in_cpp("xsa", "xsa_backward", **_launchers(run_cpp)),
-            "cuda": in_cuda("xsa", "xsa_backward", **_launchers(run_cuda)),
+            **in_extension(("xsa", "xsa_backward"), _launchers),
             "triton": in_triton("xsa", forward="xsa", backward="xsa_backward"),
         },
         preferred={

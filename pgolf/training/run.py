@@ -17,8 +17,8 @@ from pgolf.errors import BudgetError, ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops import registry
 from pgolf.ops.attention import choose
+from pgolf.ops.choose import choose_all
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
@@ -81,7 +81,7 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
     ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
-    ops = registry.choose_all(
+    ops = choose_all(
         config.run.ops,
         ranks.device.type,
         dtype,

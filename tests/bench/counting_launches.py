@@ -11,7 +11,7 @@ import torch
 
 from bench.counting.client import Device
 from bench.counting.eager import operators_counted
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 NAMES = (
     "xsa", "residual_norm", "qk_rope", "softcap_cross_entropy", "weight_cast", "grad_norm",

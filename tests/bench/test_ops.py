@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import cases, ops, peers, plot, providers, schema, timing
-from pgolf.ops.registry import OPERATORS, Implementation, Operator, Sample, Work
+from pgolf.ops.operator import OPERATORS, Implementation, Operator, Sample, Work
 from pgolf.report import plots
 
 CPU = torch.device("cpu")
@@ -387,18 +387,18 @@ def test_peers_are_named_with_what_installs_them(monkeypatch) -> None:
 
 def test_a_peer_is_compared_only_on_its_own_function(monkeypatch) -> None:
     liger = next(peer for peer in peers.PEERS if peer.name == "liger")
-    operator = OPERATORS["leaky_relu2"]
-    plain = next(s for s in operator.samples() if s.label == "7x64 transposed")
+    operator = OPERATORS["leaky_relu2_mlp"]
+    plain = next(s for s in operator.samples() if s.label == "2x7 24-40")
     case = cases.build(operator, plain, CPU, "fp32")
     monkeypatch.setattr(peers.Peer, "missing", lambda self: "")
     with pytest.raises(providers.Unavailable, match="only relu"):
         providers.find("liger", case)
     derived = peers._derived(plain, *liger.variant)
-    assert derived.label == "7x64 transposed relu2" and derived.bench
+    assert derived.label == "2x7 24-40 relu2" and derived.bench
     args, kwargs = derived.build(CPU, torch.float32)
-    assert args[1] == 0.0 and liger.unfit(*args, **kwargs) == ""
+    assert args[3] == 0.0 and liger.unfit(*args, **kwargs) == ""
     found = peers.samples(operator)
-    assert [s.label for s in found] == ["4096x1536 relu2", "98304x1536 relu2"]
+    assert [s.label for s in found] == ["4096 512-1536 relu2", "98304 512-1536 relu2"]
     bank = dict(coefficients=((1.0, 1.0, 1.0),), dtype=torch.bfloat16)
     assert peers._newton_schulz_unfit(None, **bank) == ""
     assert peers._newton_schulz_unfit(None, **bank, row_norm=True)

@@ -12,17 +12,9 @@ OPERATOR = '''"""toy: y = factor x."""
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import (
-    DTYPE_CODES,
-    Operator,
-    Sample,
-    Work,
-    in_cpp,
-    launcher,
-    register,
-    resolve,
-    run_cpp,
-)
+from pgolf.ops.choose import resolve
+from pgolf.ops.launch import DTYPE_CODES, in_cpp, launcher, run_cpp
+from pgolf.ops.operator import Operator, Sample, Work, register
 
 
 def reference(x: Tensor, factor: float) -> Tensor:
@@ -111,7 +103,7 @@ ELSEWHERE = {"csrc/cuda/NAME.cu", "triton_kernels/NAME.py", "triton_kernels/conf
 CALL = """
 import torch, pgolf.ops
 from pgolf import _C
-from pgolf.ops.registry import choose
+from pgolf.ops.choose import choose
 x = torch.arange(5.0)
 print(pgolf.ops.toy(x, 3.0, "cpu").tolist(), choose("toy", "auto", "cpu", torch.float32).impl)
 try: _C.toy(x=x.data_ptr(), y=0, dtype=0, count=5, factor=3.0, threads=1)

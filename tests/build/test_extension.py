@@ -14,7 +14,7 @@ import torch
 import pgolf
 from pgolf import doctor, extension
 from pgolf.errors import ConfigError
-from pgolf.ops import registry
+from pgolf.ops.choose import choose
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -127,10 +127,10 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *i: "Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *i: capability)
         monkeypatch.setattr(extension, "driver_cuda", lambda: driver)
-        registry.choose.cache_clear()
+        choose.cache_clear()
 
     yield make
-    registry.choose.cache_clear()
+    choose.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,17 @@ def gpu(monkeypatch):
 )  # fmt: skip
 def test_auto_takes_no_kernels_without_code_for_the_gpu(gpu, archs, capability, driver, why):
     gpu(archs, capability, driver)
-    impl, reason = registry.choose("residual_norm", "auto", "cuda", torch.float32)
+    impl, reason = choose("residual_norm", "auto", "cuda", torch.float32)
     assert impl == "reference" and why in reason
     with pytest.raises(RuntimeError, match="residual_norm: impl=cuda: "):
-        registry.choose("residual_norm", "cuda", "cuda", torch.float32)
+        choose("residual_norm", "cuda", "cuda", torch.float32)
 
 
 def test_auto_takes_kernels_with_code_for_the_gpu_and_doctor_shows_both(gpu, monkeypatch):
     monkeypatch.setattr(doctor, "_operators", lambda: [])
     monkeypatch.setattr(doctor.attention, "describe", lambda: "")
     gpu("sm_80 sm_90a compute_90", (12, 0))
-    assert registry.choose("residual_norm", "auto", "cuda", torch.float32).impl == "cuda"
+    assert choose("residual_norm", "auto", "cuda", torch.float32).impl == "cuda"
     found = dict(doctor.rows())
     assert found["GPU"].startswith("1 x Some GPU (sm_120)")
     assert found["extension"].startswith("CPU and CUDA (sm_80 sm_90a compute_90)")

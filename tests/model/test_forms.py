@@ -6,7 +6,7 @@ import torch
 from pgolf.config import OptimConfig
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 from pgolf.optim.groups import Optimizers
 
 from ..triton.interpreter import repair

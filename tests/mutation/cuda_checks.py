@@ -13,7 +13,7 @@ import torch
 
 from pgolf.ops import grad_norm, param_update, xsa
 from pgolf.ops.multi_tensor import adamw_row
-from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 from ..ops import test_multi_tensor, test_weight_cast
 from ..ops import test_operators as t

@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import (
-    OPERATORS,
-    Operator,
-    Result,
-    Sample,
-    as_tuple,
-    tensors_in,
-    with_tensors,
-)
+from bench.arguments import as_tuple, with_tensors
+from pgolf.ops.operator import OPERATORS, Operator, Result, Sample
+from pgolf.ops.tensors import tensors_in
 
 CPU = torch.device("cpu")
 

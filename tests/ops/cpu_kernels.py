@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 from .cases import Call
 

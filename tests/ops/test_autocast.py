@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.arguments import as_tuple
 from pgolf.ops import leaky_relu2_mlp, newton_schulz, residual_norm, softcap_cross_entropy, xsa
 from pgolf.ops.inputs import autocasting
-from pgolf.ops.registry import OPERATORS, Operator, Sample, as_tuple
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 from .cases import Call, cases, floating_in, gradients, implementations, is_empty, over, takes
 

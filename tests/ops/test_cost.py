@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample, Work, nbytes
+from pgolf.ops.operator import OPERATORS, Operator, Sample, Work
+from pgolf.ops.tensors import nbytes
 from pgolf.triton_kernels.launch import Launch, intercepted
 
 from ..triton.interpreter import repair, touched
@@ -15,7 +16,7 @@ from .cases import Call, cases, is_empty, over
 
 repair()
 
-SINGLE_PASS = ("fake_quant", "leaky_relu2", "weight_cast", "xsa")
+SINGLE_PASS = ("fake_quant", "weight_cast", "xsa")
 
 
 class Traffic:
@@ -75,6 +76,8 @@ def test_least_bytes_are_those_that_are_touched(
             torch.autograd.grad(out, leaves, upstream)
         passes.append(backward)
     for traffic, least in zip(passes, operator.cost(**call.arguments), strict=False):
+        if not traffic.read and "dtype" in call.arguments:
+            continue  # a gradient that is a cast is torch's
         scratch = traffic.read - least.read
         assert traffic.written - least.written == scratch
         if operator.name in SINGLE_PASS:
@@ -99,9 +102,8 @@ def test_least_bytes_are_inputs_outputs_and_saved_tensors(name: str) -> None:
         assert forward.read == nbytes(*inputs.values())
         assert forward.written == nbytes(out, *extra)
         if backward != Work(0, 0, 0):
-            wanted = [t for n, t in inputs.items() if n in operator.differentiable and n != "rstd"]
-            again = [t for t in kept if not _needed_by_rstd_alone(name, t, inputs)]
-            assert backward.read == nbytes(out, *again)
+            wanted = [t for n, t in inputs.items() if n in operator.differentiable]
+            assert backward.read == nbytes(out, *kept)
             assert backward.written == nbytes(*wanted)
 
 
@@ -115,11 +117,6 @@ def _run_and_keep(call: Call, leaves: list) -> tuple[torch.Tensor, list[torch.Te
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         return call.on(*leaves, impl="cpu"), kept
-
-
-def _needed_by_rstd_alone(name: str, kept: torch.Tensor, inputs: dict) -> bool:
-    """leaky_relu2 keeps x for rowdot(x, dx), a pass of its own, if there is an rstd."""
-    return name == "leaky_relu2" and kept.data_ptr() == inputs["x"].data_ptr()
 
 
 def test_flops_are_those_of_the_matmuls() -> None:

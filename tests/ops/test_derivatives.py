@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bench.arguments import as_tuple
 from pgolf.ops import softcap_cross_entropy
 from pgolf.ops.attention import attention
-from pgolf.ops.registry import OPERATORS, Operator, Sample, as_tuple
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 from .cases import Call, cases, implementations, is_empty, over
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pgolf.ops.embed_smear import bigram_rows, cost, embed_smear, smear
-from pgolf.ops.registry import OPERATORS, nbytes
+from pgolf.ops.operator import OPERATORS
+from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
 from .guards import guarded

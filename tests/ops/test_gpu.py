@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 from .cases import Call
 

@@ -5,7 +5,7 @@ import torch
 
 from pgolf.ops import grad_norm, muon_momentum, param_update
 from pgolf.ops.multi_tensor import COLUMNS, adamw_row, scalars_row
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 from .cases import implementations
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample, as_tuple, tensors_in
+from bench.arguments import as_tuple
+from pgolf.ops.operator import OPERATORS, Operator, Sample
+from pgolf.ops.tensors import tensors_in
 
 from ..triton.interpreter import repair
 from .cases import (

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import cost, qk_rope, rope_table, rotate
-from pgolf.ops.registry import OPERATORS, nbytes
+from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
 from .guards import guarded

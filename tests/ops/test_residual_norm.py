@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops.registry import OPERATORS, nbytes
+from pgolf.ops.operator import OPERATORS
 from pgolf.ops.residual_norm import cost, residual_norm, rms_norm
+from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
 from .guards import guarded

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pgolf.ops.registry import OPERATORS, launcher
+from pgolf.ops.launch import launcher
+from pgolf.ops.operator import OPERATORS
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
 
 from .cases import implementations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pgolf import extension
 from pgolf.ops import fake_quant, weight_cast, weight_cast_all
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 from . import cpu_kernels as call
 from .cases import implementations

@@ -8,7 +8,8 @@ import torch
 from pgolf import extension, recipes
 from pgolf.config import OptimConfig
 from pgolf.model import GPT
-from pgolf.ops import registry
+from pgolf.ops.choose import choose
+from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.optim.groups import Optimizers
 
@@ -18,7 +19,7 @@ CPP = dict.fromkeys(fused.OPERATORS, "cpu")
 CONFIG = OptimConfig(ns_dtype="fp32", grad_clip=2.0)
 
 needs_cpp = pytest.mark.skipif(
-    bool(registry.OPERATORS["param_update"].implementations["cpu"].missing()),
+    bool(OPERATORS["param_update"].implementations["cpu"].missing()),
     reason="no C++ kernels",
 )
 
@@ -123,7 +124,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(extension.CUDA_VARIABLE, "a stand-in")
     monkeypatch.setattr(extension, "cuda", lambda: stand_in)
     yield stand_in
-    registry.choose.cache_clear()
+    choose.cache_clear()
 
 
 def test_all_of_pr1473_is_three_calls(recorder: Recorder) -> None:
@@ -132,7 +133,7 @@ def test_all_of_pr1473_is_three_calls(recorder: Recorder) -> None:
     (csrc/cuda/multi_tensor.cuh holds 369 parameters in the arguments of a launch, 507 matrices.)
     """
     config = recipes.get("pr1473").config()
-    registry.choose.cache_clear()
+    choose.cache_clear()
     kernels = dict.fromkeys(fused.OPERATORS, "cuda")
     optimisers = Optimizers(GPT(config.model), config.optim, kernels)
     optimisers.muon.orthogonal = lambda stack, normalized: stack

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pgolf.ops.registry import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 from .faults import Missing, Race
 from .machine import launch

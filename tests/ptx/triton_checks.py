@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pgolf.ops  # noqa: F401  (fills the registry)
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 from pgolf.triton_kernels import fake_quant, leaky_relu2_mlp, newton_schulz, xsa
 from pgolf.triton_kernels.launch import configs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import QuantConfig
-from pgolf.ops.fake_quant import fake_quant
+from pgolf.ops import fake_quant
 from pgolf.quant import clip_search
 from pgolf.quant.clip_search import clip_factors, quantize_rows
 from pgolf.quant.dequantize import QuantizedTensor, dequantize

@@ -14,7 +14,8 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops.registry import OPERATORS, choose, choose_all
+from pgolf.ops.choose import choose, choose_all
+from pgolf.ops.operator import OPERATORS
 from pgolf.ranks import Ranks
 from pgolf.recipes import title
 from pgolf.training import run

@@ -11,7 +11,7 @@ from pgolf.config import Config, parse_overrides, with_overrides
 from pgolf.errors import ConfigError, StorageError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.ranks import Ranks
 from pgolf.training import trainer as module

@@ -11,16 +11,15 @@ from pgolf.errors import ConfigError
 from pgolf.ops import (
     fake_quant,
     fake_quant_all,
-    leaky_relu2,
     leaky_relu2_mlp,
     newton_schulz,
-    registry,
     residual_norm,
     rms_norm,
     softcap_cross_entropy,
     xsa,
 )
-from pgolf.ops.registry import OPERATORS, choose, choose_all, parse
+from pgolf.ops.choose import VARIABLE, choose, choose_all, parse
+from pgolf.ops.operator import OPERATORS
 
 F32 = torch.float32
 
@@ -28,7 +27,7 @@ F32 = torch.float32
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Decisions are made once a process: forget them around every test."""
-    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -48,13 +47,13 @@ def test_parse() -> None:
     assert parse("reference") == dict.fromkeys(OPERATORS, "reference")
     everything = parse("triton,xsa=reference")
     assert everything["xsa"] == "reference" and everything["fake_quant"] == "triton"
-    assert "leaky_relu2" not in everything, "one word reaches those that have it"
+    assert "grad_norm" not in everything, "one word reaches those that have it"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("xas=triton", "no operator 'xas', only .*embed_smear, fake_quant"),
+        ("xas=triton", "no operator 'xas', only .*embed_smear, .*fake_quant"),
         ("xsa=tritn", "xsa has no 'tritn', only auto, reference, cpu, cuda, triton"),
         ("fast", "no operator has an implementation 'fast'"),
         ("xsa=", "xsa has no ''"),
@@ -83,16 +82,16 @@ def test_auto_on_a_dtype_that_kernels_do_not_take_is_the_reference() -> None:
 
 
 def test_the_environment_decides_what_auto_is(monkeypatch) -> None:
-    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    monkeypatch.setenv(VARIABLE, "xsa=reference")
     impl, reason = choose("xsa", "auto", "cpu", F32)
-    assert impl == "reference" and registry.VARIABLE in reason
-    assert choose("leaky_relu2", "auto", "cpu", F32).impl == "cpu"
+    assert impl == "reference" and VARIABLE in reason
+    assert choose("leaky_relu2_mlp", "auto", "cpu", F32).impl == "cpu"
     assert choose("xsa", "cpu", "cpu", F32).impl == "cpu", "what is asked for by name wins"
 
 
 def test_decided_once(monkeypatch) -> None:
     assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
-    monkeypatch.setenv(registry.VARIABLE, "xsa=reference")
+    monkeypatch.setenv(VARIABLE, "xsa=reference")
     assert choose("xsa", "auto", "cpu", F32).impl == "cpu"
 
 
@@ -190,13 +189,17 @@ REFUSED = {
     "y is torch.float8_e4m3fn: use a float dtype": lambda i: xsa(
         Y.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn), i
     ),
-    "slope=1.5: it has to be 0": lambda i: leaky_relu2(H, 1.5, impl=i),
+    "slope=1.5: it has to be 0": lambda i: leaky_relu2_mlp(H, UP, DOWN, 1.5, impl=i),
     "slope=-0.5": lambda i: leaky_relu2_mlp(H, UP, DOWN, -0.5, impl=i),
-    "slope=nan": lambda i: leaky_relu2(H, float("nan"), impl=i),
-    "the input has no dimensions": lambda i: leaky_relu2(torch.ones(()), 0.5, impl=i),
-    "rstd is (4,): for these rows it has to be (5,)": lambda i: leaky_relu2(H, 0.5, ONES, i),
-    "rstd is torch.float64: it has to be torch.float32": lambda i: leaky_relu2(
-        H, 0.5, torch.ones(5).double(), i
+    "slope=nan": lambda i: leaky_relu2_mlp(H, UP, DOWN, float("nan"), impl=i),
+    "the input has no dimensions": lambda i: leaky_relu2_mlp(
+        torch.ones(()), UP, DOWN, impl=i
+    ),
+    "rstd is (4,): for these rows it has to be (5,)": lambda i: leaky_relu2_mlp(
+        H, UP, DOWN, 0.5, ONES, i
+    ),
+    "rstd is torch.float64: it has to be torch.float32": lambda i: leaky_relu2_mlp(
+        H, UP, DOWN, 0.5, torch.ones(5).double(), i
     ),
     "w_up is (8,)": lambda i: leaky_relu2_mlp(H, UP[:, 0], DOWN, 0.5, impl=i),
     "w_up is (8, 5): with h (5, 6)": lambda i: leaky_relu2_mlp(H, UP[:, :5], DOWN, 0.5, impl=i),
@@ -261,7 +264,6 @@ def test_arguments_that_are_no_tensors(name: str, other: object) -> None:
 def test_defaults_are_the_fields_own() -> None:
     targets = torch.arange(5)
     assert torch.equal(leaky_relu2_mlp(H, UP, DOWN), leaky_relu2_mlp(H, UP, DOWN, 0.5))
-    assert torch.equal(leaky_relu2(H), leaky_relu2(H, 0.5))
     loss = softcap_cross_entropy(H, UP, targets)
     assert torch.equal(loss, softcap_cross_entropy(H, UP, targets, 30.0))
     assert torch.equal(rms_norm(H), residual_norm(H, eps=1e-6)[1])
@@ -285,7 +287,7 @@ def test_heads_beyond_a_kernels_limits(impl: str, shape: tuple, why: str) -> Non
 
 
 def test_newton_schulz_falls_back_for_a_dtype_that_kernels_do_not_iterate_in(monkeypatch) -> None:
-    monkeypatch.setenv(registry.VARIABLE, "newton_schulz=triton")
+    monkeypatch.setenv(VARIABLE, "newton_schulz=triton")
     g = torch.randn(3, 5)
     expected = newton_schulz(g, dtype=torch.float64, impl="reference")
     assert torch.equal(newton_schulz(g, dtype=torch.float64), expected)

@@ -1,0 +1,200 @@
+"""Which implementation of each operator runs: decided once, with a reason."""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pgolf.errors import ConfigError
+from pgolf.ops.operator import OPERATORS, Operator
+
+VARIABLE = "PGOLF_OPS"
+
+
+class Choice(NamedTuple):
+    """An implementation and why it was chosen."""
+
+    impl: str
+    reason: str
+
+
+def parse(text: str) -> dict[str, str]:
+    """'xsa=triton,newton_schulz=reference', or one word for all operators, as operator -> word.
+
+    Raises:
+        ConfigError: an unknown operator or implementation.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wanted: dict[str, str] = {}
+    for word in words:
+        name, equals, impl = word.partition("=")
+        if equals and name not in OPERATORS:
+            raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
+        if not equals:
+            name, impl = "", name
+        for target in [name] if name else OPERATORS:
+            known = ("auto", "reference", *OPERATORS[target].implementations)
+            if impl in known:
+                wanted[target] = impl
+            elif name:
+                raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
+        if not name and impl not in wanted.values():
+            raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")
+    return wanted
+
+
+def beyond(limits: Mapping[str, int], impl: str, size: int, what: str) -> str:
+    """Why `impl` cannot run that size, by the limit that it has in a table; '' if it can."""
+    limit = limits.get(impl, size)
+    return f"it takes at most {limit} {what}, not {size}" if size > limit else ""
+
+
+# (implementation, why it cannot run the sizes at hand), of those that cannot.
+Obstacles = tuple[tuple[str, str], ...]
+
+
+def obstacles(name: str, **sizes: Any) -> Obstacles:
+    """The implementations of an operator that cannot run these sizes."""
+    operator = OPERATORS[name]
+    each = [(impl, operator.obstacle(impl, **sizes)) for impl in operator.implementations]
+    return tuple((impl, why) for impl, why in each if why)
+
+
+def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
+    """Why `impl` cannot run these tensors here; '' if it can."""
+    found = operator.implementations.get(impl)
+    if found is None:
+        return f"there is no {impl!r}, only {', '.join(operator.implementations)}"
+    if not found.runs_on(device):
+        return f"{impl} runs on {found.device} tensors, these are on {device}"
+    if dtype not in found.dtypes:
+        return f"{impl} takes {' and '.join(map(str, found.dtypes))}, not {dtype}"
+    return found.missing()
+
+
+@functools.cache
+def choose(
+    name: str,
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    cannot: Obstacles = (),
+) -> Choice:
+    """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
+
+    'auto' is the environment's choice (PGOLF_OPS) if there is one, else the first implementation in
+    the operator's order that can run, else the reference. Decided once for each set of arguments.
+
+    Args:
+        cannot: of `obstacles`; where 'auto' is the environment's choice, it gives way to them.
+
+    Raises:
+        ValueError: an unknown implementation, or one for another device, dtype or size.
+        RuntimeError: one that this machine does not have.
+    """
+    operator, reason, asked = OPERATORS[name], "as asked", impl
+    unable = dict(cannot)
+    if impl == "auto":
+        impl = parse(os.environ.get(VARIABLE, "")).get(name, "auto")
+        reason = f"{VARIABLE} asks for it"
+    if impl == "reference":
+        return Choice(impl, reason)
+    if impl != "auto":
+        problem = _problem(operator, impl, device, dtype)
+        if not problem and impl in unable and asked == "auto":
+            return Choice("reference", f"{reason}: {impl}: {unable[impl]}")
+        problem = problem or unable.get(impl, "")
+        if problem:
+            here = operator.implementations.get(impl)
+            kind = RuntimeError if here and problem == here.missing() else ValueError
+            raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
+        return Choice(impl, reason)
+    rejected = []
+    order = operator.preferred.get(device, ())
+    if compiled:
+        order = operator.preferred.get(f"{device} compiled", order)
+    for candidate, why in order:
+        if candidate == "reference":
+            return Choice(candidate, why)
+        problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)
+        if not problem:
+            return Choice(candidate, why)
+        rejected.append(f"{candidate}: {problem}")
+    return Choice("reference", "; ".join(rejected) or f"nothing faster is known on {device}")
+
+
+def choose_all(
+    text: str,
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    sizes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Choice]:
+    """The choice of every operator for a run, whose model torch.compile compiles or not.
+
+    Args:
+        sizes: by operator, what its `obstacle` takes; one that is not named has no obstacle.
+
+    Raises:
+        ConfigError: `text` is malformed, or asks for what cannot run here.
+    """
+    wanted = parse(text)
+    cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in OPERATORS}
+    try:
+        return {
+            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n])
+            for n in OPERATORS
+        }
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles
+) -> str:
+    return choose(name, impl, device, dtype, compiled, cannot).impl
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms what runs now, or tensors may carry tangents."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _under_a_transform(name: str, impl: str) -> str:
+    if OPERATORS[name].mutates:
+        raise RuntimeError(
+            f"{name}: it changes {', '.join(OPERATORS[name].mutates)} in place, which torch.func "
+            "and forward-mode derivatives cannot follow: call it outside of them"
+        )
+    if impl in ("auto", "reference"):
+        return "reference"
+    raise RuntimeError(
+        f"{name}: impl={impl}: kernels know neither torch.func (grad, jvp, vmap) nor forward-mode "
+        "derivatives: use impl='reference'"
+    )
+
+
+def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
+    """The implementation that runs for `tensor`; a constant under torch.compile.
+
+    Under torch.func and in forward mode, of which kernels know nothing, 'auto' is the reference.
+
+    Args:
+        sizes: what the operator's `obstacle` takes.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`; RuntimeError: kernels were asked for there.
+    """
+    if transformed():
+        return _under_a_transform(name, impl)
+    if impl == "reference":
+        return impl
+    compiled = torch.compiler.is_compiling()
+    cannot = obstacles(name, **sizes)
+    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled, cannot)

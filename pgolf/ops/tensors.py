@@ -1,0 +1,56 @@
+"""What operators ask of their tensors before a kernel sees them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_in(argument: Any) -> tuple[Tensor, ...]:
+    """The tensors of an argument that is one, or a list of them; none for anything else."""
+    if isinstance(argument, Tensor):
+        return (argument,)
+    items = argument if isinstance(argument, list | tuple) else ()
+    return tuple(t for t in items if isinstance(t, Tensor))
+
+
+def check_alike(operator: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have one floating dtype and lie on one device."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    (first, head), *others = given.items()
+    if not head.is_floating_point() or head.itemsize == 1:  # torch computes nothing in float8
+        raise ValueError(f"{operator}: {first} is {head.dtype}: use a float dtype, 16 bits or more")
+    for name, t in others:
+        if t.dtype != head.dtype:
+            raise ValueError(
+                f"{operator}: {name} is {t.dtype} and {first} is {head.dtype}: cast one of them"
+            )
+        if t.device != head.device:
+            raise ValueError(
+                f"{operator}: {name} is on {t.device} and {first} on {head.device}: move one"
+            )
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """t, copied if its last dimension is strided; `contiguous` keeps strides of empty tensors."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """They, packed, where they are there."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in for elements of that dtype: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Where they lie, as the compiled half takes them; 0 for what is not there."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of the elements of these tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
