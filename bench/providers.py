@@ -8,6 +8,7 @@ from bench.cases import DTYPES, Case, Function
 from bench.peers import PEERS, Peer
 from pgolf.errors import PgolfError
 from pgolf.ops import registry
+from pgolf.ops.testing import kernel
 
 EAGER, COMPILED = "eager", "compiled"
 KERNELS = ("cpu", "triton", "cuda")
@@ -84,4 +85,4 @@ def _kernel(name: str, case: Case) -> Callable:
         registry.choose(case.operator.name, name, device, dtype)
     except (ValueError, RuntimeError) as e:
         raise Unavailable(str(e)) from None
-    return lambda *args, **kwargs: case.operator.call(*args, **kwargs, impl=name)
+    return kernel(case.operator, name)

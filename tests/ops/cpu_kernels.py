@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.registry import OPERATORS
+from pgolf.ops.testing import Call, kernel
 
-from .cases import Call
+from .cases import small
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -21,10 +22,6 @@ PATTERN = 0xA5
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 class Output:
@@ -242,8 +239,9 @@ def samples(kernels, threads: int) -> list[Tensor]:
         results += fake_quant(kernels, pre, factor, 6, threads=threads)
         results += [fake_quant_backward(kernels, dpost, pre, results[-1], 6, threads=threads)]
         for name in ROW_OPERATORS:
-            small = [s for s in OPERATORS[name].samples() if not s.bench]
-            results += [t for s in small for t in Call(OPERATORS[name], s, dtype).run("cpu")]
+            run = kernel(OPERATORS[name], "cpu")
+            calls = [Call.of(OPERATORS[name], s, dtype) for s in small(OPERATORS[name])]
+            results += [t for call in calls for t in call.run(run)]
         grid, scale = (factor, 5, True), randn(701, dtype=wide(dtype))
         out, step = weight_cast(kernels, pre, BF16, scale, grid, threads=threads)
         grid, dout = (step, 5, True), dpost.to(BF16)
