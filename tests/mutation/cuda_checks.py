@@ -20,7 +20,7 @@ from ..ops import test_multi_tensor, test_weight_cast
 from ..ops import test_operators as t
 from ..ops import test_softcap_cross_entropy as loss
 from ..ops.cases import is_empty, small, takes
-from ..ops.guards import guarded
+from ..ops.guards import GuardZones
 
 # The operators that launch a file's kernels, where that is not the one of the file's name.
 LAUNCHED_BY: dict[str, tuple[str, ...]] = {}
@@ -49,7 +49,7 @@ def accuracy(operator: Operator) -> None:
             # What works in place alone allocates nothing, and neither does what is empty.
             allocates = operator.name != "param_update"
             allocates &= not is_empty(Call.of(operator, sample, dtype))
-            with guarded() if allocates else contextlib.nullcontext():
+            with GuardZones(scratch=True) if allocates else contextlib.nullcontext():
                 t.test_accuracy(operator, "cuda", sample, dtype)
 
 

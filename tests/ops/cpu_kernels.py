@@ -9,14 +9,13 @@ from pgolf.ops.registry import OPERATORS
 from pgolf.ops.testing import Call, kernel
 
 from .cases import small
+from .guards import GuardZones
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # Called through their Python side; tests of their own compare numbers of threads.
 ROW_OPERATORS = ("embed_smear", "qk_rope", "residual_norm")
-GUARD = 64  # elements on either side of an output
-PATTERN = 0xA5
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -25,22 +24,15 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 class Output:
-    """A contiguous tensor amid guard zones, full of a pattern that no kernel writes.
-
-    It starts on a cache line, or `offset` elements later.
-    """
+    """A contiguous tensor amid guard zones that starts on a cache line, or `offset` later."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
-        size = torch.Size(shape).numel()
-        self.buffer = torch.empty(size + 2 * GUARD + offset, dtype=dtype)
-        self.buffer.view(torch.uint8).fill_(PATTERN)
-        self.before, inside, self.after = self.buffer.split([GUARD + offset, size, GUARD])
-        self.tensor = inside.view(shape)
+        self.zones = GuardZones()
+        self.tensor = self.zones.tensor(shape, dtype, offset=offset)
 
     def result(self) -> Tensor:
         """What was written, once the guards are seen to hold."""
-        zones = torch.cat([self.before, self.after])
-        assert (zones.view(torch.uint8) == PATTERN).all(), "written outside of the output"
+        self.zones.check()
         return self.tensor
 
 
