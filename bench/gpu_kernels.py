@@ -3,31 +3,12 @@
     compute-sanitizer --tool memcheck python -m bench.gpu_kernels
 """
 
-import inspect
 import sys
 
 import torch
 
-from bench.arguments import as_tuple, with_tensors
-from pgolf.ops.operator import OPERATORS, Operator, Sample
-
-
-def run_once(operator: Operator, impl: str, sample: Sample, dtype: torch.dtype, device: str):
-    """Forward, and backward where there is one. What the operator changes in place is a copy."""
-    args, named = sample.build(torch.device(device), dtype)
-    arguments = dict(inspect.signature(operator.call).bind(*args, **named).arguments)
-    for name in operator.mutates:
-        if name in arguments:
-            arguments[name] = with_tensors(arguments[name], torch.clone)
-    leaves = []
-    for name in operator.differentiable:
-        if arguments.get(name) is not None:
-            arguments[name] = arguments[name].detach().requires_grad_()
-            leaves.append(arguments[name])
-    results = as_tuple(operator.call(**arguments, impl=impl))
-    if leaves:
-        wanted = [t for t in results if t.requires_grad]
-        torch.autograd.grad(wanted, leaves, [torch.ones_like(t) for t in wanted])
+from pgolf.ops.operator import OPERATORS
+from pgolf.ops.testing import Call, kernel
 
 
 def run_all(device: str) -> int:
@@ -42,7 +23,8 @@ def run_all(device: str) -> int:
             for sample in operator.samples():
                 if not sample.bench:
                     for dtype in implementation.dtypes:
-                        run_once(operator, impl, sample, dtype, device)
+                        call = Call.of(operator, sample, dtype, torch.device(device))
+                        call.run(kernel(operator, impl))
                         calls += 1
     return calls
 

@@ -10,6 +10,7 @@ from pgolf.device import DTYPES
 from pgolf.errors import PgolfError
 from pgolf.ops.choose import choose
 from pgolf.ops.operator import Operator
+from pgolf.ops.testing import kernel
 
 EAGER, COMPILED = "eager", "compiled"
 KERNELS = ("cpu", "triton", "cuda")
@@ -86,4 +87,4 @@ def _kernel(name: str, case: Case) -> Callable:
         choose(case.operator.name, name, device, dtype)
     except (ValueError, RuntimeError) as e:
         raise Unavailable(str(e)) from None
-    return lambda *args, **kwargs: case.operator.call(*args, **kwargs, impl=name)
+    return kernel(case.operator, name)

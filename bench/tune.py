@@ -21,7 +21,9 @@ import torch
 from bench import cases, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
-from pgolf.ops.operator import OPERATORS, Operator
+from pgolf.ops.operator import OPERATORS, Sample
+from pgolf.ops.testing import Call, Function
+from pgolf.ops.testing import kernel as kernel_of
 from pgolf.triton_kernels import launch as launches
 from pgolf.triton_kernels.launch import Config, Launch
 
@@ -101,7 +103,7 @@ def tune(
     for name in names:
         for dtype in dtypes:
             samples = [sample for sample in OPERATORS[name].samples() if sample.bench]
-            built = [_Checked(cases.build(OPERATORS[name], s, device, dtype)) for s in samples]
+            built = [_checked(name, sample, device, dtype) for sample in samples]
             with own_table() as table:
                 faster = walk_all(table, built, timer)
             _write(faster, device_name, dry_run)
@@ -122,23 +124,17 @@ def own_table() -> Iterator[Table]:
         launches.configs = original
 
 
-class _Checked:
-    """A case with what its results have to be."""
+class _Checked(NamedTuple):
+    """A case, and the kernels that have to compute it rightly."""
 
-    def __init__(self, case: cases.Case):
-        self.case = case
-        self.operator: Operator = case.operator
-        self.exact = cases.truth(case)
-        self.yardstick = cases.results(case, case.operator.reference)
+    call: Call
+    function: Function
 
-    def run(self) -> cases.Results:
-        def kernel(*args, **kwargs):
-            return self.operator.call(*args, **kwargs, impl="triton")
 
-        return cases.results(self.case, kernel)
-
-    def wrong(self) -> str:
-        return cases.wrong(self.run(), self.yardstick, self.exact, self.case.outputs)
+def _checked(name: str, sample: Sample, device: torch.device, dtype: str) -> _Checked:
+    operator = OPERATORS[name]
+    call = Call.of(operator, sample, cases.DTYPES[dtype], device, contiguous=True)
+    return _Checked(call, kernel_of(operator, "triton"))
 
 
 def walk_all(table: Table, built: list[_Checked], timer: Timer) -> list[Tuned]:
@@ -171,7 +167,7 @@ def _rows_of(table: Table, checked: _Checked) -> set[tuple[str, int]]:
         launch()
 
     with launches.intercepted(handler):
-        checked.run()
+        checked.call.run(checked.function)
     return rows
 
 
@@ -213,7 +209,7 @@ def _milliseconds(config: Config, users: list[_Checked], timer: Timer) -> float:
     for checked in users:
         try:
             with launches.intercepted(handler):
-                problem = checked.wrong()
+                problem = checked.call.problem(checked.function)
         except Exception as e:  # too large for the device, or not what the kernel is written for
             print(f"    {type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}")
             return math.inf

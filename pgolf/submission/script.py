@@ -53,8 +53,11 @@ TRAINING = (
     "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
     "pgolf.triton_kernels.*",
 )  # fmt: skip
-# Operators that a script never runs: they have kernels in the compiled half only.
-LEFT_OUT = {"pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update"}
+# What a script never runs: operators with kernels in the compiled half only, and tests of any.
+LEFT_OUT = {
+    "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
+    "pgolf.ops.testing",
+}  # fmt: skip
 
 # bzip2 is in Python itself, and 1.6 % smaller than raw lzma here; brotli would take 1 % less
 # again, for one more library to install.

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 if not interpreting():
     pytest.skip("Triton kernels are not interpreted here", allow_module_level=True)
 
-from bench import cases, tune  # noqa: E402
+from bench import tune  # noqa: E402
+from pgolf.ops.testing import Call  # noqa: E402
 from pgolf.triton_kernels import launch as launches  # noqa: E402
 from pgolf.triton_kernels.launch import Launch  # noqa: E402
 
@@ -73,8 +74,7 @@ def test_the_walk_ends_at_the_fastest_and_writes_only_its_rows(table, capsys) ->
 
 
 def test_later_rows_are_tuned_with_the_best_of_earlier_ones(table) -> None:
-    xsa = OPERATORS["xsa"]
-    checked = tune._Checked(cases.build(xsa, xsa.samples()[0], CPU, "fp32"))
+    checked = tune._checked("xsa", OPERATORS["xsa"].samples()[0], CPU, "fp32")
     with tune.own_table() as own:
         for one in tune.walk_all(own, [checked], best_at(pairs=8, warps=4)):
             assert own[one.kernel][one.row] is one.after
@@ -99,18 +99,18 @@ def test_a_dry_run_writes_nothing(table, capsys) -> None:
 
 def test_wrong_and_failing_configurations_are_passed_over(table, monkeypatch, capsys) -> None:
     """8 warps give wrong results and blocks of 8 fail, though both are said to be fast."""
-    judge = cases.wrong
+    judge = Call.problem
 
-    def wrong(*results) -> str:
+    def problem(*of) -> str:
         rows = launches.configs()["xsa_forward_kernel"]
-        return "too many warps" if rows[ROW].num_warps == 8 else judge(*results)
+        return judge(*of) or "too many warps" * (rows[ROW].num_warps == 8)
 
     def timer(launch: Launch) -> float:
         if launch.config.blocks["BLOCK_PAIRS"] == 8 and "dz" not in launch.arguments:
             raise RuntimeError("out of resources")
         return best_at(pairs=8, warps=8)(launch)
 
-    monkeypatch.setattr(cases, "wrong", wrong)
+    monkeypatch.setattr(Call, "problem", problem)
     assert go(timer) == 0
     row = json.loads(table.read_text())[KERNEL][ROW]
     assert row["num_warps"] == 4 and row["blocks"] == {"BLOCK_PAIRS": 16}
@@ -119,7 +119,7 @@ def test_wrong_and_failing_configurations_are_passed_over(table, monkeypatch, ca
 
 
 def test_a_row_that_is_wrong_itself_is_an_error(table, monkeypatch) -> None:
-    monkeypatch.setattr(cases, "wrong", lambda *results: "all of it")
+    monkeypatch.setattr(Call, "problem", lambda *of: of[0].run(of[1]) and "all of it")
     with pytest.raises(PgolfError, match=r"xsa_\w+_kernel\[2\] itself is wrong"):
         go(best_at(4, 8))
     assert launches.configs()[KERNEL][ROW].blocks == {"BLOCK_PAIRS": 16}

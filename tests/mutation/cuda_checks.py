@@ -14,12 +14,13 @@ import torch
 from pgolf.ops import grad_norm, param_update, xsa
 from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.operator import OPERATORS, Operator, Sample
+from pgolf.ops.testing import Call, Function
 
 from ..ops import test_multi_tensor, test_weight_cast
 from ..ops import test_operators as t
 from ..ops import test_softcap_cross_entropy as loss
-from ..ops.cases import Call, is_empty, takes
-from ..ops.guards import guarded
+from ..ops.cases import is_empty, small, takes
+from ..ops.guards import GuardZones
 
 # The operators that launch a file's kernels, where that is not the one of the file's name.
 LAUNCHED_BY: dict[str, tuple[str, ...]] = {}
@@ -36,9 +37,9 @@ def checks_of(kernel: str) -> list[Callable[[], None]]:
 
 
 def small_samples(operator: Operator) -> Iterator[tuple[Sample, torch.dtype]]:
-    for sample in operator.samples():
+    for sample in small(operator):
         for dtype in (torch.float32, torch.bfloat16):
-            if not sample.bench and takes(operator, "cuda", dtype):
+            if takes(operator, "cuda", dtype):
                 yield sample, dtype
 
 
@@ -46,15 +47,16 @@ def accuracy(operator: Operator) -> None:
     with known_references():
         for sample, dtype in small_samples(operator):
             # What works in place alone allocates nothing, and neither does what is empty.
-            allocates = operator.name != "param_update" and not is_empty(sample)
-            with guarded() if allocates else contextlib.nullcontext():
+            allocates = operator.name != "param_update"
+            allocates &= not is_empty(Call.of(operator, sample, dtype))
+            with GuardZones(scratch=True) if allocates else contextlib.nullcontext():
                 t.test_accuracy(operator, "cuda", sample, dtype)
 
 
 def edges(operator: Operator) -> None:
     for sample, dtype in small_samples(operator):
-        if dtype is torch.float32 and not is_empty(sample):
-            t.test_nan_is_not_hidden(operator, "cuda", sample)
+        if dtype is torch.float32 and not is_empty(Call.of(operator, sample, dtype)):
+            t.test_contract(operator, "cuda", sample)
             if len(operator.differentiable) > 1:
                 t.test_any_subset_of_gradients(operator, "cuda", sample)
 
@@ -63,12 +65,13 @@ def known_references() -> mock._patch:
     """Results of references are computed by the first who asks, before there are any mutants."""
     run = Call.run
 
-    def remembered(call: Call, impl: str) -> list[torch.Tensor]:
-        if impl != "reference":
-            return run(call, impl)
-        key = (call.operator.name, repr(sorted(map(_described, call.arguments.items()))))
+    def remembered(call: Call, function: Function) -> list[torch.Tensor]:
+        if function is not call.reference:
+            return run(call, function)
+        seen = sorted(map(_described, call.arguments.items()))
+        key = (call.reference.__module__, repr(seen), repr(call.upstream([torch.ones(2)])))
         if key not in _REFERENCES:
-            _REFERENCES[key] = run(call, impl)
+            _REFERENCES[key] = run(call, function)
         return _REFERENCES[key]
 
     return mock.patch.object(Call, "run", remembered)

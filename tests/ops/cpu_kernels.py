@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.operator import OPERATORS
+from pgolf.ops.testing import Call, kernel
 
-from .cases import Call
+from .cases import small
+from .guards import GuardZones
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # Called through their Python side; tests of their own compare numbers of threads.
 ROW_OPERATORS = ("embed_smear", "qk_rope", "residual_norm")
-GUARD = 64  # elements on either side of an output
-PATTERN = 0xA5
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -23,27 +23,16 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 class Output:
-    """A contiguous tensor amid guard zones, full of a pattern that no kernel writes.
-
-    It starts on a cache line, or `offset` elements later.
-    """
+    """A contiguous tensor amid guard zones that starts on a cache line, or `offset` later."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
-        size = torch.Size(shape).numel()
-        self.buffer = torch.empty(size + 2 * GUARD + offset, dtype=dtype)
-        self.buffer.view(torch.uint8).fill_(PATTERN)
-        self.before, inside, self.after = self.buffer.split([GUARD + offset, size, GUARD])
-        self.tensor = inside.view(shape)
+        self.zones = GuardZones()
+        self.tensor = self.zones.tensor(shape, dtype, offset=offset)
 
     def result(self) -> Tensor:
         """What was written, once the guards are seen to hold."""
-        zones = torch.cat([self.before, self.after])
-        assert (zones.view(torch.uint8) == PATTERN).all(), "written outside of the output"
+        self.zones.check()
         return self.tensor
 
 
@@ -242,8 +231,9 @@ def samples(kernels, threads: int) -> list[Tensor]:
         results += fake_quant(kernels, pre, factor, 6, threads=threads)
         results += [fake_quant_backward(kernels, dpost, pre, results[-1], 6, threads=threads)]
         for name in ROW_OPERATORS:
-            small = [s for s in OPERATORS[name].samples() if not s.bench]
-            results += [t for s in small for t in Call(OPERATORS[name], s, dtype).run("cpu")]
+            run = kernel(OPERATORS[name], "cpu")
+            calls = [Call.of(OPERATORS[name], s, dtype) for s in small(OPERATORS[name])]
+            results += [t for call in calls for t in call.run(run)]
         grid, scale = (factor, 5, True), randn(701, dtype=wide(dtype))
         out, step = weight_cast(kernels, pre, BF16, scale, grid, threads=threads)
         grid, dout = (step, 5, True), dpost.to(BF16)

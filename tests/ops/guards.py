@@ -1,37 +1,128 @@
-"""Guard zones around what launchers allocate: a kernel that writes beyond its outputs is seen."""
+"""Guard zones: tensors with watched memory around them, what launchers allocate included.
+
+It is seen where a kernel writes or reads outside of them, or leaves an element unwritten.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-GUARD = 256  # bytes on either side
-PATTERN = 0xFF  # NaN as a number of any float type: what is read from a zone shows, too
+ZONE = 4096  # bytes before and after; keeps the 16-byte alignment that TMA descriptors ask for
+NAN_BYTE = 0xFF  # a number of these bytes is NaN in every float type: what leaks in shows up
+UNWRITTEN_BYTE = 0x7F  # 3.4e38 in bfloat16 and float32: what a kernel forgot to write shows up
 
 
-@contextlib.contextmanager
-def guarded() -> Iterator[list[Tensor]]:
-    """Inside, `new_empty` gives tensors amid zones full of a pattern, which is checked at the end.
+@dataclass
+class _Zone:
+    tensor: Tensor
+    memory: Tensor  # (bytes,) around the tensor and between its rows
+    inside: Tensor  # (bytes,) bool: the tensor's own elements
+    byte: int
+    fresh: bool
 
-    Yields the list of what was allocated: whole buffers as bytes.
+    def complaint(self, scratch: bool) -> str | None:
+        what = f"{tuple(self.tensor.shape)} {self.tensor.dtype} with strides {self.tensor.stride()}"
+        spoilt = (self.memory != self.byte) & ~self.inside
+        if spoilt.any():
+            first = int(spoilt.nonzero()[0])
+            return f"{int(spoilt.sum())} bytes written outside of {what}, the first {first - ZONE}"
+        if self.fresh and not scratch and self.tensor.numel():
+            size = self.tensor.element_size()
+            elements = self.memory[self.inside].view(-1, size)
+            unwritten = int((elements == self.byte).all(1).sum())
+            if unwritten:
+                return f"{unwritten} elements of the output {what} were not written"
+        return None
+
+
+@dataclass
+class GuardZones:
+    """Tensors inside watched memory.
+
+        with GuardZones() as zones:
+            y = zones.input(data)
+            z = launcher(y)  # its torch.empty and new_empty give guarded, poisoned memory
+
+    On leaving, AssertionError if a byte outside of a tensor's elements has changed, an element of
+    an output is unwritten, an input has changed, or nothing was allocated. Where some of it is
+    `scratch`, which a kernel need not fill, elements may stay unwritten.
     """
-    buffers: list[Tensor] = []
-    new_empty = Tensor.new_empty
 
-    def amid_zones(self: Tensor, *size, dtype: torch.dtype | None = None, **named) -> Tensor:
-        if self.device.type != "cpu" or type(self) is not Tensor:
-            return new_empty(self, *size, dtype=dtype or self.dtype, **named)
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        dtype = dtype or self.dtype
-        nbytes = shape.numel() * dtype.itemsize
-        buffer = torch.full((nbytes + 2 * GUARD,), PATTERN, dtype=torch.uint8)
-        buffers.append(buffer)
-        return buffer[GUARD : GUARD + nbytes].view(dtype).view(shape)
+    scratch: bool = False
+    zones: list[_Zone] = field(default_factory=list)
+    inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    with mock.patch.object(Tensor, "new_empty", amid_zones):
-        yield buffers
-    assert buffers, "nothing was allocated"
-    for buffer in buffers:
-        assert (buffer[:GUARD] == PATTERN).all() and (buffer[-GUARD:] == PATTERN).all()
+    def tensor(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        strides: Sequence[int] | None = None,
+        byte: int = UNWRITTEN_BYTE,
+        fresh: bool = True,
+        offset: int = 0,
+    ) -> Tensor:
+        """An unwritten tensor with these strides (elements), in memory filled with `byte`.
+
+        It starts on a cache line, or `offset` elements later.
+        """
+        if strides is None:
+            strides = torch.empty(tuple(shape), device="meta").stride()
+        size = dtype.itemsize
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        span = 0 if 0 in shape else (last + 1) * size
+        memory = torch.full((2 * ZONE + math.ceil(span / 16) * 16,), byte, dtype=torch.uint8)
+        first = ZONE + offset * size
+        elements = memory[first : first + math.ceil(span / 16) * 16].view(dtype)
+        inside = torch.zeros(memory.shape, dtype=torch.bool)
+        marks = inside[first : first + span].view(-1, size)
+        marks.as_strided((*shape, size), [*(s * size for s in strides), 1]).fill_(True)
+        tensor = elements.as_strided(tuple(shape), tuple(strides))
+        self.zones.append(_Zone(tensor, memory, inside, byte, fresh))
+        return tensor
+
+    def input(self, data: Tensor) -> Tensor:
+        """A copy of `data`, same strides, with NaN (integers: -1) around it and in its gaps."""
+        tensor = self.tensor(data.shape, data.dtype, data.stride(), NAN_BYTE, fresh=False)
+        once = tuple(slice(0, 1 if stride == 0 else None) for stride in data.stride())
+        tensor[once].copy_(data[once])  # an expanded tensor is not written as a whole
+        self.inputs.append((tensor, data.clone()))
+        return tensor
+
+    def check(self) -> None:
+        for zone in self.zones:
+            complaint = zone.complaint(self.scratch)
+            assert complaint is None, complaint
+        for tensor, before in self.inputs:
+            torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+        assert any(zone.fresh for zone in self.zones), "no output was allocated"
+
+    def __enter__(self) -> "GuardZones":
+        empty, new_empty = torch.empty, Tensor.new_empty
+
+        def guarded(*size: Any, dtype: torch.dtype | None = None, **named: Any) -> Tensor:
+            size = size or (named.pop("size"),)
+            if named.get("device") not in (None, "cpu", torch.device("cpu")):
+                return empty(*size, dtype=dtype, **named)
+            shape = size[0] if isinstance(size[0], Sequence) else size
+            return self.tensor(tuple(shape), dtype or torch.get_default_dtype())
+
+        def like(tensor: Tensor, *size: Any, dtype: torch.dtype | None = None, **named: Any):
+            if tensor.device.type != "cpu" or type(tensor) is not Tensor:
+                return new_empty(tensor, *size, dtype=dtype or tensor.dtype, **named)
+            return guarded(*size, dtype=dtype or tensor.dtype, **named)
+
+        self._patches = contextlib.ExitStack()
+        self._patches.enter_context(mock.patch.object(torch, "empty", guarded))
+        self._patches.enter_context(mock.patch.object(Tensor, "new_empty", like))
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._patches.close()
+        if kind is None:
+            self.check()

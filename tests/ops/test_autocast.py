@@ -1,59 +1,49 @@
 """One rule under autocast for all implementations, and inputs at the edge of their dtypes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
-from bench.arguments import as_tuple
 from pgolf.ops import leaky_relu2_mlp, newton_schulz, residual_norm, softcap_cross_entropy, xsa
 from pgolf.ops.inputs import autocasting
-from pgolf.ops.operator import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator
+from pgolf.ops.testing import as_tuple, kernel
 
-from .cases import Call, cases, floating_in, gradients, implementations, is_empty, over, takes
+from .cases import each, every_implementation, first_call, floating_in, implementations, takes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MATMULS = {"leaky_relu2_mlp": ("h", "w_up", "w_down"), "softcap_cross_entropy": ("x", "w")}
-
-
-def one_each() -> list:
-    """A sample with elements for every operator and implementation, the reference too."""
-    found = {}
-    for p in cases(with_reference=True):
-        operator, impl, sample = p.values
-        if not is_empty(sample):
-            found.setdefault((operator.name, impl), p)
-    return list(found.values())
 
 
 def autocast(enabled: bool = True, dtype: torch.dtype = BF16) -> torch.autocast:
     return torch.autocast("cpu", dtype, enabled=enabled)
 
 
-@over(one_each())
-def test_forward_under_autocast(operator: Operator, impl: str, sample: Sample) -> None:
+@every_implementation(with_reference=True)
+def test_forward_under_autocast(operator: Operator, impl: str) -> None:
     """To the bit what the operator gives for arguments that were cast before."""
-    call, cast = (Call(operator, sample, F32) for _ in range(2))
-    for name in MATMULS.get(operator.name, ()):
-        cast.arguments[name] = cast.arguments[name].to(BF16)
+    call, run = first_call(operator), kernel(operator, impl)
+    names = MATMULS.get(operator.name, ())
+    cast = call.with_arguments({name: call.arguments[name].to(BF16) for name in names})
     with autocast():
-        got = as_tuple(call.on(*call.leaves(), impl=impl))
-    for mine, wanted in zip(got, as_tuple(cast.on(*cast.leaves(), impl=impl)), strict=True):
+        got = as_tuple(call.on(run, *call.leaves()))
+    for mine, wanted in zip(got, as_tuple(cast.on(run, *cast.leaves())), strict=True):
         assert mine.dtype is wanted.dtype and torch.equal(mine, wanted)
 
 
-@over(p for p in one_each() if p.values[0].differentiable and p.values[1] != "reference")
+@every_implementation(differentiable=True)
 @pytest.mark.parametrize("inside", [False, True])
-def test_backward_under_autocast(
-    operator: Operator, impl: str, sample: Sample, inside: bool
-) -> None:
+def test_backward_under_autocast(operator: Operator, impl: str, inside: bool) -> None:
     """Autocast around the backward pass changes no bit of a gradient, whose dtype is its leaf's."""
-    call = Call(operator, sample, F32)
+    call = first_call(operator)
     leaves = call.leaves()
     with autocast(inside):
-        out = call.on(*leaves, impl=impl)
+        out = call.on(kernel(operator, impl), *leaves)
     with autocast():
-        under = gradients(out, leaves, retain_graph=True)
-    for mine, theirs, leaf in zip(under, gradients(out, leaves), leaves, strict=True):
+        under = call.gradients(out, leaves, retain_graph=True)
+    for mine, theirs, leaf in zip(under, call.gradients(out, leaves), leaves, strict=True):
         assert mine.dtype is leaf.dtype and torch.equal(mine, theirs)
 
 
@@ -117,38 +107,38 @@ def in_any_dtype() -> list:
     """Every dtype that an implementation takes; the reference takes fp16 too."""
     return [
         pytest.param(*p.values, dtype, id=f"{p.id}-{str(dtype).removeprefix('torch.')}")
-        for p in one_each()
+        for p in each(with_reference=True)
         for dtype in (F32, BF16, F16, torch.float64)
-        if takes(*p.values[:2], dtype)
+        if takes(*p.values, dtype)
         and not (dtype is F16 and not p.values[0].differentiable)
         and not (p.values[0].mutates and p.values[1] != "reference" and dtype is torch.float64)
     ]
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize(("operator", "impl", "sample", "dtype"), in_any_dtype())
+@pytest.mark.parametrize(("operator", "impl", "dtype"), in_any_dtype())
 @pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
 def test_finite_where_the_truth_is(
-    operator: Operator, impl: str, sample: Sample, dtype: torch.dtype, fill: str, cast: bool
+    operator: Operator, impl: str, dtype: torch.dtype, cast: bool
 ) -> None:
     """Of every differentiable argument in turn that is 0, the least of its dtype, or large."""
-    for name in Call(operator, sample, dtype).wanted or [None]:
-        if name == "rstd":  # which may not be 0, and is a product with what is large
-            continue
-        call = Call(operator, sample, dtype)
-        name = name or next(n for n, a in call.arguments.items() if floating_in(a))
-        call.arguments[name] = filled(call.arguments[name], fill)
-        truth = call.in_double().run("reference")
+    call = first_call(operator, dtype)
+    # rstd may not be 0, and is a product with what is large
+    names = [n for n in call.wanted if n != "rstd"]
+    names = names or [next(n for n, a in call.arguments.items() if floating_in(a))]
+    for name, fill in itertools.product(names, FILLS):
+        hit = call.with_arguments({name: filled(call.arguments[name], fill)})
+        double = hit.in_double()
+        truth = double.run(double.reference)
         with autocast(cast):
-            out = call.on(*(leaves := call.leaves()), impl=impl)
+            out = hit.on(kernel(operator, impl), *(leaves := hit.leaves()))
         got = [t.detach() for t in as_tuple(out)]
-        got += gradients(out, leaves) if leaves else ()
+        got += hit.gradients(out, leaves) if leaves else ()
         for mine, exact in zip(got, truth, strict=True):
             least = BF16 if cast and dtype is F32 else mine.dtype
             fits = exact.double().abs() < 0.1 * min(torch.finfo(t).max for t in (
                 [least, dtype] if mine.is_floating_point() else [dtype]
             ))  # fmt: skip
-            assert mine[fits].isfinite().all(), name
+            assert mine[fits].isfinite().all(), (name, fill)
 
 
 def filled(argument, fill: str):

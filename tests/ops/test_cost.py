@@ -9,10 +9,11 @@ import torch
 
 from pgolf.ops.operator import OPERATORS, Operator, Sample, Work
 from pgolf.ops.tensors import nbytes
+from pgolf.ops.testing import Call, kernel
 from pgolf.triton_kernels.launch import Launch, intercepted
 
 from ..triton.interpreter import repair, touched
-from .cases import Call, cases, is_empty, over
+from .cases import cases, is_empty, over, small
 
 repair()
 
@@ -23,11 +24,12 @@ class Traffic:
     """Bytes read and written: of launches, the addresses; of matmuls, operands and results."""
 
     def __init__(self) -> None:
-        self.read = self.written = 0
+        self.read = self.written = self.launches = 0
 
     def launch(self, launch: Launch) -> None:
         with touched() as t:
             launch()
+        self.launches += 1
         self.read += t.read_bytes
         self.written += t.written_bytes
 
@@ -45,29 +47,25 @@ class Traffic:
             yield
 
 
-def triton_cases() -> list:
-    """Without empty ones: nothing is launched for them, whatever scalars and weights they have."""
-    return [p for p in cases() if p.values[1] == "triton" and not is_empty(p.values[2])]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@over(triton_cases())
+@over(p for p in cases() if p.values[1] == "triton")
 def test_least_bytes_are_those_that_are_touched(
     operator: Operator, impl: str, sample: Sample, dtype: torch.dtype
 ) -> None:
     """Launch by launch in the interpreter, every address once a launch.
 
     The least may leave out what a kernel keeps for itself between two launches, such as partial
-    sums: written once, read once, a number or two a row at most.
+    sums: written once, read once, a number or two a row at most. Nothing is launched for what is
+    empty, whatever scalars and weights it has.
     """
-    call = Call(operator, sample, dtype)
+    call = Call.of(operator, sample, dtype)
     # rowdot(h, dh) for rstd is a pointwise pass that belongs to no kernel of the operator
     call.wanted = [n for n in call.wanted if n != "rstd"]
     leaves = call.leaves()
     passes = []
     forward = Traffic()
     with forward.counted():
-        out = call.on(*leaves, impl=impl)
+        out = call.on(kernel(operator, impl), *leaves)
     passes.append(forward)
     if leaves:
         upstream = torch.ones_like(out)
@@ -75,6 +73,9 @@ def test_least_bytes_are_those_that_are_touched(
         with backward.counted():
             torch.autograd.grad(out, leaves, upstream)
         passes.append(backward)
+    if is_empty(call):
+        assert not sum(traffic.launches for traffic in passes)
+        return
     for traffic, least in zip(passes, operator.cost(**call.arguments), strict=False):
         if not traffic.read and "dtype" in call.arguments:
             continue  # a gradient that is a cast is torch's
@@ -90,12 +91,11 @@ def test_least_bytes_are_those_that_are_touched(
 def test_least_bytes_are_inputs_outputs_and_saved_tensors(name: str) -> None:
     """A single pass reads every input once and writes what comes out and what is kept."""
     operator = OPERATORS[name]
-    small = [s for s in operator.samples() if not s.bench and not is_empty(s)]
-    for sample in small:
-        call = Call(operator, sample, torch.float32)
+    calls = [Call.of(operator, sample, torch.float32) for sample in small(operator)]
+    for call in (c for c in calls if not is_empty(c)):
         inputs = {n: a for n, a in call.arguments.items() if isinstance(a, torch.Tensor)}
         leaves = call.leaves()
-        out, kept = _run_and_keep(call, leaves)
+        out, kept = _run_and_keep(call, kernel(operator, "cpu"), leaves)
         forward, backward = operator.cost(**call.arguments)
         known = {t.data_ptr() for t in [*inputs.values(), *leaves, out]}
         extra = [t for t in kept if t.data_ptr() not in known]
@@ -107,7 +107,7 @@ def test_least_bytes_are_inputs_outputs_and_saved_tensors(name: str) -> None:
             assert backward.written == nbytes(*wanted)
 
 
-def _run_and_keep(call: Call, leaves: list) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _run_and_keep(call: Call, function, leaves: list) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The result and the tensors that are saved for the gradient."""
     kept: list[torch.Tensor] = []
 
@@ -116,7 +116,7 @@ def _run_and_keep(call: Call, leaves: list) -> tuple[torch.Tensor, list[torch.Te
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return call.on(*leaves, impl="cpu"), kept
+        return call.on(function, *leaves), kept
 
 
 def test_flops_are_those_of_the_matmuls() -> None:

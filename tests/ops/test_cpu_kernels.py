@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pgolf import extension
 from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.testing import same_bits
 
 from . import cpu_kernels as call
-from .cpu_kernels import DTYPES, randn, same_bits
+from .cpu_kernels import DTYPES, randn
 
 ISAS = ("avx512", "avx2", "plain")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])

@@ -5,56 +5,39 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bench.arguments import as_tuple
-from pgolf.ops import softcap_cross_entropy
+from pgolf.ops import softcap_cross_entropy, xsa
 from pgolf.ops.attention import attention
-from pgolf.ops.operator import OPERATORS, Operator, Sample
+from pgolf.ops.operator import OPERATORS, Operator
+from pgolf.ops.testing import as_tuple, kernel
 
-from .cases import Call, cases, implementations, is_empty, over
-
-F32 = torch.float32
-
-
-def one_each() -> list:
-    """A sample with elements for every differentiable operator and implementation."""
-    found = {}
-    for p in cases():
-        operator, impl, sample = p.values
-        if operator.differentiable and not is_empty(sample):
-            found.setdefault((operator.name, impl), p)
-    return list(found.values())
-
-
-def first_of(name: str) -> tuple[Operator, Sample]:
-    operator = OPERATORS[name]
-    return operator, next(s for s in operator.samples() if not s.bench)
+from .cases import every_implementation, first_call, implementations
 
 
 def total(out) -> Tensor:
     return sum((t * t).sum() for t in as_tuple(out) if t.is_floating_point())
 
 
-@over(one_each())
-def test_second_derivatives_are_refused(operator: Operator, impl: str, sample: Sample) -> None:
+@every_implementation(differentiable=True)
+def test_second_derivatives_are_refused(operator: Operator, impl: str) -> None:
     """Also where another term of the loss has a second derivative, and nothing else would raise."""
-    call = Call(operator, sample, F32)
+    call, run = first_call(operator), kernel(operator, impl)
     leaves = call.leaves()
-    first = torch.autograd.grad(total(call.on(*leaves, impl=impl)), leaves, create_graph=True)
+    first = torch.autograd.grad(total(call.on(run, *leaves)), leaves, create_graph=True)
     for leaf, gradient in zip(leaves, first, strict=True):
         assert gradient.shape == leaf.shape
         penalty = (gradient * gradient).sum() + (leaf * leaf).sum()
         with pytest.raises(RuntimeError, match=f"{operator.name}: .*use impl='reference'"):
             torch.autograd.grad(penalty, leaf, retain_graph=True)
-    plain = torch.autograd.grad(total(call.on(*leaves, impl=impl)), leaves)
+    plain = torch.autograd.grad(total(call.on(run, *leaves)), leaves)
     assert all(map(torch.equal, first, plain)), "the gradient itself is the same"
 
 
-@over(one_each())
-def test_gradients_in_batches(operator: Operator, impl: str, sample: Sample) -> None:
+@every_implementation(differentiable=True)
+def test_gradients_in_batches(operator: Operator, impl: str) -> None:
     """`is_grads_batched`, which jacobians use, runs the kernels for one after another."""
-    call = Call(operator, sample, F32)
+    call, run = first_call(operator), kernel(operator, impl)
     leaves = call.leaves()
-    results = [t for t in as_tuple(call.on(*leaves, impl=impl)) if t.requires_grad]
+    results = [t for t in as_tuple(call.on(run, *leaves)) if t.requires_grad]
     ones = [torch.ones_like(t) for t in results]
     stacks = [torch.stack((t, 2 * t)) for t in ones]
     how = {"retain_graph": True, "is_grads_batched": True}
@@ -74,13 +57,13 @@ def test_gradients_in_batches(operator: Operator, impl: str, sample: Sample) -> 
 @pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if o.differentiable])
 def test_transforms_take_the_reference(name: str) -> None:
     """torch.func and forward-mode give what the reference gives; kernels by name say so."""
-    operator, sample = first_of(name)
-    call = Call(operator, sample, F32)
+    operator = OPERATORS[name]
+    call = first_call(operator)
     leaves = [leaf.detach() for leaf in call.leaves()]
     upstream = [t.detach().cos() for t in leaves]
 
     def loss(*leaves: Tensor, impl: str = "auto") -> Tensor:
-        return total(call.on(*leaves, impl=impl))
+        return total(call.on(kernel(operator, impl), *leaves))
 
     every = tuple(range(len(leaves)))
     wanted = call.leaves()
@@ -114,13 +97,13 @@ def test_transforms_take_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not o.differentiable])
 def test_operators_without_a_gradient(name: str) -> None:
     """Those that change their arguments refuse transforms, the others take the reference."""
-    operator, sample = first_of(name)
-    call = Call(operator, sample, F32)
+    operator = OPERATORS[name]
+    call = first_call(operator)
     if operator.mutates:
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name}: .*in place"):
-            call.on()
+            call.on(operator.call)
         with pytest.raises(RuntimeError, match=f"{name}: .*in place"):
-            torch.func.grad(lambda x: (x, call.on())[0])(torch.ones(()))
+            torch.func.grad(lambda x: (x, call.on(operator.call))[0])(torch.ones(()))
         return
     first = next(iter(call.arguments))
     given = call.arguments[first]
@@ -139,10 +122,9 @@ def test_operators_without_a_gradient(name: str) -> None:
 
 
 def test_transforms_inside_of_compiled_code() -> None:
-    operator, sample = first_of("xsa")
-    call = Call(operator, sample, F32)
+    call = first_call(OPERATORS["xsa"])
     leaves = [leaf.detach() for leaf in call.leaves()]
-    gradient = torch.func.grad(lambda *leaves: total(call.on(*leaves)))
+    gradient = torch.func.grad(lambda *leaves: total(call.on(xsa, *leaves)))
     torch._dynamo.reset()
     compiled = torch.compile(gradient, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*leaves), gradient(*leaves))

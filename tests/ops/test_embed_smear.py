@@ -8,7 +8,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
-from .guards import guarded
+from .guards import GuardZones
 
 
 def test_bigram_rows_by_hand() -> None:
@@ -241,7 +241,7 @@ def test_strided_arguments_and_any_address(impl: str) -> None:
 @pytest.mark.parametrize("width", [64, 33])
 def test_nothing_is_written_outside(impl: str, width: int) -> None:
     named = tensors(some_ids(2, 70, rows=9), 9, width)
-    with guarded():
+    with GuardZones(scratch=True):
         run(impl, named)
 
 

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.arguments import as_tuple
 from pgolf.ops import (
     embed_smear,
     fake_quant,
@@ -26,6 +25,7 @@ from pgolf.ops import (
 )
 from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS
 from pgolf.ops.qk_rope import rope_table
+from pgolf.ops.testing import as_tuple
 
 EXAMPLES = int(os.environ.get("PGOLF_FUZZ_EXAMPLES", 40))
 fuzz = settings(

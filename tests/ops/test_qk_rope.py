@@ -10,7 +10,7 @@ from pgolf.ops.qk_rope import cost, qk_rope, rope_table, rotate
 from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
-from .guards import guarded
+from .guards import GuardZones
 
 LENGTH, HEADS, GROUPS, SIZE = 5, 4, 2, 8
 
@@ -245,7 +245,7 @@ def test_any_address(impl: str) -> None:
 @pytest.mark.parametrize(("size", "dims"), [(64, 16), (33, 6)])
 def test_nothing_is_written_outside(impl: str, size: int, dims: int) -> None:
     args = arguments(35, 3, 1, size, dims)
-    with guarded():
+    with GuardZones():
         results(impl, args, gradients_of(args))
 
 

@@ -9,7 +9,7 @@ from pgolf.ops.residual_norm import cost, residual_norm, rms_norm
 from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
-from .guards import guarded
+from .guards import GuardZones
 
 KERNELS = implementations(OPERATORS["residual_norm"])
 every_kernel = pytest.mark.parametrize("impl", KERNELS)
@@ -281,7 +281,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
 def test_nothing_is_written_beyond_the_outputs(impl: str, shape: tuple[int, int]) -> None:
     args = arguments(*shape)
     expected = results(impl, args)
-    with guarded():
+    with GuardZones():
         assert all(map(torch.equal, results(impl, args).values(), expected.values()))
 
 

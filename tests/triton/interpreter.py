@@ -1,7 +1,6 @@
 """What tests of Triton kernels need around Triton's interpreter (TRITON_INTERPRET=1).
 
     repair      bfloat16 as a GPU computes it; the stock interpreter is silently wrong there
-    GuardZones  tensors with watched memory around them, launchers' outputs included
     touched     the addresses that loads and stores really reach
     vast, last_program     offsets beyond 2^31, without the memory and the time that they take
 
@@ -11,9 +10,8 @@ errors of indexing, masks and arithmetic, but no races and no approximations tha
 
 import contextlib
 import dataclasses
-import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -173,110 +171,6 @@ def repair() -> None:
     ):
         for name in names:
             setattr(owner, name, wrapper(getattr(owner, name)))
-
-
-# --- guard zones ----------------------------------------------------------------------------------
-
-ZONE = 4096  # bytes before and after; keeps the 16-byte alignment that TMA descriptors ask for
-NAN_BYTE = 0xFF  # a number of these bytes is NaN in every float type: what leaks in shows up
-UNWRITTEN_BYTE = 0x7F  # 3.4e38 in bfloat16 and float32: what a kernel forgot to write shows up
-
-
-@dataclass
-class _Zone:
-    tensor: torch.Tensor
-    memory: torch.Tensor  # (bytes,) around the tensor and between its rows
-    inside: torch.Tensor  # (bytes,) bool: the tensor's own elements
-    byte: int
-    fresh: bool
-
-    def complaint(self) -> str | None:
-        what = f"{tuple(self.tensor.shape)} {self.tensor.dtype} with strides {self.tensor.stride()}"
-        spoilt = (self.memory != self.byte) & ~self.inside
-        if spoilt.any():
-            first = int(spoilt.nonzero()[0])
-            return f"{int(spoilt.sum())} bytes written outside of {what}, the first {first - ZONE}"
-        if self.fresh and self.tensor.numel():
-            size = self.tensor.element_size()
-            elements = self.memory[self.inside].view(-1, size)
-            unwritten = int((elements == self.byte).all(1).sum())
-            if unwritten:
-                return f"{unwritten} elements of the output {what} were not written"
-        return None
-
-
-@dataclass
-class GuardZones:
-    """Tensors inside watched memory.
-
-        with GuardZones() as zones:
-            y = zones.input(data)
-            z = launcher(y)          # its torch.empty gives guarded, poisoned memory
-
-    On leaving, AssertionError if a byte outside of a tensor's elements has changed, an element of
-    an output is unwritten, an input has changed, or nothing was allocated with torch.empty.
-    """
-
-    zones: list[_Zone] = field(default_factory=list)
-    inputs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def tensor(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        strides: Sequence[int] | None = None,
-        byte: int = UNWRITTEN_BYTE,
-        fresh: bool = True,
-    ) -> torch.Tensor:
-        """An unwritten tensor with these strides (elements), in memory filled with `byte`."""
-        if strides is None:
-            strides = torch.empty(tuple(shape), device="meta").stride()
-        size = dtype.itemsize
-        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        span = 0 if 0 in shape else (last + 1) * size
-        memory = torch.full((2 * ZONE + math.ceil(span / 16) * 16,), byte, dtype=torch.uint8)
-        elements = memory[ZONE : ZONE + math.ceil(span / 16) * 16].view(dtype)
-        inside = torch.zeros(memory.shape, dtype=torch.bool)
-        marks = inside[ZONE : ZONE + span].view(-1, size)
-        marks.as_strided((*shape, size), [*(s * size for s in strides), 1]).fill_(True)
-        tensor = elements.as_strided(tuple(shape), tuple(strides))
-        self.zones.append(_Zone(tensor, memory, inside, byte, fresh))
-        return tensor
-
-    def input(self, data: torch.Tensor) -> torch.Tensor:
-        """A copy of `data`, same strides, with NaN (integers: -1) around it and in its gaps."""
-        tensor = self.tensor(data.shape, data.dtype, data.stride(), NAN_BYTE, fresh=False)
-        once = tuple(slice(0, 1 if stride == 0 else None) for stride in data.stride())
-        tensor[once].copy_(data[once])  # an expanded tensor is not written as a whole
-        self.inputs.append((tensor, data.clone()))
-        return tensor
-
-    def check(self) -> None:
-        for zone in self.zones:
-            complaint = zone.complaint()
-            assert complaint is None, complaint
-        for tensor, before in self.inputs:
-            torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
-        assert any(zone.fresh for zone in self.zones), "no output came from torch.empty"
-
-    def __enter__(self) -> "GuardZones":
-        plain = torch.empty
-
-        def empty(*size: Any, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
-            size = size or (named.pop("size"),)
-            if named.get("device") not in (None, "cpu", torch.device("cpu")):
-                return plain(*size, dtype=dtype, **named)
-            shape = size[0] if isinstance(size[0], Sequence) else size
-            return self.tensor(tuple(shape), dtype or torch.get_default_dtype())
-
-        self._patch = mock.patch.object(torch, "empty", empty)
-        self._patch.start()
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._patch.stop()
-        if kind is None:
-            self.check()
 
 
 # --- touched addresses ----------------------------------------------------------------------------

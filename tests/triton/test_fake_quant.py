@@ -9,7 +9,8 @@ from pgolf.ops.int_grid import row_codes, row_scale
 from pgolf.triton_kernels.fake_quant import fake_quant, fake_quant_backward
 from pgolf.triton_kernels.launch import configs, intercepted
 
-from .interpreter import GuardZones, addresses, last_program, touched, vast
+from ..ops.guards import GuardZones
+from .interpreter import addresses, last_program, touched, vast
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]

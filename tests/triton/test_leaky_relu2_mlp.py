@@ -12,7 +12,8 @@ from pgolf.triton_kernels import leaky_relu2_mlp as mlp
 from pgolf.triton_kernels.launch import Launch, configs, intercepted
 from pgolf.triton_kernels.leaky_relu2_mlp import down_dgrad, up
 
-from .interpreter import GuardZones, addresses, last_program, touched, vast
+from ..ops.guards import GuardZones
+from .interpreter import addresses, last_program, touched, vast
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -13,7 +13,8 @@ from pgolf.triton_kernels import newton_schulz as ns
 from pgolf.triton_kernels.launch import Config, Launch, configs, intercepted, pick
 from pgolf.triton_kernels.newton_schulz import newton_schulz
 
-from .interpreter import GuardZones, addresses, touched, vast
+from ..ops.guards import GuardZones
+from .interpreter import addresses, touched, vast
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CLASSIC = [(3.4445, -4.7750, 2.0315)] * 5

@@ -11,7 +11,8 @@ from torch import Tensor
 from pgolf.triton_kernels.launch import configs, intercepted
 from pgolf.triton_kernels.xsa import xsa, xsa_backward
 
-from .interpreter import GuardZones, addresses, last_program, touched, vast
+from ..ops.guards import GuardZones
+from .interpreter import addresses, last_program, touched, vast
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
