@@ -84,7 +84,7 @@ def test_set_up_runs_again_when_the_dependencies_change(checkout):
     assert run(["make", "demo"], checkout).returncode == 0
     assert log(checkout)[:2] == [
         "-c import pip",
-        "-m pip install --disable-pip-version-check -e .[demo,data,test]",
+        "-m pip install --disable-pip-version-check -e .[demo,data,docs,test]",
     ]
     assert ready.stat().st_mtime > 0
 
@@ -99,7 +99,7 @@ def test_torch_for_cpus(checkout):
     assert installs == [
         "-m pip install --disable-pip-version-check torch>=2.7 "
         "--index-url https://download.pytorch.org/whl/cpu",
-        "-m pip install --disable-pip-version-check -e .[demo,data,test]",
+        "-m pip install --disable-pip-version-check -e .[demo,data,docs,test]",
     ]
     python = checkout / ".venv" / "bin" / "python"
     program(python, "#!/bin/sh\n")  # one that has torch's CUDA build
