@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pgolf.device import DTYPES, dtype_name
 from pgolf.errors import ConfigError, PgolfError
-from pgolf.files import atomic_write, storage_errors
+from pgolf.files import atomic_write
 from pgolf.ops.registry import OPERATORS, Operator
 
 COLUMNS = ("operator", "shapes", "CPU", "Triton", "CUDA", "`auto` takes, and why")
@@ -93,7 +93,7 @@ def with_table(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"the document has no lines {BEGIN.strip()} and {END.strip()}")
+        raise ConfigError(f"the document lacks the lines {BEGIN.strip()} and {END.strip()}")
     return before + begin + "\n" + table() + "\n" + end + after
 
 
@@ -103,16 +103,14 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m bench operators",
         description="The operators: formula, shapes, implementations, and what auto takes.",
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table of a document")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace its table")
     args = parser.parse_args(argv)
     if not args.write:
         print(table(), end="")
         return 0
     try:
-        with storage_errors(args.write):
-            text = args.write.read_text(encoding="utf-8")
-        atomic_write(args.write, with_table(text))
-    except PgolfError as e:
+        atomic_write(args.write, with_table(args.write.read_text(encoding="utf-8")))
+    except (PgolfError, OSError) as e:
         print(f"python -m bench operators: {e}", file=sys.stderr)
         return 2
     return 0
