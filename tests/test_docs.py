@@ -85,5 +85,5 @@ def test_pages_of_the_interface(tmp_path):
     spec.loader.exec_module(api)
     assert {"pgolf.ops", "pgolf.quant", "pgolf.training"} <= set(api.packages())
     api.build(tmp_path, ["pgolf.errors", "pgolf.fields"])
-    assert "what stands at" not in (tmp_path / "pgolf" / "errors.html").read_text()
-    assert "documented field with limits" in (tmp_path / "pgolf" / "fields.html").read_text()
+    assert "PgolfError" in (tmp_path / "pgolf" / "errors.html").read_text(encoding="utf-8")
+    assert "A documented field" in (tmp_path / "pgolf" / "fields.html").read_text(encoding="utf-8")

@@ -37,6 +37,10 @@ class Averager:
 
         `after` is what the clock will show, as far as one knows: its time is an estimate.
         """
+        # One pass moves weights and average, so the rate is needed before the step has happened,
+        # and by a time budget before anyone knows how long it took: hence the estimate. It may miss
+        # the step that crosses ema_start; the first one with a decay then copies the weights, as
+        # that step would have. From there on room is the average, which checkpoints keep.
         decay = self.schedule.ema_decay(before, after) if self.fused else None
         if decay is None:
             return 0.0
