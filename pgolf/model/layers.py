@@ -233,7 +233,7 @@ class Block(nn.Module):
         # What comes in is not added up yet: residual_norm adds the last block's branch and the
         # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
-        # its skip. Scales that `weights` folded in, by the same condition, must not be applied again.
+        # its skip. Scales that `weights` folded in, by the same condition, are not applied again.
         x, branch, scale = stream
         weights = self.frozen or self.weights(x.dtype)
         folds = self.cast_impl != "reference"
