@@ -27,8 +27,8 @@ def docstring(operator: Operator) -> str:
 
 
 def summary(operator: Operator) -> str:
-    """First sentence of what the public function says it does."""
-    return (operator.call.__doc__ or "").strip().splitlines()[0]
+    """First line of what the public function says it does; '' where it says nothing."""
+    return (operator.call.__doc__ or "").strip().partition("\n")[0]
 
 
 def formula(operator: Operator) -> str:
