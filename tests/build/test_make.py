@@ -66,6 +66,11 @@ def test_demo(checkout):
     assert log(checkout) == [BUILD, "-m pgolf train demo"]
 
 
+def test_docs(checkout):
+    assert run(["make", "docs"], checkout).returncode == 0
+    assert log(checkout) == [BUILD, "docs/api.py"]
+
+
 def test_gpu(checkout):
     assert run(["make", "gpu"], checkout).returncode == 0
     assert log(checkout) == [BUILD, "-m bench gpu"]
