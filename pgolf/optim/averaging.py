@@ -33,9 +33,9 @@ class Averager:
         return {n: p.detach().to(torch.float32, copy=True) for n, p in self.params.items()}
 
     def ema_rate(self, before: Clock, after: Clock) -> float:
-        """How far the step that begins is to move `room` to its weights; 0: not, 1: all the way.
+        """How far the next step moves `room` towards its weights: 0 not at all, 1 all the way.
 
-        `after` is what the clock will show, as far as one knows: its time is an estimate.
+        `after` is the clock after that step; its time is an estimate.
         """
         # One pass moves weights and average, so the rate is needed before the step has happened,
         # and by a time budget before anyone knows how long it took: hence the estimate. It may miss

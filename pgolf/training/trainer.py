@@ -143,7 +143,7 @@ class Trainer:
         return total, self.optimizers.step(lr_scale, momentum, average_rate)
 
     def _passes(self, count: int) -> torch.Tensor:
-        """Forward and backward of so many micro-steps; what they add to the mean loss."""
+        """Forward and backward of `count` micro-steps; what they add to the mean loss."""
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
