@@ -2,6 +2,7 @@
 # make test    linter and quick tests
 # make prove   the long proofs
 # make gpu     on a GPU: its tests, compute-sanitizer and times, in under 10 minutes, once built
+# make docs    pages of the Python interface, from its docstrings, in build/api
 # make clean   delete what was built, but not .venv
 #
 # All share one .venv, made by .ci/setup when pyproject.toml or setup.py is newer; .ci/build compiles
@@ -19,7 +20,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # A process for each core, which tests/conftest.py holds to one thread.
 parallel := -n auto
 
-.PHONY: help setup demo test prove gpu clean
+.PHONY: help setup demo test prove gpu docs clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\|PGOLF\)/\1/p' Makefile
@@ -45,6 +46,9 @@ prove: setup
 gpu: export PGOLF_BUILD = cuda
 gpu: setup
 	@$(python) -m bench gpu
+
+docs: setup
+	@$(python) docs/api.py
 
 clean:
 	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis

@@ -387,6 +387,7 @@ if __name__ == "__main__":
         packages=sorted(packages),
         package_dir={"pgolf.triton_kernels": "triton_kernels"},
         package_data={
+            "pgolf": ["py.typed"],  # type checkers read the annotations
             "pgolf.triton_kernels": ["configs.json"],
             "pgolf.submission": ["inside/*.py"],  # read as text, not imported
         },

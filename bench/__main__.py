@@ -9,6 +9,7 @@ from pgolf.progress import print_anything
 
 COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
+    "operators": "the operators as a table: formula, shapes, kernels, what auto takes",
     "step": "time training steps of a recipe with each choice of operators",
     "decode": "time the generation of text, with key/value caches and without",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",

@@ -1,4 +1,4 @@
-"""The README's script runs, and its changed lines compute what stood there before."""
+"""The README's scripts run; the first one's changed lines compute what stood there before."""
 
 import re
 import subprocess
@@ -8,8 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def script() -> str:
-    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+def script(section: str) -> str:
+    """The first script below a heading."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2]
+    return re.search(r"```python\n(.*?)```", text, re.S)[1]
 
 
 def before(code: str) -> str:
@@ -27,10 +29,22 @@ def losses(code: str, folder: Path) -> list[float]:
 
 
 def test_three_changed_lines(tmp_path: Path) -> None:
-    code = script()
+    code = script("Use the kernels in your own model")
     assert code.count("# was: ") == 3
     assert not re.search(r"\b(xsa|newton_schulz|leaky_relu2_mlp)\(", before(code))
     ours, theirs = losses(code, tmp_path), losses(before(code), tmp_path)
     assert len(ours) == 20 and ours[-1] < 0.5 * ours[0]
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert abs(a - b) <= 2e-4 * (step + 1), (step, a, b)
+
+
+def test_any_module_is_packed(tmp_path: Path, monkeypatch, capsys) -> None:
+    """GPTQ of what the matrices read beats the clip search, as the README says."""
+    monkeypatch.chdir(tmp_path)
+    code, off = script("Quantise and pack your own model"), []
+    for form in (code, code.replace('"*=6"', '"*=6", quantizer="lite"')):
+        exec(form, {})
+        size, percent = re.search(r"(\d+) bytes, .* ([\d.]+) %", capsys.readouterr().out).groups()
+        assert int(size) == (tmp_path / "mine.pgolf").stat().st_size
+        off.append(float(percent))
+    assert off[0] < off[1] < 3

@@ -1,1 +1,5 @@
-"""The artifact: one bounded file with the quantised model. `container` reads, `pack` writes."""
+"""The artifact: one bounded file with the quantised model.
+
+`header` and `layout` say what is in it, `pack` writes it, `container` reads it, `load` makes a
+model of it, `verify` lists it.
+"""

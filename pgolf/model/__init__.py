@@ -1,4 +1,8 @@
-"""The Parameter Golf transformer, in the form that `ops=reference` means: short and obvious."""
+"""The Parameter Golf transformer: `gpt`, made of `layers`, with the weights of `init`.
+
+`decode` generates text with key/value caches, `frozen` copies a model for passes that train
+nothing, `public_names` takes the checkpoints of the contest's public scripts.
+"""
 
 from pgolf.model.gpt import GPT
 

@@ -240,6 +240,10 @@ class Block(nn.Module):
         attend: Attend,
     ) -> tuple[Tensor, Stream]:
         """The input added up, skip (tensor, weight) included, and the state after this block."""
+        # What comes in is not added up yet: residual_norm adds the last block's branch and the
+        # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
+        # next one likewise. `total`, the sum before the mix, is what a later block may take for
+        # its skip. Scales that `weights` folded in, by the same condition, are not applied again.
         x, branch, scale = stream
         weights = self.frozen or self.weights(x.dtype)
         skipped, weight = skip or (None, None)

@@ -1,8 +1,8 @@
 """Token embedding with hashed bigrams, its norm, and SmearGate.
 
-    bigram row of position t = ((36313 id[t]) xor (27191 id[t-1])) mod (B - 1);  B - 1 at t = 0
-    e = table[id] + scale * bigram,   n = e rstd,   rstd = 1 / sqrt(mean(e^2) + eps)
     x_t = (1 - g) n_t + g n_{t-1},  g = sigmoid(gate),  n_{-1} = 0         (SmearGate, plain form)
+    n = e rstd,   rstd = 1 / sqrt(mean(e^2) + eps),   e = table[id] + scale * bigram
+    bigram row of position t = ((36313 id[t]) xor (27191 id[t-1])) mod (B - 1);  B - 1 at t = 0
 
 Both come from the contest's public records; the hash constants are theirs. With d = dx and
 u_t = d_{t+1} where t + 1 sees t, else 0, the gradients are

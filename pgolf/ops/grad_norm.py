@@ -4,6 +4,7 @@
 
 Two launches over any number of tensors: a sum for each chunk of a tensor, then those sums in their
 order, so that the bits depend on nothing but the gradients. Non-finite elements go into the norm.
+Shapes: gradients of any shapes, norm and the count 0-d.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@
 Matrices of any shapes in two launches: momentum and direction with each row's sum of squares, then
 the scale of each matrix from the sums in their order. X is what `newton_schulz(normalized=True)`
 starts from; it is rounded to its dtype twice, before and after it is scaled.
+Shapes: gradients and momenta (R, C), X (B, R, C) for each run of neighbours of one shape.
 """
 
 import itertools

@@ -12,6 +12,7 @@ Muon, X the direction that `newton_schulz` made of an (R, C) parameter:
 Then the average follows, a <- a + rate (p - a), and p is copied to bf16 for the next forward pass.
 Every tensor is read once and written once. Learning rates and all else that changes from step to
 step are rows of `scalars`, on the device; at rate 0 averages are neither read nor written.
+Shapes: parameters of any shapes, Muon's (R, C); scalars (groups, 10).
 """
 
 from collections.abc import Callable, Sequence

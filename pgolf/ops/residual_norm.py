@@ -254,6 +254,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.settings = scale, eps, impl
     ctx.adds = branch is not None, skip is not None
+    # Kept are x_in, from which the backward kernel makes n = x_in rstd again, and rstd. The mix's
+    # gradient alone needs total: x where nothing is added, else stored only if the mix learns or a
+    # skip wants it anyway. branch and skip are kept only where they have a factor, whose gradient
+    # needs them: with a factor of 1 they get the gradient of x, and nobody reads them again.
     changes = any(ctx.adds) or mix is not None
     if not stores_total:
         total = None if mix is None or any(ctx.adds) else x

@@ -1,7 +1,7 @@
-"""Muon and AdamW parameter groups, schedules by share of the run, weight averaging.
+"""Optimisers: `muon`, and AdamW beside it in the `groups` of a model's parameters.
 
-The form for record scale (parameter banks, sharded momentum, overlapped collectives) belongs here
-too, as a sibling of `muon.py` with the same interface.
+A step goes through torch's optimisers or through the kernels of `fused`. `schedule` says how much
+of everything by the share of the run, and `averaging` follows the weights (EMA, SWA).
 """
 
 from pgolf.optim.muon import Muon

@@ -33,10 +33,14 @@ class Averager:
         return {n: p.detach().to(torch.float32, copy=True) for n, p in self.params.items()}
 
     def ema_rate(self, before: Clock, after: Clock) -> float:
-        """How far the step that begins moves `averages` to its weights; 0: not, 1: all the way.
+        """How far the next step moves `averages` towards its weights: 0 not at all, 1 all the way.
 
-        `after` is what the clock will show, as far as one knows: its time is an estimate.
+        `after` is the clock after that step; its time is an estimate.
         """
+        # One pass moves weights and average, so the rate is needed before the step has happened,
+        # and by a time budget before anyone knows how long it took: hence the estimate. It may miss
+        # the step that crosses ema_start; the first one with a decay then copies the weights, as
+        # that step would have. From there on `averages` is the average, which checkpoints keep.
         decay = self.schedule.ema_decay(before, after) if self.fused else None
         if decay is None:
             return 0.0

@@ -169,6 +169,11 @@ def _search(
     """The finest probe that fits, and how many there were; `slope` in bytes an index."""
     lowest, highest = level.lowest(), level.highest()
     target = budget - (budget - _least(budget)) / 3
+    # First a bracket: each probe moves the level by what its excess is worth at `slope`, times 2,
+    # 4, 8 ..., because at low rates an index saves ever fewer bytes. Once a probe fits and one
+    # exceeds, the next lies on the line between them, aimed a third of the window below the budget
+    # and not too near an end. Levels between the same two borders have the same steps: where that
+    # would repeat a probe, the next border behind the probe that exceeds is taken.
     fits = exceeds = None
     at = min(max(start, lowest), highest)
     count = 0
@@ -186,7 +191,6 @@ def _search(
             fits = found
             if found.size >= _least(budget) or at == lowest:
                 break
-        # Further each time: at low rates a step of the level saves ever less.
         stride = 2.0 ** (count - 1) * (found.size - target) / slope
         at = min(max(at + stride, lowest), highest)
         if fits and exceeds:

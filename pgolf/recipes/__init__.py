@@ -1,6 +1,6 @@
-"""Recipes: functions that return a Config, with the source of every value.
+"""Recipes: named settings, with the source of every value.
 
-One module a recipe; each defines RECIPE. To add one, see CONTRIBUTING.md.
+One module a recipe; each defines RECIPE, which `recipe` describes. To add one, see CONTRIBUTING.md.
 """
 
 import difflib

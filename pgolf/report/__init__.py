@@ -1,1 +1,1 @@
-"""What a run came to: a table for the console (`table`) and one HTML page (`html`)."""
+"""The result of a run: a table for the console (`table`) and one HTML page (`html`)."""

@@ -31,7 +31,7 @@ from pgolf.scoring.windows import Sums, evaluate
 
 @dataclass(frozen=True)
 class Score:
-    """What a job came to.
+    """The result of a job.
 
     Attributes:
         meta: what the artifact says of itself.

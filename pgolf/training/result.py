@@ -1,4 +1,4 @@
-"""result.json: what a run came to."""
+"""result.json: the score, the sizes and the cost of a run."""
 
 import dataclasses
 import json

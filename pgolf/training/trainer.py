@@ -147,7 +147,7 @@ class Trainer:
         return total, self.optimizers.step(lr_scale, momentum, average_rate)
 
     def _passes(self, count: int) -> torch.Tensor:
-        """Forward and backward of so many micro-steps; what they add to the mean loss."""
+        """Forward and backward of `count` micro-steps; what they add to the mean loss."""
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
@@ -226,6 +226,8 @@ class Trainer:
             if self.schedule.qat(before) and not self.qat_switch:
                 self._switch_qat_on()
             lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
+            # Before the step, which moves the EMA in the pass that updates the weights if it is
+            # fused; `update` below takes SWA's snapshots, and moves the EMA where it is not.
             average_rate = self.averager.ema_rate(before, self._expected())
             loss, norm = self.step(lr_scale, momentum, average_rate)
             bad = ~(loss.isfinite() & norm.isfinite())

@@ -67,7 +67,7 @@ def test_wheel_works_from_another_folder(built, tmp_path):
     names = zipfile.ZipFile(file).namelist()
     assert "pgolf/stale.py" not in names
     assert not [n for n in names if n.startswith(("tests/", "triton_kernels/", "csrc/"))]
-    assert "pgolf/triton_kernels/configs.json" in names
+    assert {"pgolf/triton_kernels/configs.json", "pgolf/py.typed"} <= set(names)
     zipfile.ZipFile(file).extractall(tmp_path / "installed")
     code = (
         "import pgolf._C, pgolf.triton_kernels as t;"

@@ -66,6 +66,11 @@ def test_demo(checkout):
     assert log(checkout) == [BUILD, "-m pgolf train demo"]
 
 
+def test_docs(checkout):
+    assert run(["make", "docs"], checkout).returncode == 0
+    assert log(checkout) == [BUILD, "docs/api.py"]
+
+
 def test_gpu(checkout):
     assert run(["make", "gpu"], checkout).returncode == 0
     assert log(checkout) == [BUILD, "-m bench gpu"]
@@ -84,7 +89,7 @@ def test_set_up_runs_again_when_the_dependencies_change(checkout):
     assert run(["make", "demo"], checkout).returncode == 0
     assert log(checkout)[:2] == [
         "-c import pip",
-        "-m pip install --disable-pip-version-check -e .[demo,data,test]",
+        "-m pip install --disable-pip-version-check -e .[demo,data,docs,test]",
     ]
     assert ready.stat().st_mtime > 0
 
@@ -99,7 +104,7 @@ def test_torch_for_cpus(checkout):
     assert installs == [
         "-m pip install --disable-pip-version-check torch>=2.7 "
         "--index-url https://download.pytorch.org/whl/cpu",
-        "-m pip install --disable-pip-version-check -e .[demo,data,test]",
+        "-m pip install --disable-pip-version-check -e .[demo,data,docs,test]",
     ]
     python = checkout / ".venv" / "bin" / "python"
     program(python, "#!/bin/sh\n")  # one that has torch's CUDA build
