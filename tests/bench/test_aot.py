@@ -96,6 +96,7 @@ def test_a_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
 @needs_triton
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.proves("csrc", "bench/aot.py", "bench/results/aot.json")
 def test_every_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
     file = tmp_path / "aot.json"
     result = run_gate("--compiler", "nvcc", "--json", str(file))
@@ -273,6 +274,7 @@ def test_instructions_are_counted_with_their_modifiers() -> None:
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.proves("triton_kernels", "bench/aot.py", "bench/results/aot.json")
 def test_the_gate_passes_with_the_contests_triton(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",

@@ -25,6 +25,12 @@ def cuda_kernels() -> list[str]:
     return sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
 
+def cuda_sources(kernel: str) -> list[str]:
+    """What a proof of a file of csrc/cuda depends on: it, its bindings and its operator."""
+    stem = kernel.removesuffix(".cu")
+    return [f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{stem}.py"]
+
+
 def cuda_mutants(kernel: str) -> list[Mutant]:
     """Every mutant of a file of csrc/cuda and of the device code that it calls."""
     own = Path("cuda") / kernel
