@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..simt.emulator import CSRC, Build, built_objects, emulated_module
+from ..simt.emulator import CSRC, Build, emulated_module
 from .cpp import functions, mutants, tokens
 from .mutator import Mutant
 
@@ -63,12 +63,6 @@ def use_emulator() -> None:
     """Let this process and its children run CUDA kernels in the emulator, in a random order."""
     os.environ[VARIABLE] = str(emulated_module())
     os.environ["PGOLF_EMULATOR_SEED"] = "2"
-
-
-def original_objects() -> Build:
-    """What mutants are linked with."""
-    with built_objects() as build:
-        return build
 
 
 def put_module_in_place(mutant: Mutant, kernel: str, build: Build, folder: str) -> None:

@@ -171,29 +171,38 @@ def emulated_module(build: bool = True) -> Path:
     if not target.exists():
         if not build:
             raise Missing("it is not built yet: python -m tests.simt.emulator")
-        with built_objects() as built:
+        with _alone() as objects:
+            if target.exists():  # another process was faster
+                return target
+            library = pgolf_build(objects).run()
             target.parent.mkdir(exist_ok=True)
             half = target.with_suffix(f".{os.getpid()}")
-            shutil.copy2(built.library, half)
+            shutil.copy2(library, half)
             half.replace(target)
             _forget_old(folder)
     return target
 
 
 @contextlib.contextmanager
-def built_objects() -> Iterator[Build]:
-    """The objects of the sources as they are; nobody else compiles them meanwhile.
-
-    Raises:
-        Missing, RuntimeError: as above.
-    """
+def _alone() -> Iterator[Path]:
+    """The folder of pgolf's objects, which nobody else compiles meanwhile."""
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     with (folder / "emulator.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        build = pgolf_build(folder / "emulator-objects")
+        yield folder / "emulator-objects"
+
+
+def built_objects() -> Build:
+    """The objects of the sources as they are.
+
+    Raises:
+        Missing, RuntimeError: as above.
+    """
+    with _alone() as folder:
+        build = pgolf_build(folder)
         build.run()
-        yield build
+        return build
 
 
 def _content() -> str:
