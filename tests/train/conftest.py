@@ -63,9 +63,13 @@ def scored_here(module: str, job: str, stdout: int) -> subprocess.CompletedProce
 
 
 @pytest.fixture
-def pgolf(monkeypatch, capsys):
-    """Run a command of pgolf in this process, scoring included; returns (exit code, output)."""
+def scoring_here(monkeypatch) -> None:
     monkeypatch.setattr(scoring, "run_module", scored_here)
+
+
+@pytest.fixture
+def pgolf(scoring_here, capsys):
+    """Run a command of pgolf in this process, scoring included; returns (exit code, output)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
