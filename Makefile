@@ -1,6 +1,6 @@
 # make demo    train, pack, decode and score the demo recipe
 # make test    linter and quick tests
-# make prove   the long proofs
+# make prove   the long proofs; those of kernels that are as tests/proved.json says are left out
 # make gpu     on a GPU: its tests, compute-sanitizer and times, in under 10 minutes, once built
 # make docs    pages of the Python interface, from its docstrings, in build/api
 # make clean   delete what was built, but not .venv
@@ -8,6 +8,7 @@
 # All share one .venv, made by .ci/setup when pyproject.toml or setup.py is newer; .ci/build compiles
 # what a change in csrc/ touches.
 #
+# PROVE=all                 leave no proof out
 # PYTHON=python3.12         the interpreter that .venv is made from
 # PGOLF_TORCH=cpu           torch without CUDA: 1 GB instead of 5.7
 # PGOLF_BUILD=cpu|cuda      what to compile; otherwise CUDA kernels only where there is a GPU
@@ -23,7 +24,7 @@ parallel := -n auto
 .PHONY: help setup demo test prove gpu docs clean
 
 help:
-	@sed -n 's/^# \(make\|PYTHON\|PGOLF\)/\1/p' Makefile
+	@sed -n 's/^# \(make\|PROVE\|PYTHON\|PGOLF\)/\1/p' Makefile
 
 setup: .venv/ready
 	@sh .ci/build
@@ -40,8 +41,9 @@ test: setup
 	@$(python) -m pytest $(parallel) --dist worksteal -m "not slow and not gpu"
 
 # Tests of one file share what they build. pytest exits with 5 where it selected no test.
+prove: PROVE ?= changed
 prove: setup
-	@$(python) -m pytest $(parallel) --dist loadfile -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
+	@$(python) -m pytest $(parallel) --dist loadfile -m slow --prove $(PROVE) || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow"; }
 
 gpu: export PGOLF_BUILD = cuda
 gpu: setup

@@ -4,16 +4,16 @@ Triton's own JIT does it, with a stand-in for the driver: what it derives from t
 launch (types, ints that are 1, divisibility by 16) is what it derives on an H100.
 """
 
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench import sass
-from bench.aot_cases import Case
-from bench.aot_checks import hard_limits
+from bench import aot_checks, sass
+from bench.aot_cases import cases
 from pgolf.triton_kernels.launch import Launch, configs, intercepted
 
 
@@ -28,15 +28,6 @@ class H100:
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-
-@dataclass
-class Report:
-    """What was compiled, by row name; what is wrong with it; which configurations were used."""
-
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    reached: set[tuple[str, int]] = field(default_factory=set)  # (kernel, row of configs.json)
 
 
 def compile_launch(launch: Launch) -> Any:
@@ -54,55 +45,49 @@ def compile_launch(launch: Launch) -> Any:
     )
 
 
-def compile_cases(
-    cases: Iterable[Case], kernels: Container[str], say: Callable[[str, dict], None]
-) -> Report:
-    """Compile what the cases launch of `kernels`, each different result once.
+def compile_all(
+    kernels: Mapping[str, int], say: Callable[[str, aot_checks.Row], None]
+) -> tuple[dict[str, aot_checks.Row], list[str]]:
+    """(figures by row name, what is wrong) of what bench/aot_cases.py launches of these kernels.
 
-    `say(name, row)` is called after each. A row has the name of the first case that led to
-    it, with a number where that case led to several of one kernel.
+    Each different result is compiled once, and said. A row has the name of the first case that led
+    to it, with a number where that case led to several of one kernel.
+
+    Args:
+        kernels: how many rows each has in configs.json.
     """
-    report, seen = Report(), []
-    case = None
+    rows, failures, seen, reached, case = {}, [], [], set(), None
 
     def handle(launch: Launch) -> None:
         kernel = launch.kernel.__name__
         if kernel not in kernels:
             return
-        report.reached.add((kernel, configs()[kernel].index(launch.config)))
+        reached.add((kernel, configs()[kernel].index(launch.config)))
         name = f"{kernel}: {case.name}"
         try:
             compiled = compile_launch(launch)
         except Exception as e:  # Triton's, MLIR's and ptxas's errors have no class in common
             text = next(line for line in f"{type(e).__name__}: {e}".splitlines() if line.strip())
-            report.failures.append(f"{name}: does not compile: {text}")
+            failures.append(f"{name}: does not compile: {text}")
             return
         if any(compiled is other for other in seen):
             return
         seen.append(compiled)
-        same = sum(n == name or n.startswith(f"{name} #") for n in report.rows)
+        same = sum(n == name or n.startswith(f"{name} #") for n in rows)
         name += f" #{same + 1}" if same else ""
-        row = _row(kernel, case.dtype, launch, sass.cost(compiled))
-        report.rows[name] = row
-        report.failures += hard_limits(name, row)
-        say(name, row)
+        rows[name] = _row(kernel, compiled)
+        failures.extend(aot_checks.failures(name, kernel, case.dtype == "bf16", rows[name]))
+        say(name, rows[name])
 
     with intercepted(handle):
-        for case in cases:
+        for case in cases():
             case.call()
-    return report
+    return rows, failures + aot_checks.unreached(reached, kernels)
 
 
-def _row(kernel: str, dtype: str, launch: Launch, cost: sass.Cost) -> dict[str, Any]:
-    config = {**launch.config.blocks, "num_warps": launch.config.num_warps}
-    return {
-        "kernel": kernel,
-        "dtype": dtype,
-        "config": config | {"num_stages": launch.config.num_stages},
-        "registers": cost.registers,
-        "shared": cost.shared,
-        "stack": cost.stack,
-        "local": cost.local,
-        "instructions": cost.instructions,
-        "ptx": cost.ptx,
-    }
+def _row(kernel: str, compiled: Any) -> aot_checks.Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        (function,) = sass.functions(Path(f.name), compiled.asm["ptx"], "sm_90").values()
+    return aot_checks.row(kernel, function, compiled.metadata.shared)

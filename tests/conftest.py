@@ -7,30 +7,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .proofs import Proofs
 from .simt.emulator import Missing, emulated_module
 
+EMULATED = pytest.StashKey[str]()
 
-def emulate_gpu() -> str:
-    """Let kernels run without a GPU; what is emulated, or what is missing for it.
-
-    Triton kernels run in Triton's interpreter, which has to be known before the first import of
-    triton, CUDA kernels in the emulator, which pgolf.extension loads. Seed 2 is a random order of
-    threads: a missing barrier shows.
-    """
-    if torch.cuda.is_available():
-        return "nothing, there is a GPU"
+# Without a GPU, Triton kernels run in Triton's interpreter, which has to be known before the first
+# import of triton.
+GPU = torch.cuda.is_available()
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ.setdefault("PGOLF_EMULATOR_SEED", "2")
-    if os.environ.get("PGOLF_CUDA_MODULE"):
-        return "Triton, and CUDA as PGOLF_CUDA_MODULE says"
-    try:
-        os.environ["PGOLF_CUDA_MODULE"] = str(emulated_module())
-    except Missing as missing:
-        return f"Triton; not CUDA, whose tests are left out: {missing}"
-    return "Triton and CUDA"
-
-
-EMULATED = emulate_gpu()
 
 # One process for each core fills them: threads would only wait for each other. Tests of threads ask
 # for theirs.
@@ -39,8 +25,40 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
 
-def pytest_report_header() -> str:
-    return f"emulated: {EMULATED}"
+def emulate_cuda(build: bool) -> str:
+    """Let CUDA kernels run without a GPU; what is emulated now, or what is missing for it.
+
+    They run in the emulator, which pgolf.extension loads. Seed 2 is a random order of threads: a
+    missing barrier shows.
+    """
+    if GPU:
+        return "nothing, there is a GPU"
+    os.environ.setdefault("PGOLF_EMULATOR_SEED", "2")
+    if os.environ.get("PGOLF_CUDA_MODULE"):
+        return "Triton, and CUDA as PGOLF_CUDA_MODULE says"
+    try:
+        os.environ["PGOLF_CUDA_MODULE"] = str(emulated_module(build))
+    except Missing as missing:
+        return f"Triton; not CUDA, whose tests are left out: {missing}"
+    return "Triton and CUDA"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--prove", choices=("changed", "all"),
+        help="leave out proofs that tests/proved.json has, or none; write there what is proved",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A list of the tests builds nothing; otherwise this is done before workers are started."""
+    config.stash[EMULATED] = emulate_cuda(build=not config.option.collectonly)
+    if config.option.prove and not config.option.collectonly:
+        config.pluginmanager.register(Proofs(config.option.prove))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"emulated: {config.stash[EMULATED]}"
 
 
 # No test depends on wall time, and the machines that run them are small and shared.

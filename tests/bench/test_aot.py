@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from bench import aot, aot_cuda
-from bench.aot_checks import REQUIRED_CUDA, cuda_limits, differences, hard_limits, unreached
+from bench.aot_checks import REQUIRED, differences, failures, unreached
+from bench.sass import count
 from pgolf.errors import PgolfError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEST_TRITON = "3.5.1"  # what the contest's machines have, with torch 2.9.1
+
 
 def no_nvcc() -> str:
     try:
@@ -38,83 +41,102 @@ def run_gate(*arguments: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @needs_triton
-def test_every_kernel_passes_the_gate(tmp_path: Path) -> None:
-    file = tmp_path / "aot.json"
-    # Kernels that tests interpret are compiled here all the same.
-    result = run_gate("--compiler", "triton", "--json", str(file), TRITON_INTERPRET="1")
+@pytest.mark.slow
+@pytest.mark.proves("triton_kernels", "bench/aot.py", "bench/results/aot.json")
+def test_every_triton_kernel_passes_the_gate() -> None:
+    result = run_gate("--compiler", "triton")
     assert result.returncode == 0, result.stdout + result.stderr
-    found = json.loads(file.read_text())
-    assert found["failures"] == []
     kernels = json.loads((ROOT / "triton_kernels" / "configs.json").read_text())
-    assert {row["kernel"] for row in found["rows"].values()} == set(kernels)
-    mlp = found["rows"]["leaky_relu2_up_tma: bf16"]
-    tile = [mlp["config"][name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
-    assert tile == [128, 256, 64]
-    assert mlp["instructions"]["HGMMA"] and mlp["instructions"]["UTMALDG"]
-    assert mlp["local"] == 0
+    assert set(re.findall(r"^(\w+): (?:bf16|fp32) ", result.stdout, re.M)) == set(kernels)
 
 
 @needs_triton
-def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path: Path) -> None:
+def test_a_triton_kernel_passes_the_gate(tmp_path: Path) -> None:
+    """Though it is interpreted in this process."""
     table = tmp_path / "aot.json"
-    one = ("--kernel", "newton_schulz_norms", "--table", str(table))
-    result = run_gate(*one)
+    one = ("--kernel", "leaky_relu2_up_tma", "--table", str(table), "--update")
+    result = run_gate(*one, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "not in aot.json: only the fixed limits" in result.stdout
-    assert not table.exists()
-    assert run_gate(*one, "--update").returncode == 0
+    ((versions, rows),) = json.loads(table.read_text()).items()
+    assert rows["leaky_relu2_up_tma: bf16"].items() >= {"HGMMA": 4, "spills": 0}.items()
+    recorded = json.loads(aot.TABLE.read_text()).get(versions, rows)
+    assert list(differences(rows, {name: recorded[name] for name in rows})) == []
 
+
+UP = {
+    "registers": 173, "shared": 217112, "spills": 0, "HGMMA": 4, "UTMALDG": 6, "UTMASTG": 1,
+}  # fmt: skip
+
+
+@needs_triton
+def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path, monkeypatch, capsys) -> None:
+    table = tmp_path / "aot.json"
+    rows = {"up: bf16": UP, "up: bf16 #2": UP, "other<1>: a.cu": UP}
+    kept: list[str] = []
+    monkeypatch.setattr(
+        aot, "_compiled",
+        lambda only, _: [("v 1", {n: r for n, r in rows.items() if aot._is_of(n, only)}, [*kept])],
+    )  # fmt: skip
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def gate(*words: str) -> tuple[int, str]:
+        return aot.main(["--table", str(table), *words]), capsys.readouterr().out
+
+    code, said = gate()
+    assert code == 0 and "3 compiled, 0 failures; v 1 not in aot.json: only the fixed" in said
+    assert not table.exists()
+    assert gate("--update")[1].endswith("v 1 written to aot.json\n")
     written = table.read_text()
-    figures = json.loads(written)
-    (rows,) = figures.values()
-    name = min(rows)
-    measured = rows[name]["registers"]
-    rows[name]["registers"] = measured + 2
-    table.write_text(json.dumps(figures))
-    result = run_gate(*one)
-    assert result.returncode == 1
-    assert " compared with aot.json" in result.stdout
-    assert f"FAILED {name}: registers was {measured + 2}, is {measured}" in result.stdout
-    assert run_gate(*one, "--update").returncode == 0
-    assert table.read_text() == written
+    assert json.loads(written) == {"v 1": rows} and len(written.splitlines()) == len(rows) + 4
+    assert gate()[1].endswith("v 1 compared with aot.json\n")
+
+    rows["up: bf16"] = UP | {"registers": 175}
+    code, said = gate()
+    assert code == 1 and "FAILED up: bf16: registers was 173, is 175\n" in said
+    assert gate("--kernel", "other")[0] == 0
+    del rows["up: bf16 #2"], rows["other<1>: a.cu"]
+    assert gate("--kernel", "up", "--update")[0] == 0
+    assert json.loads(table.read_text()) == {"v 1": rows | {"other<1>: a.cu": UP}}
+    kept.append("up: bf16: spills: 5 local loads and stores")
+    before = table.read_text()
+    assert gate("--update")[0] == 1 and table.read_text() == before
 
 
 @needs_triton
 @needs_nvcc
 def test_a_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
-    file = tmp_path / "aot.json"
-    result = run_gate("--kernel", "grad_norm_chunks", "--json", str(file))
+    table = tmp_path / "aot.json"
+    result = run_gate("--kernel", "grad_norm_chunks", "--table", str(table), "--update")
     assert result.returncode == 0, result.stdout + result.stderr
-    found = json.loads(file.read_text())
-    assert found["versions"] == aot_cuda.versions()
+    rows = json.loads(table.read_text())[aot_cuda.versions()]
     names = [f"grad_norm_chunks: grad_norm.cu {arch}" for arch in ("sm_80", "sm_90a")]
-    assert list(found["rows"]) == names
-    for row in found["rows"].values():
-        assert 16 <= row["registers"] <= 64 and row["instructions"]["LDG"]
+    assert list(rows) == names
+    for row in rows.values():
+        assert 16 <= row["registers"] <= 64 and row["shared"] == 2048 and row["LDG.128"]
 
 
 @needs_triton
 @needs_nvcc
 @pytest.mark.slow
-def test_every_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
-    file = tmp_path / "aot.json"
-    result = run_gate("--compiler", "nvcc", "--json", str(file))
+@pytest.mark.proves("csrc", "bench/aot.py", "bench/results/aot.json")
+def test_every_cuda_kernel_passes_the_gate() -> None:
+    result = run_gate("--compiler", "nvcc")
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = json.loads(file.read_text())["rows"].values()
-    for arch in aot_cuda.ARCHS:
-        assert {row["kernel"] for row in rows if row["arch"] == arch} == aot_cuda.kernels()
+    compiled = re.findall(r"^(\w+).*: \w+\.cu (\w+) ", result.stdout, re.M)
+    assert set(compiled) == {(k, arch) for k in aot_cuda.kernels() for arch in aot_cuda.ARCHS}
 
 
-def test_every_cuda_kernel_says_what_it_is_built_around() -> None:
-    assert aot_cuda.kernels() == set(REQUIRED_CUDA)
+def test_every_kernel_says_what_it_is_built_around() -> None:
+    of_triton = json.loads((ROOT / "triton_kernels" / "configs.json").read_text()).keys()
+    assert of_triton | aot_cuda.kernels() == REQUIRED.keys()
 
 
 @needs_triton
-def test_an_unknown_kernel_is_named_with_those_there_are() -> None:
-    result = run_gate("--kernel", "nothing")
-    assert result.returncode == 2
-    assert "no kernel is named 'nothing'; there are" in result.stderr
-    assert "xsa_forward_kernel" in result.stderr
+def test_an_unknown_kernel_is_named_with_those_there_are(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main(["--kernel", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "no kernel is named 'nothing'; there are" in said and "xsa_forward_kernel" in said
 
 
 def test_without_triton_one_line_says_so(monkeypatch, capsys) -> None:
@@ -127,74 +149,58 @@ def test_without_triton_one_line_says_so(monkeypatch, capsys) -> None:
     assert len(said.splitlines()) == 1
 
 
-def row(kernel: str = "leaky_relu2_up_tma", **changed: object) -> dict:
-    good = {
-        "kernel": kernel, "dtype": "bf16", "config": {"BLOCK_M": 128, "num_warps": 8},
-        "registers": 173, "shared": 217112, "stack": 0, "local": 0,
-        "instructions": {"all": 2008, "HGMMA": 4, "UTMALDG": 6, "UTMASTG": 1}, "ptx": {},
-    }  # fmt: skip
-    return good | changed
+def wrong(kernel: str, wide: bool = True, **figures: int) -> list[str]:
+    return failures("x", kernel, wide, {"registers": 9, "shared": 0, "spills": 0} | figures)
 
 
 def test_a_kernel_within_the_limits() -> None:
-    assert hard_limits("up", row()) == []
-    assert hard_limits("up", row(shared=232448)) == []
-    assert hard_limits("up", row(dtype="fp32", instructions={"all": 1})) == []
+    assert wrong("leaky_relu2_up_tma", **UP) == []
+    assert wrong("leaky_relu2_up_tma", **UP | {"shared": 232448}) == []
+    assert wrong("leaky_relu2_up_tma", wide=False, HGMMA=0) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"local": 8}, "up: spills: 0 local loads and stores, 8 bytes a thread"),
-        (
-            {"instructions": row()["instructions"] | {"LDL": 2, "STL": 3}},
-            "up: spills: 5 local loads and stores, 0 bytes a thread",
-        ),
-        ({"shared": 232449}, "up: 232449 bytes of shared memory, a block has 232448"),
-        ({"instructions": {"UTMALDG": 6, "UTMASTG": 1}}, "up: no HGMMA in the SASS"),
-        ({"instructions": {"HGMMA": 4, "UTMASTG": 1}}, "up: no UTMALDG in the SASS"),
-        ({"kernel": "new"}, "up: REQUIRED in bench/aot_checks.py does not name this kernel"),
+        ({"spills": 5}, "x: spills: 5 local loads and stores"),
+        ({"shared": 232449}, "x: 232449 bytes of shared memory, a block has 232448"),
+        ({"HGMMA": 0}, "x: no HGMMA"),
+        ({"UTMALDG": 0}, "x: no UTMALDG"),
     ],
 )
 def test_what_fails_whatever_the_versions(changed: dict, message: str) -> None:
-    assert hard_limits("up", row(**changed)) == [message]
+    assert wrong("leaky_relu2_up_tma", **UP | changed) == [message]
+
+
+def test_a_new_kernel_has_to_say_what_it_is_built_around() -> None:
+    message = "x: REQUIRED in bench/aot_checks.py does not name this kernel"
+    assert wrong("new") == [message]
 
 
 def test_the_quantiser_divides_correctly_rounded() -> None:
-    vectors = {"LDG.128": 1, "STG.128": 1}
-    good = row("fake_quant_forward_kernel", instructions=vectors, ptx={"div.rn.f32": 8})
-    assert hard_limits("q", good) == []
-    bad = row("fake_quant_forward_kernel", instructions=vectors, ptx={"div.full.f32": 8})
-    assert hard_limits("q", bad) == ["q: no div.rn.f32 in the PTX", "q: div.full.f32 in the PTX"]
+    good = {"LDG.128": 1, "STG.128": 1, "div.rn.f32": 8, "div.full.f32": 0}
+    assert wrong("fake_quant_forward_kernel", **good) == []
+    bad = good | {"div.rn.f32": 0, "div.full.f32": 8}
+    assert wrong("fake_quant_forward_kernel", **bad) == ["x: no div.rn.f32", "x: div.full.f32"]
 
 
-def test_scalar_loads_in_a_row_kernel_fail() -> None:
-    scalar = row("xsa_forward_kernel", instructions={"LDG": 6, "STG": 4})
-    assert hard_limits("x", scalar) == ["x: no LDG.128 in the SASS", "x: no STG.128 in the SASS"]
+def test_one_of_two_instructions_is_enough() -> None:
+    good = dict.fromkeys(REQUIRED["weight_cast_rows"].opcodes(), 0) | {"div.rn.f32": 1}
+    assert wrong("weight_cast_rows", **good) == ["x: no LDG.128 or STG.128"]
+    assert wrong("weight_cast_rows", wide=False, **good) == []
+    assert wrong("weight_cast_rows", **good | {"STG.128": 1}) == []
 
 
-def cuda_row(kernel: str, arguments: list[str], **changed: object) -> dict:
-    good = {
-        "kernel": kernel, "arguments": arguments, "registers": 40, "shared": 0, "stack": 0,
-        "local": 0, "instructions": {"all": 90, "LDG.128": 2, "STG.128": 1}, "ptx": {},
-    }  # fmt: skip
-    return good | changed
-
-
-def test_instances_of_a_cuda_kernel_are_scalar_or_move_16_bytes() -> None:
-    narrow = {"instructions": {"all": 90, "LDG": 2, "STG": 1}}
-    vectors, scalar = ["float", "4", "16", "1"], ["float", "1", "32", "2"]
-    assert cuda_limits("x", cuda_row("xsa_forward_rows", vectors)) == []
-    assert cuda_limits("x", cuda_row("xsa_forward_rows", scalar, **narrow)) == []
-    assert cuda_limits("x", cuda_row("xsa_forward_rows", vectors, **narrow)) == [
-        "x: no LDG.128 in the SASS", "x: no STG.128 in the SASS",
-    ]  # fmt: skip
-    assert cuda_limits("x", cuda_row("xsa_forward_rows", scalar, local=8)) == [
-        "x: spills: 0 local loads and stores, 8 bytes a thread"
-    ]
-    assert cuda_limits("x", cuda_row("new", [])) == [
-        "x: REQUIRED_CUDA in bench/aot_checks.py does not name this kernel"
-    ]
+@needs_triton
+def test_instances_of_a_cuda_kernel_are_scalar_or_move_16_bytes(monkeypatch) -> None:
+    narrow = {"registers": 9, "shared": 0, "spills": 0, "LDG.128": 0, "STG.128": 0}
+    instances = [("xsa_forward_rows", ["float", n, "16", "1"], narrow) for n in ("1", "4")]
+    monkeypatch.setattr(aot_cuda, "compile_source", lambda source, arch: instances)
+    monkeypatch.setattr(aot_cuda, "ARCHS", ("sm_80",))
+    rows, found = aot_cuda.compile_all("xsa_forward_rows", lambda *_: None)
+    name = "xsa_forward_rows<float, 4, 16, 1>: xsa.cu sm_80"
+    assert name in rows and len(rows) == 2
+    assert found == [f"{name}: no LDG.128", f"{name}: no STG.128"]
 
 
 def test_without_nvcc_one_line_says_so(monkeypatch, tmp_path) -> None:
@@ -219,27 +225,16 @@ def test_a_configuration_that_nothing_reaches_fails() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"registers": 188}, "up: registers was 173, is 188"),
-        ({"shared": 1024}, "up: shared was 217112, is 1024"),
-        ({"stack": 16}, "up: stack was 0, is 16"),
-        ({"config": {"BLOCK_M": 64, "num_warps": 8}}, "up: config BLOCK_M was 128, is 64"),
-        ({"ptx": {"div.rn.f32": 2}}, "up: ptx div.rn.f32 was 0, is 2"),
-        (
-            {"instructions": {"all": 2008, "HGMMA": 4, "UTMALDG": 6}},
-            "up: instructions UTMASTG was 1, is 0",
-        ),
-    ],
-)
-def test_every_changed_figure_is_named(changed: dict, message: str) -> None:
-    assert differences({"up": row(**changed)}, {"up": row()}) == [message]
+def test_every_changed_figure_is_named() -> None:
+    changed = UP | {"registers": 188, "UTMASTG": 0}
+    assert list(differences({"up": changed}, {"up": UP})) == [
+        "up: UTMASTG was 1, is 0", "up: registers was 173, is 188",
+    ]  # fmt: skip
 
 
 def test_rows_that_come_and_go_are_named() -> None:
-    assert differences({"up": row()}, {"up": row()}) == []
-    assert differences({"new": row()}, {"old": row()}) == [
+    assert list(differences({"up": UP}, {"up": UP})) == []
+    assert list(differences({"new": UP}, {"old": UP})) == [
         "new: not in the table", "old: in the table, but not compiled any more",
     ]  # fmt: skip
 
@@ -263,26 +258,22 @@ PTX = """
 
 
 def test_instructions_are_counted_with_their_modifiers() -> None:
-    from bench.sass import count_ptx, count_sass
-
-    assert count_sass(SASS) == {
-        "all": 7, "HGMMA": 1, "UTMALDG": 1, "LDG": 3, "LDG.128": 2, "STL": 1,
+    wanted = {
+        "HGMMA": 1, "UTMALDG": 1, "LDG": 3, "LDG.128": 2, "STL": 1, "LDL": 0,
+        "div.full.f32": 1, "div.rn.f32": 1, "wgmma.mma_async": 1,
     }  # fmt: skip
-    assert count_ptx(PTX) == {"div.full.f32": 1, "div.rn.f32": 1, "wgmma.mma_async": 1}
+    assert count(SASS + PTX, wanted) == wanted
 
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.proves("triton_kernels", "bench/aot.py", "bench/results/aot.json")
 def test_the_gate_passes_with_the_contests_triton(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
          "--target", str(tmp_path / "packages"), f"triton=={CONTEST_TRITON}"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    file = tmp_path / "aot.json"
-    packages = str(tmp_path / "packages")
-    result = run_gate("--compiler", "triton", "--json", str(file), PYTHONPATH=packages)
+    result = run_gate("--compiler", "triton", PYTHONPATH=str(tmp_path / "packages"))
     assert result.returncode == 0, result.stdout + result.stderr
-    found = json.loads(file.read_text())
-    assert found["versions"].startswith(f"triton {CONTEST_TRITON}, ptxas ")
-    assert "compared with aot.json" in result.stdout
+    assert re.search(rf"triton {CONTEST_TRITON}, ptxas \S+ compared with aot.json", result.stdout)

@@ -12,6 +12,9 @@ from pgolf.extension import CUDA_VARIABLE
 MISSING = build.missing() or extension.missing()
 pytestmark = [
     pytest.mark.slow,  # the kernels are compiled once more
+    pytest.mark.proves(
+        "csrc", "pgolf/ops", "bench/counting", "tests/bench/counting_launches.py"
+    ),
     pytest.mark.skipif(bool(MISSING), reason=MISSING or "there is one"),
 ]
 

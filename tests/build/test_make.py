@@ -40,7 +40,7 @@ def checkout(tmp_path):
 def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
     # These tests run under make themselves: a nested make would say where it is.
     outer = (
-        "CXX", "PYTHON", "PGOLF_BUILD", "PGOLF_TORCH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"
+        "CXX", "PROVE", "PYTHON", "PGOLF_BUILD", "PGOLF_TORCH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"
     )  # fmt: skip
     base = {k: v for k, v in os.environ.items() if k not in outer}
     return subprocess.run(command, cwd=cwd, env=base | env, capture_output=True, text=True)
@@ -52,7 +52,7 @@ def log(checkout: Path) -> list[str]:
 
 BUILD = "setup.py -q build_ext --inplace"
 QUICK = "-m pytest -n auto --dist worksteal -m not slow and not gpu"
-PROOFS = "-m pytest -n auto --dist loadfile -m slow"
+PROOFS = "-m pytest -n auto --dist loadfile -m slow --prove changed"
 
 
 def test_ci_runs_both_from_any_folder(checkout, tmp_path_factory):
@@ -80,6 +80,8 @@ def test_no_slow_test_is_said_and_no_failure(checkout):
     result = run(["make", "prove"], checkout, PYTEST_CODE="5")
     assert (result.returncode, result.stdout) == (0, "no test is marked slow\n")
     assert run(["make", "prove"], checkout, PYTEST_CODE="1").returncode != 0
+    assert run(["make", "prove"], checkout, PROVE="all").returncode == 0
+    assert log(checkout)[-1] == PROOFS.replace("changed", "all")
     assert run(["make", "test"], checkout, PYTEST_CODE="5").returncode != 0
 
 

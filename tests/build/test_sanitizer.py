@@ -18,6 +18,12 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH"),
 ]
 
+# What `sanitized` is built from, and the glue around it; headers follow.
+CPU_SOURCES = (
+    "setup.py", "csrc/bindings.cpp", "csrc/bindings", "csrc/cpu", "csrc/host", "pgolf/ops"
+)  # fmt: skip
+CUDA_SOURCES = ("tests/simt", "csrc/bindings.cpp", "csrc/bindings", "csrc/cuda", "pgolf/ops")
+
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 SANITIZED = f"g++ {SANITIZERS}"
 TESTS = ROOT / "tests" / "ops"
@@ -53,14 +59,18 @@ def pytest_in(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
     return run(command, root, **env)
 
 
+CPU_TESTS = [
+    f"tests/ops/test_{name}.py"
+    for name in ("cpu_kernels", "cpu_kernel_arguments", "cpu_kernel_threads")
+]
+
+
+@pytest.mark.proves(*CPU_SOURCES, *CPU_TESTS)
 def test_kernels_are_clean(sanitized):
-    files = [
-        TESTS / f"test_{name}.py"
-        for name in ("cpu_kernels", "cpu_kernel_arguments", "cpu_kernel_threads")
-    ]
-    passes(pytest_in(*sanitized, *files))
+    passes(pytest_in(*sanitized, *(ROOT / file for file in CPU_TESTS)))
 
 
+@pytest.mark.proves(*CPU_SOURCES, "tests/ops/test_fuzz.py")
 def test_operators_are_clean_on_500_layouts_each(sanitized):
     root, env = sanitized
     passes(pytest_in(root, {**env, "PGOLF_FUZZ_EXAMPLES": "500"}, TESTS / "test_fuzz.py"))
@@ -71,6 +81,7 @@ def passes(result: subprocess.CompletedProcess) -> None:
     assert " passed" in result.stdout and " failed" not in result.stdout
 
 
+@pytest.mark.proves(*CPU_SOURCES)
 @pytest.mark.parametrize(
     ("access", "file", "right", "wrong"),
     [
@@ -120,6 +131,7 @@ def test_an_access_out_of_bounds_is_found(sanitized, access, file, right, wrong)
 # ---- CUDA kernels in the emulator
 
 
+@pytest.mark.proves(*CUDA_SOURCES, "tests/ops/test_operators.py")
 def test_emulated_kernels_are_clean(tmp_path, preloaded):
     """The registry's tests of them, in all orders of threads that a seed may choose."""
     module = pgolf_build(tmp_path, SANITIZERS.split(), checks=()).run()
@@ -131,6 +143,7 @@ def test_emulated_kernels_are_clean(tmp_path, preloaded):
         passes(run(command, ROOT, **env, PGOLF_EMULATOR_SEED=seed))
 
 
+@pytest.mark.proves("tests/simt")
 @pytest.mark.parametrize("threads", [24, 25])
 def test_an_emulated_access_out_of_bounds_is_found(tmp_path, preloaded, threads):
     """Of the kernel `places` in tests/simt/rules.cu, a number a thread: 25 do not fit into 24."""

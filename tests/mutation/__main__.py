@@ -20,11 +20,11 @@ import torch  # noqa: E402
 
 from tests.triton.interpreter import repair  # noqa: E402
 
+from ..simt.emulator import built_objects  # noqa: E402
 from .checks import CHECKS  # noqa: E402
 from .cuda import (  # noqa: E402
     cuda_kernels,
     cuda_mutants,
-    original_objects,
     put_module_in_place,
     use_emulator,
 )
@@ -112,7 +112,7 @@ def cuda_subject(kernel: str) -> Subject:
     use_emulator()
     from .cuda_checks import checks_of  # imports what looks for the emulated kernels
 
-    build = original_objects()
+    build = built_objects()
 
     def prepare(mutant: Mutant, folder: str) -> None:
         put_module_in_place(mutant, kernel, build, folder)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..simt.emulator import CSRC, Build, built_objects, emulated_module
+from ..simt.emulator import CSRC, Build, emulated_module
 from .cpp import functions, mutants, tokens
 from .mutator import Mutant
 
@@ -23,6 +23,12 @@ SHARED = ("element.h", "host_device.h", "kernels.h")
 def cuda_kernels() -> list[str]:
     """The files of csrc/cuda that are compiled."""
     return sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+
+
+def cuda_sources(kernel: str) -> list[str]:
+    """What a proof of a file of csrc/cuda depends on: it, its bindings and its operator."""
+    stem = kernel.removesuffix(".cu")
+    return [f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{stem}.py"]
 
 
 def cuda_mutants(kernel: str) -> list[Mutant]:
@@ -57,12 +63,6 @@ def use_emulator() -> None:
     """Let this process and its children run CUDA kernels in the emulator, in a random order."""
     os.environ[VARIABLE] = str(emulated_module())
     os.environ["PGOLF_EMULATOR_SEED"] = "2"
-
-
-def original_objects() -> Build:
-    """What mutants are linked with."""
-    with built_objects() as build:
-        return build
 
 
 def put_module_in_place(mutant: Mutant, kernel: str, build: Build, folder: str) -> None:

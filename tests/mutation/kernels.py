@@ -1,6 +1,7 @@
 """The Triton kernels as the mutator sees them, and how a changed one takes its module's place."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -22,6 +23,11 @@ INERT_ARGUMENTS = ("flatten", "num_stages", "warp_specialize", "eviction_policy"
 def kernels() -> list[str]:
     """Kernels that are launched: those of configs.json."""
     return list(json.loads((FOLDER / "configs.json").read_text(encoding="utf-8")))
+
+
+def module_of(kernel: str) -> str:
+    """The module of triton_kernels that a kernel stands in."""
+    return _jit_functions()[kernel][0]
 
 
 def kernel_mutants(kernel: str) -> list[Mutant]:
@@ -75,6 +81,7 @@ def _inert(node: ast.AST) -> bool:
     return False
 
 
+@functools.cache
 def _jit_functions() -> dict[str, tuple[str, ast.FunctionDef]]:
     """Every @triton.jit function: name -> (module, definition)."""
     found = {}

@@ -4,12 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .cuda import cuda_kernels, cuda_mutants
-from .kernels import kernel_mutants, kernels
+from .cuda import cuda_kernels, cuda_mutants, cuda_sources
+from .kernels import kernel_mutants, kernels, module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
@@ -17,9 +19,21 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def proofs() -> Iterator[Any]:
+    """The kernels of each module of triton_kernels, and each file of csrc/cuda."""
+    for module in sorted({module_of(kernel) for kernel in kernels()}):
+        some = [kernel for kernel in kernels() if module_of(kernel) == module]
+        sources = (f"triton_kernels/{module}.py", "triton_kernels/configs.json")
+        yield pytest.param(some, id=module, marks=pytest.mark.proves(*sources))
+    for kernel in cuda_kernels():
+        sources = ("tests/simt", *cuda_sources(kernel))
+        yield pytest.param([kernel], id=kernel, marks=pytest.mark.proves(*sources))
+
+
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("some", [kernels(), cuda_kernels()], ids=["triton", "cuda"])
+@pytest.mark.proves("tests/mutation")
+@pytest.mark.parametrize("some", list(proofs()))
 def test_changed_kernels_are_noticed(some: list[str]) -> None:
     """90 % of each kernel's mutants; the others are listed, each with the reason."""
     command = [sys.executable, "-m", "tests.mutation", *some]

@@ -121,7 +121,10 @@ def run(name: str, shards, out, *words: str) -> tuple[dict, str]:
     return json.loads((out / "result.json").read_text()), done.stdout
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# One in the quick suite; the others' structure is in tests/model, their size above.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pr1473")) for n in PUBLISHED]
+)
 def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
     """The whole structure on a CPU: the second step with QAT on, then the artifact."""
     quick = ("qat_start=0.5", "codec=rans", "quantizer=lite", "grid=rows", "fit_to_budget=false")

@@ -140,7 +140,7 @@ def emulator_sources(checks: Sequence[str] = CHECKS) -> list[Path]:
 def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] = CHECKS) -> Build:
     """pgolf's CUDA kernels behind pgolf's bindings; writes the headers that setup.py writes."""
     values = {
-        "COMPILER": _version(),
+        "COMPILER": compiler_version(),
         "NVCC": "",
         "CUDART": "emulated",
         "ARCHS": "",
@@ -154,47 +154,61 @@ def pgolf_build(folder: Path, flags: Sequence[str] = (), checks: Sequence[str] =
     return Build(kernels, [*bindings, HERE / "no_cpu.cpp"], folder, flags, checks)
 
 
-def emulated_module() -> Path:
+def emulated_module(build: bool = True) -> Path:
     """The module for the sources as they are, built if it is not there.
 
-    Several processes may call this at once.
+    Several processes may call this at once: one builds, the others wait.
+
+    Args:
+        build: or else refuse where it is not there.
 
     Raises:
-        Missing: there is nothing to build it with.
+        Missing: there is nothing to build it with, or it is not to be built.
         RuntimeError: with what the compiler said.
     """
     folder = ROOT / "build"
     target = folder / f"emulated-{_content()}" / "_C.so"
     if not target.exists():
-        with built_objects() as build:
+        if not build:
+            raise Missing("it is not built yet: python -m tests.simt.emulator")
+        with _alone() as objects:
+            if target.exists():  # another process was faster
+                return target
+            library = pgolf_build(objects).run()
             target.parent.mkdir(exist_ok=True)
             half = target.with_suffix(f".{os.getpid()}")
-            shutil.copy2(build.library, half)
+            shutil.copy2(library, half)
             half.replace(target)
             _forget_old(folder)
     return target
 
 
 @contextlib.contextmanager
-def built_objects() -> Iterator[Build]:
-    """The objects of the sources as they are; nobody else compiles them meanwhile.
-
-    Raises:
-        Missing, RuntimeError: as above.
-    """
+def _alone() -> Iterator[Path]:
+    """The folder of pgolf's objects, which nobody else compiles meanwhile."""
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     with (folder / "emulator.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        build = pgolf_build(folder / "emulator-objects")
+        yield folder / "emulator-objects"
+
+
+def built_objects() -> Build:
+    """The objects of the sources as they are.
+
+    Raises:
+        Missing, RuntimeError: as above.
+    """
+    with _alone() as folder:
+        build = pgolf_build(folder)
         build.run()
-        yield build
+        return build
 
 
 def _content() -> str:
     """A hash of everything that the module depends on."""
     state = hashlib.sha256()
-    words = [_version(), sysconfig.get_config_var("SOABI"), *FLAGS, *CHECKS]
+    words = [compiler_version(), sysconfig.get_config_var("SOABI"), *FLAGS, *CHECKS]
     state.update("\n".join([*map(str, words), *compiler()]).encode())
     for root in (CSRC, HERE):
         for path in sorted(root.rglob("*")):
@@ -203,7 +217,7 @@ def _content() -> str:
     return state.hexdigest()[:16]
 
 
-def _version() -> str:
+def compiler_version() -> str:
     text = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
     return (text.splitlines() or ["?"])[0]
 

@@ -4,10 +4,14 @@ import ctypes
 import re
 import subprocess
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from . import emulator
 from .emulator import HERE, Build, Missing, compiler
 
 LANES = np.arange(32)
@@ -192,3 +196,30 @@ def test_parameters_that_cuda_does_not_take_do_not_compile(tmp_path) -> None:
         )
         assert (result.returncode == 0) == compiles, result.stderr
         assert compiles or "at most 32,764 bytes of parameters" in result.stderr
+
+
+def test_processes_that_want_the_module_at_once_build_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(emulator, "ROOT", tmp_path)
+    monkeypatch.setattr(emulator, "_content", lambda: "hash")
+    with pytest.raises(Missing, match="not built yet: python -m tests.simt.emulator"):
+        emulator.emulated_module(build=False)
+    assert not list(tmp_path.iterdir())
+    events = []
+
+    def run() -> Path:
+        events.append("begin")
+        time.sleep(0.05)
+        events.append("end")
+        (tmp_path / "library").write_text("")
+        return tmp_path / "library"
+
+    build = SimpleNamespace(run=run)
+    monkeypatch.setattr(emulator, "pgolf_build", lambda folder: build)
+    threads = [threading.Thread(target=emulator.emulated_module) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events == ["begin", "end"], "the second finds what the first has built"
+    module = tmp_path / "build" / "emulated-hash" / "_C.so"
+    assert emulator.emulated_module(build=False) == module and module.exists()

@@ -1,12 +1,19 @@
 """Runs of a tiny model, shared by the tests of this folder."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from pgolf import score
+from pgolf.cli import main
 from pgolf.data.prepare import prepare
+from pgolf.train import scoring
 
 from .tiny import ONE_THREAD, ROOT, TINY, Words, replaced
 
@@ -20,7 +27,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(shards):
+def train_alone(shards):
     """Run `pgolf train demo` in a process of its own; returns (exit code, output)."""
 
     def call(*words: str, launcher: tuple[str, ...] = ("-m", "pgolf")):
@@ -39,9 +46,44 @@ def train(shards):
 
 
 @pytest.fixture(scope="session")
-def finished(train, tmp_path_factory) -> Path:
+def finished(train_alone, tmp_path_factory) -> Path:
     """The folder of one finished tiny run."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    code, output = train(f"out={out}")
+    code, output = train_alone(f"out={out}")
     assert code == 0, output
     return out
+
+
+def scored_here(module: str, job: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    """In place of pgolf.child.run_module: `pgolf.score` in this process, which saves its start."""
+    assert (module, stdout) == ("pgolf.score", subprocess.PIPE)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [module, job]):
+        return subprocess.CompletedProcess([], score.main(), said.getvalue())
+
+
+@pytest.fixture
+def scoring_here(monkeypatch) -> None:
+    monkeypatch.setattr(scoring, "run_module", scored_here)
+
+
+@pytest.fixture
+def pgolf(scoring_here, capsys):
+    """Run a command of pgolf in this process, scoring included; returns (exit code, output)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def call(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(list(map(str, words)))
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(pgolf, shards):
+    """`pgolf train demo` in this process; returns (exit code, output)."""
+    return lambda *words: pgolf("train", "demo", f"data={shards}", *replaced(TINY, words))

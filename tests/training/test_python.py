@@ -17,7 +17,7 @@ def example() -> str:
     return re.search(r"```python\n(.*?)```", section, re.S)[1]
 
 
-def test_the_example(shards, tmp_path, monkeypatch, capsys):
+def test_the_example(scoring_here, shards, tmp_path, monkeypatch, capsys):
     """It trains, prints as the command does, returns result.json and loads the artifact."""
     code = example()
     tiny = replaced(TINY, ("layers=2", "max_tokens=1024", "max_steps=4", "score_live=false"))

@@ -131,17 +131,14 @@ def test_deterministic_and_resumable(train, finished, tmp_path):
     assert code == 2 and "optim.matrix_lr=0.03 then, 0.5 now" in output
 
 
-def test_the_end_is_kept_and_metrics_resume_exactly(train, finished, tmp_path):
+def test_the_end_is_kept_and_metrics_resume_exactly(pgolf, train, finished, tmp_path):
     """No checkpoint is due at step 20: packing still has it. One is due as QAT goes on."""
     out = tmp_path / "end"
     code, output = train(f"out={out}", "checkpoint_every=7")
     assert code == 0, output
     packed = tmp_path / "packed"
-    done = subprocess.run(
-        [sys.executable, "-m", "pgolf", "pack", str(out), "--out", str(packed)],
-        capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code, output = pgolf("pack", out, "--out", packed)
+    assert code == 0, output
     assert packed.read_bytes() == (finished / "artifact").read_bytes()
     shutil.rmtree(out / "checkpoints" / "step-0000020")
     code, output = train(f"out={out}", "checkpoint_every=7", "resume=true")
@@ -149,11 +146,11 @@ def test_the_end_is_kept_and_metrics_resume_exactly(train, finished, tmp_path):
     assert "step-0000014\n" in output and metrics(out) == metrics(finished)
 
 
-def test_two_ranks_give_the_result_of_one(train, finished, tmp_path):
+def test_two_ranks_give_the_result_of_one(train_alone, finished, tmp_path):
     """Same global batch, same result within rounding; rank 0 alone writes."""
     out = tmp_path / "two"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pgolf")
-    code, output = train(f"out={out}", launcher=launcher)
+    code, output = train_alone(f"out={out}", launcher=launcher)
     assert code == 0, output
     assert output.count("train_loss") == 20
     for one, two in zip(metrics(finished), metrics(out), strict=True):
@@ -165,7 +162,7 @@ def test_two_ranks_give_the_result_of_one(train, finished, tmp_path):
     assert a["val_targets"] == b["val_targets"] and a["val_bytes"] == b["val_bytes"]
 
 
-def test_ctrl_c_keeps_the_run(shards, finished, tmp_path):
+def test_ctrl_c_keeps_the_run(pgolf, shards, finished, tmp_path):
     """SIGINT in the middle: a checkpoint, one line that says how to go on, and it does go on."""
     out = tmp_path / "stopped"
     words = [w for w in TINY if not w.startswith("checkpoint_every")]
@@ -185,11 +182,9 @@ def test_ctrl_c_keeps_the_run(shards, finished, tmp_path):
     assert process.returncode == 130, errors
     assert "stopped after step" in errors and "resume=true" in errors and "Traceback" not in errors
     assert not (out / "result.json").exists()
-    hint = shlex.split(errors.split("`")[1])
-    done = subprocess.run(
-        [sys.executable, "-m", *hint], capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD
-    )
-    assert done.returncode == 0, done.stderr
+    program, *hint = shlex.split(errors.split("`")[1])
+    code, output = pgolf(*hint)
+    assert program == "pgolf" and code == 0, output
     assert (out / "artifact").read_bytes() == (finished / "artifact").read_bytes()
 
 
@@ -263,16 +258,14 @@ def test_bad_input(train, tmp_path):
         assert not out.exists()
 
 
-def test_over_budget_is_an_error(train, tmp_path):
+def test_over_budget_is_an_error(pgolf, train, tmp_path):
     out = tmp_path / "big"
     code, output = train(f"out={out}", "budget=20000")
     assert code == 2 and "too large even with the coarsest steps" in output, output
     assert not (out / "result.json").exists()
-    hint = shlex.split(output[output.index("pack them with") :].split("`")[1])
-    done = subprocess.run(
-        [sys.executable, "-m", *hint], capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD
-    )
-    assert done.returncode == 0 and (out / "artifact").exists(), done.stderr
+    program, *hint = shlex.split(output[output.index("pack them with") :].split("`")[1])
+    code, output = pgolf(*hint)
+    assert program == "pgolf" and code == 0 and (out / "artifact").exists(), output
     limited = "budget_bytes=20000", "prune_to_fit=false", "fit_to_budget=false"
     code, output = train(f"out={tmp_path / 'off'}", *limited)
     assert code == 2 and "over the limit of 20,000" in output, output
@@ -310,19 +303,17 @@ def test_no_space(train, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_eval_pack_sample_verify(finished, shards, tmp_path):
+def test_eval_pack_sample_verify(pgolf, finished, shards, tmp_path):
     """The other commands on a finished run."""
 
-    def pgolf(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "pgolf", *words], capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def done(*words: object) -> str:
+        code, output = pgolf(*words)
+        assert code == 0, output
+        return output
 
     result = json.loads((finished / "result.json").read_text())
-    artifact = str(finished / "artifact")
-    out = pgolf("eval", str(finished), f"data={shards}")  # as the run was scored
+    artifact = finished / "artifact"
+    out = done("eval", finished, f"data={shards}")  # as the run was scored
     assert f"val_bpb {result['val_bpb']:.6f}" in out and "the run's own score\n" in out
     # shards alone, as the contest has them: the tokenizer is named by the run
     bare = tmp_path / "run"
@@ -332,12 +323,12 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     config = json.loads((bare / "config.json").read_text())
     config["data"] |= {"data": str(tmp_path), "tokenizer": str(bare / "tokenizer.model")}
     (bare / "config.json").write_text(json.dumps(config))
-    assert f"val_bpb {result['val_bpb']:.6f}" in pgolf("eval", str(bare / "artifact"))
-    out = pgolf("eval", str(bare), "stride=32")
+    assert f"val_bpb {result['val_bpb']:.6f}" in done("eval", bare / "artifact")
+    out = done("eval", bare, "stride=32")
     assert f"own score is {result['val_bpb']:.6f}: " in out and "stride 8 there, 32 here" in out
     small = tmp_path / "small"
     budget = result["bytes_total"] - 10_000
-    out = pgolf("pack", str(finished), "--out", str(small), f"budget={budget}")
+    out = done("pack", finished, "--out", small, f"budget={budget}")
     assert re.search(r"expected to add [\d.]+ nats a token\n", out), "of the fit"
     assert re.search(
         r"quantisation adds [-\d.]+ ± [\d.]+ nats a token: loss [\d.]+ before, [\d.]+ after, "
@@ -349,10 +340,10 @@ def test_eval_pack_sample_verify(finished, shards, tmp_path):
     with pytest.raises(ConfigError, match="give it once"):
         settings(finished, {"budget": "9", "budget_bytes": "9"})
     assert not settings(finished, {"budget": "9", "grid": "rows"})[1].artifact.fit_to_budget
-    text = pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20")
+    text = done("sample", artifact, "--prompt", "abc", "--tokens", "20")
     assert text.startswith("abc") and len(text) > 10
-    assert pgolf("sample", artifact, "--prompt", "abc", "--tokens", "20") == text
-    assert "blocks.0.attn.c_q.weight" in pgolf("verify", str(finished))
+    assert done("sample", artifact, "--prompt", "abc", "--tokens", "20") == text
+    assert "blocks.0.attn.c_q.weight" in done("verify", finished)
     with pytest.raises(DataError, match="use --tokenizer FILE"):
         sample(["--device", "cpu", str(small)])
 

@@ -1,0 +1,153 @@
+"""`make prove` runs a proof again where something changed that it depends on.
+
+A slow test says what that is, files and folders from the repository's root:
+
+    @pytest.mark.proves("csrc/cpu", "tests/ops/test_fuzz.py")
+
+Its own file counts, and what kernels include or import of csrc/ and triton_kernels/, and tests of
+tests/ and bench/. tests/proved.json holds a hash of this for each proof, and the versions of torch
+and of what compiles. With `--prove changed` a proof is left out where both are those of the stamp,
+with `--prove all` none is. A run of either that passes writes what it proved or found proved.
+Without the option, as in a bare `pytest -m slow`, everything runs and nothing is written.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import aot_cuda
+from pgolf.errors import PgolfError
+from pgolf.files import atomic_write
+
+from .simt.emulator import Missing, compiler_version
+
+ROOT = Path(__file__).resolve().parents[1]
+STAMP = "tests/proved.json"
+SIDES = {"csrc": "kernels", "triton_kernels": "kernels", "tests": "harness", "bench": "harness"}
+PROVED, TO_PROVE = "proved", "to prove"  # names of the hash of a test that is left out, or runs
+
+
+def versions() -> dict[str, str]:
+    """What decides, beside files, whether a proof would come out the same."""
+    found = {"nvcc": aot_cuda.versions, "c++": compiler_version}
+    for package in ("torch", "triton"):
+        found[package] = functools.partial(importlib.metadata.version, package)
+    for name, ask in found.items():
+        try:
+            found[name] = ask()
+        except (PgolfError, Missing, importlib.metadata.PackageNotFoundError):
+            found[name] = "none"
+    return found
+
+
+class Sources:
+    """Files of a checkout and what they include or import; each is read once."""
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+        self._hash = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+        self._named = functools.cache(lambda path: list(self._followed(path)))
+
+    def state(self, names: Iterable[str]) -> str:
+        """A hash of the files and folders of these names, and of all that they lead to."""
+        lines = [f"{p.relative_to(self.root)} {self._hash(p)}\n" for p in self.files(names)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def files(self, names: Iterable[str]) -> list[Path]:
+        """All of them, sorted.
+
+        Raises:
+            pytest.UsageError: there is no such file or folder.
+        """
+        found, todo = set(), []
+        for name in names:
+            path = self.root / name
+            inside = path.rglob("*") if path.is_dir() else [path]
+            files = [p.resolve() for p in inside if p.is_file() and p.suffix != ".pyc"]
+            if not files:
+                raise pytest.UsageError(f"a proof depends on {name}, which is not there")
+            todo += files
+        while todo:
+            path = todo.pop()
+            if path not in found:
+                found.add(path)
+                todo += self._named(path)
+        return sorted(found)
+
+    def _followed(self, path: Path) -> Iterator[Path]:
+        for named in _imports(path, self.root) if path.suffix == ".py" else self._includes(path):
+            named = named.resolve()
+            # A harness imports all kernels; which of them a proof is of, its mark says.
+            if named.is_file() and self._side(named) and self._side(named) == self._side(path):
+                yield named
+
+    def _side(self, path: Path) -> str:
+        inside = path.is_relative_to(self.root)
+        return SIDES.get(path.relative_to(self.root).parts[0], "") if inside else ""
+
+    def _includes(self, path: Path) -> Iterator[Path]:
+        if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
+            for name in re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")):
+                yield from (path.parent / name, self.root / "csrc" / name)
+
+
+def _imports(path: Path, root: Path) -> Iterator[Path]:
+    """Where the modules would be that a file imports."""
+    for level, module in _imported(path.read_bytes()):
+        yield (path.parents[level - 1] if level else root) / f"{module.replace('.', '/')}.py"
+
+
+@functools.cache
+def _imported(source: bytes) -> list[tuple[int, str]]:
+    """(leading dots, name) of all that could be a module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
+            found += [(node.level, name) for name in (*names, node.module) if name]
+    return found
+
+
+class Proofs:
+    """The plugin behind `--prove`; of xdist, workers leave tests out, the controller writes."""
+
+    def __init__(
+        self, mode: str, root: Path = ROOT, versions: Callable[[], dict[str, str]] = versions
+    ):
+        self.sources, self.file, self.versions = Sources(root), root / STAMP, versions()
+        stamp = json.loads(self.file.read_text()) if self.file.exists() else {}
+        valid = mode == "changed" and stamp.get("versions") == self.versions
+        self.known: dict[str, str] = stamp["proofs"] if valid else {}
+        self.proved: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            names = [name for mark in item.iter_markers("proves") for name in mark.args]
+            if not names:
+                continue
+            own = item.path.resolve().relative_to(self.sources.root)
+            state = self.sources.state([*names, str(own)])
+            unchanged = self.known.get(item.nodeid) == state
+            item.user_properties.append((PROVED if unchanged else TO_PROVE, state))
+            if unchanged:
+                item.add_marker(pytest.mark.skip(reason=f"unchanged since {STAMP}"))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        of = dict(report.user_properties)
+        passed = report.when == "call" and report.passed
+        if state := of.get(PROVED) or (passed and of.get(TO_PROVE)):
+            self.proved[report.nodeid] = state
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == 0 and not hasattr(session.config, "workerinput"):
+            stamp = {"versions": self.versions, "proofs": self.proved}
+            atomic_write(self.file, json.dumps(stamp, indent=1, sort_keys=True) + "\n")
