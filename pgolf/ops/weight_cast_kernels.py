@@ -139,10 +139,10 @@ def _gradients(
     ctx: Any, douts: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Of ws and scales, in one launch; nothing flows to a matrix whose dout is None."""
-    # Without a scale and without clip_mask the gradient is dout, cast, and no kernel runs. Otherwise
-    # one launch serves all matrices that something flows back to; the others get None, not zeros, so
-    # that a frozen branch costs nothing. The gradient of a scale needs the weight on its grid again:
-    # it is made from w and the saved steps, since keeping it would double the memory.
+    # Without a scale and without clip_mask the gradient is dout, cast, and no kernel runs. Else one
+    # launch serves all matrices that something flows back to; the others get None, not zeros, so
+    # that a frozen branch costs nothing. A scale's gradient needs the weight on its grid again,
+    # which is made from w and the saved steps: keeping it would double the memory.
     n = ctx.count
     if not ctx.needs_kernel:
         return [dout if dout is None else dout.to(ctx.dtype) for dout in douts[:n]], []

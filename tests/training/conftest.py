@@ -10,10 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from pgolf import score
 from pgolf.cli import main
 from pgolf.data.prepare import prepare
-from pgolf.train import scoring
+from pgolf.scoring import job
 
 from .tiny import ONE_THREAD, ROOT, TINY, Words, replaced
 
@@ -54,17 +53,17 @@ def finished(train_alone, tmp_path_factory) -> Path:
     return out
 
 
-def scored_here(module: str, job: str, stdout: int) -> subprocess.CompletedProcess[str]:
-    """In place of pgolf.child.run_module: `pgolf.score` in this process, which saves its start."""
-    assert (module, stdout) == ("pgolf.score", subprocess.PIPE)
+def scored_here(module: str, text: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    """In place of `run_module`: the scoring job in this process, which saves its start."""
+    assert (module, stdout) == ("pgolf.scoring.job", subprocess.PIPE)
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [module, job]):
-        return subprocess.CompletedProcess([], score.main(), said.getvalue())
+    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [module, text]):
+        return subprocess.CompletedProcess([], job.main(), said.getvalue())
 
 
 @pytest.fixture
 def scoring_here(monkeypatch) -> None:
-    monkeypatch.setattr(scoring, "run_module", scored_here)
+    monkeypatch.setattr(job, "run_module", scored_here)
 
 
 @pytest.fixture
