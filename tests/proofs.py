@@ -68,8 +68,7 @@ class Sources:
         """
         found, todo = set(), []
         for name in names:
-            path = self.root / name
-            inside = path.rglob("*") if path.is_dir() else [path]
+            inside = [self.root / name, *(self.root / name).rglob("*")]
             files = [p.resolve() for p in inside if p.is_file() and p.suffix != ".pyc"]
             if not files:
                 raise pytest.UsageError(f"a proof depends on {name}, which is not there")
@@ -126,8 +125,7 @@ class Proofs:
         self.sources, self.file, self.versions = Sources(root), root / STAMP, versions()
         stamp = json.loads(self.file.read_text()) if self.file.exists() else {}
         valid = mode == "changed" and stamp.get("versions") == self.versions
-        self.known: dict[str, str] = stamp["proofs"] if valid else {}
-        self.proved: dict[str, str] = {}
+        self.known, self.proved = stamp["proofs"] if valid else {}, {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -142,8 +140,7 @@ class Proofs:
                 item.add_marker(pytest.mark.skip(reason=f"unchanged since {STAMP}"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        of = dict(report.user_properties)
-        passed = report.when == "call" and report.passed
+        of, passed = dict(report.user_properties), report.when == "call" and report.passed
         if state := of.get(PROVED) or (passed and of.get(TO_PROVE)):
             self.proved[report.nodeid] = state
 

@@ -4,6 +4,7 @@ They are taken by the file. Its mutants are those of its device code and of the 
 files that it calls, however deep.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -25,12 +26,13 @@ def cuda_kernels() -> list[str]:
     return sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
 
-def cuda_sources(kernel: str) -> list[str]:
+def cuda_sources(kernel: str) -> tuple[str, ...]:
     """What a proof of a file of csrc/cuda depends on: it, its bindings and its operator."""
     stem = kernel.removesuffix(".cu")
-    return [f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{stem}.py"]
+    return f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{stem}.py"
 
 
+@functools.cache
 def cuda_mutants(kernel: str) -> list[Mutant]:
     """Every mutant of a file of csrc/cuda and of the device code that it calls."""
     own = Path("cuda") / kernel

@@ -30,6 +30,7 @@ def module_of(kernel: str) -> str:
     return _jit_functions()[kernel][0]
 
 
+@functools.cache
 def kernel_mutants(kernel: str) -> list[Mutant]:
     """Every mutant of a kernel and of the jit functions that it calls, however deep."""
     definitions = _jit_functions()

@@ -22,7 +22,6 @@ def main(argv: list[str]) -> int:
     """The command line; 0 if every check passed, 1 if not, 2 if they cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=DESCRIPTION)
     parser.add_argument("family", choices=FAMILIES, help="whose PTX")
-    parser.add_argument("--quick", action="store_true", help="not every sample of every operator")
     parser.add_argument("--only", metavar="TEXT", default="", help="checks with this in their name")
     parser.add_argument(
         "--mutants", type=int, metavar="N", default=0,
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="say what noticed each mutant")
     args = parser.parse_args(argv)
     try:
-        checks = load(args.family, args.quick and not args.mutants)
+        checks = load(args.family)
     except Missing as e:
         print(f"python -m tests.ptx {args.family}: {e}", file=sys.stderr)
         return 2
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def load(family: str, quick: bool) -> dict[str, Callable[[], None]]:
+def load(family: str) -> dict[str, Callable[[], None]]:
     """The checks of a family by name.
 
     Raises:
@@ -68,7 +67,7 @@ def load(family: str, quick: bool) -> dict[str, Callable[[], None]]:
     import torch
 
     torch.set_num_threads(1)
-    return importlib.import_module(f"tests.ptx.{family}_checks").checks(quick)
+    return importlib.import_module(f"tests.ptx.{family}_checks").checks()
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def check_division() -> None:
             assert not any(opcode.startswith("rcp.") for opcode in opcodes), name
 
 
-def checks(quick: bool) -> dict[str, Callable[[], None]]:
-    """By operator, sample and dtype; the quick ones are two of an operator, one of each dtype.
+def checks() -> dict[str, Callable[[], None]]:
+    """By operator, sample and dtype.
 
     Raises:
         Missing: nvcc's kernels cannot be run on this machine.
@@ -111,9 +111,8 @@ def checks(quick: bool) -> dict[str, Callable[[], None]]:
         if "cuda" not in operator.implementations:
             continue
         samples = [s for s in operator.samples() if not s.bench and not s.label.startswith("0")]
-        for i, sample in enumerate(samples):
-            for j, dtype in enumerate(operator.implementations["cuda"].dtypes):
-                if i == j or not quick:
-                    name = f"{operator.name} {sample.label} {dtype}"
-                    found[name] = functools.partial(check_operator, operator, sample, dtype)
+        for sample in samples:
+            for dtype in operator.implementations["cuda"].dtypes:
+                name = f"{operator.name} {sample.label} {dtype}"
+                found[name] = functools.partial(check_operator, operator, sample, dtype)
     return found

@@ -8,13 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..mutation.cuda import cuda_kernels, cuda_sources
+from pgolf.ops.registry import OPERATORS
+
+from ..mutation.cuda import cuda_sources
 from .prove import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,41 +39,58 @@ def failures(family: str, *options: str) -> tuple[dict[str, str], int]:
     return {line["check"]: line["why"] for line in lines if line["why"]}, len(lines)
 
 
+TRITON = ("xsa", "fake_quant", "newton_schulz", "leaky_relu2_mlp")
+
+
+NVCC = [name for name, operator in OPERATORS.items() if "cuda" in operator.implementations]
+# Operators that launch the kernels of another one's file.
+LAUNCH = {"fake_quant": "weight_cast", "leaky_relu2_mlp": "leaky_relu2"}
+
+
+def sources(family: str, name: str) -> tuple[str, ...]:
+    """What is behind a check of that name; nothing for a kernel of the tests' own."""
+    if family == "triton":
+        return f"triton_kernels/{name}.py", "triton_kernels/configs.json"
+    if name not in OPERATORS:
+        return ()
+    return f"pgolf/ops/{name}.py", *cuda_sources(f"{LAUNCH.get(name, name)}.cu")
+
+
+def emitted(family: str, names: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.proves(*sources(family, n))) for n in names]
+
+
 @needs_triton
-def test_what_triton_emits() -> None:
-    failed, count = failures("triton")
-    assert not failed and count >= 13
-
-
-def test_what_nvcc_emits() -> None:
-    """Two samples of every operator that has CUDA kernels."""
-    failed, count = failures("nvcc", "--quick")
-    assert not failed and count >= 8
-
-
-def of_file(kernel: str) -> Any:
-    """A file of csrc/cuda, by the name of its operator."""
-    return pytest.param(kernel.removesuffix(".cu"), marks=pytest.mark.proves(*cuda_sources(kernel)))
+@pytest.mark.slow
+@pytest.mark.proves("tests/ptx", "bench/aot_compile.py")
+@pytest.mark.parametrize("name", emitted("triton", TRITON))
+def test_what_triton_emits(name: str) -> None:
+    failed, count = failures("triton", "--only", name)
+    assert not failed and count >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.proves("tests/ptx", "tests/ops/test_operators.py")
-@pytest.mark.parametrize("operator", [of_file(kernel) for kernel in cuda_kernels()])
-def test_all_that_nvcc_emits(operator: str) -> None:
-    failed, count = failures("nvcc", "--only", f"{operator} ")
+@pytest.mark.parametrize("name", emitted("nvcc", NVCC))
+def test_what_nvcc_emits(name: str) -> None:
+    failed, count = failures("nvcc", "--only", f"{name} ")
     assert not failed and count >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.proves("tests/ptx", "csrc/cuda")
+@pytest.mark.parametrize(("name", "least"), [("block sums", 2), ("division", 1)])
+def test_barriers_and_quotients_of_nvcc(name: str, least: int) -> None:
+    failed, count = failures("nvcc", "--only", name)
+    assert not failed and count >= least
 
 
 def subjects() -> Iterator[Any]:
     """(family, check, mutants of a class) of every kernel that is changed."""
     for family, count in (("triton", 4), ("nvcc", 5)):
         for check in FAMILIES[family].subjects:
-            name, sources = check.partition(" ")[0], []  # none: a kernel of the tests' own
-            if family == "triton":
-                sources = [f"triton_kernels/{name}.py", "triton_kernels/configs.json"]
-            elif f"{name}.cu" in cuda_kernels():
-                sources = cuda_sources(f"{name}.cu")
-            yield pytest.param(family, check, count, marks=pytest.mark.proves(*sources))
+            behind = sources(family, check.partition(" ")[0])
+            yield pytest.param(family, check, count, marks=pytest.mark.proves(*behind))
 
 
 @needs_triton

@@ -184,8 +184,8 @@ def _tiled(prefix: str, warps: int, check: Callable[[], None]) -> Callable[[], N
     return run
 
 
-def checks(quick: bool) -> dict[str, Callable[[], None]]:
-    """All of them, which are quick."""
+def checks() -> dict[str, Callable[[], None]]:
+    """By name, each beginning with a module of triton_kernels."""
     return CHECKS
 
 
