@@ -23,7 +23,7 @@ from ..ops.cases import is_empty, small, takes
 from ..ops.guards import GuardZones
 
 # The operators that launch a file's kernels, where that is not the one of the file's name.
-LAUNCHED_BY: dict[str, tuple[str, ...]] = {}
+LAUNCHED_BY: dict[str, tuple[str, ...]] = {"leaky_relu2": ("leaky_relu2_mlp",)}
 
 
 def checks_of(kernel: str) -> list[Callable[[], None]]:
