@@ -22,23 +22,27 @@ UNWRITTEN_BYTE = 0x7F  # 3.4e38 in bfloat16 and float32: what a kernel forgot to
 class _Zone:
     tensor: Tensor
     memory: Tensor  # (bytes,) around the tensor and between its rows
-    inside: Tensor  # (bytes,) bool: the tensor's own elements
+    first: int  # byte of the first element
+    span: int  # bytes to the last one, gaps included
     byte: int
     fresh: bool
 
     def complaint(self, scratch: bool) -> str | None:
         what = f"{tuple(self.tensor.shape)} {self.tensor.dtype} with strides {self.tensor.stride()}"
-        spoilt = (self.memory != self.byte) & ~self.inside
-        if spoilt.any():
-            first = int(spoilt.nonzero()[0])
-            return f"{int(spoilt.sum())} bytes written outside of {what}, the first {first - ZONE}"
+        spoilt = self.memory != self.byte
+        written = spoilt[self.first : self.first + self.span].view(-1, self.tensor.element_size())
+        written = written.as_strided(
+            (*self.tensor.shape, written.size(1)),
+            [*(written.size(1) * step for step in self.tensor.stride()), 1],
+        )
+        unwritten = 0
         if self.fresh and not scratch and self.tensor.numel():
-            size = self.tensor.element_size()
-            elements = self.memory[self.inside].view(-1, size)
-            unwritten = int((elements == self.byte).all(1).sum())
-            if unwritten:
-                return f"{unwritten} elements of the output {what} were not written"
-        return None
+            unwritten = self.tensor.numel() - int(written.any(-1).sum())
+        written.fill_(False)
+        if spoilt.any():
+            first = int(spoilt.nonzero()[0]) - self.first
+            return f"{int(spoilt.sum())} bytes written outside of {what}, the first {first}"
+        return f"{unwritten} elements of the output {what} were not written" if unwritten else None
 
 
 @dataclass
@@ -79,11 +83,8 @@ class GuardZones:
         memory = torch.full((2 * ZONE + math.ceil(span / 16) * 16,), byte, dtype=torch.uint8)
         first = ZONE + offset * size
         elements = memory[first : first + math.ceil(span / 16) * 16].view(dtype)
-        inside = torch.zeros(memory.shape, dtype=torch.bool)
-        marks = inside[first : first + span].view(-1, size)
-        marks.as_strided((*shape, size), [*(s * size for s in strides), 1]).fill_(True)
         tensor = elements.as_strided(tuple(shape), tuple(strides))
-        self.zones.append(_Zone(tensor, memory, inside, byte, fresh))
+        self.zones.append(_Zone(tensor, memory, first, span, byte, fresh))
         return tensor
 
     def input(self, data: Tensor) -> Tensor:
@@ -113,9 +114,10 @@ class GuardZones:
             return self.tensor(tuple(shape), dtype or torch.get_default_dtype())
 
         def like(tensor: Tensor, *size: Any, dtype: torch.dtype | None = None, **named: Any):
-            if tensor.device.type != "cpu" or type(tensor) is not Tensor:
+            # (With a device it is Triton's interpreter, which puts a kernel's memory in its place.)
+            if tensor.device.type != "cpu" or type(tensor) is not Tensor or named:
                 return new_empty(tensor, *size, dtype=dtype or tensor.dtype, **named)
-            return guarded(*size, dtype=dtype or tensor.dtype, **named)
+            return guarded(*size, dtype=dtype or tensor.dtype)
 
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(torch, "empty", guarded))

@@ -4,6 +4,7 @@ Errors follow one rule: err(kernel) <= k * err(torch in the same dtype) + floor,
 float64, with k = 2 forward and 3 backward. All runs again for every instruction set of this CPU.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -76,11 +77,11 @@ def check_xsa(kernels, dz: Tensor, y: Tensor, v: Tensor) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("d", [1, 8, 32, 64, 72, 128])
 @pytest.mark.parametrize(("rows", "h", "g"), [(1, 8, 4), (3, 3, 3), (33, 6, 1)])
-def test_xsa(kernels, dtype, d, rows, h, g):
-    y, dz = randn(1, rows, h, d, dtype=dtype), randn(1, rows, h, d, dtype=dtype, seed=1)
-    check_xsa(kernels, dz, y, randn(1, rows, g, d, dtype=dtype, seed=2))
+def test_xsa(kernels, dtype, rows, h, g):
+    for d in (1, 8, 32, 64, 72, 128):
+        y, dz = randn(1, rows, h, d, dtype=dtype), randn(1, rows, h, d, dtype=dtype, seed=1)
+        check_xsa(kernels, dz, y, randn(1, rows, g, d, dtype=dtype, seed=2))
 
 
 @every_dtype
@@ -156,12 +157,16 @@ def unpacked(bits: Tensor, cols: int) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("cols", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize(
     ("rows", "slope", "scaled"),
     [(1, 0.0, False), (3, 0.5, True), (33, 1.0, False), (33, 0.3, True)],
 )
-def test_leaky_relu2(kernels, dtype, cols, rows, slope, scaled):
+def test_leaky_relu2(kernels, dtype, rows, slope, scaled):
+    for cols in (1, 31, 32, 33, 100):
+        check_leaky_relu2(kernels, dtype, cols, rows, slope, scaled)
+
+
+def check_leaky_relu2(kernels, dtype, cols, rows, slope, scaled):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     pre, dpost = randn(rows, cols, dtype=dtype), randn(rows, cols, dtype=dtype, seed=1)
     pre[0, 0], pre[-1, -1] = 0.0, -0.0
@@ -206,18 +211,16 @@ def normalize_formula(g: Tensor, row_norm: bool, safety: float) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("to", DTYPES, ids=["to_fp32", "to_bf16", "to_fp64"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 33), (3, 33, 100)])
 @pytest.mark.parametrize(("row_norm", "safety"), [(False, 1.0), (True, 1.02)])
-def test_newton_schulz_normalize(kernels, dtype, to, shape, row_norm, safety):
-    g = randn(*shape, dtype=dtype)
-    truth = normalize_formula(g.double(), row_norm, safety)
-    x = call.normalize(kernels, g, to, row_norm, safety)
-    check_error(x, truth.to(to), truth, 2)
+def test_newton_schulz_normalize(kernels, dtype, shape, row_norm, safety):
     b, r, c = shape
     strided = randn(r, b, c + 2, dtype=dtype)[:, :, 1 : c + 1].transpose(0, 1)
-    truth = normalize_formula(strided.double(), row_norm, safety)
-    check_error(call.normalize(kernels, strided, to, row_norm, safety), truth.to(to), truth, 2)
+    for g in (randn(*shape, dtype=dtype), strided):
+        truth = normalize_formula(g.double(), row_norm, safety)
+        for to in DTYPES:
+            x = call.normalize(kernels, g, to, row_norm, safety)
+            check_error(x, truth.to(to), truth, 2)
 
 
 @pytest.mark.parametrize("row_norm", [False, True])
@@ -249,13 +252,13 @@ def quant_formula(w: Tensor, factor: Tensor, bits: int, floor: float, multiple: 
 
 
 @every_dtype
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 @pytest.mark.parametrize(
     ("floor", "multiple", "full", "cut"),
     [(0.0, 1, False, 1.0), (1.0, 1, True, 0.5), (0.0, 4, False, 0.9), (0.01, 3, True, 0.7)],
 )
-def test_fake_quant_is_the_reference_bit_for_bit(kernels, dtype, bits, floor, multiple, full, cut):
-    for rows, cols in ((1, 1), (3, 72), (33, 33)):
+def test_fake_quant_is_the_reference_bit_for_bit(kernels, dtype, floor, multiple, full, cut):
+    shapes = ((1, 1), (3, 72), (33, 33))
+    for bits, (rows, cols) in itertools.product(range(4, 9), shapes):
         w = (randn(rows, cols + 5, dtype=torch.float64) * 0.05).to(dtype)[:, 2 : cols + 2]
         w[0], w[-1, :2] = 0.0, torch.tensor([-1e-3, 0.02], dtype=dtype)[:cols]
         factor = torch.full((rows,), cut)
@@ -311,8 +314,10 @@ def test_fake_quant_of_special_values(kernels, dtype):
 # ---- large outputs and instruction sets
 
 
-@every_dtype
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0), (torch.float64, 1)],
+)
 def test_large_outputs(kernels, dtype, offset):
     """Rows of whole lines are stored around the caches; the halves, which are smaller, are not."""
     tokens, width = 5000 // dtype.itemsize, 2048
