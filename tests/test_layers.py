@@ -98,5 +98,15 @@ def test_import_and_help_load_no_torch():
     assert "torchrun" in done.stdout
 
 
+def test_commands_load_no_compiler():
+    """torch._dynamo takes as long to import as all the rest."""
+    code = (
+        "import sys, pgolf.training.run, pgolf.scoring.job\n"
+        "assert not {'torch._dynamo', 'sympy', 'triton'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
     print(picture())

@@ -154,11 +154,15 @@ def choose_all(
         raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
 
 
-@torch.compiler.assume_constant_result
 def _resolve(
     name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles
 ) -> str:
     return choose(name, impl, device, dtype, compiled, cannot).impl
+
+
+# What torch.compiler.assume_constant_result sets. That imports torch._dynamo, which takes as long as
+# all the rest of a command's start.
+_resolve._dynamo_marked_constant = True
 
 
 def transformed() -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from pgolf import extension
 from pgolf.errors import ConfigError
+from pgolf.ops import choose as module
 from pgolf.ops import (
     fake_quant,
     fake_quant_all,
@@ -309,3 +310,9 @@ def test_doctor_lists_every_operator_with_its_reason() -> None:
         assert any(
             line.startswith(f"{name} ") and "(" in line for line in done.stdout.splitlines()
         ), name
+
+
+def test_a_choice_is_constant_to_the_compiler() -> None:
+    """The mark is the one that torch sets, which costs an import that every command would pay."""
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked) and vars(module._resolve).items() >= vars(marked).items()

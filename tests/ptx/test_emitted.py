@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pgolf.ops.registry import OPERATORS
+from pgolf.ops.operator import OPERATORS
 
 from ..mutation.cuda import cuda_sources
 from .prove import FAMILIES
