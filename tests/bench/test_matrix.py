@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import matrix
-from pgolf.doctor import TESTED
+from pgolf.cli.doctor import TESTED
 from pgolf.errors import PgolfError
 
 ROOT = Path(__file__).resolve().parents[2]
