@@ -12,7 +12,7 @@ import torch
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops import registry
+from pgolf.ops.choose import choose_all
 from pgolf.ops.compile import compile_graph
 from pgolf.recipes import get
 
@@ -31,7 +31,7 @@ def main(layers: int = 11) -> dict[str, object]:
     """
     config = get("pr1473").config({**NARROW, "layers": layers})
     sizes = operator_sizes(config.model, F32, F32)
-    chosen = registry.choose_all("auto", "cpu", F32, True, sizes)
+    chosen = choose_all("auto", "cpu", F32, True, sizes)
     ops = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, F32, "sdpa", config.data.seq_len, ops)
     init_weights(model, 0)

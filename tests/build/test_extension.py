@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pgolf
-from pgolf import doctor, extension
+from pgolf import extension
+from pgolf.cli import doctor
 from pgolf.errors import ConfigError
 from pgolf.ops.choose import choose
 

@@ -81,24 +81,20 @@ def test_nothing_else_compiles() -> None:
 
     `bench ops` compiles single references, in which no operator is.
     """
-    calls = {
-        (file.relative_to(ROOT).as_posix(), ast.unparse(node.func.value))
+    texts = {
+        file.relative_to(ROOT).as_posix(): file.read_text()
         for folder in ("pgolf", "bench")
         for file in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "compile"
     }
-    compiling = {file for file, value in calls if value == "torch"}
+    compiling = {
+        name
+        for name, text in texts.items()
+        if "torch.compile(" in text
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile"
+    }
     assert compiling == {"pgolf/ops/compile.py", "bench/providers.py"}
-    users = {
-        file.relative_to(ROOT).as_posix()
-        for folder in ("pgolf", "bench")
-        for file in (ROOT / folder).rglob("*.py")
-        if "compile_graph(" in file.read_text()
-    }
-    assert users == {
+    assert {name for name, text in texts.items() if "compile_graph(" in text} == {
         "bench/counting/worker.py", "bench/matrix_model.py", "pgolf/model/decode.py",
         "pgolf/ops/compile.py", "pgolf/scoring/job.py", "pgolf/training/trainer.py",
     }  # fmt: skip
