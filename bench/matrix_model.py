@@ -18,7 +18,7 @@ from pgolf.recipes import get
 
 NARROW = {
     "dim": 64, "heads": 4, "kv_heads": 2, "mlp_hidden": 96, "rope_dims": 8, "vocab_size": 256,
-    "bigram_buckets": 64, "bigram_dim": 32, "ve_dim": 32, "seq_len": 64,
+    "bigram_buckets": 64, "bigram_dim": 32, "ve_dim": 32, "seq_len": 64, "table_dtype": "fp32",
 }  # fmt: skip
 CPU, F32 = torch.device("cpu"), torch.float32
 
