@@ -20,7 +20,7 @@ def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.devi
         ops: operator -> implementation, of those that it calls.
         device: where it runs.
     """
-    if any(impl != "reference" for impl in ops.values()):
+    if any(impl != "reference" and OPERATORS[n].differentiable for n, impl in ops.items()):
         _introduce(device.type)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -67,8 +67,8 @@ class Recorder(TorchDispatchMode):
 def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
     """What an operator's first sample calls, forward and backward.
 
-    Nothing where no kernel runs on that device, nor where there is no gradient: such operators
-    update weights, outside of compiled graphs.
+    Nothing where no kernel runs on that device, nor where there is no gradient: operators without
+    one update weights, outside of compiled graphs.
     """
     known = operator.implementations.items()
     impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)

@@ -66,7 +66,7 @@ def test_every_operator_is_compiled_before_the_first_model_and_never_again(compi
 
 def test_a_model_of_references_is_compiled_at_once(compiled) -> None:
     model = torch.nn.Linear(1, 1)
-    compile_graph(model, {"xsa": "reference"}, CPU)
+    compile_graph(model, {"xsa": "reference", "newton_schulz": "cpu"}, CPU)  # of the optimiser
     assert compiled == [(model, None)]
 
 
