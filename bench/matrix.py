@@ -111,7 +111,7 @@ def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
     steps = dict(old.get("steps", {}))
     for name in wanted:
         print(f"torch {version}: {name} ...", flush=True)
-        started = time.perf_counter()
+        hashes, started = sources(), time.perf_counter()
         done = STEPS[name](python)
         passed = done.returncode == 0
         if not passed:
@@ -121,7 +121,7 @@ def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
             "seconds": round(time.perf_counter() - started),
             "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
             "said": said(done.stdout),
-            "sources": sources(),
+            "sources": hashes,
         }
     return {"versions": versions, "steps": {n: steps[n] for n in STEPS if n in steps}}
 
