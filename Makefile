@@ -3,6 +3,7 @@
 # make prove   the long proofs; those of kernels that are as tests/proved.json says are left out
 # make gpu     on a GPU: its tests, compute-sanitizer and times, in under 10 minutes, once built
 # make docs    pages of the Python interface, from its docstrings, in build/api
+# make matrix  what runs with the oldest to the newest torch; downloads each: 15 GB
 # make clean   delete what was built, but not .venv
 #
 # All share one .venv, made by .ci/setup when pyproject.toml or setup.py is newer; .ci/build compiles
@@ -21,7 +22,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # A process for each core, which tests/conftest.py holds to one thread.
 parallel := -n auto
 
-.PHONY: help setup demo test prove gpu docs clean
+.PHONY: help setup demo test prove gpu docs matrix clean
 
 help:
 	@sed -n 's/^# \(make\|PROVE\|PYTHON\|PGOLF\)/\1/p' Makefile
@@ -51,6 +52,9 @@ gpu: setup
 
 docs: setup
 	@$(python) docs/api.py
+
+matrix: setup
+	@$(python) -m bench matrix
 
 clean:
 	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ COMMANDS = {
     "aot": "compile every Triton and CUDA kernel: registers, shared memory, spills, instructions",
     "artifact": "bytes, time and memory of every codec on a model's codes, against their entropy",
     "quality": "quantise a run's weights in every way: bytes, and what it costs in bits per byte",
+    "matrix": "what runs with each torch and triton that pgolf is for",
     "gpu": "all that only a GPU can show: tests, compute-sanitizer, times",
 }
 

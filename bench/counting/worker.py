@@ -96,12 +96,13 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     """The phases of a training step, in order, and what to add to their counts: nothing."""
     import torch
 
+    from pgolf.ops.compile import compile_graph
     from pgolf.optim.groups import Optimizers
 
     config, model, choices = _build(request)
     optimizers = Optimizers(model, config.optim, choices)
-    step = torch.compile(model, fullgraph=True, dynamic=False) if request.compiled else model
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
+    step = compile_graph(model, model.ops, ids.device) if request.compiled else model
     kept = {}  # a loss lives until the next one, as in the trainer's loop
     return {
         "forward": lambda: kept.update(loss=step(ids, ids)),

@@ -1,5 +1,6 @@
 """`pgolf doctor`: what this machine and this installation have, and what that means for a run."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -21,6 +22,9 @@ from pgolf.ops.launch import no_cuda
 from pgolf.options import Parser
 from pgolf.training.provenance import FLAGS
 
+# torch -> triton: what `make matrix` tests together, oldest first.
+TESTED = {"2.9.1": "3.5.1", "2.11.0": "3.6.0", "2.14.1": "3.8.0"}
+
 # package -> what it is for
 OPTIONAL = {
     "sentencepiece": "tokenizers",
@@ -37,6 +41,32 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _torch() -> str:
+    """torch's version, and a warning if no release of that series was tested."""
+    found = str(torch.__version__)
+    if _series(found) in map(_series, TESTED):
+        return found
+    return f"{found}, WARNING: not tested with it, but with {', '.join(TESTED)} (make matrix)"
+
+
+def _series(release: str) -> tuple[str, ...]:
+    """('2', '9') of '2.9.1+cu128'."""
+    return tuple(release.split(".")[:2])
+
+
+def _torch_settings() -> str:
+    """Settings of torch that are known to do harm on a GPU, if they are on."""
+    if torch.cuda.is_available():
+        config = importlib.import_module("torch._inductor.config")  # slow, and for GPUs alone
+        if getattr(config.triton, "mix_order_reduction", False):
+            return (
+                "WARNING: torch._inductor.config.triton.mix_order_reduction is on, torch's default "
+                "since 2.10: gradients of some compiled models are wrong with it (pytorch issue "
+                "193061); TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 turns it off"
+            )
+    return "none is on that is known to do harm here"
 
 
 def _nvcc() -> str:
@@ -95,7 +125,8 @@ def rows() -> list[tuple[str, str]]:
     found = [
         ("pgolf", f"{pgolf.__version__} at {Path(pgolf.__file__).parent}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
-        ("torch", str(torch.__version__)),
+        ("torch", _torch()),
+        ("torch's settings", _torch_settings()),
         ("triton", _version("triton") or "none (comes with torch's CUDA builds)"),
         ("CUDA of torch", torch.version.cuda or "none"),
         ("nvcc", _nvcc()),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgolf.errors import ConfigError
 from pgolf.model.gpt import GPT
+from pgolf.ops.compile import compile_graph
 from pgolf.progress import Progress
 
 SPANS = 8  # how many numbers of cached positions compiled steps are made for
@@ -51,7 +52,7 @@ class Decoder:
         self.window = torch.empty((batch, 0), dtype=torch.int64, device=device)
         self.used = 0
         self._compiled = (
-            torch.compile(self._step, fullgraph=True, dynamic=False) if compiled else None
+            compile_graph(self._step, model.ops, device) if compiled else None
         )
 
     @property

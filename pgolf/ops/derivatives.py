@@ -40,7 +40,7 @@ class _Sealed(torch.autograd.Function):
 
 def _sealed(operator: str, found: Any, sources: list[Tensor]) -> Any:
     """Every tensor of nested results, sealed."""
-    if isinstance(found, list | tuple):
+    if isinstance(found, (list, tuple)):
         return type(found)(_sealed(operator, item, sources) for item in found)
     return _Sealed.apply(found, operator, *sources) if isinstance(found, Tensor) else found
 

@@ -9,7 +9,6 @@ starts from; it is rounded to its dtype twice, before and after it is scaled.
 Shapes: gradients and momenta (R, C), X (B, R, C) for each run of neighbours of one shape.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -39,8 +38,12 @@ from pgolf.ops.tensors import addresses, contiguous, nbytes
 
 def batches(matrices: Tensors) -> list[tuple[int, int, int]]:
     """(B, R, C) of each run of matrices of one shape."""
-    runs = itertools.groupby(m.shape for m in matrices)
-    return [(len(list(run)), *shape) for shape, run in runs]
+    runs: list[tuple[int, int, int]] = []
+    for m in matrices:  # (Dynamo of torch 2.9 groups no shapes by itertools.)
+        shape = tuple(m.shape)
+        count = runs.pop()[0] if runs and runs[-1][1:] == shape else 0
+        runs.append((count + 1, *shape))
+    return runs
 
 
 def reference(

@@ -10,7 +10,7 @@ def tensors_in(argument: Any) -> tuple[Tensor, ...]:
     """The tensors of an argument that is one, or a list of them; none for anything else."""
     if isinstance(argument, Tensor):
         return (argument,)
-    items = argument if isinstance(argument, list | tuple) else ()
+    items = argument if isinstance(argument, (list, tuple)) else ()
     return tuple(t for t in items if isinstance(t, Tensor))
 
 

@@ -56,7 +56,7 @@ def as_tuple(result: Result) -> tuple[Tensor, ...]:
 
 def with_tensors(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """An argument with each of its tensors changed."""
-    if isinstance(argument, list | tuple):
+    if isinstance(argument, (list, tuple)):
         return [change(t) if isinstance(t, Tensor) else t for t in argument]
     return change(argument) if isinstance(argument, Tensor) else argument
 

@@ -24,6 +24,7 @@ from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import DTYPES, dtype_name
 from pgolf.errors import DataError, PgolfError
+from pgolf.ops.compile import compile_graph
 from pgolf.ranks import Ranks
 from pgolf.scoring.bpb import ByteTable, refuse_if_foreign
 from pgolf.scoring.windows import Sums, evaluate
@@ -104,7 +105,7 @@ class ScoreJob:
         tokens = load_validation(Path(self.data), size, length, self.val_tokens)
         refuse_if_foreign(sp, tokens, self.tokenizer, self.data)
         table = ByteTable(sp, model.config.vocab_size)
-        forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+        forward = compile_graph(model, model.ops, device) if device.type == "cuda" else model
         started = time.perf_counter()
         sums = evaluate(
             forward, tokens, table, length, self.stride, self.eval_tokens,

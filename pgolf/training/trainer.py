@@ -16,6 +16,7 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.errors import ConfigError, StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
+from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
@@ -123,7 +124,7 @@ class Trainer:
         self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
-            torch.compile(model, dynamic=False, fullgraph=True) if self.compiled else model
+            compile_graph(model, model.ops, ranks.device) if self.compiled else model
         )
         # First step whose loss or gradient was not finite; read now and then, not every step.
         self.bad_step = torch.full((), math.inf, device=ranks.device)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pgolf
-from pgolf import doctor, extension
+from pgolf import extension
+from pgolf.cli import doctor
 from pgolf.errors import ConfigError
 from pgolf.ops.choose import choose
 
@@ -71,6 +72,28 @@ def test_doctor_reports_every_subject(capsys):
         assert subject in subjects
     with pytest.raises(ConfigError, match="now: pgolf doctor does not take this"):
         doctor.main(["now"])
+
+
+@pytest.mark.parametrize("release", ["2.8.0+cu128", "2.10.0", "3.9.1"])
+def test_doctor_warns_of_a_torch_that_was_not_tested(release, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", release)
+    line = dict(doctor.rows())["torch"]
+    assert line.startswith(f"{release}, WARNING: not tested") and "2.9.1, 2.11.0" in line
+
+
+@pytest.mark.parametrize("release", [*doctor.TESTED, "2.9.0+cu128"])
+def test_doctor_takes_every_release_of_a_series_that_was_tested(release, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", release)
+    assert dict(doctor.rows())["torch"] == release
+
+
+@pytest.mark.parametrize(("gpu", "on"), [(True, True), (True, False), (False, True)])
+def test_doctor_names_a_setting_of_torch_that_does_harm(gpu, on, monkeypatch):
+    config = SimpleNamespace(triton=SimpleNamespace(mix_order_reduction=on))
+    monkeypatch.setitem(sys.modules, "torch._inductor.config", config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    line = doctor._torch_settings()
+    assert ("mix_order_reduction is on" in line) == ("WARNING" in line) == (gpu and on)
 
 
 # ---- a GPU that the build has no code for

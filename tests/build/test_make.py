@@ -76,6 +76,11 @@ def test_gpu(checkout):
     assert log(checkout) == [BUILD, "-m bench gpu"]
 
 
+def test_matrix(checkout):
+    assert run(["make", "matrix"], checkout).returncode == 0
+    assert log(checkout) == [BUILD, "-m bench matrix"]
+
+
 def test_no_slow_test_is_said_and_no_failure(checkout):
     result = run(["make", "prove"], checkout, PYTEST_CODE="5")
     assert (result.returncode, result.stdout) == (0, "no test is marked slow\n")
@@ -104,7 +109,7 @@ def test_torch_for_cpus(checkout):
     assert run(setup, checkout, PGOLF_TORCH="cpu").returncode == 0
     installs = [line for line in log(checkout) if "pip install" in line]
     assert installs == [
-        "-m pip install --disable-pip-version-check torch>=2.7 "
+        "-m pip install --disable-pip-version-check torch>=2.9 "
         "--index-url https://download.pytorch.org/whl/cpu",
         "-m pip install --disable-pip-version-check -e .[demo,data,docs,test]",
     ]

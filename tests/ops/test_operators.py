@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pgolf.ops.compile import Recorder
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.tensors import tensors_in
 from pgolf.ops.testing import Call, as_tuple, kernel, same_bits
@@ -50,20 +50,6 @@ def test_accuracy(operator: Operator, impl: str, sample: Sample, dtype: torch.dt
     """The rule of pgolf.ops.testing; inputs are not written. The output gradient is strided."""
     call = Call.of(operator, sample, dtype)
     assert problem(call, operator, impl) == ""
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments and results of every one of our opaque operators that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "pgolf":
-            self.calls.append((func, args, kwargs or {}, out))
-        return out
 
 
 @every_case

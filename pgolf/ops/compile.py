@@ -1,0 +1,86 @@
+"""torch.compile of what calls operators: into one graph, after each operator alone."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pgolf.ops.operator import OPERATORS, Operator
+
+
+def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.device) -> Callable:
+    """torch.compile into one graph, anew for each shape; compilation itself is at the first call.
+
+    Args:
+        function: a module or a function.
+        ops: operator -> implementation, of those that it calls.
+        device: where it runs.
+    """
+    if any(impl != "reference" and OPERATORS[n].differentiable for n, impl in ops.items()):
+        _introduce(device.type)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def _introduce(device: str) -> None:
+    """Let Inductor meet each opaque operator that has kernels for a device, before any model.
+
+    At its first meeting Inductor (of torch 2.9 to 2.11 at least) spells out for a log, whether it
+    is on or not, what every argument was computed from, and what that was computed from: at the
+    loss, behind 5 layers, that is 352 million characters, behind 11 it never ends. Here arguments
+    come from nowhere. A graph from Inductor's cache on disk would be no meeting.
+    """
+    calls = [call for o in OPERATORS.values() for call in _opaque_calls(o, device)]
+
+    def alone() -> list:
+        return [operator(*args, **named) for operator, args, named, _ in calls]
+
+    with torch.no_grad():
+        cold = {"fx_graph_cache": False}
+        torch.compile(alone, fullgraph=True, dynamic=False, options=cold)()
+
+
+# An opaque operator, its arguments, those by keyword, and what it gave.
+OpaqueCall = tuple[Callable, tuple, dict[str, Any], Any]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of our opaque operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OpaqueCall] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "pgolf":
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
+    """What an operator's first sample calls, forward and backward.
+
+    Nothing where no kernel runs on that device, nor where there is no gradient: operators without
+    one update weights, outside of compiled graphs.
+    """
+    known = operator.implementations.items()
+    impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)
+    if impl is None or not operator.differentiable:
+        return []
+    args, named = operator.samples()[0].build(torch.device(device), torch.float32)
+    given = inspect.signature(operator.call).bind(*args, **named).arguments
+    for name in operator.differentiable:
+        if given.get(name) is not None:
+            given[name] = given[name].detach().requires_grad_()
+    with torch.enable_grad(), Recorder() as recorder:
+        out = operator.call(**given, impl=impl)
+        results = [out] if isinstance(out, Tensor) else list(out)
+        torch.autograd.backward(results, [torch.ones_like(t) for t in results])
+    return recorder.calls
