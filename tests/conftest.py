@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from .simt.emulator import Missing, emulated_module
 
 EMULATED = pytest.StashKey[str]()
 
-# Without a GPU, Triton kernels run in Triton's interpreter, which has to be known before the first
-# import of triton.
+# Without a GPU, Triton kernels run in Triton's interpreter, which has to be known at the first
+# import of triton: now, since a test may take the variable away for a while.
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    with suppress(ImportError):
+        import triton.language  # noqa: F401
 
 # One process for each core fills them: threads would only wait for each other. Tests of threads ask
 # for theirs.

@@ -160,8 +160,8 @@ def _resolve(
     return choose(name, impl, device, dtype, compiled, cannot).impl
 
 
-# What torch.compiler.assume_constant_result sets. That imports torch._dynamo, which takes as long as
-# all the rest of a command's start.
+# What torch.compiler.assume_constant_result sets. It would import torch._dynamo, which takes as
+# long as all the rest of a command's start.
 _resolve._dynamo_marked_constant = True
 
 
