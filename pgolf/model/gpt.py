@@ -157,9 +157,9 @@ class GPT(nn.Module):
             v = None
             if i in self.ve_index:
                 v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x0.dtype)
-            before, stream = block(stream, skip, x0, rope, v, partial(attend, i))
+            total, stream = block(stream, skip, x0, rope, v, partial(attend, i))
             if 0 < i < self.encoder:
-                skips.append(before)
+                skips.append(total)
             if self.backout is not None and i == c.layers // 2:
                 stream = stream.added()
                 middle = stream.x

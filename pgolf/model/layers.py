@@ -123,8 +123,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, exclusive: bool, ops: Mapping[str, str]):
         super().__init__()
-        self.config, self.exclusive = config, exclusive
-        self.qk_rope_impl, self.xsa_impl = ops["qk_rope"], ops["xsa"]
+        self.config, self.exclusive, self.ops = config, exclusive, ops
         head = config.dim // config.heads
         self.c_q = Matrix(config.dim, config.dim)
         self.c_k = Matrix(config.kv_heads * head, config.dim)
@@ -149,11 +148,11 @@ class Attention(nn.Module):
         batch, time, _ = h.shape
         q, k, v = qk_rope(
             F.linear(h, weights.qkv), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
-            c.qk_norm, value, self.qk_rope_impl,
+            c.qk_norm, value, self.ops["qk_rope"],
         )  # fmt: skip
         y = attend(q, k, v)
         if self.exclusive:
-            y = xsa(y, v, self.xsa_impl)
+            y = xsa(y, v, self.ops["xsa"])
         return F.linear(y.reshape(batch, time, -1), weights.out)
 
 
@@ -162,7 +161,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str]):
         super().__init__()
-        self.impl = ops["leaky_relu2_mlp"]
+        self.ops = ops
         self.fc = Matrix(config.mlp_hidden, config.dim)
         self.proj = Matrix(config.dim, config.mlp_hidden)
         self.slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
@@ -173,7 +172,8 @@ class MLP(nn.Module):
 
     def forward(self, h: Tensor, weights: BlockWeights) -> Tensor:
         """h (N, T, D) normed."""
-        return leaky_relu2_mlp(h, weights.up, weights.down, self.slope, impl=self.impl)
+        impl = self.ops["leaky_relu2_mlp"]
+        return leaky_relu2_mlp(h, weights.up, weights.down, self.slope, impl=impl)
 
 
 class Stream(NamedTuple):
@@ -193,6 +193,18 @@ class Stream(NamedTuple):
         return Stream(self.x + scaled)
 
 
+class BlockOutput(NamedTuple):
+    """What a block makes.
+
+    Attributes:
+        total: (N, T, D) its input added up, before the mix with x0: a later block's skip.
+        stream: the state after it, whose last branch is left to the next block to add.
+    """
+
+    total: Tensor
+    stream: Stream
+
+
 class Block(nn.Module):
     """x_in = mix(x, x0);  x = x_in + a Attn(s norm(x_in));  x = x + b MLP(s norm(x)).
 
@@ -209,7 +221,7 @@ class Block(nn.Module):
             "eps": config.norm_eps,
             "impl": ops["residual_norm"],
         }
-        self.cast_impl = ops["weight_cast"]
+        self.ops = ops
         self.frozen: BlockWeights | None = None
         self.attn = Attention(config, exclusive, ops)
         self.mlp = MLP(config, ops)
@@ -223,8 +235,8 @@ class Block(nn.Module):
     def weights(self, dtype: torch.dtype) -> BlockWeights:
         """The matrices in `dtype`, fake-quantised in late QAT; whether scales are folded in."""
         left, fold = (self.attn_scale, self.mlp_scale), None
-        if self.cast_impl != "reference":
-            fold = Fold(self.cast_impl, [None, None, None, self.attn_scale, None, self.mlp_scale])
+        if (impl := self.ops["weight_cast"]) != "reference":
+            fold = Fold(impl, [None, None, None, self.attn_scale, None, self.mlp_scale])
             left = None, None
         matrices = [*self.attn.matrices(), *self.mlp.matrices()]
         *qkv, out, up, down = cast_all(matrices, dtype, fold)
@@ -238,8 +250,8 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
         attend: Attend,
-    ) -> tuple[Tensor, Stream]:
-        """The input added up, skip (tensor, weight) included, and the state after this block."""
+    ) -> BlockOutput:
+        """What this block makes of the state before it, and of a skip (tensor, weight)."""
         # What comes in is not added up yet: residual_norm adds the last block's branch and the
         # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
@@ -253,7 +265,7 @@ class Block(nn.Module):
         )  # fmt: skip
         branch = self.attn(h, weights, rope, value, attend)
         x, h = residual_norm(x, branch=branch, branch_scale=weights.attn_scale, **self.norm)
-        return total, Stream(x, self.mlp(h, weights), weights.mlp_scale)
+        return BlockOutput(total, Stream(x, self.mlp(h, weights), weights.mlp_scale))
 
 
 class Table(nn.Module):

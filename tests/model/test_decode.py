@@ -71,7 +71,7 @@ def test_our_kernels_decode_the_same() -> None:
     model = fused(randomised(small(PUBLISHED["pr1473"]), torch.float32), "cpu")
     ids = sequences(model, 3, TIME)
     frozen = frozen_copy(model, ops=model.ops)
-    assert frozen.blocks[0].cast_impl == "cpu"  # scales are folded once
+    assert frozen.blocks[0].ops["weight_cast"] == "cpu"  # scales are folded once
     torch.testing.assert_close(
         cached(frozen, ids, 3), whole(model, ids)[:, 2:], rtol=1e-4, atol=1e-4
     )
