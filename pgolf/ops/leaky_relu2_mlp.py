@@ -213,7 +213,10 @@ def _around_matmuls(run: Run) -> dict[str, Callable]:
     return {"up": up, "down_dgrad": down_dgrad}
 
 
-def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bool = False):
+def _make(
+    rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bool = False,
+    slope: float = 0.5,
+):  # fmt: skip
     """Builder of MLP arguments; weights of a layer at its start, h normed."""
 
     def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -224,7 +227,7 @@ def _make(rows: tuple[int, ...], dim: int, hidden: int, scaled: bool, sliced: bo
         h, up, down = (t.to(device, dtype) for t in (wide, up, down))
         rstd = torch.rand(rows, generator=g, dtype=torch.float64).add(0.5)
         rstd = rstd.to(device, compute_dtype(dtype))
-        return (h[..., :dim], up, down, 0.5), {"rstd": rstd} if scaled else {}
+        return (h[..., :dim], up, down, slope), {"rstd": rstd} if scaled else {}
 
     return build
 
@@ -235,6 +238,7 @@ def samples() -> list[Sample]:
         Sample("2x7 24-40", _make((2, 7), 24, 40, False)),
         Sample("33 64-96 rstd", _make((33,), 64, 96, True)),
         Sample("5 16-33 rstd sliced", _make((5,), 16, 33, True, sliced=True)),
+        Sample("4 12-100 relu2", _make((4,), 12, 100, False, slope=0.0)),
         Sample("0 rows", _make((0,), 16, 32, False)),
         Sample("4096 512-1536", _make((4096,), 512, 1536, False), bench=True),
         Sample("98304 512-1536", _make((98304,), 512, 1536, False), bench=True),
