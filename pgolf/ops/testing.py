@@ -17,12 +17,12 @@ The rule, for the largest and for the mean error of each result:
 
 with k = 2 for outputs and 3 for gradients, where err is the distance from the reference in float64
 on the same numbers. Of a result that is one number, or some that err together, torch's error is one
-draw: it is small by chance now and then, and a kernel as exact would be refused (one in five times
-for two errors of one normal distribution and k = 3). A floor that is wide enough for that would
-hide faults of everybody else. So torch's error is drawn again, up to seven times, before a kernel
+draw: it is small by chance now and then, and a kernel as exact would be refused (one in five, of
+two errors of one normal distribution and for k = 3). A floor that is wide enough for that would
+hide the faults of all others. So torch's error is drawn again, up to seven times, before a kernel
 is refused: on inputs that differ in their last place, with other gradients of the outputs, which
-round otherwise and mean the same. The largest counts; two alike are refused once in a thousand
-times then. A fault stays refused: it is many times the error
+round otherwise and mean the same. The largest counts. Of two alike one in 1100 is refused then (k =
+2: one in 120), were there not the rounding as well. A fault stays one: it is many times the error
 of the dtype, which no draw is.
 
 In float64 there is no better truth: torch's error counts as a thousand roundings.
