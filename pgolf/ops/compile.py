@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pgolf.ops.operator import OPERATORS, Operator
+from pgolf.ops.operator import OPERATORS, Operator, Sample
 
 
 def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.device) -> Callable:
@@ -65,16 +66,28 @@ class Recorder(TorchDispatchMode):
 
 
 def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
-    """What an operator's first sample calls, forward and backward.
+    """A call of each opaque operator that an operator's small samples reach, forward and backward.
 
-    Nothing where no kernel runs on that device, nor where there is no gradient: operators without
-    one update weights, outside of compiled graphs.
+    None where no kernel runs on that device, nor where there is no gradient: operators without one
+    update weights, outside of compiled graphs.
     """
     known = operator.implementations.items()
     impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)
     if impl is None or not operator.differentiable:
         return []
-    args, named = operator.samples()[0].build(torch.device(device), torch.float32)
+    found: dict[Callable, OpaqueCall] = {}
+    for sample in operator.samples():
+        if not sample.bench:
+            with FakeTensorMode():  # runs no kernel, which Triton would have to compile
+                reached = {call[0] for call in _run(operator, impl, sample, device)}
+            if not reached <= found.keys():
+                found |= {call[0]: call for call in _run(operator, impl, sample, device)}
+    return list(found.values())
+
+
+def _run(operator: Operator, impl: str, sample: Sample, device: str) -> list[OpaqueCall]:
+    """What an operator calls for a sample, forward and backward."""
+    args, named = sample.build(torch.device(device), torch.float32)
     given = inspect.signature(operator.call).bind(*args, **named).arguments
     for name in operator.differentiable:
         if given.get(name) is not None:

@@ -69,7 +69,7 @@ class Operator:
         implementations: by name, apart from the reference.
         preferred: device type -> (implementation, reason), the order in which `auto` tries them;
             'cpu compiled' is the order under torch.compile where that is another one.
-        samples: arguments for tests and benchmarks; the first ones reach every opaque operator.
+        samples: arguments for tests and benchmarks.
         cost: least work (forward, backward) for a sample's arguments.
         mutates: names of the arguments that it changes in place.
         obstacle: (implementation, sizes by name) -> why it cannot run these sizes; '' if it can.

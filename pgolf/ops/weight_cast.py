@@ -289,8 +289,8 @@ def samples() -> list[Sample]:
 def grid_samples() -> list[Sample]:
     """Every width, both switches, the published floor, PR 531's and PR 543's grids."""
     return [
-        _sample("5x64 int4 mask", 5, 64, bits=4, clip_mask=True),
         _sample("7x33 int6", 7, 33, bits=6),
+        _sample("5x64 int4 mask", 5, 64, bits=4, clip_mask=True),
         _sample("3x100 int5 full range", 3, 100, bits=5, full_range=True, clip_mask=True),
         _sample("9x17 int8/4 sliced", 9, 17, bits=8, sliced=True, multiple=4, clip_mask=True),
         _sample("4x40 int7 floor", 4, 40, bits=7, floor=1.0),

@@ -1,6 +1,7 @@
 """What tests of Triton kernels need around Triton's interpreter (TRITON_INTERPRET=1).
 
-    repair      bfloat16 as a GPU computes it; the stock interpreter is silently wrong there
+    repair      bfloat16 as a GPU computes it, where the stock interpreter is silently wrong, and
+                indices that numpy 2.4 refuses
     touched     the addresses that loads and stores really reach
     vast, last_program     offsets beyond 2^31, without the memory and the time that they take
 
@@ -153,6 +154,16 @@ def _descriptor_load(original: Any) -> Any:
     return load
 
 
+def _lang_tensor(original: Any) -> Any:
+    """Scalars as indices: int() takes no array of one dimension since numpy 2.4 (triton < 3.8)."""
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patch
+
+
 def repair() -> None:
     """Make this process's interpreter compute bfloat16 right; calling it again does nothing."""
     builder = InterpreterBuilder
@@ -163,6 +174,7 @@ def repair() -> None:
     builder.create_fma = _fma
     builder.get_bf16 = lambda self, value: TensorHandle(encode([value]), tl.bfloat16)
     for owner, wrapper, names in (
+        (stock, _lang_tensor, ("_patch_lang_tensor",)),
         (builder, _elementwise, ("unary_op", "binary_op", "ternary_op")),
         (builder, _dot, ("create_dot",)),
         (builder, _atomic, ("create_atomic_rmw",)),
