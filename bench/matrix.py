@@ -165,9 +165,8 @@ def _model(python: str) -> subprocess.CompletedProcess:
 
 def _operators(python: str) -> subprocess.CompletedProcess:
     return _run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
-         "tests/ops"],
-        OMP_NUM_THREADS="1",
+        [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-p",
+         "no:cacheprovider", "-m", "not slow and not gpu", "tests/ops"],
     )  # fmt: skip
 
 
