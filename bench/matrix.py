@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,24 @@ def environment(version: str, folder: Path) -> str:
         torch = f"torch=={version}"
         cpu = ["--index-url", "https://download.pytorch.org/whl/cpu"]
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-        # triton by name: torch's builds without CUDA do not bring it.
-        packages = [f"triton=={TESTED[version]}", "-e", ".[demo,test]"]
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(venv)],
             [*pip, torch, *(cpu if os.environ.get("PGOLF_TORCH") == "cpu" else [])],
-            [*pip, torch, *packages],
+            # triton by name: torch's builds without CUDA do not bring it.
+            [*pip, torch, f"triton=={TESTED[version]}", *requirements()],
         ):
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PGOLF_BUILD": "none"})
+            done = subprocess.run(command, cwd=ROOT)
             if done.returncode:
                 raise PgolfError(f"{' '.join(command)} failed with code {done.returncode}")
         ready.touch()
     return str(python)
+
+
+def requirements() -> list[str]:
+    """What pgolf needs for its demo and tests. Not pgolf: pip would build over this checkout."""
+    wanted = ("", 'extra == "demo"', 'extra == "test"')
+    parts = (line.partition(";") for line in metadata.requires("pgolf"))
+    return [package.strip() for package, _, marker in parts if marker.strip() in wanted]
 
 
 def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
@@ -158,9 +165,8 @@ def _model(python: str) -> subprocess.CompletedProcess:
 
 def _operators(python: str) -> subprocess.CompletedProcess:
     return _run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
-         "tests/ops"],
-        OMP_NUM_THREADS="1",
+        [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-p",
+         "no:cacheprovider", "-m", "not slow and not gpu", "tests/ops"],
     )  # fmt: skip
 
 

