@@ -62,9 +62,9 @@ def test_lines_and_table(shards, tmp_path, capsys) -> None:
 
 
 def test_losses_that_differ_are_wrong(shards, monkeypatch, capsys) -> None:
-    def spoilt(recipe, config, *rest):
-        trainer = build(recipe, config, *rest)
-        if config.run.ops == "xsa=reference":
+    def spoilt(session, title):
+        trainer = build(session, title)
+        if session.config.run.ops == "xsa=reference":
             with torch.no_grad():
                 trainer.model.tok_emb.weight.mul_(100)
         return trainer

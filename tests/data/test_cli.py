@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pgolf.data import cli
+from pgolf.cli import data as cli
 from pgolf.data.manifest import Dataset
 from pgolf.errors import ConfigError, DataError
 

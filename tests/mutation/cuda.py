@@ -29,7 +29,8 @@ def cuda_kernels() -> list[str]:
 def cuda_sources(kernel: str) -> tuple[str, ...]:
     """What a proof of a file of csrc/cuda depends on: it, its bindings and its operator."""
     stem = kernel.removesuffix(".cu")
-    return f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{stem}.py"
+    operator = {"leaky_relu2": "leaky_relu2_mlp"}.get(stem, stem)
+    return f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{operator}.py"
 
 
 @functools.cache

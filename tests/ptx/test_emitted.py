@@ -53,7 +53,7 @@ def sources(family: str, name: str) -> tuple[str, ...]:
         return f"triton_kernels/{name}.py", "triton_kernels/configs.json"
     if name not in OPERATORS:
         return ()
-    return f"pgolf/ops/{name}.py", *cuda_sources(f"{LAUNCH.get(name, name)}.cu")
+    return cuda_sources(f"{LAUNCH.get(name, name)}.cu")
 
 
 def emitted(family: str, names: Iterable[str]) -> list[Any]:
