@@ -41,11 +41,12 @@ def test_gradients_in_batches(operator: Operator, impl: str) -> None:
     ones = [torch.ones_like(t) for t in results]
     stacks = [torch.stack((t, 2 * t)) for t in ones]
     how = {"retain_graph": True, "is_grads_batched": True}
-    if operator.name in ("fake_quant", "weight_cast"):  # whose kernels return lists
-        with pytest.raises(RuntimeError, match=f"{operator.name}: .* use impl='reference'"):
-            torch.autograd.grad(results, leaves, stacks, **how)
+    try:
+        batched = torch.autograd.grad(results, leaves, stacks, **how)
+    except RuntimeError as e:  # kernels that return lists can't
+        assert operator.name in ("fake_quant", "weight_cast")
+        assert str(e).startswith(f"{operator.name}: ") and "use impl='reference'" in str(e)
         return
-    batched = torch.autograd.grad(results, leaves, stacks, **how)
     for both, factor in ((0, 1), (1, 2)):
         alone = torch.autograd.grad(
             results, leaves, [factor * t for t in ones], retain_graph=True
