@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pgolf import extension
 from pgolf.cli.doctor import TESTED
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="the file of results")
     args = parser.parse_args(argv)  # fmt: skip
     try:
+        if missing := extension.why_missing():  # without it there would be little to test
+            raise PgolfError(missing)
         results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
         for version in args.torch:
             python = environment(version, args.venvs)

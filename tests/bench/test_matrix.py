@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import matrix
+from pgolf import extension
 from pgolf.cli.doctor import TESTED
 from pgolf.errors import PgolfError
 
@@ -20,7 +21,7 @@ def test_the_results_are_those_of_the_tested_versions() -> None:
     for version, entry in RESULTS.items():
         assert entry["versions"]["torch"].split("+")[0] == version
         assert entry["versions"]["triton"] == TESTED[version]
-        assert list(entry["steps"]) == list(matrix.STEPS)
+        assert list(entry["steps"]) == [name for name in matrix.STEPS if name in entry["steps"]]
         for step in entry["steps"].values():
             assert set(step) == {"passed", "seconds", "date", "said", "sources"}
             assert list(step["sources"]) == list(matrix.SOURCES)
@@ -54,7 +55,7 @@ def ran(tmp_path: Path, monkeypatch) -> list[str]:
     answer = subprocess.CompletedProcess((), 0, json.dumps(versions), "")
     monkeypatch.setattr(matrix, "_run", lambda command, **environment: answer)
     monkeypatch.setattr(matrix, "STEPS", {name: step(name) for name in matrix.STEPS})
-    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    monkeypatch.setattr(extension, "why_missing", lambda: "")
     (tmp_path / "torch-2.9.1").mkdir()
     (tmp_path / "torch-2.9.1" / "ready").touch()
     return names
@@ -76,6 +77,12 @@ def test_steps_are_kept_until_they_run_again(ran, tmp_path, capsys) -> None:
     assert ran[4:] == ["training"]
     again = json.loads(file.read_text())["2.9.1"]["steps"]
     assert again["aot"] == first["aot"] and list(again) == list(first)
+
+
+def test_without_the_extension_nothing_is_tested(ran, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(extension, "why_missing", lambda: "pgolf._C was not built: make")
+    assert run(tmp_path) == 2 and not ran
+    assert "pgolf._C was not built" in capsys.readouterr().err
 
 
 def test_an_environment_with_another_torch_is_refused(ran, tmp_path, capsys) -> None:
