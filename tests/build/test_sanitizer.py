@@ -3,6 +3,7 @@
 CPU kernels in a copy of the checkout, CUDA kernels in the emulator of tests/simt.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def sanitized(tmp_path_factory, preloaded):
     """(a copy of the checkout whose pgolf._C is built with both, the environment to run it in)."""
     root = copy_checkout(tmp_path_factory.mktemp("sanitized"))
     build(root, PGOLF_BUILD="cpu", CXX=SANITIZED)
-    return root, {**preloaded, "PYTHONPATH": str(root)}
+    # pgolf is the copy's; what the tests take from bench/ is the checkout's.
+    return root, {**preloaded, "PYTHONPATH": f"{root}{os.pathsep}{ROOT}"}
 
 
 def pytest_in(root: Path, env: dict, *arguments) -> subprocess.CompletedProcess:
@@ -136,7 +138,7 @@ def test_emulated_kernels_are_clean(tmp_path, preloaded):
     """The registry's tests of them, in all orders of threads that a seed may choose."""
     module = pgolf_build(tmp_path, SANITIZERS.split(), checks=()).run()
     env = {**preloaded, "PYTHONPATH": str(ROOT), "PGOLF_CUDA_MODULE": str(module)}
-    tests = "accuracy or nan_is_not_hidden or emulated_kernels"
+    tests = "accuracy or contract"
     for seed in ("0", "1", "2"):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-k", f"({tests}) and cuda", TESTS / "test_operators.py"]
