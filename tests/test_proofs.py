@@ -135,6 +135,11 @@ def test_a_changed_harness_runs_all_of_its_proofs(root):
     assert prove(root) == everything(root)
 
 
+def test_a_changed_rule_runs_what_is_judged_by_it(root):
+    touch(root / "pgolf" / "ops" / "testing.py")
+    assert {n for n in everything(root) if "/mutation/" in n} <= prove(root)
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_another_torch_or_compiler_runs_all(root, name):
     other = VERSIONS | {name: "other"}

@@ -43,9 +43,11 @@ def score_file(path: Path, config: Config, ranks: Ranks) -> Sums:
         raise DataError(f"no tokenizer at {tokenizer}: set TOKENIZER_PATH to the shards' own")
     dtype = pick_dtype(config.run.compute_dtype, ranks.device)[0]
     job = ScoreJob(
-        str(path), str(folder), str(tokenizer), sha256_of(tokenizer), config.eval.stride,
-        config.eval.val_tokens, config.eval.eval_tokens, str(ranks.device), dtype_name(dtype),
-        ranks.rank, ranks.world, "scoring",
+        artifact=str(path), data=str(folder), tokenizer=str(tokenizer),
+        tokenizer_sha256=sha256_of(tokenizer), stride=config.eval.stride,
+        val_tokens=config.eval.val_tokens, eval_tokens=config.eval.eval_tokens,
+        device=str(ranks.device), dtype=dtype_name(dtype), rank=ranks.rank, world=ranks.world,
+        progress="scoring",
     )  # fmt: skip
     sums = job.run().sums.over(ranks)
     if ranks.first:

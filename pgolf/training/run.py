@@ -61,7 +61,7 @@ def opening_lines(title: str, session: Session, reasons: Mapping[str, str]) -> s
         lines.append(f"  size limit      {config.artifact.budget_bytes:,} bytes of code + model")
     if config.as_published:
         listed = f"what `pgolf recipes {config.recipe}` lists"
-        lines.append(f"  as_published      {listed} is as published")
+        lines.append(f"  as_published    {listed} is as published")
     return "\n".join(lines)
 
 
