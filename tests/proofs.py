@@ -6,10 +6,10 @@ A slow test says what that is, files and folders from the repository's root:
 
 Its own file counts, and what kernels include or import of csrc/ and triton_kernels/, and tests of
 tests/, bench/ and pgolf/ops/testing.py. tests/proved.json holds a hash of this for each proof, and
-the versions of torch and of what compiles. With `--prove changed` a proof is left out where both are
-those of the stamp, with `--prove all` none is. A run of either that passes writes what it proved or
-found proved. Without the option, as in a bare `pytest -m slow`, everything runs and nothing is
-written.
+the versions of torch and of what compiles. With `--prove changed` a proof is left out where both
+are those of the stamp, with `--prove all` none is. A run of either that passes writes what it
+proved or found proved. Without the option, as in a bare `pytest -m slow`, everything runs and
+nothing is written.
 """
 
 import ast
