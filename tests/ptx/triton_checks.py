@@ -77,16 +77,25 @@ def ties(columns: int, dtype: torch.dtype) -> Tensor:
     return (steps * halves).to(dtype)
 
 
+def peaks(dtype: torch.dtype) -> Tensor:
+    """A row for each of some columns, where its greatest weight stands alone: a maximum over a row
+    that leaves one of them out is noticed. The last row is random."""
+    alone = (0, 1, 6, 31, 97, 250, 300, 471, COLUMNS - 1)
+    w = random(len(alone) + 1, COLUMNS, dtype=dtype, seed=4).clamp(-3.0, 3.0)
+    w[range(len(alone)), alone] = 5.0
+    return w
+
+
 def check_fake_quant(dtype: torch.dtype, multiple: int = 1) -> None:
-    w = torch.cat([ties(COLUMNS, dtype), random(3, COLUMNS, dtype=dtype, seed=4)])
+    w = torch.cat([ties(COLUMNS, dtype), peaks(dtype)])
     w[-1, 5] = float("nan")
-    clip, on = torch.ones(7), torch.tensor(1.0)
+    clip, on = torch.ones(len(w)), torch.tensor(1.0)
     for bits in (torch.tensor(6.0), torch.tensor(4.0)):
         arguments = (w, clip, bits, on, 0.0, multiple, False)
         value, scale = fake_quant.fake_quant(*arguments)
         wanted = OPERATORS["fake_quant"].reference(*arguments)
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
-        dout = random(7, COLUMNS, dtype=dtype, seed=5)
+        dout = random(*w.shape, dtype=dtype, seed=5)
         dw = fake_quant.fake_quant_backward(dout, w, scale, bits, on, multiple, False)
         leaf = w.clone().requires_grad_()
         clipped = OPERATORS["fake_quant"].reference(leaf, *arguments[1:], clip_mask=True)
