@@ -13,7 +13,7 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import BudgetError, ConfigError
+from pgolf.errors import BudgetError, ConfigError, LostRank
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
@@ -102,7 +102,7 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     )
     table = ByteTable(load_tokenizer(dataset.tokenizer_path), config.model.vocab_size)
     loader = SequentialLoader(
-        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size
+        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size, ranks.device
     )
     model.to(ranks.device)
     ranks.broadcast(model.parameters())
@@ -140,9 +140,11 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
-    except BaseException:
+    except BaseException as e:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
+        if isinstance(e, LostRank) and folder.checkpoints():
+            e.args = (f"{e}; go on with `{resume_command(config.recipe, folder.path)}`",)
         raise
     return trainer
 
@@ -163,7 +165,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     state, path = folder.load(trainer.session.ranks.device)
     trainer.load_state_dict(state)
     folder.forget_after(trainer.clock.step)
-    qat = ", late QAT is on" if trainer.qat_switch else ""
+    qat = ", late QAT is on" if trainer.qat_is_on else ""
     trainer.session.say(f"going on from {path}{qat}")
 
 
