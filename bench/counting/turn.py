@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,7 @@ def _trainer(request: Request, folder: Path, ranks: Any) -> Any:
     from pgolf.training.session import Session
     from pgolf.training.trainer import Trainer
 
-    config, model, choices = build_model(request)
+    config, model, choices = build_model(replace(request, qat=False))  # the trainer's business
     passes = request.sequences * request.tokens
     config = with_overrides(config, {
         "batch_tokens": passes * ranks.world, "micro_tokens": passes, "max_steps": STEPS,

@@ -79,7 +79,7 @@ def build_model(request: Request) -> tuple[Any, Any, dict[str, str]]:
     from pgolf.model.gpt import operator_sizes
     from pgolf.ops.choose import choose_all, parse
     from pgolf.ops.operator import OPERATORS
-    from pgolf.training.trainer import prepare_qat
+    from pgolf.training.late_qat import LateQat
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
@@ -91,7 +91,7 @@ def build_model(request: Request) -> tuple[Any, Any, dict[str, str]]:
     choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
     if request.qat:
-        prepare_qat(model, config, torch.zeros((), device="cuda"))
+        LateQat(model, config, torch.device("cuda"))
     return config, model, choices
 
 

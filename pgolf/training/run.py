@@ -165,7 +165,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     state, path = folder.load(trainer.session.ranks.device)
     trainer.load_state_dict(state)
     folder.forget_after(trainer.clock.step)
-    qat = ", late QAT is on" if trainer.qat_is_on else ""
+    qat = ", late QAT is on" if trainer.qat.on else ""
     trainer.session.say(f"going on from {path}{qat}")
 
 

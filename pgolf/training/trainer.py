@@ -17,18 +17,16 @@ from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
 from pgolf.errors import ConfigError, StorageError, TrainingError
 from pgolf.model import GPT
-from pgolf.model.layers import Matrix
 from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
-from pgolf.quant.clip_search import clip_factors
-from pgolf.quant.plan import TensorPlan, plan_tensors
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
 from pgolf.training.estimate import pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
+from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
 from pgolf.training.session import Session
 
@@ -54,39 +52,6 @@ def compiles(config: Config, device: torch.device) -> bool:
     """Whether the model of a run goes through torch.compile."""
     wanted = config.run.compile
     return wanted == "on" or (wanted == "auto" and device.type == "cuda")
-
-
-def prepare_qat(
-    model: GPT, config: Config, switch: torch.Tensor
-) -> dict[Matrix, TensorPlan]:
-    """Put the exported grid, switched by `switch` (), on every integer block matrix.
-
-    Raises:
-        ConfigError: the settings of the quantiser do not fit the model, with late QAT or without.
-    """
-    # Made even without QAT, so that settings which do not fit fail now, not after training.
-    plans = plan_tensors(config.quant, {n: tuple(p.shape) for n, p in model.named_parameters()})
-    steps = any(plan.clip == "uniform" for plan in plans.values())
-    if config.artifact.fit_to_budget and not steps:
-        raise ConfigError(
-            "fit_to_budget=true: every matrix is stored as fp16, none has a step to choose: "
-            "lower small_numel, or give them bits"
-        )
-    if config.quant.qat_start >= 1.0:
-        return {}
-    chosen = {}
-    for name, module in model.blocks.named_modules(prefix="blocks"):
-        plan = plans.get(f"{name}.weight")
-        if isinstance(module, Matrix) and plan is not None and plan.kind == "int":
-            module.prepare_qat(
-                plan.bits,
-                switch,
-                **plan.grid(),
-                clip_mask=config.quant.qat_clip_mask,
-                impl=model.ops["fake_quant"],
-            )
-            chosen[module] = plan
-    return chosen
 
 
 class Trainer:
@@ -121,24 +86,13 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
-        self.qat_switch = torch.zeros((), device=ranks.device)
-        self.qat_is_on = False  # what the switch says, for the host
-        self.qat_plans = prepare_qat(model, config, self.qat_switch)
+        self.qat = LateQat(model, config, ranks.device)
         self.averager = Averager(model, self.schedule, fuses(ops))
         self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             compile_graph(model, model.ops, ranks.device) if self.compiled else model
         )
-
-    # --- late QAT -----------------------------------------------------------------------------
-
-    def _switch_qat_on(self) -> None:
-        for matrix, plan in self.qat_plans.items():
-            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), plan))
-        self.qat_switch.fill_(1.0)
-        self.qat_is_on = True
-        self.event(f"late QAT on for {len(self.qat_plans)} matrices")
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -246,8 +200,9 @@ class Trainer:
 
     def _queue_step(self, pace: Pace, before: Clock) -> None:
         """Start a step and count it as done; its end is not waited for."""
-        if self.schedule.qat(before) and not self.qat_is_on:
-            self._switch_qat_on()
+        if self.schedule.qat(before) and not self.qat.on:
+            self.qat.turn_on()
+            self.event(f"late QAT on for {len(self.qat.plans)} matrices")
         lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
         # Before the step, which moves the EMA in the pass that updates the weights if it is
         # fused; `update` takes SWA's snapshots, and moves the EMA where it is not.
@@ -420,14 +375,13 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[name])
-        self.qat_switch.zero_()
-        self.qat_is_on = False
+        self.qat.turn_off()
         self.say(f"exporting {description}")
         return description
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.qat_is_on = bool(self.qat_switch)
+        self.qat.loaded()
         self.optimizers.load_state_dict(state["optimizers"])
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])
