@@ -79,7 +79,7 @@ def obstacle(impl: str, size: int) -> str:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
-    """What queries see of the values up to their position.
+    """Causal attention: what each query sees of the values up to its position.
 
     Args:
         q: (N, T, H, d).
