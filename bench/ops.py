@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--op", nargs="+", default=[], metavar="NAME", help="operators (all)")
     add("--providers", nargs="+", default=[], metavar="NAME",
-        help="eager compiled cpu triton cuda peers, or a peer's name (all); eager is the yardstick "
-        "of correctness and runs for that in any case")
+        help="eager compiled cpu triton cuda fa3 fa4 fa2 peers, or a peer's name (all); eager is "
+        "the yardstick of correctness and runs for that in any case")
     add("--sample", nargs="+", default=[], metavar="TEXT", help="only sizes with this in the label")
     add("--mode", nargs="+", default=list(cases.MODES), choices=cases.MODES)
     add("--dtype", nargs="+", choices=list(cases.DTYPES),

@@ -282,8 +282,9 @@ class RunConfig:
     )
     attention: str = opt(
         "auto",
-        "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
-        choices=("auto", "fa3", "fa2", "sdpa"),
+        "the same as attention=... in ops; auto takes the first of FlashAttention 3, 4, 2, SDPA "
+        "that runs",
+        choices=("auto", "fa3", "fa4", "fa2", "sdpa"),
     )
     ops: str = opt(
         "",

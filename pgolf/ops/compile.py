@@ -87,7 +87,8 @@ def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
 
 def _run(operator: Operator, impl: str, sample: Sample, device: str) -> list[OpaqueCall]:
     """What an operator calls for a sample, forward and backward."""
-    args, named = sample.build(torch.device(device), torch.float32)
+    dtype = operator.implementations[impl].dtypes[0]
+    args, named = sample.build(torch.device(device), dtype)
     given = inspect.signature(operator.call).bind(*args, **named).arguments
     for name in operator.differentiable:
         if given.get(name) is not None:

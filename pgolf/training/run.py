@@ -17,8 +17,7 @@ from pgolf.errors import BudgetError, ConfigError, LostRank
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops.attention import choose
-from pgolf.ops.choose import choose_all
+from pgolf.ops.choose import choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
@@ -74,15 +73,12 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
-    backend, attention = choose(
-        ranks.device, dtype, config.run.attention, config.model.dim // config.model.heads
-    )
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
     ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
     ops = choose_all(
-        config.run.ops,
+        with_attention(config.run.ops, config.run.attention),
         ranks.device.type,
         dtype,
         compiles(config, ranks.device),
@@ -92,7 +88,6 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     model = GPT(
         config.model,
         dtype,
-        backend,
         config.data.seq_len,
         chosen,
     )
@@ -110,7 +105,6 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     reasons = {
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
-        "attention": attention,
         **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
         "vocabulary": vocabulary_line(config.model.vocab_size, dataset.vocab_size),
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
