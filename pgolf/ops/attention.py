@@ -220,6 +220,7 @@ def _missing(impl: str) -> str:
     return _module(impl)[1]
 
 
+@functools.cache
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     inner = getattr(function, "_init_fn", function)  # what a custom operator wraps
     return inspect.signature(inner).parameters
