@@ -40,6 +40,7 @@ examples:
   python -m bench aot                              the gate
   python -m bench aot --kernel leaky_relu2_up_tma  one kernel
   python -m bench aot --only qk_rope               executed instructions, in the table and now
+  python -m bench aot --model                      expected times, by a model
   python -m bench aot --update                     after a change that is meant; commit the table
   pip install --target DIR triton==3.5.1 && PYTHONPATH=DIR python -m bench aot
                                                    the same with another version of triton
@@ -62,6 +63,11 @@ def main(argv: list[str]) -> int:
         help="only the executed instructions of the CUDA kernels whose names begin so: in the "
         "table -> now",
     )  # fmt: skip
+    parser.add_argument(
+        "--model", action="store_true",
+        help="only the times of the CUDA kernels, of those of --only if it is there, that a model "
+        "expects on an H100 and an H200, beside those measured",
+    )  # fmt: skip
     parser.add_argument("--table", type=Path, metavar="FILE", default=TABLE, help=f"({TABLE.name})")
     parser.add_argument(
         "--update", action="store_true",
@@ -71,6 +77,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         table = _table(args.table)
+        if args.model:
+            return _model(args.only or "")
         return _gate(args, table) if args.only is None else _executed(args.only, table)
     except PgolfError as e:
         print(f"python -m bench aot: {e}", file=sys.stderr)
@@ -103,6 +111,15 @@ def _executed(prefix: str, table: Table) -> int:
     before = {kernel: _part(recorded[kernel]) for kernel in now if kernel in recorded}
     failures += differences({kernel: now[kernel] for kernel in before}, before)
     print("\n".join([*aot_items.lines(rows, recorded), *(f"FAILED {text}" for text in failures)]))
+    return 1 if failures else 0
+
+
+def _model(prefix: str) -> int:
+    from bench import aot_cuda, aot_model
+
+    rows, failures = aot_cuda.executed(prefix)
+    lines = aot_model.page(rows, aot_model.results(TABLE.parent))
+    print("\n".join([*lines, *(f"FAILED {text}" for text in failures)]))
     return 1 if failures else 0
 
 

@@ -15,7 +15,7 @@ from bench.sass import Function
 from bench.sass_flow import Flow, loads_in_flight
 
 ARCH = "sm_90a"
-TOKENS, WIDTH, VOCABULARY, HIDDEN, LAYERS = 98304, 512, 1024, 1536, 11
+TOKENS, WIDTH, VOCABULARY, HIDDEN = 98304, 512, 1024, 1536
 HEADS, GROUPS, SIZE = 8, 4, 64
 CHUNK = 4096 // 8  # elements of a list of tensors that a warp takes
 MATRICES = 22 * 512 * 512 + 22 * 256 * 512 + 22 * 1536 * 512  # elements that Muon updates
@@ -36,7 +36,6 @@ class Item:
         written: bytes that it writes.
         trips: of the kernel's loops, in the order of their addresses.
         items: in a launch.
-        launches: in a training step.
     """
 
     what: str
@@ -45,7 +44,6 @@ class Item:
     written: int
     trips: tuple[int, ...]
     items: int
-    launches: int = 1
 
 _HEAD = SIZE * 2
 _ROW = WIDTH * 2
@@ -54,20 +52,19 @@ SMALL = ("sum_rows_kernel", "grad_norm_finish", "embed_smear_rows", "muon_moment
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(
         "4 heads of a token that are rotated", ("bf16", "8", "8", "1"), 4 * _HEAD, 4 * _HEAD,
-        (1,), TOKENS * (HEADS + 2 * GROUPS) // 4, LAYERS,
+        (1,), TOKENS * (HEADS + 2 * GROUPS) // 4,
     ),
     "qk_rope_backward_blocks": Item(
         "4 heads that are rotated, of 32 tokens", ("bf16", "8", "8", "1"), 32 * 4 * 2 * _HEAD,
-        32 * 4 * _HEAD, (1, 32, 0, 1), TOKENS * (HEADS + 2 * GROUPS) // 128, LAYERS,
+        32 * 4 * _HEAD, (1, 32, 0, 1), TOKENS * (HEADS + 2 * GROUPS) // 128,
     ),
     "residual_norm_forward": Item(
         "a row with all operands and outputs", ("bf16", "8", "32", "2"), 4 * _ROW, 3 * _ROW,
-        (1,), TOKENS, 2 * LAYERS + 1,
+        (1,), TOKENS,
     ),
     "residual_norm_backward_rows": Item(
         "8 rows with all operands, and their sums", ("bf16", "8", "32", "2", "(Learned)2"),
         8 * 8 * _ROW, 8 * 4 * _ROW + 4 * WIDTH * 4 // 8, (8, *(2, 0) * 4), TOKENS // 8,
-        2 * LAYERS + 1,
     ),
     "softcap_cross_entropy_rows": Item(
         "a row of 1024 logits", ("bf16", "8", "false"), VOCABULARY * 2, VOCABULARY * 2, (), TOKENS
@@ -82,25 +79,25 @@ ITEMS: Mapping[str, Item] = {
     ),
     "weight_cast_rows": Item(
         "a row of 1536, quantised", ("(Quantise)1", "float", "bf16", "4"), HIDDEN * 4,
-        HIDDEN * 2, (1, 1, 0, 1), 512, LAYERS,
+        HIDDEN * 2, (1, 1, 0, 1), 512,
     ),
     "weight_cast_backward_rows": Item(
         "a row of 512, quantised", ("(Quantise)1", "float", "bf16", "4"), WIDTH * (4 + 2),
-        WIDTH * 4, (1, 1, 1), 3 * 1536, LAYERS,
+        WIDTH * 4, (1, 1, 1), 3 * 1536,
     ),
     "xsa_forward_rows": Item(
         "4 value heads of a token with 2 query heads each", ("bf16", "8", "8", "1"),
-        4 * 3 * _HEAD, 4 * 2 * _HEAD, (1, 1), TOKENS, LAYERS,
+        4 * 3 * _HEAD, 4 * 2 * _HEAD, (1, 1), TOKENS,
     ),
     "xsa_backward_rows": Item(
         "4 value heads of a token with 2 query heads each", ("bf16", "8", "8", "1"),
-        4 * 5 * _HEAD, 4 * 3 * _HEAD, (1, 2), TOKENS, LAYERS,
+        4 * 5 * _HEAD, 4 * 3 * _HEAD, (1, 2), TOKENS,
     ),
     "leaky_relu2_words": Item(
-        "256 elements", ("bf16", "8"), 256 * 2, 256 * 2 + 32, (1,), TOKENS * HIDDEN // 256, LAYERS
+        "256 elements", ("bf16", "8"), 256 * 2, 256 * 2 + 32, (1,), TOKENS * HIDDEN // 256
     ),
     "leaky_relu2_backward_words": Item(
-        "256 elements", ("bf16", "8"), 256 * 4 + 32, 256 * 2, (1,), TOKENS * HIDDEN // 256, LAYERS
+        "256 elements", ("bf16", "8"), 256 * 4 + 32, 256 * 2, (1,), TOKENS * HIDDEN // 256
     ),
     "grad_norm_chunks": Item(
         "512 elements in fp32", (), CHUNK * 4, 2, (1, 1, 0, 0, 0), MATRICES // CHUNK

@@ -196,8 +196,7 @@ def test_instances_of_a_cuda_kernel_are_scalar_or_move_16_bytes(monkeypatch) -> 
     narrow = Function(registers=9, shared=0, code="")
     instances = [("xsa_forward_rows", ["float", n, "16", "1"], narrow) for n in ("1", "4")]
     monkeypatch.setattr(aot_cuda, "compile_source", lambda source, arch: instances)
-    monkeypatch.setattr(aot_cuda, "ARCHS", ("sm_80",))
-    rows, found = aot_cuda.compile_all("xsa_forward_rows", lambda *_: None)
+    rows, found = aot_cuda.compile_all("xsa_forward_rows", lambda *_: None, ["sm_80"])
     name = "xsa_forward_rows<float, 4, 16, 1>: xsa.cu sm_80"
     assert name in rows and len(rows) == 2
     assert found == [f"{name}: no LDG.128", f"{name}: no STG.128"]

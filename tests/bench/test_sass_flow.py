@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import aot_cuda, aot_items
+from bench import aot_cuda, aot_items, aot_model
 from bench.sass import Function
 from bench.sass_flow import Flow, Instruction, loads_in_flight
 from tests.bench.test_aot import needs_nvcc, needs_triton
@@ -166,3 +166,25 @@ def test_every_kernel_is_counted_or_small() -> None:
     assert counted == aot_cuda.kernels() and len(counted) == len(aot_items.ITEMS) + len(
         aot_items.SMALL
     )
+
+
+def test_the_model_takes_the_larger_bound_and_shows_what_was_measured() -> None:
+    h100, h200 = aot_model.GPUS
+    issue, memory = aot_model.bounds("softcap_cross_entropy_rows", 2640, h100)
+    # 98,304 rows x 2,640 / (132 x 4 x 1.755 GHz), and 98,304 x 4,096 bytes / (0.9 x 3,350 GB/s)
+    assert issue == pytest.approx(280.07, abs=0.01) and memory == pytest.approx(133.55, abs=0.01)
+    assert aot_model.bounds("softcap_cross_entropy_rows", 2640, h200)[1] < memory
+    mine = "void pgolf::cuda::softcap_cross_entropy_rows<pgolf::bf16, 8, false>(pgolf::LossShape)"
+    profiles = [
+        {"device": "NVIDIA H100 80GB HBM3", "profile": {"kernels": [
+            {"name": mine, "calls": 2.0, "us": us}, {"name": "softcap", "calls": 1.0, "us": 1.0},
+        ]}}
+        for us in (800.0, 700.0)
+    ]  # fmt: skip
+    lines = [*profiles, {"device": "NVIDIA H100", "profile": None}, {"device": "CPU"}]
+    rows = {"softcap_cross_entropy_rows<bf16, 8, false>: a.cu sm_90a": {"instructions": 2640}}
+    text = aot_model.page(rows, lines)
+    assert text[0].startswith("A MODEL, not measured")
+    _, of_h100, of_h200 = text[-1].split("|")
+    assert of_h100.split() == ["280", "134", "280", "350"]
+    assert of_h200.split() == ["280", "93", "280", "-"]
