@@ -4,18 +4,20 @@ The control flow is made of basic blocks and natural loops. Of the ways through 
 
 - none that calls a subroutine (the long divisions, roots and reciprocals of rare arguments) or that
   lanes apart take (BRA.DIV), where there is another;
-- of those, the one that stores as many bytes as the warp's work does: the compiler's versions of a
-  loop for other lengths are left out;
-- of those, the one that loads the most bytes (optional operands are there, vectors are wide), and
-  then the one of the most instructions.
+- of those, the one that stores as many bytes as the warp's work does, or loads as many if that
+  stores nothing to speak of: the compiler's versions of a loop for other lengths are left out;
+- of those, the one that loads (stores) the most bytes: optional operands are there, vectors are
+  wide; and then the one of the most instructions, or of the fewest where it is said that what
+  remains to be chosen is rare.
 
-An instruction that its predicate switches off is issued all the same, and counts. Of two sides of
+An instruction that its predicate switches off is issued all the same, and counts; of accesses under
+a predicate and under its opposite, those of fewer bytes are taken for switched off. Of two sides of
 a branch that lanes of one warp take apart, only one counts.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,11 +35,15 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # of other
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: predicate ('' for none), opcode with its modifiers, what follows it."""
+    """One line: predicate ('' for none), opcode with its modifiers, what follows it.
+
+    `off`: it is taken for switched off by its predicate.
+    """
 
     guard: str
     opcode: str
     operands: str
+    off: bool = False
 
     @cached_property
     def base(self) -> str:
@@ -46,6 +52,10 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """That a lane moves to or from global memory."""
+        return 0 if self.off else self.width
+
+    @property
+    def width(self) -> int:
         if self.base not in _GLOBAL:
             return 0
         return next((_WIDTHS[m] for m in self.opcode.split(".")[1:] if m in _WIDTHS), 4)
@@ -72,7 +82,11 @@ class Instruction:
         first = self.operands.partition(",")[0]
         if self.base in _STORES or not _REGISTER.fullmatch(first.strip()):
             return [], named
-        return [named[0] + i for i in range(max(1, self.bytes // 4))], named[1:]
+        return [named[0] + i for i in range(max(1, self.width // 4))], named[1:]
+
+
+def _opposite(guard: str) -> str:
+    return guard[1:] if guard.startswith("!") else f"!{guard}"
 
 
 @dataclass
@@ -81,11 +95,31 @@ class Block:
 
     instructions: list[Instruction]
     after: list[int] = field(default_factory=list)
+    target: int | None = None  # of the branch at its end
 
     @property
     def slow(self) -> int:
         """How many subroutines it calls."""
         return sum(i.base == "CALL" or i.opcode == "WARPSYNC.COLLECTIVE" for i in self.instructions)
+
+    def off_before(self, to: int | None) -> set[int]:
+        """Places of instructions that the predicate of the branch at the end switches off.
+
+        Args:
+            to: the block that comes next.
+        """
+        guard = self.instructions[-1].guard
+        if not guard or self.target is None or len(self.after) < 2:
+            return set()
+        name = guard.removeprefix("!")
+        off = _opposite(guard) if to == self.target else guard
+        places: set[int] = set()
+        for n, i in enumerate(self.instructions[:-1]):
+            if i.guard == off:
+                places.add(n)
+            elif i.operands.startswith(f"{name},") or f" {name}," in i.operands[:12]:
+                places.clear()  # it is another predicate from here on
+        return places
 
 
 @dataclass
@@ -102,30 +136,31 @@ class Loop:
 @dataclass(frozen=True)
 class Way:
     slow: int = 0
-    stored: int = 0
-    loaded: int = 0
+    matched: int = 0  # bytes, of those accesses that have to be so many
+    others: int = 0  # of the others
     count: int = 0
+    shortest: bool = False
     pieces: Any = None
 
     def key(self) -> tuple[int, int, int]:
-        return self.slow, -self.loaded, -self.count
+        return self.slow, -self.others, self.count if self.shortest else -self.count
 
     def then(self, other: "Way", piece: Any, times: int = 1) -> "Way":
         return Way(
-            self.slow + other.slow * times, self.stored + other.stored * times,
-            self.loaded + other.loaded * times, self.count + other.count * times,
-            (self.pieces, piece),
+            self.slow + other.slow * times, self.matched + other.matched * times,
+            self.others + other.others * times, self.count + other.count * times,
+            self.shortest or other.shortest, (self.pieces, piece),
         )  # fmt: skip
 
 
-Ways = dict[int, Way]  # bytes stored by a lane -> the best way that stores as many
+Ways = dict[int, Way]  # bytes matched -> the best way of as many
 Exits = dict[tuple[int, int], Ways]  # edge that leaves a loop -> ways from its entry through it
 
 
 def _add(ways: Ways, way: Way) -> None:
-    known = ways.get(way.stored)
+    known = ways.get(way.matched)
     if known is None or way.key() < known.key():
-        ways[way.stored] = way
+        ways[way.matched] = way
 
 
 class Flow:
@@ -143,28 +178,36 @@ class Flow:
         self.blocks = _blocks(sass)
         self.loops = self._find_loops()
 
-    def executed(self, trips: Sequence[int], stored: int) -> list[Instruction]:
+    def executed(
+        self, trips: Sequence[int], stored: int, loaded: int = 0, shortest: bool = False
+    ) -> list[Instruction]:
         """The instructions of one warp from the entry to EXIT.
 
         Args:
             trips: of each of `loops`.
-            stored: bytes that a lane stores to global memory.
+            stored, loaded: bytes that a lane stores to global memory and loads from it; the latter
+                matter where less than 16 are stored.
+            shortest: of ways that move the same, that of the fewest instructions, not of the most.
 
         Raises:
-            ValueError: not as many trip counts as loops, or no way stores so many bytes, be it for
+            ValueError: not as many trip counts as loops, or no way moves so many bytes, be it for
                 16 bytes or 5 %; with what the loops do.
         """
         found = "; ".join(self.describe(loop) for loop in self.loops) or "none"
         if len(trips) != len(self.loops):
             raise ValueError(f"{len(trips)} trip counts for {len(self.loops)} loops: {found}")
+        self._matched, verb, wanted = (
+            ("STG", "stores", stored) if stored >= 16 or not loaded else ("LDG", "loads", loaded)
+        )
+        self._shortest = shortest
         exits: dict[int, Exits] = {}
         for i in sorted(range(len(trips)), key=lambda i: len(self.loops[i].blocks)):
             self._close(self.loops[i], trips[i], exits)
         ends, _, _ = self._ways(set(self._reached()), 0, exits)
-        best = min(ends.values(), key=lambda w: (w.slow, abs(w.stored - stored), *w.key()))
-        if abs(best.stored - stored) > max(16, stored // 20):
+        best = min(ends.values(), key=lambda w: (w.slow, abs(w.matched - wanted), *w.key()))
+        if abs(best.matched - wanted) > max(16, wanted // 20):
             raise ValueError(
-                f"a lane stores {best.stored} bytes, not {stored}, with these trips: {found}"
+                f"a lane {verb} {best.matched} bytes, not {wanted}, with these trips: {found}"
             )
         return [i for block in _linear(best.pieces) for i in self.blocks[block].instructions]
 
@@ -172,7 +215,7 @@ class Flow:
         """Depth, instructions and memory accesses, to recognise it by."""
         depth = sum(loop.blocks < other.blocks for other in self.loops)
         found = [i for b in loop.blocks for i in self.blocks[b].instructions]
-        kinds = [i.opcode.split(".")[0] + f"x{i.bytes}" for i in found if i.bytes]
+        kinds = [f"{i.base}x{i.width}" for i in found if i.width]
         moved = " ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
         return f"depth {depth} {len(found)} instructions {moved or 'no global access'}"
 
@@ -233,7 +276,7 @@ class Flow:
                     (source, to, [(way, (way.pieces, 1)) for way in ways.values()])
                     for (source, to), ways in closed[node].items()
                 ]
-            return [(node, to, [(self._cost(node), node)]) for to in self.blocks[node].after]
+            return [(node, to, [(self._cost(node, to), node)]) for to in self.blocks[node].after]
 
         order = _topological(
             entry, lambda n: [to for _, to, _ in edges(n) if to in region and to != entry]
@@ -257,12 +300,17 @@ class Flow:
                         _add(known, way.then(cost, piece))
         return ends, cycles, leaving
 
-    def _cost(self, block: int) -> Way:
+    def _cost(self, block: int, to: int | None = None) -> Way:
         found = self.blocks[block]
-        moved = {
-            base: sum(i.bytes for i in found.instructions if i.base == base) for base in _GLOBAL
-        }
-        return Way(found.slow, moved["STG"], moved["LDG"], len(found.instructions))
+        off = found.off_before(to)
+        moved = [
+            (i.base == self._matched, i.bytes)
+            for n, i in enumerate(found.instructions)
+            if i.bytes and n not in off
+        ]
+        matched = sum(size for is_matched, size in moved if is_matched)
+        others = sum(size for is_matched, size in moved if not is_matched)
+        return Way(found.slow, matched, others, len(found.instructions), self._shortest)
 
 
 def _topological(entry: int, after: Any) -> list[int]:
@@ -311,7 +359,7 @@ def _blocks(sass: str) -> list[Block]:
     def close() -> None:
         nonlocal current
         if current:
-            blocks.append(Block(current))
+            blocks.append(Block(_switched(current)))
             current = []
 
     for line in sass.splitlines():
@@ -337,9 +385,24 @@ def _blocks(sass: str) -> list[Block]:
             raise ValueError(f"{last.opcode} jumps through a register")
         if falls_through and i + 1 < len(blocks):
             block.after.append(i + 1)
-        if last.base == "BRA" and last.leaves and at[last.target] not in block.after:
-            block.after.append(at[last.target])
+        if last.base == "BRA" and last.leaves:
+            block.target = at[last.target]
+            if block.target not in block.after:
+                block.after.append(block.target)
     return blocks
+
+
+def _switched(block: Sequence[Instruction]) -> list[Instruction]:
+    """With `off` where a predicate lets more bytes be moved as it is not."""
+    moved: dict[str, int] = {}
+    for i in block:
+        moved[i.guard] = moved.get(i.guard, 0) + i.width
+    off = {
+        guard
+        for guard, size in moved.items()
+        if guard and size < moved.get(_opposite(guard), 0)
+    }
+    return [replace(i, off=True) if i.guard in off else i for i in block]
 
 
 def loads_in_flight(executed: Sequence[Instruction]) -> int:
@@ -347,6 +410,8 @@ def loads_in_flight(executed: Sequence[Instruction]) -> int:
     waiting: list[list[int]] = []  # the registers of each load, oldest first
     most = 0
     for instruction in executed:
+        if instruction.off:
+            continue
         written, read = instruction.registers
         touched = {*written, *read}
         used = [i for i, load in enumerate(waiting) if touched & set(load)]
