@@ -47,6 +47,7 @@ class Item:
     items: int
     shortest: bool = False
 
+
 _HEAD = SIZE * 2
 _ROW = WIDTH * 2
 # Kernels that a step spends no time in to speak of: sums of sums, and rows that a cache still has.

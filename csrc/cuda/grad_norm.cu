@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* grad_norm(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
                       float* norm, int64_t* bad, void* stream) {
-  const char* error = for_each_list<TensorList<GradientTensor>>(tensors, count, chunks, [&](const auto& list) {
+  using List = TensorList<GradientTensor>;
+  const char* error = for_each_list<List>(tensors, count, chunks, [&](const auto& list) {
     return launch(grad_norm_chunks, list.end_item - list.first_item, kThreads, stream, list, chunks,
                   partials);
   });

@@ -63,6 +63,46 @@ def test_of_two_ways_the_one_that_stores_as_much_is_taken() -> None:
     assert len(Flow(WRITTEN).executed([7], 0)) == 33  # none of the 7 stores
 
 
+# As nvcc chooses between two widths: by a predicate, and then by a branch under the same one.
+PREDICATED = """
+        /*0000*/               @P1 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P1 LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P1 PRMT R6, R4, 0x7732, RZ ;
+        /*0030*/                   LDG.E R12, desc[UR4][R10.64] ;
+        /*0040*/               @P1 STG.E.128 desc[UR4][R8.64], R4 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   STG.E.64 desc[UR4][R8.64], R6 ;
+.L_x_1:
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+        /*0080*/                   FADD R12, R12, R12 ;
+.L_x_2:
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_a_branch_switches_off_what_its_predicate_guards() -> None:
+    """16 bytes are stored, or 8, and never both."""
+    wide = Flow(PREDICATED).executed([], 24)
+    assert [i.opcode for i in wide if i.base == "STG"] == ["STG.E.128"]
+    narrow = Flow(PREDICATED).executed([], 8)
+    assert [i.opcode for i in narrow if i.base == "STG"] == ["STG.E.128", "STG.E.64"]
+    assert sum(i.bytes for i in wide if i.base == "LDG") == 20
+    assert loads_in_flight(wide) == 2, "the narrower elements are not loaded, and not used"
+
+
+def test_what_is_rare_and_moves_nothing_counts_where_it_is_not_said() -> None:
+    flow = Flow(PREDICATED)
+    assert len(flow.executed([], 16)) - len(flow.executed([], 16, shortest=True)) == 1
+
+
+def test_of_a_kernel_that_stores_nothing_the_loads_are_those_of_its_work() -> None:
+    none = "/*0000*/ @P0 BRA `(.L_x_1) ;\n/*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ;\n"
+    flow = Flow(none + ".L_x_1:\n/*0020*/ LDG.E.64 R8, desc[UR4][R2.64] ;\n/*0030*/ EXIT ;")
+    assert [len(flow.executed([], 0, loaded)) for loaded in (8, 24)] == [3, 4]
+    with pytest.raises(ValueError, match="a lane loads 24 bytes, not 64"):
+        flow.executed([], 0, 64)
+
+
 def test_other_loops_and_other_stores_than_declared_are_refused() -> None:
     message = "2 trip counts for 1 loops: depth 0 5 instructions 1 STGx8"
     with pytest.raises(ValueError, match=message):
