@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
     for (int i = 0; i < kPasses; ++i) {
       const Of head(shape, first + i * Of::kGroups);
       const auto walk = [&](const Upstream<T>& x) {
-        return Walk<T>::along(x, at, head.own, head.exists);
+        const bool given = Shape::kAllGradients || (head.exists && x.tokens.data);
+        return Walk<T>::along(x, at, head.own, given);
       };
       from[i] = head.is_query ? walk(dq) : head.is_value ? walk(dv) : walk(dk);
       gains[i] = head.is_query ? gain[head.index] : 1.0f;
@@ -157,17 +158,16 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
   }
 }
 
-// body(shape, vector, lanes, chunks) with the constants that fit.
+// body(shape, vector, lanes, chunks) with the constants that fit. `usual`: whether nothing that a
+// recipe's sizes come with is missing.
 template <typename T, typename Body>
-const char* with_shape(const QkRopeShape& shape, bool vectors, const Body& body) {
-  constexpr int kVector = kAccessBytes / sizeof(T), kSize = 64;
+const char* with_shape(const QkRopeShape& shape, bool vectors, bool usual, const Body& body) {
   const auto known = [&](auto fixed) {
-    return body(fixed, Constant<kVector>{}, Constant<kSize / kVector>{}, Constant<1>{});
+    constexpr int kVector = kAccessBytes / sizeof(T), kLanes = decltype(fixed)::size / kVector;
+    return body(fixed, Constant<kVector>{}, Constant<kLanes>{}, Constant<1>{});
   };
-  using Partial = FixedShape<8, 4, kSize, 8>;
-  using Full = FixedShape<8, 4, kSize, 32>;
-  if (vectors && Partial::fits(shape)) return known(Partial(shape));
-  if (vectors && Full::fits(shape)) return known(Full(shape));
+  if (vectors && usual && Rotated16::fits(shape)) return known(Rotated16(shape));
+  if (vectors && usual && Rotated64::fits(shape)) return known(Rotated64(shape));
   return with_head_lanes<T>(shape.size, vectors, [&](auto vector, auto lanes, auto chunks) {
     return body(AnyShape(shape), vector, lanes, chunks);
   });
@@ -188,7 +188,8 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
     using T = decltype(element);
     const bool vectors =
         aligned_heads<T>(shape, in) && aligned({value, out.q, out.k, out.v}, {});
-    return with_shape<T>(shape, vectors, [&](auto known, auto vector, auto lanes, auto chunks) {
+    return with_shape<T>(shape, vectors, true, [&](auto known, auto vector, auto lanes,
+                                                   auto chunks) {
       const auto kernel = qk_rope_forward<T, decltype(vector)::value, decltype(lanes)::value,
                                           decltype(chunks)::value, decltype(known)>;
       return launch(kernel, blocks_for(shape.batch * shape.time, kForwardTokens), kThreads, stream,
@@ -211,7 +212,9 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     const bool vectors = aligned_heads<T>(shape, in) &&
                          aligned({dq.data, dk.data, dv.data, dqkv},
                                  {head_bytes<T>(dq), head_bytes<T>(dk), head_bytes<T>(dv)});
-    return with_shape<T>(shape, vectors, [&](auto known, auto vector, auto lanes, auto chunks) {
+    const bool all = dq.data && dk.data && dv.data;
+    return with_shape<T>(shape, vectors, all, [&](auto known, auto vector, auto lanes,
+                                                  auto chunks) {
       const auto kernel = qk_rope_backward_blocks<T, decltype(vector)::value,
                                                   decltype(lanes)::value, decltype(chunks)::value,
                                                   decltype(known)>;

@@ -20,7 +20,8 @@ constexpr int kWarps = kThreads / kWarp;
 // constants apart, and a pass knows whether its heads are queries, keys or values.
 template <int kHeads, int kKvHeads, int kSize, int kHalf>
 struct FixedShape {
-  static constexpr int kPasses = 4;  // whose numbers are requested at once
+  static constexpr int kPasses = 4;           // whose numbers are requested at once
+  static constexpr bool kAllGradients = true;  // those of q, k and v are there
   // Of a multiprocessor, which bounds registers; by the compiler's own choice some are spilled.
   static constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;
   static constexpr int64_t heads = kHeads, kv_heads = kKvHeads, total = kHeads + 2 * kKvHeads;
@@ -38,9 +39,18 @@ struct FixedShape {
   }
 };
 
+// Of the recipes with 16 and with 64 rotated elements a head.
+struct Rotated16 : FixedShape<8, 4, 64, 8> {
+  using FixedShape::FixedShape;
+};
+struct Rotated64 : FixedShape<8, 4, 64, 32> {
+  using FixedShape::FixedShape;
+};
+
 // Any others.
 struct AnyShape {
   static constexpr int kPasses = 1, kForwardBlocks = 2, kBackwardBlocks = 1;
+  static constexpr bool kAllGradients = false;
   int64_t heads, kv_heads, total;
   int size, half;
   bool norm;
@@ -139,8 +149,7 @@ struct Walk {
   const T* head;
   int64_t step, step_over;
 
-  __device__ static Walk along(const Upstream<T>& x, const Place& at, int64_t head, bool exists) {
-    const bool given = exists && x.tokens.data;
+  __device__ static Walk along(const Upstream<T>& x, const Place& at, int64_t head, bool given) {
     return {given, given ? x.tokens.row(at.batch, at.time, head) : nullptr, x.step, x.step_over};
   }
   __device__ void advance(bool over) {
