@@ -54,12 +54,13 @@ _ROW = WIDTH * 2
 SMALL = ("sum_rows_kernel", "grad_norm_finish", "embed_smear_rows", "muon_momentum_scale")
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(
-        "4 heads of a token that are rotated", ("bf16", "8", "8", "1"), 4 * _HEAD, 4 * _HEAD,
-        (1,), TOKENS * (HEADS + 2 * GROUPS) // 4,
+        "4 tokens with a value", ("bf16", "8", "8", "1", "Rotated16"),
+        4 * (HEADS + 3 * GROUPS) * _HEAD, 4 * (HEADS + 2 * GROUPS) * _HEAD, (4,), TOKENS // 4,
     ),
     "qk_rope_backward_blocks": Item(
-        "4 heads that are rotated, of 32 tokens", ("bf16", "8", "8", "1"), 32 * 4 * 2 * _HEAD,
-        32 * 4 * _HEAD, (1, 32, 0, 1), TOKENS * (HEADS + 2 * GROUPS) // 128,
+        "12 tokens, and their sums", ("bf16", "8", "8", "1", "Rotated16"),
+        12 * (2 * HEADS + 3 * GROUPS) * _HEAD, 12 * (HEADS + 2 * GROUPS) * _HEAD, (12,),
+        TOKENS // 12,
     ),
     "residual_norm_forward": Item(
         "a row with all operands and outputs", ("bf16", "8", "32", "2"), 4 * _ROW, 3 * _ROW,

@@ -66,15 +66,16 @@ __device__ inline F sum_of_warps(F x) {
   return sum;
 }
 
-// The sum over a group, the same bits in each of its lanes.
-template <int kLanes, typename F>
+// The sum over a group, the same bits in each of its lanes. `kTogether`: all lanes of the warp are
+// here, whichever groups they are of.
+template <int kLanes, bool kTogether = false, typename F>
 __device__ inline F group_sum(F x) {
   if constexpr (kLanes > kWarp) {
     return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
   } else {
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) {
-      x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+      x += __shfl_xor_sync(kTogether ? ~0u : group_mask<kLanes>(), x, step, kLanes);
     }
     return x;
   }
@@ -167,11 +168,12 @@ struct Row {
   }
 
   // The inner product with another row, the same bits in every lane of the group.
+  template <bool kTogether = false>
   __device__ F dot(const Row& other) const {
     F sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum += at[i] * other.at[i];
-    return group_sum<kLanes>(sum);
+    return group_sum<kLanes, kTogether>(sum);
   }
 
   // this + factor row

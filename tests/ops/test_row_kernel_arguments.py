@@ -97,6 +97,8 @@ def test_sizes(name: str) -> None:
         ("qk_rope", {"d": 257}, "d is 257: heads may have at most 256 elements"),
         ("qk_rope", {"half": 5}, "half is 5: heads of 8 elements"),
         ("qk_rope_backward", {"half": -1}, "half is -1"),
+        # Of more tokens than 64 for each of 1024 sums.
+        ("qk_rope_backward", {"t": 70_000, "partial_rows": 1094}, "partial_rows is 1094: it has"),
         ("qk_rope", {"dtype": 3}, "dtype is 3: it has to be 0 (fp32)"),
         ("embed_smear", {"width": 769}, "width is 769: rows may have 1 to 768"),
         ("embed_smear_backward", {"width": 0}, "width is 0: rows may have 1 to 768"),

@@ -123,6 +123,7 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 // --- the runtime ---------------------------------------------------------------------------------
 
