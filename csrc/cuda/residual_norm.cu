@@ -100,8 +100,8 @@ constexpr unsigned kTested = 1 << 9;
 constexpr unsigned kAny = kTested - 1;
 
 // The blocks that a multiprocessor is to have room for: as many as registers allow without spills.
-constexpr int resident_blocks(int vector, unsigned set) {
-  if (vector == 1) return set & kLearned ? 1 : 2;
+constexpr int resident_blocks(int vector, int lanes, unsigned set) {
+  if (vector == 1) return set & kLearned || lanes > kWarp ? 1 : 2;
   if (set & kTested) return set & kLearned ? 1 : 3;
   return set & (kLearned | kSkip) ? 2 : 3;
 }
@@ -247,7 +247,7 @@ struct ForwardRow {
 };
 
 template <typename T, int kVector, int kLanes, int kChunks, unsigned kSet>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kSet))
+__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSet))
     residual_norm_forward(Inputs<T> in, Outputs<T> out) {
   using L = Layout<T, kVector, kLanes, kChunks, kSet>;
   using Part = typename L::Part;
@@ -353,7 +353,7 @@ struct Sum {
 
 // partials (blocks, P, D) is for what is learned: its sums stay in registers until the end.
 template <typename T, int kVector, int kLanes, int kChunks, unsigned kSet>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kSet))
+__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSet))
     residual_norm_backward_rows(Inputs<T> in, Upstream<T> up, Gradients<T> out, int64_t parameters,
                                 float* partials) {
   using L = Layout<T, kVector, kLanes, kChunks, kSet>;
