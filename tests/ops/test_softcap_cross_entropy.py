@@ -1,7 +1,11 @@
 """Capped logits and cross-entropy against float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgolf.ops.launch import launcher
 from pgolf.ops.operator import OPERATORS
@@ -231,6 +235,37 @@ def test_one_gradient_alone_twice_and_none(impl: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             assert torch.equal(softcap_cross_entropy(*args, targets, 30.0, "none", impl), mine)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shapes of what is multiplied element by element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
+            self.shapes += [t.shape for t in args if isinstance(t, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@every_kernel
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_factor_of_all_rows_goes_to_the_matrix(reduction: str, impl: str) -> None:
+    """No pass over what each token has is made for it, and the gradients are those of the rows."""
+    x, w, targets = inputs()
+    leaves = [t.requires_grad_() for t in (x, w)]
+    loss = softcap_cross_entropy(*leaves, targets, 30.0, reduction, impl)
+    with Products() as products:
+        found = torch.autograd.grad(loss, leaves, torch.tensor(0.3))
+    assert products.shapes and all(N not in shape for shape in products.shapes)
+    rows = softcap_cross_entropy(*leaves, targets, 30.0, "none", impl)
+    each = torch.full((N,), 0.3 / (N if reduction == "mean" else 1))
+    for got, expected in zip(found, torch.autograd.grad(rows, leaves, each), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- targets that are ignored ---------------------------------------------------------------------
