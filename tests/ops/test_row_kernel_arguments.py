@@ -136,7 +136,7 @@ def sort_tokens(call, ids: list[int], rows: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("ids", [[3, 0, 3, 1, 0, 3], [], [4] * 3000, [*range(299, -1, -1)] * 9])
-@pytest.mark.parametrize("rows", [5, 127, 128, 300, 2000])
+@pytest.mark.parametrize("rows", [5, 128, 300])
 def test_token_order(ids: list[int], rows: int) -> None:
     """Stable, and where each id begins: at the ends, all alike, none, several a block."""
     ids = [rows - 1 - (i % rows) for i in ids]
