@@ -63,7 +63,8 @@ REQUIRED = {
     "residual_norm_backward_rows": ROWS,
     "embed_smear_forward": EMBED,
     "embed_smear_chunks": EMBED,
-    "embed_smear_rows": Required(),  # a column a lane
+    "embed_smear_order": Required(),
+    "embed_smear_rows": Required(("LDG.128",), vector=1),
     "softcap_cross_entropy_rows": ROWS,
     "leaky_relu2_words": ROWS,
     "leaky_relu2_backward_words": ROWS,
