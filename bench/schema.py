@@ -50,7 +50,8 @@ class Timing(Setting):
     copy_gbs: float  # read + written, of a copy that moves copy_bytes
     copy_bytes: int
     matmul_gflops: float | None  # where the operator has matmuls
-    matmul_size: int | None
+    matmul_shapes: list[list[list[int]]]  # of the factors of the matmuls that were timed
+    host_ms: float | None  # least time that the host took to queue it; None on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
