@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +72,10 @@ class StepTiming(Setting):
     p80_ms: float
     tokens_per_second: float
     loss: float  # of the first step, the same tokens for every choice
+    first_ms: float  # median of the first choice in the same rounds
+    phases: dict[str, dict[str, float | None]]  # as bench.phases gives them
+    peak_bytes: int | None  # that a step takes beyond weights and states; None on a CPU
+    profile: dict[str, Any] | None  # as bench.profiling gives it, if it was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
