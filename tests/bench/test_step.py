@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bench import profiling, schema, step
+from bench.synthetic import Words
 from pgolf.data.prepare import prepare
 from pgolf.training.run import build
 
-from ..training.tiny import TINY, Words
+from ..training.tiny import TINY
 
 
 @pytest.fixture(scope="module")
