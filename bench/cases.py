@@ -87,7 +87,7 @@ class Case:
 
 def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) -> Case:
     """The arguments of a sample, those that have gradients as leaves."""
-    with _DrawnOn(device):
+    with DrawnOn(device):
         call = Call.of(operator, sample, DTYPES[dtype], device, contiguous=True)
     leaves = call.leaves()
     args, kwargs = call.split(call.arguments | dict(zip(call.wanted, leaves, strict=True)))
@@ -97,7 +97,7 @@ def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) 
     return Case(operator, sample, dtype, call, args, kwargs, tuple(leaves), tuple(upstream))
 
 
-class _DrawnOn(TorchFunctionMode):
+class DrawnOn(TorchFunctionMode):
     """Inside, random numbers that are asked of a CPU's generator come from one of a device.
 
     A sample of 98,304 tokens takes a CPU seconds to draw.

@@ -135,6 +135,34 @@ class DecodeTiming(Setting):
     whole_tokens_per_second: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionTiming(Setting):
+    """A line of `bench attention`: one backend in one mode."""
+
+    backend: str
+    mode: str  # forward, backward
+    shape: list[int]  # of the queries: sequences, tokens, heads, size
+    kv_heads: int
+    dtype: str
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    gflops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(Setting):
+    """A line of `bench tune`: a configuration of a Triton kernel that was tried."""
+
+    kernel: str
+    row: int  # of the kernel in triton_kernels/configs.json
+    blocks: dict[str, int | bool]
+    num_warps: int
+    num_stages: int
+    ms: float | None  # of all launches with it; None: it fails, or is wrong
+
+
 def setting(device: torch.device, command: str, malloc: str) -> Setting:
     """This machine, now."""
     known = provenance(device)

@@ -37,3 +37,10 @@ def dataset(folder: Path) -> Dataset:
     """Shards of the recipes' vocabulary, 1,024 pieces: some 400,000 tokens, made in seconds."""
     source = Words(vocabulary=3000, documents=1000, length=300)
     return prepare(source, folder, "synthetic", note="made-up words")
+
+
+if __name__ == "__main__":  # python -m bench.synthetic FOLDER
+    import sys
+
+    made = dataset(Path(sys.argv[1]))
+    print(f"{made.folder}: {made.vocab_size} pieces")
