@@ -82,7 +82,8 @@ def _run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sizes = gpu_parts.TINY if args.rehearse else gpu_parts.RECORD
         found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes))
-        wanted = {*(args.parts or gpu_parts.NAMES), "data", "build"}  # the others need these two
+        wanted = {*(args.parts or gpu_parts.NAMES), "build"}
+        wanted |= {"data"} if wanted & {"step", "train"} else set()
         return measure([part for part in found if part.name in wanted], args.seconds, out)
 
 

@@ -6,6 +6,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +16,18 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.testing import Call, kernel
 
 
-def run_all(device: str, impls: tuple[str, ...] = (), file: Path | None = None) -> int:
+def run_all(
+    device: str, names: Sequence[str] = (), impls: Sequence[str] = (), file: Path | None = None
+) -> int:
     """Implementations for GPUs that run here, on small samples; how many calls it were.
 
     Args:
-        impls: their names; () for all.
+        names, impls: of operators and implementations; () for all.
         file: gets a JSON line a call before it begins, so that the last one is the one that ended
             the process, if any did.
     """
     begun: list[str] = []
-    for operator in OPERATORS.values():
+    for operator in [OPERATORS[name] for name in names or OPERATORS]:
         for impl, implementation in operator.implementations.items():
             if not implementation.runs_on(device) or implementation.device != "cuda":
                 continue
@@ -46,10 +49,14 @@ def run_all(device: str, impls: tuple[str, ...] = (), file: Path | None = None) 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_kernels")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"),
+                        help="cpu: kernels that an emulator or interpreter runs")  # fmt: skip
+    parser.add_argument("--op", nargs="+", default=(), choices=list(OPERATORS))
     parser.add_argument("--impl", nargs="+", default=(), choices=("cuda", "triton"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here")
-    print(f"{run_all('cuda', tuple(args.impl), args.json)} calls")
-    torch.cuda.synchronize()
+    print(f"{run_all(args.device, args.op, args.impl, args.json)} calls")
+    if args.device == "cuda":
+        torch.cuda.synchronize()

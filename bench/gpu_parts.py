@@ -5,14 +5,17 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bench import losses
 from bench.parts import Command, Part
 from bench.sanitizer import complaint, sanitizer
 from pgolf import extension
+from pgolf.errors import DataError
 
 NAMES = (
     "data", "build", "tests", "attention", "step", "ops", "memcheck", "synccheck", "racecheck",
@@ -95,7 +98,7 @@ class Place(NamedTuple):
 
 def all_parts(place: Place) -> list[Part]:
     """Every part that applies here."""
-    gpu = [_build(), *_sanitized(place), _tune(place)] if place.sizes.gpu else []
+    gpu = [_build(), *_sanitized(place), _tune(place)] if place.sizes.gpu else [_emulated(place)]
     parts = [_data(place), _tests(place), _attention(place), _step(place), _ops(place),
              _train(place), *gpu]  # fmt: skip
     for part in parts:  # what an earlier call has left would be taken for this one's
@@ -147,7 +150,7 @@ def _tests(place: Place) -> Part:
         return [total or "no test has run", *(f"failed: {name}" for name in failed[:8]), *more]
 
     missing = "" if has("pytest") else "pytest is not installed"
-    return Part("tests", 100, lambda _: [command], says, missing=missing)
+    return Part("tests", 90, lambda _: [command], says, missing=missing)
 
 
 def _attention(place: Place) -> Part:
@@ -175,7 +178,7 @@ def _step(place: Place) -> Part:
     def says() -> list[str]:
         return [_step_line(line) for line in place.lines("step")]
 
-    return Part("step", 190, commands, says)
+    return Part("step", 160, commands, says)
 
 
 def _step_line(line: dict[str, Any]) -> str:
@@ -205,7 +208,7 @@ def _ops(place: Place) -> Part:
             )
         return [f"{name}: {', '.join(cells)}" for name, cells in rows.items()]
 
-    return Part("ops", 75, lambda _: [command], says)
+    return Part("ops", 70, lambda _: [command], says)
 
 
 def _sanitized(place: Place) -> list[Part]:
@@ -223,7 +226,16 @@ def _sanitized(place: Place) -> list[Part]:
         return Part(tool, share, lambda _: [program], says, env, complaint())
 
     # Triton's reductions write the same word from several warps, which racecheck calls a hazard.
-    return [part("memcheck", 50), part("synccheck", 25), part("racecheck", 25, "--impl", "cuda")]
+    return [part("memcheck", 45), part("synccheck", 20), part("racecheck", 20, "--impl", "cuda")]
+
+
+def _emulated(place: Place) -> Part:
+    """In a rehearsal: the program that the sanitizers watch, on kernels that a CPU runs."""
+    command = (*PYTHON, "bench.gpu_kernels", "--device", "cpu", "--op", "xsa", "--impl", "cuda",
+               *_file(place, "memcheck"))  # fmt: skip
+    says = lambda: [f"{len(place.lines('memcheck'))} calls begun"]  # noqa: E731
+    missing = "" if extension.emulates_cuda() else f"{extension.CUDA_VARIABLE} names no emulator"
+    return Part("memcheck", 20, lambda _: [command], says, missing=missing)
 
 
 def _train(place: Place) -> Part:
@@ -244,13 +256,15 @@ def _train(place: Place) -> Part:
     ]
 
     def says() -> list[str]:
+        with suppress(DataError):  # of a part that was cut off before it compared them
+            losses.compare([*runs.values()], place.out / "train.jsonl")
         return [
             f"step {line['step']}: reference {line['losses'][0]:.4f}, auto {line['losses'][1]:.4f}"
             for line in place.lines("train")
             if line["step"] in (1, 2, 5, 10, place.sizes.steps)
         ]
 
-    return Part("train", 60, lambda _: commands, says)
+    return Part("train", 100, lambda _: commands, says)
 
 
 def _tune(place: Place) -> Part:

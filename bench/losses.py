@@ -6,7 +6,9 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pgolf.errors import DataError, PgolfError
 from pgolf.files import atomic_write
@@ -28,6 +30,22 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
+def compare(runs: Sequence[Path], file: Path) -> list[dict[str, Any]]:
+    """The steps that two runs have logged, each with its two losses; `file` gets them as well.
+
+    Raises:
+        DataError: a run has no losses.
+        StorageError: `file` cannot be written.
+    """
+    first, second = map(losses, runs)
+    lines = [
+        {"step": step, "losses": [first[step], second[step]]}
+        for step in sorted(first.keys() & second.keys())
+    ]
+    atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
 def main(argv: list[str]) -> int:
     """Compare the steps that both runs logged; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.losses", description=__doc__)
@@ -35,12 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
-        first, second = map(losses, args.runs)
-        both = [
-            {"step": step, "losses": [first[step], second[step]]}
-            for step in sorted(first.keys() & second.keys())
-        ]
-        atomic_write(args.json, "".join(json.dumps(line) + "\n" for line in both))
+        both = compare(args.runs, args.json)
     except PgolfError as e:
         print(f"python -m bench.losses: {e}", file=sys.stderr)
         return e.exit_code
