@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import losses
-from bench.parts import Command, Part
+from bench.parts import ROOT, Command, Part
 from bench.sanitizer import complaint, sanitizer
 from pgolf import extension
 from pgolf.errors import DataError
@@ -116,13 +116,23 @@ def _data(place: Place) -> Part:
 
 
 def _build() -> Part:
-    """Compile the extension, if there is none with code for this GPU."""
+    """Compile the extension, if there is none with code for this GPU, or an older one."""
     capability = torch.cuda.get_device_capability()
-    needed = extension.cuda() is None or extension.no_code_for(capability, extension.driver_cuda())
+    module = extension.cuda()
+    needed = (
+        module is None
+        or extension.no_code_for(capability, extension.driver_cuda())
+        or _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime
+    )
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     arch = f"{capability[0]}.{capability[1]}" + "a" * (capability == (9, 0))
     env = {"PGOLF_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
     return Part("build", 60 if needed else 1, lambda _: [command] if needed else [], env=env)
+
+
+def _changed(folder: Path) -> float:
+    """When the newest file of a folder was written."""
+    return max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
 
 
 def _tests(place: Place) -> Part:
