@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
                              "nothing: the table is as it was")  # fmt: skip
         device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)
-        log = _Log(args.json, device, shlex.join(["python", "-m", "bench", "tune", *argv]))
+        log = Log(args.json, device, shlex.join(["python", "-m", "bench", "tune", *argv]))
         timer = gpu_timer(device)
         return tune(args.operators, args.dtype, device, name, timer, args.dry_run, log)
     except PgolfError as e:
@@ -95,7 +95,7 @@ def tune(
     device_name: str,
     timer: Timer,
     dry_run: bool = False,
-    log: "_Log | None" = None,
+    log: "Log | None" = None,
 ) -> int:
     """Tune the kernels of some operators, and write the table if a row became faster.
 
@@ -149,7 +149,7 @@ def _checked(name: str, sample: Sample, device: torch.device, dtype: str) -> _Ch
     return _Checked(call, kernel_of(operator, "triton"))
 
 
-class _Log:
+class Log:
     """Writes what was tried, as soon as it was."""
 
     def __init__(self, file: Path | None, device: torch.device, command: str):
@@ -168,7 +168,7 @@ class _Log:
 
 
 def walk_all(
-    table: Table, built: list[_Checked], timer: Timer, log: _Log | None = None
+    table: Table, built: list[_Checked], timer: Timer, log: Log | None = None
 ) -> list[Tuned]:
     """Tune each row that these cases reach; `table` keeps the best."""
     reached: dict[tuple[str, int], list[_Checked]] = defaultdict(list)
@@ -209,7 +209,7 @@ def _walk(
     row: int,
     users: list[_Checked],
     timer: Timer,
-    log: _Log | None,
+    log: Log | None,
 ) -> tuple[Config, float, float]:
     """(best configuration, its time, the first one's time) of one row."""
     seen: dict[tuple, float] = {}
