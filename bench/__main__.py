@@ -11,6 +11,7 @@ COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
     "operators": "the operators as a table: formula, shapes, kernels, what auto takes",
     "step": "time training steps of a recipe with each choice of operators",
+    "attention": "time attention alone, by every backend that runs here",
     "decode": "time the generation of text, with key/value caches and without",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",
@@ -18,7 +19,8 @@ COMMANDS = {
     "artifact": "bytes, time and memory of every codec on a model's codes, against their entropy",
     "quality": "quantise a run's weights in every way: bytes, and what it costs in bits per byte",
     "matrix": "what runs with each torch and triton that pgolf is for",
-    "gpu": "all that only a GPU can show: tests, compute-sanitizer, times",
+    "gpu": "all that only a GPU can show: tests, the record's step, compute-sanitizer, times",
+    "bundle": "what a machine with a GPU and without a network needs for that",
 }
 
 

@@ -1,5 +1,6 @@
 """One operator on one sample: its arguments, and what is timed."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
+from bench.products import Product, products_in
 from bench.timing import Entry
 from pgolf.device import DTYPES
 from pgolf.ops.operator import Operator, Result, Sample, Work
@@ -59,6 +62,13 @@ class Case:
         both = Work(*(a + b for a, b in zip(forward, backward, strict=True)))
         return {"forward": forward, "backward": backward, "both": both}[mode]
 
+    def products(self, mode: str) -> Counter[Product]:
+        """The matmuls that the reference makes in a mode, each with its number."""
+        kept: list[Result] = []
+        run, prepare = self.entry(self.operator.reference, mode)
+        kept.append(prepare())
+        return products_in(lambda: run(kept.pop()))
+
     def entry(self, function: Function, mode: str) -> Entry:
         """What is timed. Outputs are allocated inside, as a user would; `upstream` is not."""
 
@@ -77,13 +87,40 @@ class Case:
 
 def build(operator: Operator, sample: Sample, device: torch.device, dtype: str) -> Case:
     """The arguments of a sample, those that have gradients as leaves."""
-    call = Call.of(operator, sample, DTYPES[dtype], device, contiguous=True)
+    with DrawnOn(device):
+        call = Call.of(operator, sample, DTYPES[dtype], device, contiguous=True)
     leaves = call.leaves()
     args, kwargs = call.split(call.arguments | dict(zip(call.wanted, leaves, strict=True)))
     with torch.no_grad():
         outputs = as_tuple(call.on(operator.reference, *leaves))
     upstream = call.upstream(outputs) if leaves else ()
     return Case(operator, sample, dtype, call, args, kwargs, tuple(leaves), tuple(upstream))
+
+
+class DrawnOn(TorchFunctionMode):
+    """Inside, random numbers that are asked of a CPU's generator come from one of a device.
+
+    A sample of 98,304 tokens takes a CPU seconds to draw.
+    """
+
+    DRAW = (torch.randn, torch.rand, torch.randint)
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.generators: dict[torch.Generator, torch.Generator] = {}
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        asked = kwargs.get("generator")
+        if function in self.DRAW and asked is not None and self.device.type == "cuda":
+            if asked not in self.generators:
+                seed = asked.initial_seed()
+                self.generators[asked] = torch.Generator(self.device).manual_seed(seed)
+            kwargs = kwargs | {"generator": self.generators[asked], "device": self.device}
+        return function(*args, **kwargs)
 
 
 def traffic(operator: Operator, sample: Sample, dtype: str) -> int:

@@ -25,7 +25,7 @@ SETTINGS = (
     "triton",
     "auto",
     "reference" + QAT,
-    "fake_quant=triton" + QAT,
+    "reference,fake_quant=triton" + QAT,
     "auto" + QAT,
 )
 TURN = ("reference", "auto")
@@ -64,7 +64,7 @@ Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that 
 
 examples:
   python -m bench count
-  python -m bench count pr1473 --ops reference+qat --ops fake_quant=triton+qat
+  python -m bench count pr1473 --ops reference+qat --ops reference,fake_quant=triton+qat
   python -m bench count demo --micro 16x256 --json counts.json layers=4
   python -m bench count pr1473 --decode --micro 64x2048
   python -m bench count pr1473 --step --world 8
@@ -95,8 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as in PGOLF_OPS, the others are the reference, +qat and +eager; may be "
-        f"repeated (default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
+        help="operators as ops= of a run names them, +qat and +eager; may be repeated "
+        f"(default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
         f"with --step {', then '.join(TURN)})",
     )  # fmt: skip
     parser.add_argument(

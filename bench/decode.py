@@ -90,7 +90,8 @@ def _timed(args: argparse.Namespace, command: str) -> schema.DecodeTiming:
     init_weights(model, 0)
     entries = _entries(model.to(device), count, length)
     with Progress("timing", args.rounds, "rounds") as bar:
-        times = timing.interleave(entries, args.rounds, timing.clock_of(device), tick=bar.update)
+        clock = timing.wall_clock_of(device)
+        times = timing.interleave(entries, args.rounds, clock, tick=bar.update)
     cached_ms, whole_ms = (
         statistics.mean(timing.summarise(t).median for (w, _), t in times.items() if w == way)
         for way in ("cached", "whole")

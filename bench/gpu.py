@@ -1,97 +1,137 @@
-"""`python -m bench gpu`: everything that only a GPU can show, in one call of under ten minutes."""
+"""`python -m bench gpu`: everything that only a GPU can show, in one call, without a network."""
 
 import argparse
+import dataclasses
+import importlib.util
+import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import time
+import sysconfig
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from bench import gpu_parts, parts
+from bench.bundle import BUNDLE, adopt
+from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
+from pgolf.stop import Stopped, stoppable
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-PYTHON = (sys.executable, "-m")
+RESULTS = parts.ROOT / "bench" / "results"
 
 DESCRIPTION = """\
-What a machine with a GPU is asked once: the tests marked gpu; every CUDA and Triton kernel on small
-samples under compute-sanitizer's memcheck and racecheck; times of `bench ops` and of `bench step`,
-which are written to bench/results/<device>.jsonl. Each step has a limit, and all together take less
-than ten minutes. Without a GPU it says so and does nothing.
+What a machine with a GPU is asked once, from a checkout, with the torch that is there: the tests
+marked gpu; the record's step (pr1473, one GPU's share of eight) with each choice of operators;
+operators at the record's sizes against a copy and cuBLAS; every CUDA and Triton kernel on small
+samples under compute-sanitizer; 20 steps of `pgolf train` with our kernels beside the reference;
+configurations of the GEMMs. The parts come in the order of their value, each has a share of the
+time, a log and JSON lines, written as it goes: a part that is cut off keeps what it has. Text is
+made up, and what is missing of the extension is compiled, so nothing is fetched; packages that
+`python -m bench bundle` has brought are found.
 """
 EPILOG = """\
-Exit code: 0 all passed, or there is no GPU; 1 a step failed or took too long.
+Exit code: 0 all passed, or there is no GPU; 1 a part failed or took too long; 2 a bad argument.
+
+examples:
+  python -m bench gpu --seconds 540 --out OUT
+  python -m bench gpu --parts step ops      some of them
+  python -m bench gpu --rehearse            the same commands on this CPU, with a tiny model
 """
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m bench gpu", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)  # fmt: skip
-    if not torch.cuda.is_available():
-        print("torch sees no GPU here: nothing to run")
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--seconds", type=float, default=540.0, metavar="S", help="for all parts (540)")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of logs and JSON (bench/results/DEVICE; with --rehearse build/rehearsal)")
+    add("--parts", nargs="+", default=[], metavar="NAME", choices=gpu_parts.NAMES,
+        help=f"some of {', '.join(gpu_parts.NAMES)} (all)")
+    add("--rehearse", action="store_true",
+        help="without a GPU: shows that each part starts and ends; no figure means anything")
+    args = parser.parse_args(argv)
+    if not (args.rehearse or torch.cuda.is_available()):
+        print("torch sees no GPU here: nothing to run; --rehearse tries the commands out")
         return 0
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return run(RESULTS / f"{name}.jsonl")
+    try:
+        with stoppable():
+            return _run(args)
+    except PgolfError as e:
+        print(f"python -m bench gpu: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt as e:
+        return e.exit_code if isinstance(e, Stopped) else 130
 
 
-def run(results: Path) -> int:
-    """All steps, whatever happens to those before; times go to `results`.
+def _run(args: argparse.Namespace) -> int:
+    out = args.out or (
+        parts.ROOT / "build" / "rehearsal" if args.rehearse else RESULTS / _device_name()
+    )
+    out = out.resolve()
+    adopt(BUNDLE)
+    site = [str(BUNDLE / "site")] if (BUNDLE / "site").is_dir() else []
+    search = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.update(PYTHONPATH=search, PYTHONUNBUFFERED="1", OMP_WAIT_POLICY="PASSIVE")
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = gpu_parts.TINY if args.rehearse else gpu_parts.RECORD
+        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes))
+        wanted = {*(args.parts or gpu_parts.NAMES), "build"}
+        wanted |= {"data"} if wanted & {"step", "train"} else set()
+        return measure([part for part in found if part.name in wanted], args.seconds, out)
+
+
+def measure(chosen: Sequence[parts.Part], seconds: float, out: Path) -> int:
+    """Run parts and show the summary, last of all and also when it is interrupted.
 
     Returns:
-        0, or 1 if a step failed.
+        0, or 1 if a part is not good.
     """
-    parts = [results.with_suffix(f".{part}") for part in ("ops", "step")]
-    ops, step = map(str, parts)
-    failed = [
-        name
-        for name, seconds, command in (
-            ("tests", 150, (*PYTHON, "pytest", "-q", "-m", "gpu")),
-            ("memcheck", 100, sanitizer("memcheck")),
-            ("racecheck", 120, sanitizer("racecheck")),
-            ("ops", 120, (*PYTHON, "bench", "ops", "--seconds", "2", "--json", ops)),
-            ("step", 100, (*PYTHON, "bench", "step", "demo", "--rounds", "10", "--json", step)),
-        )
-        if not passes(name, seconds, command)
-    ]
-    written = [part for part in parts if part.exists()]
-    if written:
-        atomic_write(results, "".join(part.read_text(encoding="utf-8") for part in written))
-        print(f"times are in {results}")
-    for part in written:
-        part.unlink()
-    print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
-    return 1 if failed else 0
+    machine = _machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[parts.Outcome] = []
 
+    def keep(so_far: list[parts.Outcome]) -> None:
+        outcomes[:] = so_far
+        lines = [dataclasses.asdict(outcome) for outcome in so_far]
+        text = json.dumps({**machine, "parts": lines}, indent=1)
+        atomic_write(out / "summary.json", text + "\n")
 
-def sanitizer(tool: str) -> tuple[str, ...]:
-    """The command that runs every kernel under a tool of compute-sanitizer; () without one."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-    if program is None:
-        return ()
-    command = (program, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-    return (*command, *PYTHON, "bench.gpu_kernels")
-
-
-def passes(name: str, seconds: float, command: Sequence[str]) -> bool:
-    """Run a step, whose output is shown; whether it ended in time and without an error."""
-    print(f"== {name}", flush=True)
-    if not command:
-        print("no compute-sanitizer on PATH or in $CUDA_HOME/bin: it comes with the CUDA toolkit")
-        return False
-    start = time.monotonic()
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"{name}: not done after {seconds} s")
-        return False
-    print(f"{name}: code {code} after {time.monotonic() - start:.0f} s", flush=True)
-    return code == 0
+        parts.run(chosen, seconds, out, keep)
+    finally:
+        print(_table(outcomes, out), flush=True)
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def _table(outcomes: Sequence[parts.Outcome], out: Path) -> str:
+    text = [f"\nsummary, of {out}"]
+    for outcome in outcomes:
+        text.append(f"{outcome.name:<10} {outcome.seconds:>4.0f} s  {outcome.verdict}")
+        text += [f"    {line}" for line in outcome.says]
+    bad = [outcome.name for outcome in outcomes if not outcome.good]
+    text.append(f"NOT GOOD: {', '.join(bad)}" if bad else "all passed")
+    return "\n".join(text)
+
+
+def _device_name() -> str:
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def _machine() -> dict[str, str]:
+    """What the figures belong to."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    return {
+        "device": here,
+        "python": sysconfig.get_python_version(),
+        "torch": torch.__version__,
+        "triton": triton or "none",
+    }

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cases, peers, plot, providers, schema, timing
+from bench import cases, peers, plot, products, providers, schema, timing
 from pgolf.device import pick_device
 from pgolf.errors import PgolfError
 from pgolf.ops.operator import OPERATORS, Operator, Sample
@@ -28,8 +29,10 @@ eager torch in the same dtype (gradients: three times) and one rounding, as pgol
 it, and inputs stay as they are. A provider that fails is called WRONG and not timed. Then all
 providers run once a round, each round in another order. Shown are the median, the 20th and 80th
 percentile, the time relative to torch.compile, and the share of the floor that is reached: the
-least bytes over the bandwidth of a copy that moves as many, or the operations over the rate of a
-matmul, whichever takes longer; both are measured in the same rounds, with the same threads.
+least bytes over the bandwidth of a copy that moves as many, or the operations over the rate of
+torch's own matmuls of the same shapes, whichever takes longer; both are measured in the same
+rounds, with the same threads. On a GPU its own time is taken, queued ahead of it; what the host
+takes to queue a call is a column of its own, and its inputs are drawn there.
   forward   keeps what the gradient needs, as in training
   backward  its gradients alone; a fresh forward runs before each, off the clock
   both      forward and gradients
@@ -74,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--op", nargs="+", default=[], metavar="NAME", help="operators (all)")
+    add("--op", nargs="+", default=[], metavar="NAME", help="operators, in this order (all)")
     add("--providers", nargs="+", default=[], metavar="NAME",
         help="eager compiled cpu triton cuda fa3 fa4 fa2 peers, or a peer's name (all); eager is "
         "the yardstick of correctness and runs for that in any case")
@@ -151,7 +154,7 @@ def _operators(names: Sequence[str]) -> list[Operator]:
     for name in names:
         if name not in OPERATORS:
             raise PgolfError(f"no operator is named {name!r}; there are {', '.join(OPERATORS)}")
-    return [operator for name, operator in OPERATORS.items() if name in names or not names]
+    return [OPERATORS[name] for name in names or OPERATORS]
 
 
 def _opening(options: Options) -> str:
@@ -243,11 +246,12 @@ def _table(
     moved, device = work.read + work.written, options.device
     entries = {name: case.entry(function, mode) for name, function in found.items()}
     entries["(copy)"] = timing.copy_entry(moved, device)
-    matmul_flops = 0
-    if work.flops:
-        entries["(matmul)"], matmul_flops = timing.matmul_entry(device, cases.DTYPES[case.dtype])
+    made = case.products(mode) if work.flops else Counter()
+    if made:
+        entries["(matmul)"], made_flops = products.entry(made, device)
+    clock = timing.clock_of(device)
     times = timing.interleave(
-        entries, options.rounds, timing.clock_of(device),
+        entries, options.rounds, clock,
         before=timing.flusher(device) if options.cold else lambda: None,
         seconds=options.seconds, tick=progress.update,
     )  # fmt: skip
@@ -257,7 +261,7 @@ def _table(
         return []
     summaries = {name: timing.summarise(values) for name, values in times.items()}
     bytes_per_ms = moved / summaries.pop("(copy)").median
-    flops_per_ms = matmul_flops / summaries.pop("(matmul)").median if work.flops else None
+    flops_per_ms = made_flops / summaries.pop("(matmul)").median if made else None
     floor = timing.floor_ms(moved, work.flops, bytes_per_ms, flops_per_ms)
     lines = [
         schema.Timing(
@@ -269,7 +273,8 @@ def _table(
             bytes=moved, flops=work.flops,
             copy_gbs=bytes_per_ms / 1e6, copy_bytes=moved,
             matmul_gflops=flops_per_ms / 1e6 if flops_per_ms else None,
-            matmul_size=timing.MATMUL_SIZE[device.type] if flops_per_ms else None,
+            matmul_shapes=[[list(f.shape) for f in product] for product in made],
+            host_ms=timing.host_ms(clock, entries[name]),
         )
         for name, s in summaries.items()
     ]  # fmt: skip
@@ -282,18 +287,19 @@ def _shown(lines: Sequence[schema.Timing]) -> str:
     limit = f"{first.bytes / 1e6:.1f} MB at {first.copy_gbs:.1f} GB/s (a copy that moves as much)"
     if first.matmul_gflops:
         limit += (
-            f", {first.flops / 1e9:.1f} GFLOP at {first.matmul_gflops:.0f} GFLOP/s (a matmul of "
-            f"{first.matmul_size})"
+            f", {first.flops / 1e9:.1f} GFLOP at {first.matmul_gflops:.0f} GFLOP/s (torch's own "
+            "matmuls of these shapes)"
         )
     text = [
         f"  {first.mode}: floor {first.floor_ms:.4g} ms: {limit}; {first.rounds} rounds",
-        "    provider    median ms       20%       80% /compiled  floor",
+        "    provider    median ms       20%       80% /compiled  floor   host ms",
     ]
     compiled = next((line.median_ms for line in lines if line.provider == providers.COMPILED), None)
     for line in lines:
         ratio = f"{line.median_ms / compiled:.2f}" if compiled else "-"
+        host = "-" if line.host_ms is None else f"{line.host_ms:.4g}"
         text.append(
             f"    {line.provider:<10} {line.median_ms:>10.4g} {line.p20_ms:>9.4g} "
-            f"{line.p80_ms:>9.4g} {ratio:>9} {line.percent_of_floor:>5.0f}%"
+            f"{line.p80_ms:>9.4g} {ratio:>9} {line.percent_of_floor:>5.0f}% {host:>9}"
         )
     return "\n".join(text)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ class Timing(Setting):
     copy_gbs: float  # read + written, of a copy that moves copy_bytes
     copy_bytes: int
     matmul_gflops: float | None  # where the operator has matmuls
-    matmul_size: int | None
+    matmul_shapes: list[list[list[int]]]  # of the factors of the matmuls that were timed
+    host_ms: float | None  # least time that the host took to queue it; None on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class StepTiming(Setting):
     p80_ms: float
     tokens_per_second: float
     loss: float  # of the first step, the same tokens for every choice
+    first_ms: float  # median of the first choice in the same rounds
+    phases: dict[str, dict[str, float | None]]  # as bench.phases gives them
+    peak_bytes: int | None  # that a step takes beyond weights and states; None on a CPU
+    profile: dict[str, Any] | None  # as bench.profiling gives it, if it was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,34 @@ class DecodeTiming(Setting):
     cached_tokens_per_second: float
     whole_ms: float  # a token of one sequence, mean over contexts
     whole_tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTiming(Setting):
+    """A line of `bench attention`: one backend in one mode."""
+
+    backend: str
+    mode: str  # forward, backward
+    shape: list[int]  # of the queries: sequences, tokens, heads, size
+    kv_heads: int
+    dtype: str
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    gflops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(Setting):
+    """A line of `bench tune`: a configuration of a Triton kernel that was tried."""
+
+    kernel: str
+    row: int  # of the kernel in triton_kernels/configs.json
+    blocks: dict[str, int | bool]
+    num_warps: int
+    num_stages: int
+    ms: float | None  # of all launches with it; None: it fails, or is wrong
 
 
 def setting(device: torch.device, command: str, malloc: str) -> Setting:

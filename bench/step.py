@@ -5,14 +5,19 @@ import contextlib
 import io
 import shlex
 import sys
+import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import schema, timing
+import torch
+
+from bench import profiling, schema, timing
+from bench.phases import Phases
 from pgolf.config import Config, parse_overrides
-from pgolf.device import dtype_name
+from pgolf.device import dtype_name, pick_dtype
 from pgolf.errors import PgolfError
 from pgolf.progress import Progress
 from pgolf.ranks import Ranks
@@ -29,6 +34,9 @@ DESCRIPTION = """\
 Time whole training steps (forward, backward, optimiser) of a recipe: a model for each choice of
 operators, eager and compiled, all in one process and taking turns, step by step. The learning rate
 is 0: every model does its work on the same weights and tokens, and their first losses must agree.
+Beside the whole step, from an idle device to an idle device, stand its phases (on a GPU the time
+between events in its stream; `host` is what the host takes to queue all of them) and what it takes
+of the GPU's memory beyond weights and states.
 """
 EPILOG = """\
 Exit code: 0 all ran, 1 losses do not agree, 2 a bad argument.
@@ -40,16 +48,24 @@ examples:
 """
 
 
-class Variant(NamedTuple):
-    """One choice: what ops= says, and whether the model is compiled."""
+class Choice(NamedTuple):
+    """What ops= says, and whether the model is compiled."""
 
     ops: str
     compiled: bool
-    trainer: Trainer
 
     @property
     def name(self) -> str:
         return f"{self.ops} {'compiled' if self.compiled else 'eager'}"
+
+
+class Variant(NamedTuple):
+    """A choice with the trainer that it gave, ready to be timed."""
+
+    choice: Choice
+    trainer: Trainer
+    phases: Phases
+    loss: float  # of its first step
 
 
 def main(argv: list[str]) -> int:
@@ -65,6 +81,10 @@ def main(argv: list[str]) -> int:
         help="what ops= may say (reference, auto, and cpu or triton by device)")
     add("--compile", nargs="+", default=["off", "on"], choices=("off", "on"))
     add("--rounds", type=int, default=20, metavar="N", help="steps of each that count (20)")
+    add("--seconds", type=float, default=float("inf"), metavar="S",
+        help="time the first two, then each further choice beside the first, while there is time")
+    add("--profile", type=int, default=0, metavar="N",
+        help="profile N steps of each: operators, kernels, and how long nothing runs")
     add("--malloc", default="default", choices=("kept", "default"),
         help="kept: glibc keeps freed memory (default: as in a run)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well, as JSON lines")
@@ -77,8 +97,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    if args.rounds < 1:
-        raise PgolfError(f"--rounds {args.rounds}: it has to be 1 or more")
+    for name, least in (("rounds", 1), ("profile", 0)):
+        if getattr(args, name) < least:
+            raise PgolfError(f"--{name} {getattr(args, name)}: it has to be {least} or more")
     recipe = get(next((word for word in args.words if "=" not in word), "demo"))
     overrides = parse_overrides(w for w in args.words if w != recipe.name)
     for key in ("ops", "compile"):
@@ -89,95 +110,183 @@ def _run(args: argparse.Namespace, command: str) -> int:
     kept = args.malloc == "kept" and timing.keep_freed_memory()
     setting = schema.setting(ranks.device, command, "kept" if kept else "default")
     ops = args.ops or ["reference", "triton" if ranks.device.type == "cuda" else "cpu", "auto"]
-    variants = [
-        _variant(recipe, overrides, ranks, choice, compiled == "on")
-        for compiled in args.compile
-        for choice in ops
-    ]
+    choices = [Choice(text, compiled == "on") for compiled in args.compile for text in ops]
     print(
         f"{recipe.name}, {config.data.batch_tokens:,} tokens a step, "
-        f"{dtype_name(variants[0].trainer.model.compute_dtype)}: {setting.device}, "
+        f"{dtype_name(pick_dtype(config.run.compute_dtype, ranks.device)[0])}: {setting.device}, "
         f"{setting.threads} threads, torch {setting.torch}"
     )
-    losses = {v.name: v.trainer.step(0.0, config.optim.momentum)[0].item() for v in variants}
-    lines = _timed(variants, losses, config, overrides, setting, args.rounds)
-    print(_shown(lines))
-    if args.json:
-        schema.write_jsonl(args.json, lines)
-    first, *others = losses.values()
-    apart = [n for n, loss in losses.items() if not abs(loss - first) <= SAME_LOSS * abs(first)]
-    for name in apart:
-        print(f"WRONG: {name} has another loss than {variants[0].name}")
-    return 1 if apart else 0
+    bench = Bench(recipe, config, overrides, ranks, setting, args.rounds, args.profile)
+    if "on" in args.compile:  # each choice is a compiled model more, all of one class
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(choices))
+    lines, failed = _all(bench, choices, args.seconds, args.json)
+    apart = [
+        line for line in lines if not abs(line.loss - lines[0].loss) <= SAME_LOSS * lines[0].loss
+    ]
+    for line in apart:
+        print(f"WRONG: {_name(line)} has another loss than {_name(lines[0])}")
+    for choice in failed:
+        print(f"FAILED: {choice.name}; why stands above")
+    return 1 if apart or failed else 0
 
 
-def _variant(
-    recipe: Recipe, overrides: dict[str, str], ranks: Ranks, ops: str, compiled: bool
-) -> Variant:
+class Bench(NamedTuple):
+    """What all choices share."""
+
+    recipe: Recipe
+    config: Config
+    overrides: dict[str, str]
+    ranks: Ranks
+    setting: schema.Setting
+    rounds: int
+    profile: int  # steps
+
+
+def _all(
+    bench: Bench, choices: Sequence[Choice], seconds: float, file: Path | None
+) -> tuple[list[schema.StepTiming], list[Choice]]:
+    """A line for each choice that runs, and the choices that do not.
+
+    Without a limit of time all take turns. With one the first two do, then each further one and the
+    first, as long as another one has time; `file` has what is measured so far.
+    """
+    groups = [choices]
+    if seconds < float("inf"):
+        groups = [choices[:2], *([c] for c in choices[2:])]
+    began, longest = time.monotonic(), 0.0
+    lines, failed, first = [], [], None
+    for i, group in enumerate(groups):
+        if lines and time.monotonic() - began + longest > seconds:
+            print(f"  no time is left for {', '.join(c.name for g in groups[i:] for c in g)}")
+            break
+        started = time.monotonic()
+        variants = [v for choice in group if (v := _variant(bench, choice))]
+        failed += [c for c in group if c not in [v.choice for v in variants]]
+        if not variants:
+            continue
+        first = first or variants[0]
+        lines += _timed(bench, first, variants)
+        _show(lines[-len(variants) :], choices, header=len(lines) == len(variants))
+        _keep(file, lines)
+        if bench.profile:
+            _add_profiles(bench, lines, variants)
+            _keep(file, lines)
+        del variants
+        if bench.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(longest, (time.monotonic() - started) / len(group))
+    if not lines:
+        raise PgolfError("no choice of operators runs: what they fail with stands above")
+    print(_fastest(lines))
+    return lines, failed
+
+
+def _keep(file: Path | None, lines: Sequence[schema.StepTiming]) -> None:
+    if file:
+        schema.write_jsonl(file, lines)
+
+
+def _add_profiles(
+    bench: Bench, lines: list[schema.StepTiming], variants: Sequence[Variant]
+) -> None:
+    """Put the profiles of these into their lines, the last ones."""
+    for at, variant in enumerate(variants, len(lines) - len(variants)):
+        found = profiling.profiled(variant.phases.step, bench.profile, bench.ranks.device)
+        lines[at] = replace(lines[at], profile=found)
+        print(f"  {variant.choice.name}\n{profiling.shown(found)}", flush=True)
+
+
+def _variant(bench: Bench, choice: Choice) -> Variant | None:
+    """A choice ready to be timed; None, with a traceback, if it fails: the others may run."""
+    print(f"preparing {choice.name} ...", file=sys.stderr, flush=True)
+    try:
+        return _prepared(bench, choice)
+    except PgolfError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
+def _prepared(bench: Bench, choice: Choice) -> Variant:
     """A trainer of its own, warmed up; compilation happens here."""
-    config = recipe.config({**overrides, "ops": ops, "compile": "on" if compiled else "off"})
-    print(f"preparing {ops} {'compiled' if compiled else 'eager'} ...", file=sys.stderr, flush=True)
+    switch = "on" if choice.compiled else "off"
+    config = bench.recipe.config({**bench.overrides, "ops": choice.ops, "compile": switch})
     with contextlib.redirect_stdout(io.StringIO()):  # what a run says at its start
         # Steps alone write nothing, so the folder is never made.
         folder = RunFolder(Path("bench-step"), writes=False)
-        dataset = open_data(config, ranks)
-        config = fit_vocabulary(config, dataset, "vocab_size" not in overrides)
-        trainer = build(Session(config, ranks, dataset, folder), recipe.title)
+        dataset = open_data(config, bench.ranks)
+        config = fit_vocabulary(config, dataset, "vocab_size" not in bench.overrides)
+        trainer = build(Session(config, bench.ranks, dataset, folder), bench.recipe.title)
         trainer.warm_up()
-    return Variant(ops, compiled, trainer)
+    phases = Phases(trainer)
+    return Variant(choice, trainer, phases, phases.step()[0].item())
 
 
 def _timed(
-    variants: Sequence[Variant],
-    losses: dict[str, float],
-    config: Config,
-    overrides: dict[str, str],
-    setting: schema.Setting,
-    rounds: int,
+    bench: Bench, first: Variant, variants: Sequence[Variant]
 ) -> list[schema.StepTiming]:
-    """A line for each variant."""
+    """A line for each variant; they take turns with the first of all."""
+    turns = [first, *(v for v in variants if v is not first)]
+    device = bench.ranks.device
 
-    def entry(trainer: Trainer) -> timing.Entry:
-        return timing.Entry(lambda _: trainer.step(0.0, config.optim.momentum))
+    def entry(phases: Phases) -> timing.Entry:
+        return timing.Entry(lambda _: phases.step())
 
-    clock = timing.clock_of(variants[0].trainer.ranks.device)
-    with Progress("timing", rounds, "rounds") as progress:
+    with Progress("timing", bench.rounds, "rounds") as progress:
         times = timing.interleave(
-            {v.name: entry(v.trainer) for v in variants}, rounds, clock, tick=progress.update
-        )
-    lines = []
-    for v in variants:
-        spent = timing.summarise(times[v.name])
-        lines.append(
-            schema.StepTiming(
-                **asdict(setting),
-                recipe=config.recipe, overrides=overrides, ops=v.ops,
-                chosen=dict(v.trainer.ops), compile=v.compiled,
-                dtype=dtype_name(v.trainer.model.compute_dtype),
-                tokens=config.data.batch_tokens, rounds=rounds,
-                median_ms=spent.median, p20_ms=spent.p20, p80_ms=spent.p80,
-                tokens_per_second=1e3 * config.data.batch_tokens / spent.median,
-                loss=losses[v.name],
-            )
+            {v.choice: entry(v.phases) for v in turns}, bench.rounds,
+            timing.wall_clock_of(device), tick=progress.update,
         )  # fmt: skip
-    return lines
-
-
-def _shown(lines: Sequence[schema.StepTiming]) -> str:
-    width = max(len(line.ops) for line in lines)
-    text = [
-        f"  {'ops':<{width}} compile median ms     20%     80%  tokens/s  speed      loss"
-    ]
-    for line in lines:
-        speed = line.tokens_per_second / lines[0].tokens_per_second
-        text.append(
-            f"  {line.ops:<{width}} {'on' if line.compile else 'off':<7} {line.median_ms:>9.1f} "
-            f"{line.p20_ms:>7.1f} {line.p80_ms:>7.1f} {line.tokens_per_second:>9,.0f} "
-            f"{speed:>5.2f}x {line.loss:>9.5f}"
+    spent = {choice: timing.summarise(values) for choice, values in times.items()}
+    tokens = bench.config.data.batch_tokens
+    return [
+        schema.StepTiming(
+            **asdict(bench.setting),
+            recipe=bench.config.recipe, overrides=bench.overrides, ops=v.choice.ops,
+            chosen=dict(v.trainer.ops), compile=v.choice.compiled,
+            dtype=dtype_name(v.trainer.model.compute_dtype), tokens=tokens, rounds=bench.rounds,
+            median_ms=spent[v.choice].median, p20_ms=spent[v.choice].p20,
+            p80_ms=spent[v.choice].p80,
+            tokens_per_second=1e3 * tokens / spent[v.choice].median, loss=v.loss,
+            first_ms=spent[first.choice].median, phases=v.phases.medians(bench.rounds),
+            peak_bytes=v.phases.peak_bytes(), profile=None,
         )
-    fastest = max(lines, key=lambda line: line.tokens_per_second)
-    text.append(
-        f"  fastest: {fastest.ops} {'compiled' if fastest.compile else 'eager'}, "
-        + ", ".join(f"{name}={impl}" for name, impl in fastest.chosen.items())
+        for v in variants
+    ]  # fmt: skip
+
+
+def _name(line: schema.StepTiming) -> str:
+    return Choice(line.ops, line.compile).name
+
+
+def _show(lines: Sequence[schema.StepTiming], choices: Sequence[Choice], header: bool) -> None:
+    """Rows of the table."""
+    width = max(len(choice.ops) for choice in choices)
+    if header:
+        print(
+            f"  {'ops':<{width}} compile median ms     20%     80%  tokens/s  speed "
+            "forward backward optimizer   host  peak GB      loss"
+        )
+    for line in lines:
+        print(_row(line, width), flush=True)
+
+
+def _row(line: schema.StepTiming, width: int) -> str:
+    """A line of the table; times of phases are the GPU's, or the host's where there is none."""
+    phases = [line.phases[phase] for phase in ("forward", "backward", "optimizer")]
+    times = [p["host_ms"] if p["gpu_ms"] is None else p["gpu_ms"] for p in phases]
+    host = sum(p["host_ms"] for p in line.phases.values())
+    peak = "-" if line.peak_bytes is None else f"{line.peak_bytes / 1e9:.2f}"
+    return (
+        f"  {line.ops:<{width}} {'on' if line.compile else 'off':<7} {line.median_ms:>9.1f} "
+        f"{line.p20_ms:>7.1f} {line.p80_ms:>7.1f} {line.tokens_per_second:>9,.0f} "
+        f"{line.first_ms / line.median_ms:>5.2f}x {times[0]:>7.1f} {times[1]:>8.1f} "
+        f"{times[2]:>9.1f} {host:>6.1f} {peak:>8} {line.loss:>9.5f}"
     )
-    return "\n".join(text)
+
+
+def _fastest(lines: Sequence[schema.StepTiming]) -> str:
+    fastest = max(lines, key=lambda line: line.first_ms / line.median_ms)
+    chosen = ", ".join(f"{name}={impl}" for name, impl in fastest.chosen.items())
+    return f"  fastest: {_name(fastest)}, {chosen}"

@@ -5,24 +5,31 @@ clocks, a busy neighbour, or the caches and free memory that one leaves to the n
 """
 
 import ctypes
+import functools
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 WARM_UP = 2  # rounds that do not count
 LEAST_ROUNDS = 3
-# A matmul that is long enough to reach the device's rate: 2 n^3 operations.
-MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-HEAD_START = 200_000  # cycles that a GPU waits while the host queues the work to be timed
+# How long a GPU waits while the host queues the work to be timed: twice what the host takes, but
+# not forever, if that waits for the GPU itself.
+LONGEST_HEAD_START = 50.0  # ms
+SLEEP_CYCLES = 20_000_000  # about 10 ms, to measure what a cycle is
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
-Clock = Callable[[Callable[[Any], Any], Any], float]
+
+class Clock(Protocol):
+    """Runs something once, `run(state)`, and returns its milliseconds on a device."""
+
+    def __call__(self, run: Callable[[Any], Any], state: Any) -> float: ...
 
 
 class Entry(NamedTuple):
@@ -104,8 +111,23 @@ def _affordable(rounds: int, round_seconds: float, seconds: float) -> int:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """A function that runs something once and returns its milliseconds on `device`."""
-    return _cuda_clock if device.type == "cuda" else _cpu_clock
+    """A clock of what `device` does."""
+    return CudaClock() if device.type == "cuda" else _cpu_clock
+
+
+def wall_clock_of(device: torch.device) -> Clock:
+    """A clock of what takes the host along: from a device that is idle to one that is again."""
+    return _cuda_wall_clock if device.type == "cuda" else _cpu_clock
+
+
+def _cuda_wall_clock(run: Callable[[Any], Any], state: Any) -> float:
+    def to_the_end(state: Any) -> Any:
+        result = run(state)
+        torch.cuda.synchronize()
+        return result
+
+    torch.cuda.synchronize()
+    return _cpu_clock(to_the_end, state)
 
 
 def _cpu_clock(run: Callable[[Any], Any], state: Any) -> float:
@@ -116,16 +138,59 @@ def _cpu_clock(run: Callable[[Any], Any], state: Any) -> float:
     return 1e3 * spent
 
 
-def _cuda_clock(run: Callable[[Any], Any], state: Any) -> float:
+class CudaClock:
+    """Times the GPU, and not the host that queues the work.
+
+    On an idle stream two events would time the host. So the GPU sleeps before the first of them,
+    for twice as long as the host took to queue the same `run` in its last dry run: the first
+    WARM_UP ones, without sleep. (What waits for the GPU inside cannot be queued ahead.)
+
+    Attributes:
+        host_ms: run -> least time that the host took for it.
+    """
+
+    def __init__(self) -> None:
+        self.host_ms: MutableMapping[Callable, float] = WeakKeyDictionary()
+        self._dry_ms: MutableMapping[Callable, list[float]] = WeakKeyDictionary()
+
+    def __call__(self, run: Callable[[Any], Any], state: Any) -> float:
+        dry = self._dry_ms.setdefault(run, [])
+        is_dry = len(dry) < WARM_UP
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if is_dry:
+            torch.cuda.synchronize()
+        else:
+            torch.cuda._sleep(int(self.head_start(run) * _cycles_per_ms()))
+        start.record()
+        began = time.perf_counter()
+        result = run(state)
+        host = 1e3 * (time.perf_counter() - began)
+        end.record()
+        end.synchronize()
+        del result
+        if is_dry:
+            dry.append(host)
+        self.host_ms[run] = min(host, self.host_ms.get(run, host))
+        return start.elapsed_time(end)
+
+    def head_start(self, run: Callable[[Any], Any]) -> float:
+        """Milliseconds that the GPU sleeps before `run`."""
+        return min(2 * self._dry_ms[run][-1], LONGEST_HEAD_START)
+
+
+@functools.cache
+def _cycles_per_ms() -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # On an idle stream two events would time the host that queues the work.
-    torch.cuda._sleep(HEAD_START)
     start.record()
-    result = run(state)
+    torch.cuda._sleep(SLEEP_CYCLES)
     end.record()
     end.synchronize()
-    del result
-    return start.elapsed_time(end)
+    return SLEEP_CYCLES / start.elapsed_time(end)
+
+
+def host_ms(clock: Clock, entry: Entry) -> float | None:
+    """Least time that the host took to queue an entry that a clock has timed; None on a CPU."""
+    return clock.host_ms[entry.run] if isinstance(clock, CudaClock) else None
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -136,14 +201,6 @@ def copy_entry(nbytes: int, device: torch.device) -> Entry:
     source = torch.full((max(nbytes // 2, 1),), 1, dtype=torch.uint8, device=device)
     target = torch.empty_like(source).copy_(source)  # its pages exist before the clock starts
     return Entry(lambda _: target.copy_(source))
-
-
-def matmul_entry(device: torch.device, dtype: torch.dtype) -> tuple[Entry, int]:
-    """A square matmul in `dtype`, and its floating-point operations."""
-    n = MATMUL_SIZE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, device=device, dtype=dtype)
-    return Entry(lambda _: torch.matmul(a, b, out=out)), 2 * n**3
 
 
 def floor_ms(nbytes: int, flops: int, bytes_per_ms: float, flops_per_ms: float | None) -> float:

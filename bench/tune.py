@@ -10,15 +10,18 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import cases, timing
+from bench import cases, schema, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
 from pgolf.ops.operator import OPERATORS, Sample
@@ -67,6 +70,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("operators", nargs="+", metavar="OPERATOR")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(cases.DTYPES))
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write each configuration that is tried, as JSON lines")
     parser.add_argument("--dry-run", action="store_true", help="say what is faster, write nothing")
     args = parser.parse_args(argv)
     try:
@@ -75,7 +80,9 @@ def main(argv: list[str]) -> int:
                              "nothing: the table is as it was")  # fmt: skip
         device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)
-        return tune(args.operators, args.dtype, device, name, gpu_timer(device), args.dry_run)
+        log = Log(args.json, device, shlex.join(["python", "-m", "bench", "tune", *argv]))
+        timer = gpu_timer(device)
+        return tune(args.operators, args.dtype, device, name, timer, args.dry_run, log)
     except PgolfError as e:
         print(f"python -m bench tune: {e}", file=sys.stderr)
         return e.exit_code
@@ -88,8 +95,12 @@ def tune(
     device_name: str,
     timer: Timer,
     dry_run: bool = False,
+    log: "Log | None" = None,
 ) -> int:
     """Tune the kernels of some operators, and write the table if a row became faster.
+
+    Args:
+        log: takes each configuration that is tried.
 
     Raises:
         PgolfError: an operator that is unknown, or has no Triton kernel.
@@ -105,7 +116,7 @@ def tune(
             samples = [sample for sample in OPERATORS[name].samples() if sample.bench]
             built = [_checked(name, sample, device, dtype) for sample in samples]
             with own_table() as table:
-                faster = walk_all(table, built, timer)
+                faster = walk_all(table, built, timer, log)
             _write(faster, device_name, dry_run)
             found += faster
     if not found:
@@ -133,11 +144,32 @@ class _Checked(NamedTuple):
 
 def _checked(name: str, sample: Sample, device: torch.device, dtype: str) -> _Checked:
     operator = OPERATORS[name]
-    call = Call.of(operator, sample, cases.DTYPES[dtype], device, contiguous=True)
+    with cases.DrawnOn(device):
+        call = Call.of(operator, sample, cases.DTYPES[dtype], device, contiguous=True)
     return _Checked(call, kernel_of(operator, "triton"))
 
 
-def walk_all(table: Table, built: list[_Checked], timer: Timer) -> list[Tuned]:
+class Log:
+    """Writes what was tried, as soon as it was."""
+
+    def __init__(self, file: Path | None, device: torch.device, command: str):
+        self.file, self.lines = file, []
+        self.setting = asdict(schema.setting(device, command, "default"))
+
+    def add(self, kernel: str, row: int, config: Config, ms: float) -> None:
+        if self.file:
+            one = schema.Tried(
+                **self.setting, kernel=kernel, row=row, blocks=dict(config.blocks),
+                num_warps=config.num_warps, num_stages=config.num_stages,
+                ms=ms if math.isfinite(ms) else None,
+            )  # fmt: skip
+            self.lines.append(one)
+            schema.write_jsonl(self.file, self.lines)
+
+
+def walk_all(
+    table: Table, built: list[_Checked], timer: Timer, log: Log | None = None
+) -> list[Tuned]:
     """Tune each row that these cases reach; `table` keeps the best."""
     reached: dict[tuple[str, int], list[_Checked]] = defaultdict(list)
     for checked in built:
@@ -146,7 +178,7 @@ def walk_all(table: Table, built: list[_Checked], timer: Timer) -> list[Tuned]:
     results = []
     for (kernel, row), users in reached.items():
         before = table[kernel][row]
-        best, best_ms, before_ms = _walk(table, kernel, row, users, timer)
+        best, best_ms, before_ms = _walk(table, kernel, row, users, timer, log)
         table[kernel][row] = best
         if best is not before:
             results.append(Tuned(kernel, row, before, best, before_ms, best_ms))
@@ -172,7 +204,12 @@ def _rows_of(table: Table, checked: _Checked) -> set[tuple[str, int]]:
 
 
 def _walk(
-    table: Table, kernel: str, row: int, users: list[_Checked], timer: Timer
+    table: Table,
+    kernel: str,
+    row: int,
+    users: list[_Checked],
+    timer: Timer,
+    log: Log | None,
 ) -> tuple[Config, float, float]:
     """(best configuration, its time, the first one's time) of one row."""
     seen: dict[tuple, float] = {}
@@ -183,6 +220,8 @@ def _walk(
             table[kernel][row] = config
             seen[key] = _milliseconds(config, users, timer)
             print(f"  {kernel}[{row}] {describe(config)}: {seen[key]:.4g} ms", flush=True)
+            if log:
+                log.add(kernel, row, config, seen[key])
         return seen[key]
 
     best = table[kernel][row]

@@ -20,6 +20,21 @@ def safetensors() -> ModuleType:
     return library
 
 
+def python_minifier() -> ModuleType:
+    """python_minifier, which a submission's code goes through before its bytes are counted.
+
+    Raises:
+        ConfigError: it is not installed; the message says how to.
+    """
+    try:
+        import python_minifier as library
+    except ImportError as e:
+        raise ConfigError(
+            "a run's code is counted as python-minifier leaves it: pip install python-minifier"
+        ) from e
+    return library
+
+
 def matplotlib() -> ModuleType:
     """matplotlib, which takes a second to load.
 

@@ -6,34 +6,25 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench import opaque
 from bench.counting.client import Device
 from bench.counting.compiled import Addresses, launchers_counted
 from pgolf.triton_kernels.launch import Launch, intercepted
 
-NAMESPACE = "pgolf::"
 # Their product is the device's to count; the kernel before it copies their first argument.
 SUMS = ("addmm", "baddbmm")
 # These write their first argument without reading it.
 WRITERS = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 
 
-def unique_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct elements of these tensors; the same address is the same tensor."""
-    largest: dict[int, int] = {}
-    for t in tensors:
-        count = t.element_size()
-        for size, stride in zip(t.shape, t.stride(), strict=True):
-            count *= size if stride else min(size, 1)
-        largest[t.data_ptr()] = max(count, largest.get(t.data_ptr(), 0))
-    return sum(largest.values())
+def _on_device(tensors: list[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t.device.type == "cuda"]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     """Tensors on the device, also those behind Triton's tensor descriptors."""
-    leaves = [getattr(leaf, "base", leaf) for leaf in tree_leaves(tree)]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
+    return _on_device(opaque.tensors_in(tree))
 
 
 class Counted(TorchDispatchMode):
@@ -54,7 +45,7 @@ class Counted(TorchDispatchMode):
         result = function(*args, **kwargs)
         launched = self.device.kernels() - before
         packet = function._schema.name
-        if launched and not packet.startswith(NAMESPACE):
+        if launched and not packet.startswith(opaque.NAMESPACE):
             name = packet.removeprefix("aten::")
             count = self._bytes(function, name, args, kwargs, result)
             self.device.note(kind="aten_call", name=name, bytes=count, kernels=launched)
@@ -62,7 +53,7 @@ class Counted(TorchDispatchMode):
 
     def _bytes(self, function: Any, name: str, args: tuple, kwargs: dict, result: Any) -> int:
         if name in SUMS:
-            return unique_bytes(_tensors(args[0])) + unique_bytes(_tensors(result))
+            return opaque.unique_bytes(_tensors(args[0])) + opaque.unique_bytes(_tensors(result))
         read, written = [], []
         for i, parameter in enumerate(function._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(parameter.name)
@@ -73,56 +64,34 @@ class Counted(TorchDispatchMode):
                 read += _tensors(value)
         if not written:
             written = _tensors(result)
-        return unique_bytes(read) + unique_bytes(written)
-
-
-def _changed(function: Any, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that a call changes in place."""
-    values = dict(zip((p.name for p in function._schema.arguments), args, strict=False)) | kwargs
-    return [
-        t
-        for p in function._schema.arguments
-        if p.alias_info is not None and p.alias_info.is_write
-        for t in _tensors(values.get(p.name))
-    ]
+        return opaque.unique_bytes(read) + opaque.unique_bytes(written)
 
 
 @contextlib.contextmanager
 def operators_counted(device: Device) -> Iterator[None]:
     """Inside, operators of pgolf note when they are entered and left, and each launch's bytes."""
-    from torch._library.custom_ops import OPDEFS
 
     def started(launch: Launch) -> None:
         launch()
         tensors = _tensors(list(launch.arguments.values()))
         device.note(
-            kind="launch", name=launch.kernel.fn.__name__, bytes=unique_bytes(tensors)
+            kind="launch", name=launch.kernel.fn.__name__, bytes=opaque.unique_bytes(tensors)
         )
 
     inside: list[Addresses] = []
 
-    def wrapped(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            device.note(kind="enter", name=name)
-            inside.append(Addresses(_changed(ours[name]._opoverload, args, kwargs)))
-            with Counted(device), inside[-1].followed():
-                result = function(*args, **kwargs)
-            inside.pop()
-            device.note(kind="leave", name=name)
-            return result
+    def call(operator: opaque.Operator, function: Callable, args: tuple, named: dict) -> Any:
+        device.note(kind="enter", name=operator.name)
+        inside.append(Addresses(_on_device(operator.changed(args, named))))
+        with Counted(device), inside[-1].followed():
+            result = function(*args, **named)
+        inside.pop()
+        device.note(kind="leave", name=operator.name)
+        return result
 
-        return call
-
-    ours = {name: op for name, op in OPDEFS.items() if name.startswith(NAMESPACE)}
-    before = {name: dict(op._backend_fns) for name, op in ours.items()}
-    for name, op in ours.items():
-        op._backend_fns.update({k: wrapped(name, f) for k, f in op._backend_fns.items()})
-    try:
-        with (
-            intercepted(started),
-            launchers_counted(device, lambda: inside[-1] if inside else None),
-        ):
-            yield
-    finally:
-        for name, op in ours.items():
-            op._backend_fns.update(before[name])
+    with (
+        opaque.intercepted(call),
+        intercepted(started),
+        launchers_counted(device, lambda: inside[-1] if inside else None),
+    ):
+        yield

@@ -29,8 +29,8 @@ class Request:
     Attributes:
         recipe: its name.
         overrides: settings of the recipe that differ.
-        ops: operators as PGOLF_OPS names them; those that are not named are the reference, but
-            for attention, which is FlashAttention 3: torch's kernels are not known to the device.
+        ops: operators as ops= of a run names them; attention is FlashAttention 3 where it is not
+            named, as torch's kernels are not known to the device.
         sequences, tokens: of one pass.
         qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
         compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
@@ -78,19 +78,14 @@ def build_model(request: Request) -> tuple[Any, Any, dict[str, str]]:
     from pgolf import recipes
     from pgolf.model import GPT
     from pgolf.model.gpt import operator_sizes
-    from pgolf.ops.choose import choose_all, parse
-    from pgolf.ops.operator import OPERATORS
+    from pgolf.ops.choose import choose_all
     from pgolf.training.late_qat import LateQat
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
-    wanted = parse(request.ops)
     sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
-    everything = dict.fromkeys(OPERATORS, "reference") | wanted
-    if "attention=" not in request.ops:
-        everything["attention"] = "fa3"
-    text = ",".join(f"{name}={impl}" for name, impl in everything.items())
-    chosen = choose_all(text, "cuda", torch.bfloat16, False, sizes)
+    words = [request.ops, *(["attention=fa3"] if "attention=" not in request.ops else [])]
+    chosen = choose_all(",".join(words), "cuda", torch.bfloat16, False, sizes)
     choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, config.data.seq_len, choices).to("cuda")
     if request.qat:

@@ -16,6 +16,8 @@ that decoding does not load it. All that is no code is left to a general codec b
 from importlib import import_module
 from types import ModuleType
 
+from pgolf.errors import ConfigError
+
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "rans": 4}  # name -> id in files, for ever
 GENERAL = ("zstd", "lzma", "brotli")
 
@@ -30,5 +32,15 @@ def body_codec(name: str) -> str:
 
 
 def codec(name: str) -> ModuleType:
-    """The module of the codec `name`."""
-    return import_module(f"pgolf.codecs.{name}")
+    """The module of the codec `name`.
+
+    Raises:
+        ConfigError: the library that it needs is not installed.
+    """
+    try:
+        return import_module(f"pgolf.codecs.{name}")
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"codec {name} needs the library {e.name}: pip install {e.name} (to pack, codec=rans "
+            "or codec=lzma needs none)"
+        ) from e

@@ -25,6 +25,9 @@ class Choice(NamedTuple):
 def parse(text: str) -> dict[str, str]:
     """'xsa=triton,newton_schulz=reference', or one word for all operators, as operator -> word.
 
+    One word is that implementation and no other: operators that do not have it are the reference.
+    Of what contradicts itself the last counts.
+
     Raises:
         ConfigError: an unknown operator or implementation.
     """
@@ -42,7 +45,9 @@ def parse(text: str) -> dict[str, str]:
             known = ("auto", "reference", *operator.implementations, *operator.aliases)
             if impl in known:
                 found, wanted[target] = True, operator.aliases.get(impl, impl)
-            elif name:
+            elif not name:
+                wanted[target] = "reference"
+            else:
                 raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
         if not found:
             raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")

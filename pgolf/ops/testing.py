@@ -28,12 +28,15 @@ of the dtype, which no draw is.
 In float64 there is no better truth: torch's error counts as a thousand roundings.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from pgolf.ops.operator import Operator, Result, Sample
@@ -277,6 +280,30 @@ class Call:
 def kernel(operator: Operator, impl: str) -> Function:
     """An operator's public function with an implementation chosen, for `Call.run` and `problem`."""
     return functools.partial(operator.call, impl=impl)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that torch allocates is NaN (integers: the largest) until it is written.
+
+    An element that a kernel leaves out is then wrong, whatever lay there before.
+    """
+    fill = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        fill.fill_uninitialized_memory,
+    )
+    # torch.use_deterministic_algorithms would import Inductor, to tell it as well.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    fill.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():  # of what has no deterministic form, which matters not
+            warnings.filterwarnings("ignore", ".*[Dd]eterministic", UserWarning)
+            yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        fill.fill_uninitialized_memory = before[2]
 
 
 def error(got: Tensor, exact: Tensor) -> Errors:

@@ -16,8 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 
-import python_minifier
-
+from pgolf import extras
 from pgolf.codecs import CODECS, body_codec
 from pgolf.config import Config, to_dict, with_overrides
 
@@ -175,7 +174,7 @@ def minified(source: str, name: str) -> str:
     """
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
-    return python_minifier.minify(
+    return extras.python_minifier().minify(
         source,
         name,
         preserve_locals=sorted(parameters) if triton else None,

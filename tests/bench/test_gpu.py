@@ -1,52 +1,234 @@
-"""`python -m bench gpu`: what it does without a GPU, and its steps with stand-ins for them."""
+"""`python -m bench gpu`: without a GPU, a network, and packages that may be missing."""
 
+import ast
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels
+from bench import gpu, gpu_kernels, gpu_parts, losses, peers
+from bench.outcomes import Outcomes
+from bench.parts import ROOT, Part
+from pgolf.ops.choose import parse
+from pgolf.ops.operator import OPERATORS
 
-OK, FAILS, SLEEPS = (
-    (sys.executable, "-c", code)
-    for code in ("pass", "raise SystemExit(3)", "import time; time.sleep(60)")
-)
+# What a machine with torch for GPUs may well not have.
+MISSING = ("zstandard", "brotli", "python_minifier", "ruff", "huggingface_hub", "wordfreq",
+           "safetensors", "pyarrow")  # fmt: skip
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@NO_GPU
 def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     assert gpu.main([]) == 0
-    assert capsys.readouterr().out == "torch sees no GPU here: nothing to run\n"
+    out = capsys.readouterr().out
+    assert out == "torch sees no GPU here: nothing to run; --rehearse tries the commands out\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_passes_fails_or_takes_too_long(capsys) -> None:
-    assert gpu.passes("a", 30, OK)
-    assert not gpu.passes("b", 30, FAILS)
-    assert not gpu.passes("c", 0.2, SLEEPS)
-    assert not gpu.passes("d", 1, ())
-    said = capsys.readouterr().out
-    assert "b: code 3 after" in said and "c: not done after 0.2 s" in said
-    assert "no compute-sanitizer on PATH" in said
+def test_the_summary_comes_last_and_is_kept_as_it_grows(tmp_path, capsys) -> None:
+    grown = []
+
+    def commands(seconds: float) -> list:
+        file = tmp_path / "summary.json"
+        grown.append(len(json.loads(file.read_text())["parts"]) if file.exists() else 0)
+        return [(sys.executable, "-S", "-c", "raise SystemExit(len(__import__('sys').argv) - 1)")]
+
+    def failing(seconds: float) -> list:
+        return [(*commands(seconds)[0], "one")]
+
+    chosen = [Part("a", 1, commands, lambda: ["a line"]), Part("b", 1, failing)]
+    assert gpu.measure(chosen, 60, tmp_path) == 1
+    assert grown == [0, 1]
+    table = capsys.readouterr().out.split("summary, of ")[1].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["a", "a", "b", "NOT"]
+    assert table[2] == "    a line" and table[-1] == "NOT GOOD: b"
+    kept = json.loads((tmp_path / "summary.json").read_text())
+    assert kept["torch"] == torch.__version__
+    assert [(p["name"], p["verdict"]) for p in kept["parts"]] == [
+        ("a", "passed"), ("b", "FAILED, code 1")
+    ]  # fmt: skip
+    assert gpu.measure(chosen[:1], 60, tmp_path) == 0
+    assert capsys.readouterr().out.endswith("all passed\n")
 
 
-def test_all_steps_run_and_times_are_joined(monkeypatch, tmp_path, capsys) -> None:
-    taken = []
+def without_packages(folder: Path) -> dict[str, str]:
+    """The environment of processes in which those packages cannot be imported."""
+    block = f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n"
+    (folder / "sitecustomize.py").write_text(block)
+    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
-    def passes(name, seconds, command) -> bool:
-        taken.append(seconds)
-        if "--json" in command:
-            with open(command[-1], "w") as file:
-                file.write(f"{name}\n")
-        return name != "racecheck"
 
-    monkeypatch.setattr(gpu, "passes", passes)
-    assert gpu.run(tmp_path / "h100.jsonl") == 1
-    assert (tmp_path / "h100.jsonl").read_text() == "ops\nstep\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["h100.jsonl"]
-    assert sum(taken) < 600 and len(taken) == 5
-    assert capsys.readouterr().out.endswith("FAILED: racecheck\n")
+# What a machine with torch for GPUs has, and modules whose matter is another package.
+THERE = {"torch", "triton", "numpy", "sentencepiece", "pgolf", "bench"}
+PACKING = {"pgolf/codecs/zstd.py": "zstandard", "pgolf/codecs/brotli.py": "brotli"}
+
+
+def imported_at_once(file: Path) -> set[str]:
+    """Packages that a module imports when it is imported, unless it has a word for their lack."""
+    found = set()
+    todo = list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+        elif not isinstance(node, (ast.FunctionDef, ast.Try, ast.With)):
+            todo += list(ast.iter_child_nodes(node))
+    return found - {*sys.stdlib_module_names, *THERE}
+
+
+def test_modules_import_other_packages_where_they_use_them() -> None:
+    files = [f for folder in ("pgolf", "bench") for f in (ROOT / folder).rglob("*.py")]
+    found = {str(file.relative_to(ROOT)): imported_at_once(file) for file in files}
+    found.pop("bench/outcomes.py")  # of pytest
+    assert {name: packages for name, packages in found.items() if packages} == {
+        name: {package} for name, package in PACKING.items()
+    }
+
+
+WITHOUT = """
+import sys
+from bench import gpu
+from pgolf.codecs import codec
+from pgolf.errors import ConfigError
+from pgolf.submission.script import minified
+for call in (lambda: codec("zstd"), lambda: codec("brotli"), lambda: minified("a = 1", "a")):
+    try:
+        call()
+    except ConfigError as e:
+        print(e)
+sys.exit(gpu.main(["--rehearse", "--parts", "attention", "--out", sys.argv[1]]))
+"""
+
+
+@NO_GPU
+def test_it_runs_without_packages_that_may_be_missing(tmp_path) -> None:
+    """A part starts, runs and ends; what needs a package names it."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(out)],
+        env=without_packages(tmp_path), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    for name in ("zstandard", "brotli", "python-minifier"):
+        assert f"pip install {name}" in done.stdout
+    assert done.stdout.endswith("all passed\n")
+    (forward, backward) = map(json.loads, (out / "attention.jsonl").read_text().splitlines())
+    assert forward["backend"] == "sdpa" and forward["mode"] == "forward"
+    assert backward["gflops"] > 0 and (out / "attention.log").exists()
+    assert json.loads((out / "summary.json").read_text())["parts"][0]["verdict"] == "passed"
+
+
+@NO_GPU
+@pytest.mark.slow
+def test_all_of_it_runs_without_packages_that_may_be_missing(tmp_path) -> None:
+    """Every part: on this CPU, with a tiny model, CUDA kernels in the emulator."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--rehearse", "--seconds", "1500", "--out", out],
+        env=without_packages(tmp_path), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    kept = {p["name"]: p for p in json.loads((out / "summary.json").read_text())["parts"]}
+    bad = [name for name, part in kept.items() if not part["good"]]
+    assert bad == ["train"], done.stdout
+    log = (out / "train.log").read_text()
+    assert "pip install python-minifier" in log and "Traceback" not in log
+    assert [line["step"] for line in map(json.loads, (out / "train.jsonl").open())] == [1, 2, 3]
+    outcomes = [json.loads(line)["outcome"] for line in (out / "tests.jsonl").open()]
+    assert len(outcomes) > 100 and set(outcomes) == {"skipped"}
+    assert len(kept["step"]["says"]) == 2 and kept["ops"]["says"]
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path) -> dict[str, Part]:
+    """The parts as a machine with a GPU has them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    place = gpu_parts.Place(tmp_path, tmp_path, gpu_parts.RECORD)
+    return {part.name: part for part in gpu_parts.all_parts(place)}
+
+
+def test_parts_have_their_order_and_every_one_its_share(record) -> None:
+    assert tuple(record) == gpu_parts.NAMES
+    for name, part in record.items():
+        for command in part.commands(100.0):
+            assert command[0] == sys.executable or name.endswith("check")
+            module = command[command.index("-m") + 1] if "-m" in command else "setup.py"
+            assert module.partition(".")[0] in ("bench", "pgolf", "pytest", "torch", "setup")
+        assert 0 < part.share < 200 and isinstance(part.says(), list)
+    build = record["build"]
+    assert build.env["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    for tool in ("memcheck", "synccheck", "racecheck"):
+        assert record[tool].env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        (command,) = record[tool].commands(1.0)
+        assert command[command.index("--tool") + 1] == tool
+        assert ("--impl", "cuda") == command[-4:-2] or tool != "racecheck"
+
+
+def test_each_operator_is_timed_at_the_record_s_sizes() -> None:
+    assert set(gpu_parts.OPERATORS) == set(OPERATORS)
+    for operator in OPERATORS.values():
+        found = [
+            s.label
+            for s in [s for s in operator.samples() if s.bench] + peers.samples(operator)
+            if any(word in s.label for word in gpu_parts.SAMPLES)
+        ]
+        assert found, operator.name
+        assert not [label for label in found if "4096" in label or "8192" in label]
+    chosen = [parse(text) for text in gpu_parts.CHOICES]
+    assert set(chosen[0].values()) == {"reference"} and set(chosen[1].values()) == {"auto"}
+    assert all(c.keys() == OPERATORS.keys() for c in chosen)
+
+
+def test_tests_for_a_gpu_are_named_by_their_files() -> None:
+    marked = [
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if "pytest.mark.gpu" in file.read_text(encoding="utf-8").replace('"pytest.mark.gpu"', "")
+    ]
+    assert sorted(marked) == sorted(gpu_parts.TESTS)
+
+
+def test_outcomes_are_written_as_tests_end(tmp_path) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    written = Outcomes(file)
+    for when, outcome, said in (
+        ("setup", "passed", None), ("call", "passed", None), ("teardown", "passed", None),
+        ("call", "failed", "wrong\n" * 1000), ("setup", "skipped", ("a.py", 1, "no GPU")),
+    ):  # fmt: skip
+        written.pytest_runtest_logreport(
+            SimpleNamespace(when=when, outcome=outcome, longrepr=said, nodeid="t", duration=0.5)
+        )
+        lines = [json.loads(line) for line in file.open()] if file.exists() else []
+    assert [line["outcome"] for line in lines] == ["passed", "failed", "skipped"]
+    assert lines[0]["said"] == "" and len(lines[1]["said"]) == 2000
+
+
+def test_losses_of_two_runs_stand_side_by_side(tmp_path, capsys) -> None:
+    def run(name: str, *values: float) -> Path:
+        lines = [{"kind": "train", "step": i, "loss": x} for i, x in enumerate(values, 1)]
+        text = "".join(json.dumps(x) + "\n" for x in [*lines, {"kind": "event", "step": 1}])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        return tmp_path / name
+
+    first, near, far = run("a", 7.0, 6.0), run("b", 7.01, 6.02, 5.5), run("c", 7.0, 6.5)
+    json_to = ["--json", str(tmp_path / "f.jsonl")]
+    assert losses.main([str(first), str(near), *json_to]) == 0
+    assert (tmp_path / "f.jsonl").read_text() == (
+        '{"step": 1, "losses": [7.0, 7.01]}\n{"step": 2, "losses": [6.0, 6.02]}\n'
+    )
+    assert losses.main([str(first), str(far), *json_to]) == 1
+    assert "WRONG: more than 2% apart at steps [2]" in capsys.readouterr().out
+    assert losses.main([str(first), str(tmp_path / "none"), *json_to]) == 2
+    assert "the folder of a run that has begun?" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
@@ -54,13 +236,20 @@ def test_all_steps_run_and_times_are_joined(monkeypatch, tmp_path, capsys) -> No
         for impl in op.implementations.values() if not impl.package),
     reason="not every implementation is here",
 )
-def test_every_kernel_is_launched(monkeypatch) -> None:
+def test_every_kernel_is_launched(monkeypatch, tmp_path) -> None:
     ran = []
     monkeypatch.setattr(gpu_kernels.Call, "run", lambda call, function: ran.append(function))
-    gpu_kernels.run_all("cpu")
+    monkeypatch.setattr(gpu_kernels, "atomic_write", lambda file, text: texts.append(text))
+    texts: list[str] = []
+    assert gpu_kernels.run_all("cpu", file=tmp_path / "f") == len(ran) == len(texts)
     assert {(f.func, f.keywords["impl"]) for f in ran} == {
         (operator.call, impl)
         for operator in gpu_kernels.OPERATORS.values()
         for impl, implementation in operator.implementations.items()
         if implementation.device == "cuda" and not implementation.package
     }
+    lines = [json.loads(line) for line in texts[-1].splitlines()]
+    assert len(lines) == len(ran) and set(lines[0]) == {"operator", "impl", "sample", "dtype"}
+    ran.clear()
+    gpu_kernels.run_all("cpu", ["xsa"], ["cuda"])
+    assert {(f.func, f.keywords["impl"]) for f in ran} == {(OPERATORS["xsa"].call, "cuda")}

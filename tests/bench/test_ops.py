@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, ops, peers, plot, providers, schema, timing
+from bench import cases, ops, peers, plot, products, providers, schema, timing
 from pgolf.ops.operator import OPERATORS, Implementation, Operator, Sample, Work
 from pgolf.report import plots
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def cube(x: Tensor, factor: float = 1.0) -> Tensor:
-    return factor * x * x * x
+    return factor * x @ (x.T @ x)
 
 
 def toy(kernel: Callable[..., Tensor] = cube, rows: tuple[int, ...] = (8, 16)) -> Operator:
@@ -35,7 +35,7 @@ def toy(kernel: Callable[..., Tensor] = cube, rows: tuple[int, ...] = (8, 16)) -
 
     def cost(x: Tensor, factor: float) -> tuple[Work, Work]:
         size = x.numel() * x.element_size()
-        return Work(0, size, size), Work(x.numel(), 2 * size, size)
+        return Work(0, size, size), Work(6 * x.numel() * x.size(1), 2 * size, size)
 
     return Operator(
         name="toy",
@@ -122,10 +122,60 @@ def test_floor_is_the_slower_of_memory_and_arithmetic() -> None:
 def test_limits_are_those_of_real_work() -> None:
     entry = timing.copy_entry(1000, CPU)
     assert entry.run(None).nbytes == 500  # read once and written once
-    matmul, flops = timing.matmul_entry(CPU, torch.float32)
-    n = timing.MATMUL_SIZE["cpu"]
-    assert flops == 2 * n**3 and matmul.run(None).shape == (n, n)
     assert timing.last_level_cache(CPU) >= 1 << 18
+
+
+def test_the_ceiling_of_arithmetic_is_the_reference_s_own_matmuls() -> None:
+    case = cases.build(toy(), toy().samples()[0], CPU, "fp32")
+    forward, backward = (case.products(mode) for mode in ("forward", "backward"))
+    shapes = {tuple(f.shape for f in product): n for product, n in forward.items()}
+    assert shapes == {((33, 8), (8, 33)): 1, ((8, 33), (33, 33)): 1}
+    assert sum(backward.values()) == 4 and case.products("both") == forward + backward
+    transposed = next(p for p in forward if p.left.shape == (33, 8))
+    assert transposed.left.stride == (1, 33) and transposed.left.drawn(CPU).stride() == (1, 33)
+    run, flops = products.entry(forward + forward, CPU)
+    assert flops == 2 * 2 * (2 * 8 * 33 * 33)
+    assert products.products_in(lambda: run.run(None)) == forward + forward
+
+
+class Gpu:
+    """What CudaClock calls of torch.cuda, with a host that the test moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept, self.log = 0.0, [], []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "_cycles_per_ms", lambda: 1000.0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("wait"))
+        monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+
+    def record(self) -> None:
+        self.log.append("event")
+
+    def synchronize(self) -> None:
+        self.log.append("end")
+
+    def elapsed_time(self, other: "Gpu") -> float:
+        return 7.0
+
+    def takes(self, milliseconds: float) -> Callable:
+        def run(state: Any) -> None:
+            self.now += milliseconds / 1e3
+
+        return run
+
+
+def test_a_gpu_sleeps_while_the_host_queues_what_is_timed(monkeypatch) -> None:
+    gpu = Gpu(monkeypatch)
+    clock, short, long = timing.CudaClock(), gpu.takes(0.4), gpu.takes(900)
+    times = timing.interleave({"short": timing.Entry(short)}, 3, clock)
+    assert times == {"short": [7.0] * 3}
+    assert gpu.slept == pytest.approx([800] * 3), "twice the host's time, and not in dry runs"
+    assert gpu.log[:4] == ["wait", "event", "event", "end"]
+    assert timing.host_ms(clock, timing.Entry(short)) == pytest.approx(0.4)
+    timing.interleave({"long": timing.Entry(long)}, 1, clock)
+    assert gpu.slept[3:] == [1000 * timing.LONGEST_HEAD_START]
+    assert timing.host_ms(timing.clock_of(CPU), timing.Entry(short)) is None
 
 
 def test_cpu_clock_measures_the_run_alone() -> None:
@@ -232,6 +282,7 @@ def test_lines_tables_and_plot(register, tmp_path, capsys) -> None:
         assert line["bytes"] == line["copy_bytes"]
         assert line["bytes"] == {"forward": 2, "backward": 3, "both": 5}[line["mode"]] * size
         assert (line["matmul_gflops"] is None) == (line["mode"] == "forward") == (not line["flops"])
+        assert bool(line["matmul_shapes"]) == bool(line["flops"]) and line["host_ms"] is None
         assert line["floor_ms"] == pytest.approx(
             max(
                 line["bytes"] / line["copy_gbs"] / 1e6,

@@ -52,8 +52,8 @@ def best_at(pairs: int, warps: int) -> Callable[[Launch], float]:
     return milliseconds
 
 
-def go(timer: Callable[[Launch], float], dry_run: bool = False) -> int:
-    return tune.tune(["xsa"], ["fp32"], CPU, "a toy GPU", timer, dry_run)
+def go(timer: Callable[[Launch], float], dry_run: bool = False, log: tune.Log | None = None) -> int:
+    return tune.tune(["xsa"], ["fp32"], CPU, "a toy GPU", timer, dry_run, log)
 
 
 def test_the_walk_ends_at_the_fastest_and_writes_only_its_rows(table, capsys) -> None:
@@ -98,7 +98,10 @@ def test_a_dry_run_writes_nothing(table, capsys) -> None:
 
 
 def test_wrong_and_failing_configurations_are_passed_over(table, monkeypatch, capsys) -> None:
-    """8 warps give wrong results and blocks of 8 fail, though both are said to be fast."""
+    """8 warps give wrong results and blocks of 8 fail, though both are said to be fast.
+
+    What was tried is written, they as well, in the order of the walk.
+    """
     judge = Call.problem
 
     def problem(*of) -> str:
@@ -111,7 +114,12 @@ def test_wrong_and_failing_configurations_are_passed_over(table, monkeypatch, ca
         return best_at(pairs=8, warps=8)(launch)
 
     monkeypatch.setattr(Call, "problem", problem)
-    assert go(timer) == 0
+    file = table.parent / "tried.jsonl"
+    assert go(timer, log=tune.Log(file, CPU, "command")) == 0
+    tried = [line for line in map(json.loads, file.open()) if line["kernel"] == KERNEL]
+    assert [(line["row"], line["num_warps"]) for line in tried[:1]] == [(ROW, 4)]
+    assert tried[0]["ms"] == 3.0 and tried[0]["blocks"] == {"BLOCK_PAIRS": 16}
+    assert all(line["ms"] is None for line in tried if line["num_warps"] == 8)
     row = json.loads(table.read_text())[KERNEL][ROW]
     assert row["num_warps"] == 4 and row["blocks"] == {"BLOCK_PAIRS": 16}
     out = capsys.readouterr().out

@@ -72,8 +72,14 @@ def test_docs(checkout):
 
 
 def test_gpu(checkout):
-    assert run(["make", "gpu"], checkout).returncode == 0
-    assert log(checkout) == [BUILD, "-m bench gpu"]
+    """Nothing is set up where the interpreter that is named has torch."""
+    without = str(checkout / ".venv" / "bin" / "python")
+    assert run(["make", "gpu"], checkout, PYTHON=without).returncode == 0
+    assert log(checkout) == ["-c import torch", BUILD, "-m bench gpu"]
+    (checkout / ".venv" / "ready").unlink()
+    program(checkout / "own" / "python", '#!/bin/sh\necho "own $@" >> python.log\n')
+    assert run(["make", "gpu", "PYTHON=own/python"], checkout).returncode == 0
+    assert log(checkout)[3:] == ["own -c import torch", "own -m bench gpu"]
 
 
 def test_matrix(checkout):
@@ -139,7 +145,8 @@ def test_cuda_is_compiled_where_there_is_a_gpu(checkout, tmp_path):
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: Some GPU (UUID: 1)'\n")
     assert run(["make", "test"], checkout, PATH=with_gpu).returncode == 0
     assert run(["make", "prove"], checkout, PGOLF_BUILD="none").returncode == 0
-    assert run(["make", "gpu"], checkout).returncode == 0
+    without = str(checkout / ".venv" / "bin" / "python")
+    assert run(["make", "gpu"], checkout, PYTHON=without).returncode == 0
     assert built(checkout) == [expected_build(), "auto", "none", "cuda"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.tensors import tensors_in
-from pgolf.ops.testing import Call, kernel
+from pgolf.ops.testing import Call, kernel, poisoned
 
 
 def implementations(operator: Operator) -> list[str]:
@@ -76,11 +76,12 @@ def floating_in(argument: Any) -> list[Tensor]:
 def problem(call: Call, operator: Operator, impl: str) -> str:
     """What is wrong with an implementation; '' if nothing is.
 
-    A grid's codes jump where weights lie on ties, so a quantiser has to give the numbers of the
-    reference besides.
+    What it leaves out of its outputs is NaN. A grid's codes jump where weights lie on ties, so a
+    quantiser has to give the numbers of the reference besides.
     """
     if operator.name == "fake_quant":
         results = zip(call.run(kernel(operator, impl)), call.run(call.reference), strict=True)
         if not all(torch.equal(*pair) for pair in results):
             return "other numbers than the reference's"
-    return call.problem(kernel(operator, impl))
+    with poisoned():
+        return call.problem(kernel(operator, impl))

@@ -48,7 +48,8 @@ def test_parse() -> None:
     assert parse("reference") == dict.fromkeys(OPERATORS, "reference")
     everything = parse("triton,xsa=reference")
     assert everything["xsa"] == "reference" and everything["fake_quant"] == "triton"
-    assert "grad_norm" not in everything, "one word reaches those that have it"
+    assert everything["grad_norm"] == "reference", "one word is that implementation and no other"
+    assert parse("auto,xsa=cuda") == dict.fromkeys(OPERATORS, "auto") | {"xsa": "cuda"}
 
 
 @pytest.mark.parametrize(

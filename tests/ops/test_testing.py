@@ -164,3 +164,17 @@ def test_the_example() -> None:
     names["my_kernel"] = lambda x, w: (x @ w[:, None])[:, 0]
     exec(textwrap.dedent(code), names)
     assert names["call"].problem(lambda x, w: x @ (1.001 * w)) != ""
+
+
+def test_an_element_that_is_left_out_is_nan_where_memory_is_poisoned() -> None:
+    def leaves_out(x: Tensor) -> Tensor:
+        torch.full_like(x, 4.0).add_(0)  # whose memory is free again, and right
+        out = torch.empty_like(x)
+        out[:-1] = 2 * x[:-1]
+        return out
+
+    asked = Call(lambda x: 2 * x, (torch.full((64,), 2.0),))
+    with testing.poisoned():
+        assert asked.problem(leaves_out) == "output: largest error nan, allowed 2.38e-07"
+        assert torch.empty(2, dtype=torch.int64).tolist() == [torch.iinfo(torch.int64).max] * 2
+    assert not torch.are_deterministic_algorithms_enabled()

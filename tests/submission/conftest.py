@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.synthetic import Words
 from pgolf.artifact.pack import write_artifact
 from pgolf.config import Config, to_dict, with_overrides
 from pgolf.data.manifest import Dataset
@@ -22,7 +23,7 @@ from pgolf.ranks import Ranks
 from pgolf.scoring.job import ScoreJob
 from pgolf.submission.script import Script, build_script
 
-from ..training.tiny import TINY, Words
+from ..training.tiny import TINY
 
 # Refuses pgolf wherever it is installed: a script has to bring its own.
 BLOCKER = """

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from bench.synthetic import Words
 from pgolf.artifact.container import read_artifact
 from pgolf.config import ENVIRONMENT, to_dict, with_overrides
 from pgolf.data.manifest import Dataset
@@ -19,7 +20,7 @@ from pgolf.errors import DataError
 from pgolf.submission import entry
 from pgolf.submission.script import build_script, literal, script_parts
 
-from ..training.tiny import ROOT, Words
+from ..training.tiny import ROOT
 from .conftest import scored
 
 

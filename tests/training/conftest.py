@@ -10,11 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
+from bench.synthetic import Words
 from pgolf.cli import main
 from pgolf.data.prepare import prepare
 from pgolf.scoring import job
 
-from .tiny import ONE_THREAD, ROOT, TINY, Words, replaced
+from .tiny import ONE_THREAD, ROOT, TINY, replaced
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.synthetic import Words
 from pgolf.config import Config, with_overrides
 from pgolf.data.manifest import Dataset
 from pgolf.data.prepare import prepare
@@ -14,8 +15,6 @@ from pgolf.training import repack
 from pgolf.training.run_data import Identity, find_dataset
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import data_again
-
-from .tiny import Words
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
-"""A made-up corpus and a model with every technique, for runs that take seconds."""
+"""A model with every technique, for runs that take seconds; its corpus is bench.synthetic's."""
 
 import json
 import os
-import random
 from pathlib import Path
-
-from pgolf.data.readers import Document
 
 # Sums are split over threads: one thread, so that two runs round alike.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -19,22 +16,6 @@ TINY = [
     "val_tokens=640", "stride=8", "log_every=1", "checkpoint_every=5", "compute_dtype=fp32",
     "qat_start=0.7", "ema_start=0.5", "small_numel=0", "zstd_level=3", "lzma_preset=1",
 ]  # fmt: skip
-
-
-class Words:
-    """Documents of made-up words with some structure to learn."""
-
-    def __init__(self, seed: int = 0):
-        rng = random.Random(seed)
-        words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(200)]
-        self.documents = [
-            " ".join(rng.choices(words, weights=range(200, 0, -1), k=80)) + ".\n"
-            for _ in range(300)
-        ]
-        self.size = sum(map(len, self.documents))
-
-    def __iter__(self):
-        return (Document(text, f"document {i}") for i, text in enumerate(self.documents))
 
 
 def replaced(defaults: list[str], words: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,298 @@
+"""What `python -m bench gpu` runs, in the order of its value, and what it says of the results."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import losses
+from bench.parts import ROOT, Command, Part
+from bench.sanitizer import complaint, sanitizer
+from pgolf import extension
+from pgolf.errors import DataError
+
+NAMES = (
+    "data", "build", "tests", "attention", "step", "ops", "memcheck", "synccheck", "racecheck",
+    "train", "tune",
+)  # fmt: skip
+PYTHON = (sys.executable, "-m")
+TESTS = ("tests/ops/test_gpu.py",)
+TEST_SECONDS = 90
+
+# The first two are timed in any case; then each kernel alone, then all but one.
+CHOICES = (
+    "reference", "auto",
+    "reference,leaky_relu2_mlp=auto", "reference,qk_rope=auto", "reference,residual_norm=auto",
+    "reference,xsa=auto", "auto,qk_rope=reference", "auto,leaky_relu2_mlp=reference",
+    "auto,residual_norm=reference", "auto,softcap_cross_entropy=reference", "triton",
+)  # fmt: skip
+OPERATORS = (
+    "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
+    "embed_smear", "param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant",
+)  # fmt: skip
+SAMPLES = ("98304", "bank", "matrices", "pr1473", "1536x512", "512x1536", "512x512")
+
+
+class Sizes(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+        gpu: whether there is one; else its place is taken by what runs without.
+        settings: of the recipe.
+        steps: of a run of `pgolf train`.
+    """
+
+    gpu: bool
+    settings: tuple[str, ...]
+    steps: int
+    sequences: int
+    step: Command
+    ops: Command
+
+
+# One GPU's share of the record's batch on eight.
+RECORD = Sizes(
+    gpu=True, settings=("batch_tokens=98304",), steps=20, sequences=48,
+    step=("--ops", *CHOICES, "--compile", "on", "--rounds", "20", "--profile", "3"),
+    ops=("--op", *OPERATORS, "--providers", "eager", "triton", "cuda", "peers", "--sample",
+         *SAMPLES, "--mode", "forward", "backward", "--seconds", "1"),
+)  # fmt: skip
+TINY = Sizes(
+    gpu=False,
+    settings=(
+        "device=cpu", "layers=1", "dim=32", "heads=2", "kv_heads=1", "mlp_hidden=48", "ve_dim=16",
+        "rope_dims=8", "bigram_buckets=64", "bigram_dim=16", "ve_layers=none", "seq_len=64",
+        "batch_tokens=256", "compute_dtype=fp32", "val_tokens=256", "stride=64",
+        "calibration_sequences=4",
+    ),
+    steps=3, sequences=1,
+    step=("--ops", "reference", "auto", "--compile", "off", "--rounds", "2", "--profile", "1"),
+    ops=("--op", "xsa", "--providers", "eager", "cpu", "--sample", "1024 tokens", "--mode",
+         "forward", "--rounds", "3", "--device", "cpu"),
+)  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where results, and what they are made from, lie."""
+
+    out: Path
+    scratch: Path
+    sizes: Sizes
+
+    @property
+    def data(self) -> str:
+        return f"data={self.scratch / 'data'}"
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """A part's JSON lines; none if it has not come to them."""
+        file = self.out / f"{name}.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def all_parts(place: Place) -> list[Part]:
+    """Every part that applies here."""
+    gpu = [_build(), *_sanitized(place), _tune(place)] if place.sizes.gpu else [_emulated(place)]
+    parts = [_data(place), _tests(place), _attention(place), _step(place), _ops(place),
+             _train(place), *gpu]  # fmt: skip
+    for part in parts:  # what an earlier call has left would be taken for this one's
+        (place.out / f"{part.name}.jsonl").unlink(missing_ok=True)
+    return sorted(parts, key=lambda part: NAMES.index(part.name))
+
+
+def _file(place: Place, name: str) -> Command:
+    return ("--json", str(place.out / f"{name}.jsonl"))
+
+
+def _data(place: Place) -> Part:
+    folder = str(place.scratch / "data")
+    return Part("data", 10, lambda _: [(*PYTHON, "bench.synthetic", folder)])
+
+
+def _build() -> Part:
+    """Compile the extension, if there is none with code for this GPU, or an older one."""
+    capability = torch.cuda.get_device_capability()
+    module = extension.cuda()
+    needed = (
+        module is None
+        or extension.no_code_for(capability, extension.driver_cuda())
+        or _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime
+    )
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    arch = f"{capability[0]}.{capability[1]}" + "a" * (capability == (9, 0))
+    env = {"PGOLF_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
+    return Part("build", 60 if needed else 1, lambda _: [command] if needed else [], env=env)
+
+
+def _changed(folder: Path) -> float:
+    """When the newest file of a folder was written."""
+    return max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
+
+
+def _tests(place: Place) -> Part:
+    def has(module: str) -> bool:
+        return importlib.util.find_spec(module) is not None
+
+    if has("pytest_timeout"):
+        limit = ("--timeout", str(TEST_SECONDS), "--timeout-method", "thread")
+    else:  # pytest's own, which ends the process of a test that hangs
+        limit = ("-o", f"faulthandler_timeout={TEST_SECONDS}",
+                 "-o", "faulthandler_exit_on_timeout=true")  # fmt: skip
+    workers = min(8, os.cpu_count() or 1) if place.sizes.gpu else 0
+    parallel = ("-n", str(workers)) if has("xdist") else ()
+    command = (
+        *PYTHON, "pytest", "-q", "-m", "gpu", *TESTS, *parallel, *limit, "-p", "no:cacheprovider",
+        "-p", "bench.outcomes", "--outcomes", str(place.out / "tests.jsonl"),
+    )  # fmt: skip
+
+    def says() -> list[str]:
+        lines = place.lines("tests")
+        counted = Counter(line["outcome"] for line in lines)
+        failed = [line["test"] for line in lines if line["outcome"] == "failed"]
+        more = [f"and {len(failed) - 8} more"] * (len(failed) > 8)
+        total = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counted.items()))
+        return [total or "no test has run", *(f"failed: {name}" for name in failed[:8]), *more]
+
+    missing = "" if has("pytest") else "pytest is not installed"
+    return Part("tests", 90, lambda _: [command], says, missing=missing)
+
+
+def _attention(place: Place) -> Part:
+    device = "cuda" if place.sizes.gpu else "cpu"
+    settings = [s for s in place.sizes.settings if not s.startswith("device=")]
+    command = (*PYTHON, "bench", "attention", "pr1473", *settings, "--sequences",
+               str(place.sizes.sequences), "--device", device)  # fmt: skip
+
+    def says() -> list[str]:
+        return [
+            f"{line['backend']} {line['mode']} {line['median_ms']:.3f} ms, "
+            f"{line['gflops'] / 1e3:.1f} TFLOP/s"
+            for line in place.lines("attention")
+        ]
+
+    return Part("attention", 12, lambda _: [command + _file(place, "attention")], says)
+
+
+def _step(place: Place) -> Part:
+    def commands(seconds: float) -> list[Command]:
+        words = ("pr1473", place.data, *place.sizes.settings, *place.sizes.step)
+        limit = ("--seconds", f"{0.9 * seconds:.0f}")
+        return [(*PYTHON, "bench", "step", *words, *limit, *_file(place, "step"))]
+
+    def says() -> list[str]:
+        return [_step_line(line) for line in place.lines("step")]
+
+    return Part("step", 160, commands, says)
+
+
+def _step_line(line: dict[str, Any]) -> str:
+    key = "host_ms" if line["phases"]["forward"]["gpu_ms"] is None else "gpu_ms"
+    times = ", ".join(f"{name} {line['phases'][name][key]:.1f}"
+                      for name in ("forward", "backward", "optimizer"))  # fmt: skip
+    host = sum(phase["host_ms"] for phase in line["phases"].values())
+    peak = f", {line['peak_bytes'] / 1e9:.1f} GB" if line["peak_bytes"] else ""
+    profile = line["profile"]
+    idle = f", idle {100 * profile['idle_us'] / profile['step_us']:.0f} %" if profile else ""
+    speed = line["first_ms"] / line["median_ms"]
+    return (
+        f"{line['ops']}: {line['median_ms']:.1f} ms, {speed:.3f}x ({times}, host {host:.1f}{peak}"
+        f"{idle})"
+    )
+
+
+def _ops(place: Place) -> Part:
+    command = (*PYTHON, "bench", "ops", *place.sizes.ops, *_file(place, "ops"))
+
+    def says() -> list[str]:
+        rows: dict[str, list[str]] = {}
+        for line in place.lines("ops"):
+            name = f"{line['operator']} {line['sample']} {line['mode']}"
+            rows.setdefault(name, []).append(
+                f"{line['provider']} {line['median_ms']:.3g} ms {line['percent_of_floor']:.0f}%"
+            )
+        return [f"{name}: {', '.join(cells)}" for name, cells in rows.items()]
+
+    return Part("ops", 70, lambda _: [command], says)
+
+
+def _sanitized(place: Place) -> list[Part]:
+    def part(tool: str, share: float, *words: str) -> Part:
+        program = (*sanitizer(tool), *PYTHON, "bench.gpu_kernels", *words, *_file(place, tool))
+
+        def says() -> list[str]:
+            log = place.out / f"{tool}.log"
+            said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            found = [line for line in said.splitlines() if "ERROR SUMMARY" in line][-1:]
+            return [f"{len(place.lines(tool))} calls begun", *found]
+
+        # Tensors that share a block of the caching allocator may overrun into each other unseen.
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, share, lambda _: [program], says, env, complaint())
+
+    # Triton's reductions write the same word from several warps, which racecheck calls a hazard.
+    return [part("memcheck", 45), part("synccheck", 20), part("racecheck", 20, "--impl", "cuda")]
+
+
+def _emulated(place: Place) -> Part:
+    """In a rehearsal: the program that the sanitizers watch, on kernels that a CPU runs."""
+    command = (*PYTHON, "bench.gpu_kernels", "--device", "cpu", "--op", "xsa", "--impl", "cuda",
+               *_file(place, "memcheck"))  # fmt: skip
+    says = lambda: [f"{len(place.lines('memcheck'))} calls begun"]  # noqa: E731
+    missing = "" if extension.emulates_cuda() else f"{extension.CUDA_VARIABLE} names no emulator"
+    return Part("memcheck", 20, lambda _: [command], says, missing=missing)
+
+
+def _train(place: Place) -> Part:
+    runs = {ops: place.scratch / f"run-{ops}" for ops in ("reference", "auto")}
+    torchrun = (*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+    settings = (place.data, *place.sizes.settings, f"max_steps={place.sizes.steps}", "log_every=1",
+                "quick=true")  # fmt: skip
+    device = ("--device", "cuda" if place.sizes.gpu else "cpu")
+    packed = str(place.scratch / "packed")
+    commands = [
+        (*torchrun, "-m", "pgolf", "train", "pr1473", *settings, f"ops={ops}", f"out={run}")
+        for ops, run in runs.items()
+    ] + [
+        (*PYTHON, "bench.losses", *map(str, runs.values()), *_file(place, "train")),
+        (*PYTHON, "pgolf", "pack", str(runs["auto"]), "--out", packed, *device),
+        (*PYTHON, "pgolf", "verify", packed),
+        (*PYTHON, "pgolf", "eval", packed, "--data", str(place.scratch / "data"), *device),
+    ]
+
+    def says() -> list[str]:
+        with suppress(DataError):  # of a part that was cut off before it compared them
+            losses.compare([*runs.values()], place.out / "train.jsonl")
+        return [
+            f"step {line['step']}: reference {line['losses'][0]:.4f}, auto {line['losses'][1]:.4f}"
+            for line in place.lines("train")
+            if line["step"] in (1, 2, 5, 10, place.sizes.steps)
+        ]
+
+    return Part("train", 100, lambda _: commands, says)
+
+
+def _tune(place: Place) -> Part:
+    command = (*PYTHON, "bench", "tune", "leaky_relu2_mlp", "newton_schulz", "--dry-run",
+               *_file(place, "tune"))  # fmt: skip
+
+    def says() -> list[str]:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for line in place.lines("tune"):
+            if line["ms"] is not None:
+                rows.setdefault(f"{line['kernel']}[{line['row']}]", []).append(line)
+        said = []
+        for name, tried in rows.items():
+            best = min(tried, key=lambda line: line["ms"])
+            said.append(
+                f"{name}: {tried[0]['ms']:.4g} ms, best of {len(tried)} {best['ms']:.4g} ms: "
+                f"{best['blocks']}, {best['num_warps']} warps, {best['num_stages']} stages"
+            )
+        return said
+
+    return Part("tune", 20, lambda _: [command], says, endless=True)
