@@ -102,6 +102,8 @@ def gradients_that_are_not_finite() -> None:
     grads[0][1, 3] = grads[1][8999] = grads[2][4] = float("nan")
     grads[1][4] = -float("inf")
     assert grad_norm(grads, "cuda")[1] == 4
+    many = [torch.full((2,), float("inf"))] * 40  # more chunks than a warp has lanes
+    assert grad_norm(many, "cuda")[1] == 80
 
 
 def averages_follow_what_is_stored() -> None:
