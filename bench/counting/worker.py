@@ -29,8 +29,8 @@ class Request:
     Attributes:
         recipe: its name.
         overrides: settings of the recipe that differ.
-        ops: operators as PGOLF_OPS names them; those that are not named are the reference, but
-            for attention, which is FlashAttention 3: torch's kernels are not known to the device.
+        ops: operators as PGOLF_OPS names them; those that are not named are the reference.
+            Attention is the stand-in for FlashAttention 3 with any.
         sequences, tokens: of one pass.
         qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
         compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
@@ -83,9 +83,7 @@ def _build(request: Request) -> tuple[Any, Any, dict[str, str]]:
     torch.set_float32_matmul_precision("high")
     wanted = parse(request.ops)
     sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
-    everything = dict.fromkeys(OPERATORS, "reference") | wanted
-    if "attention=" not in request.ops:
-        everything["attention"] = "fa3"
+    everything = dict.fromkeys(OPERATORS, "reference") | wanted | {"attention": "fa3"}
     text = ",".join(f"{name}={impl}" for name, impl in everything.items())
     chosen = choose_all(text, "cuda", torch.bfloat16, False, sizes)
     choices = {name: choice.impl for name, choice in chosen.items()}
