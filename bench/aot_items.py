@@ -51,7 +51,10 @@ class Item:
 _HEAD = SIZE * 2
 _ROW = WIDTH * 2
 # Kernels that a step spends no time in to speak of: sums of sums, and rows that a cache still has.
-SMALL = ("sum_rows_kernel", "grad_norm_finish", "embed_smear_rows", "muon_momentum_scale")
+SMALL = (
+    "sum_rows_kernel", "grad_norm_finish", "embed_smear_order", "embed_smear_rows",
+    "muon_momentum_scale",
+)  # fmt: skip
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(
         "4 tokens with a value", ("bf16", "8", "8", "1", "Rotated16"),
@@ -63,23 +66,24 @@ ITEMS: Mapping[str, Item] = {
         TOKENS // 12,
     ),
     "residual_norm_forward": Item(
-        "a row with all operands and outputs", ("bf16", "8", "32", "2"), 4 * _ROW, 3 * _ROW,
-        (1,), TOKENS,
+        "4 rows with branch, mix, total and x_in", ("bf16", "8", "32", "2", "113u"), 4 * 3 * _ROW,
+        4 * 3 * _ROW, (4,), TOKENS // 4,
     ),
     "residual_norm_backward_rows": Item(
-        "8 rows with all operands, and their sums", ("bf16", "8", "32", "2", "(Learned)2"),
-        8 * 8 * _ROW, 8 * 4 * _ROW + 4 * WIDTH * 4 // 8, (8, *(2, 0) * 4), TOKENS // 8,
+        "24 rows with mix and all gradients, and their sums", ("bf16", "8", "32", "2", "496u"),
+        24 * 6 * _ROW, 24 * 2 * _ROW + 2 * WIDTH * 4 // 8, (24, 2, 0, 2, 0), TOKENS // 24,
     ),
     "softcap_cross_entropy_rows": Item(
-        "a row of 1024 logits", ("bf16", "8", "false"), VOCABULARY * 2, VOCABULARY * 2, (), TOKENS
+        "a row of 1024 logits", ("bf16", "8", "false", "BoundedCap"), VOCABULARY * 2,
+        VOCABULARY * 2, (), TOKENS,
     ),
     "embed_smear_forward": Item(
         "8 tokens in a row, with bigrams", ("float", "bf16", "4", "4"), 8 * _ROW, 8 * _ROW,
         (1, 8), TOKENS // 8,
     ),
     "embed_smear_chunks": Item(
-        "32 positions of one id, with bigrams", ("float", "bf16", "4", "4"), 32 * 2 * _ROW,
-        32 * _ROW, (32, 4), TOKENS // 32,
+        "32 positions of one id, with bigrams, and their sums", ("float", "bf16", "4", "4"),
+        32 * 2 * _ROW, 32 * _ROW + WIDTH * 4 + WIDTH * 4 // 4, (0, 1, 0, 0, 32, 1), TOKENS // 32,
     ),
     "weight_cast_rows": Item(
         "a row of 1536, quantised", ("(Quantise)1", "float", "bf16", "4"), HIDDEN * 4,
