@@ -140,7 +140,13 @@ def _requests(args: argparse.Namespace) -> list[Request]:
 
 
 def setting(base: Request, text: str) -> Request:
-    """`base` with the operators, the late QAT and the eager mode that `text` names."""
+    """`base` with the operators, the late QAT and the eager mode that `text` names.
+
+    Raises:
+        ConfigError: it names an attention.
+    """
+    if "attention=" in text:
+        raise ConfigError(f"--ops {text}: attention counts as one call a pass: leave it out")
     ops = text.removesuffix(EAGER)
     return replace(
         base, ops=ops.removesuffix(QAT), qat=ops.endswith(QAT), compiled=not text.endswith(EAGER)

@@ -29,8 +29,8 @@ class Request:
     Attributes:
         recipe: its name.
         overrides: settings of the recipe that differ.
-        ops: operators as ops= of a run names them; attention is FlashAttention 3 where it is not
-            named, as torch's kernels are not known to the device.
+        ops: operators as ops= of a run names them. Attention is the stand-in for FlashAttention 3
+            with any.
         sequences, tokens: of one pass.
         qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
         compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
@@ -84,8 +84,8 @@ def build_model(request: Request) -> tuple[Any, Any, dict[str, str]]:
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
     sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
-    words = [request.ops, *(["attention=fa3"] if "attention=" not in request.ops else [])]
-    chosen = choose_all(",".join(words), "cuda", torch.bfloat16, False, sizes)
+    text = f"{request.ops},attention=fa3"  # of what contradicts itself the last counts
+    chosen = choose_all(text, "cuda", torch.bfloat16, False, sizes)
     choices = {name: choice.impl for name, choice in chosen.items()}
     model = GPT(config.model, torch.bfloat16, config.data.seq_len, choices).to("cuda")
     if request.qat:

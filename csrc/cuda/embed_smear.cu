@@ -232,7 +232,7 @@ template <typename Body>
 __device__ inline void for_equal_keys(unsigned key, unsigned keys, const Body& body) {
   unsigned left = __ballot_sync(~0u, key < keys);
   while (left != 0) {
-    const unsigned chosen = __shfl_sync(~0u, key, __ffs(left) - 1);
+    const unsigned chosen = __shfl_sync(~0u, key, kWarp - 1 - __clz(left));
     const unsigned lanes = __ballot_sync(~0u, key == chosen);
     body(chosen, lanes);
     left &= ~lanes;
@@ -387,13 +387,15 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
     if (kAhead && i + 1 < count) ahead = fetch(i + 1);
     const float mean = dn.dot(n) * one_by_width;
     Lanes dadded;
+    float along_bigram = 0;
 #pragma unroll
     for (int j = 0; j < R::kCount; ++j) {
       const float de = rstd * (dn.at[j] - mean * n.at[j]);
       sum.at[j] += de;
-      scale_sum += de * added.at[j];
+      along_bigram += de * added.at[j];
       dadded.at[j] = factor * de;
     }
+    scale_sum += along_bigram;
     if (dbigram) dadded.store(dbigram + __shfl_sync(~0u, own_place, i), width);
     if (ends >> i & 1) {
       const int64_t place = __shfl_sync(~0u, own_row_place, i);

@@ -11,6 +11,7 @@
 #include "cuda/partials.cuh"
 #include "cuda/qk_rope.cuh"
 #include "heads.h"
+#include "rms_norm.h"
 
 namespace pgolf::cuda {
 namespace {
@@ -21,10 +22,12 @@ constexpr int64_t kForwardTokens = 4 * kWarps;  // of a block
 
 // For all lanes of the warp. What is rounded to bf16 can do with a root that is two units of fp32
 // off.
-template <typename T, typename Shape>
-__device__ float head_rstd(const Shape& shape, float squares) {
-  if (sizeof(T) == sizeof(bf16) && shape.norm) return rsqrtf(squares / shape.size + shape.eps);
-  return rope_rstd(squares, shape.size, shape.eps, shape.norm);
+template <typename T, typename Shape, typename Lanes>
+__device__ float head_rstd(const Shape& shape, const Lanes& x) {
+  if (!shape.norm) return 1;
+  const float squares = x.template dot<true>(x);
+  if (sizeof(T) == sizeof(bf16)) return rsqrtf(squares / shape.size + shape.eps);
+  return rms_rstd(squares, shape.size, shape.eps);
 }
 
 template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
@@ -59,10 +62,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
         const Of head(shape, first + i * Of::kGroups);
         Own y = x[i];
         if (head.turns) {
-          const auto wide = x[i].widened();
-          const float squares = shape.norm ? wide.template dot<true>(wide) : 0.0f;
+          const float scale = gains[i] * head_rstd<T>(shape, x[i].widened());
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
-          const float scale = gains[i] * head_rstd<T>(shape, squares);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
         if (head.is_value && value) y = Own::rounded(x[i].widened().plus(1, added[i].widened()));
@@ -139,8 +140,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
           const auto w = turn.of(dy[i], from[i].head, from[i].given);
           const auto wide = x[i].widened();
           const float along = w.template dot<true>(wide);
-          const float squares = shape.norm ? wide.template dot<true>(wide) : 0.0f;
-          const float rstd = head_rstd<T>(shape, squares);
+          const float rstd = head_rstd<T>(shape, wide);
           const auto factors = rope_gradient(along, rstd, gains[i], shape.size);
           if (from[i].given && !head.is_value) {
             const auto scaled = Own::Lanes::zero().plus(factors.of_w, w);

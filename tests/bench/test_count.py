@@ -212,6 +212,7 @@ def test_a_device_that_does_not_compile(monkeypatch, tmp_path):
         (["--micro", "0x16"], "--micro 0x16: it is sequences x tokens"),
         (["nothing"], "unknown recipe 'nothing'"),
         (["pr1473", "layerz=3"], "layerz"),
+        (["--ops", "attention=fa4"], "--ops attention=fa4: attention counts as one call a pass"),
     ],
 )
 def test_bad_arguments(capsys, argv, said):

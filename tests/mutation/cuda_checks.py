@@ -16,7 +16,7 @@ from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.testing import Call, Function
 
-from ..ops import test_multi_tensor, test_weight_cast
+from ..ops import test_multi_tensor, test_qk_rope, test_weight_cast
 from ..ops import test_operators as t
 from ..ops import test_softcap_cross_entropy as loss
 from ..ops.cases import is_empty, small, takes
@@ -131,6 +131,10 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
     "muon_momentum": [UNALIGNED],
     "param_update": [UNALIGNED, averages_follow_what_is_stored],
+    "qk_rope": [
+        functools.partial(test_qk_rope.test_without_norm_a_nan_stays_in_its_pair, "cuda", size)
+        for size in (16, 17)
+    ],
     "softcap_cross_entropy": [
         functools.partial(check, columns, "cuda")
         for check in (loss.test_logits_that_lie_far_apart, loss.test_rows_of_very_negative_logits)

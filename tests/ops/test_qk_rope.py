@@ -277,9 +277,10 @@ def test_an_infinity_stays_in_its_pair(impl: str, place: int) -> None:
 
 
 @every_kernel
-def test_without_norm_a_nan_stays_in_its_pair(impl: str) -> None:
-    args = arguments(2, 2, 1, 16, 8)
-    args[0].view(2, 2, 4, 16)[1, 0, 0, 5] = float("nan")
+@pytest.mark.parametrize("size", [16, 17])
+def test_without_norm_a_nan_stays_in_its_pair(impl: str, size: int) -> None:
+    args = arguments(2, 2, 1, size, 8)
+    args[0].view(2, 2, 4, size)[1, 0, 0, 5] = float("nan")
     q, k, v, dqkv, d_gain = results(impl, args, gradients_of(args), norm=False)
     assert q.isnan().nonzero().tolist() == [[1, 0, 0, 1], [1, 0, 0, 5]]
     assert not any(t.isnan().any() for t in (k, v, dqkv))

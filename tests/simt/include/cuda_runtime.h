@@ -120,7 +120,7 @@ inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::here
   return __ballot_sync(mask, predicate, site) == mask;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;
