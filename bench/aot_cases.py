@@ -15,7 +15,7 @@ from pgolf.device import DTYPES
 TOKENS, WIDTH, HIDDEN, HEADS, GROUPS = 98304, 512, 1536, 8, 4
 HEAD_DIMS = (64, 32, 128, 256)  # the model has 64
 BANKS = [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (11, 512, 1536)]
-SHARE = (3, 512, 512)  # one rank's of eight
+SHARES = [(-(-count // 8), *sides) for count, *sides in BANKS]  # the first rank's of eight
 LARGE = (4, 2048, 2048)  # where one triangle is computed and mirrored
 # The model's, and rows of each length that has a configuration of its own.
 WEIGHTS = [(1536, 512), (512, 1536), (512, 1024), (512, 4096), (512, 16384), (512, 32768)]
@@ -93,18 +93,20 @@ def _mlp() -> Iterator[Case]:
 
 
 def _newton_schulz() -> Iterator[Case]:
-    from pgolf.triton_kernels.newton_schulz import newton_schulz
+    from pgolf.triton_kernels.newton_schulz import newton_schulz, newton_schulz_all
 
-    for shape in [*BANKS, SHARE, LARGE]:
-        g = _meta(*shape, dtype=torch.float32)
+    groups = {"banks": BANKS, "a rank's share of banks": SHARES}
+    groups |= {_times(shape): [shape] for shape in (BANKS[2], SHARES[0], LARGE)}
+    for label, shapes in groups.items():
+        gs = [_meta(*shape, dtype=torch.float32) for shape in shapes]
         for name, dtype in DTYPES.items():
             for precision in _precisions(name):
 
-                def iterate(g=g, dtype=dtype, precision=precision) -> None:
+                def iterate(gs=gs, dtype=dtype, precision=precision) -> None:
                     with _precision(precision):
-                        newton_schulz(g, COEFFICIENTS, dtype)
+                        newton_schulz_all(gs, COEFFICIENTS, dtype)
 
-                yield Case(f"{name}{precision} {_times(shape)}", name, iterate)
+                yield Case(f"{name}{precision} {label}", name, iterate)
     g = _meta(*BANKS[0], dtype=torch.bfloat16)
     name = f"bf16 {_times(BANKS[0])} from bf16, rows normalised"
     yield Case(name, "bf16", lambda: newton_schulz(g, COEFFICIENTS, torch.bfloat16, row_norm=True))

@@ -1,10 +1,11 @@
-"""Newton-Schulz orthogonalisation of a batch of matrices of one shape.
+"""Newton-Schulz orthogonalisation of batches of matrices, each batch of one shape.
 
     X = G / (safety |G|_F + 1e-7), its rows of norm 1 before that if `row_norm`
     A = X X^T,   Bm = b A + c A A,   X <- a X + Bm X      for each (a, b, c)
 
-Two launches normalise, three make an iteration. Every product is one kernel, alpha P Q + beta S,
-which reads through strides: a tall matrix is iterated as its transpose without a copy.
+Two launches a batch normalise, three make an iteration of all batches. Every product is one kernel,
+alpha P Q + beta S, which reads through strides: tall matrices are iterated as their transposes
+without a copy.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from pgolf.triton_kernels.gemm import DTYPES, dot_precision, matmul_tile, tile_of
 from pgolf.triton_kernels.launch import launch, on_device_of, pick
+
+BATCHES = 4  # a launch, at most: the kernel has a branch for each
+Product = tuple[Tensor, Tensor, Tensor | None, Tensor]  # P, Q, S or None, and where it goes
 
 
 @triton.jit
@@ -88,21 +92,21 @@ def triangle_tile(index):
 
 
 @triton.jit
-def newton_schulz_product(
-    p, q, s, out, m, n, k, alpha, beta,
+def product_of_tile(
+    p, q, s, out, m, n, k, alpha, beta, program,
     stride_pb, stride_pm, stride_pk, stride_qb, stride_qk, stride_qn, stride_b, stride_m, stride_n,
     SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha P Q + beta S, or alpha P Q without S, for P (b, m, k), Q (b, k, n).
+    """A tile of out = alpha P Q + beta S, or alpha P Q without S, for P (b, m, k), Q (b, k, n).
 
     S and out share their strides. SYMMETRIC is for a result that equals its transpose (m = n,
     BLOCK_M = BLOCK_N): tiles below the diagonal are stored with their mirror image.
     """
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = tiles_m * (tiles_m + 1) // 2 if SYMMETRIC else tiles_m * tiles_n
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
-    index = tl.program_id(0) % tiles
+    matrix = (program // tiles).to(tl.int64)
+    index = program % tiles
     if SYMMETRIC:
         tile_m, tile_n = triangle_tile(index)
     else:
@@ -131,6 +135,65 @@ def newton_schulz_product(
     tl.store(out + offsets, value, mask=inside)
 
 
+@triton.jit
+def newton_schulz_product(
+    ps, qs, ss, outs, ms, ns, ks, firsts, alpha, beta,
+    strides_pb, strides_pm, strides_pk, strides_qb, strides_qk, strides_qn,
+    strides_b, strides_m, strides_n,
+    SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile a program, of whichever batch's product it is: firsts are where each one begins."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(ps)):
+        if (program >= firsts[i]) & (program < firsts[i + 1]):
+            product_of_tile(
+                ps[i], qs[i], ss[i], outs[i], ms[i], ns[i], ks[i], alpha, beta, program - firsts[i],
+                strides_pb[i], strides_pm[i], strides_pk[i],
+                strides_qb[i], strides_qk[i], strides_qn[i],
+                strides_b[i], strides_m[i], strides_n[i],
+                SYMMETRIC, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PRECISION,
+            )  # fmt: skip
+
+
+def newton_schulz_all(
+    gs: Sequence[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+    dtype: torch.dtype,
+    row_norm: bool = False,
+    safety: float = 1.0,
+    normalized: bool = False,
+) -> list[Tensor]:
+    """Orthogonalise each matrix of each g.
+
+    Args:
+        gs: each (B, R, C) fp32 or bf16, any strides, on one device.
+        coefficients: (a, b, c) of each iteration.
+        dtype: bf16 or fp32, of every stored matrix; sums are fp32.
+        row_norm: divide each row by its norm first.
+        safety: factor on the Frobenius norm.
+        normalized: every g is X already.
+
+    Returns:
+        (B, R, C) contiguous in `dtype` for each g.
+    """
+    outs = [torch.empty(g.shape, dtype=dtype, device=g.device) for g in gs]
+    pairs = [(g, out) for g, out in zip(gs, outs, strict=True) if g.numel()]
+    if not pairs:
+        return outs
+    with on_device_of(gs[0]):
+        if normalized:
+            xs = [g.to(dtype).contiguous() for g, _ in pairs]
+            if not coefficients:
+                xs = [out.copy_(x) for x, (_, out) in zip(xs, pairs, strict=True)]
+        else:
+            xs = [_normalize(g, out, row_norm, safety) for g, out in pairs]
+        if coefficients:
+            xs = _iterate(xs, [out for _, out in pairs], coefficients)
+    found = iter(xs)
+    return [next(found) if out.numel() else out for out in outs]
+
+
 def newton_schulz(
     g: Tensor,
     coefficients: Sequence[tuple[float, float, float]],
@@ -139,31 +202,12 @@ def newton_schulz(
     safety: float = 1.0,
     normalized: bool = False,
 ) -> Tensor:
-    """Orthogonalise each matrix of g.
-
-    Args:
-        g: (B, R, C) fp32 or bf16, any strides.
-        coefficients: (a, b, c) of each iteration.
-        dtype: bf16 or fp32, of every stored matrix; sums are fp32.
-        row_norm: divide each row by its norm first.
-        safety: factor on the Frobenius norm.
-        normalized: g is X already.
-
-    Returns:
-        (B, R, C) contiguous in `dtype`.
-    """
-    x = torch.empty(g.shape, dtype=dtype, device=g.device)
-    if x.numel() == 0:
-        return x
-    with on_device_of(g):
-        if normalized:
-            first = g.to(dtype).contiguous()
-            return _iterate(first, x, coefficients) if coefficients else x.copy_(first)
-        _normalize(g, x, row_norm, safety)
-        return _iterate(x, x, coefficients) if coefficients else x
+    """One g (B, R, C); arguments as in `newton_schulz_all`."""
+    return newton_schulz_all([g], coefficients, dtype, row_norm, safety, normalized)[0]
 
 
-def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> None:
+def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> Tensor:
+    """x, which becomes g over its norm."""
     b, r, c = g.shape
     strides = dict(zip(("stride_gb", "stride_gr", "stride_gc"), g.stride(), strict=True))
     config = pick("newton_schulz_norms")
@@ -183,47 +227,80 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> None:
         g=g, row_norms=row_norms, partials=partials, x=x, r=r, c=c, count=count, **strides,
         safety=float(safety), ROW_NORM=row_norm,
     )  # fmt: skip
-
-
-def _iterate(
-    x: Tensor, room: Tensor, coefficients: Sequence[tuple[float, float, float]]
-) -> Tensor:
-    """The iterations on X (b, r, c), which is not written unless it is `room`, one of the buffers.
-
-    Both are contiguous.
-    """
-    b, r, c = x.shape
-    side = min(r, c)
-    gram = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
-    poly = torch.empty((b, side, side), dtype=x.dtype, device=x.device)
-    after, spare = torch.empty((b, r, c), dtype=x.dtype, device=x.device), room
-    for ca, cb, cc in coefficients:
-        wide, wide_after = (x.mT, after.mT) if r > c else (x, after)
-        _product(wide, wide.mT, None, gram, 1.0, 0.0, symmetric=True)
-        _product(gram, gram, gram, poly, cc, cb, symmetric=True)
-        _product(poly, wide, wide, wide_after, 1.0, ca, symmetric=False)
-        x, after, spare = after, spare, after
     return x
 
 
-def _product(
-    p: Tensor, q: Tensor, s: Tensor | None, out: Tensor, alpha: float, beta: float, symmetric: bool
+def _iterate(
+    xs: Sequence[Tensor],
+    rooms: Sequence[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+) -> list[Tensor]:
+    """The iterations on each X (b, r, c), not written unless it is its `room`, one of the buffers.
+
+    All are contiguous.
+    """
+    grams, polys, afters = [], [], []
+    for x in xs:
+        b, side = x.size(0), min(x.shape[1:])
+        grams.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
+        polys.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
+        afters.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    spares = list(rooms)
+    for ca, cb, cc in coefficients:
+        wides, wide_afters = [_wide(x) for x in xs], [_wide(x) for x in afters]
+        _products([(w, w.mT, None, a) for w, a in zip(wides, grams, strict=True)], 1.0, 0.0, True)
+        _products([(a, a, a, p) for a, p in zip(grams, polys, strict=True)], cc, cb, True)
+        pairs = zip(polys, wides, wide_afters, strict=True)
+        _products([(p, w, w, after) for p, w, after in pairs], 1.0, ca, False)
+        xs, afters, spares = afters, spares, afters
+    return list(xs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The matrices, or their transposes, that have no more rows than columns."""
+    return x.mT if x.size(1) > x.size(2) else x
+
+
+def _products(products: Sequence[Product], alpha: float, beta: float, symmetric: bool) -> None:
+    """out = alpha P Q + beta S of each; S (None: no such term) has out's strides.
+
+    Up to BATCHES in one launch, the longest sums first: the last programs to end are short ones.
+    """
+    ordered = sorted(products, key=lambda product: -product[0].size(2))
+    for start in range(0, len(ordered), BATCHES):
+        _launch_products(ordered[start : start + BATCHES], alpha, beta, symmetric)
+
+
+def _launch_products(
+    products: Sequence[Product], alpha: float, beta: float, symmetric: bool
 ) -> None:
-    """out = alpha P Q + beta S; S (None: no such term) has out's strides."""
-    b, m, n = out.shape
-    squares = triton.cdiv(m, 128) * triton.cdiv(n, 128) * b
+    ps, qs, ss, outs = zip(*products, strict=True)
+    shapes = [out.shape for out in outs]
+    dtype = outs[0].dtype
     config = pick(
-        "newton_schulz_product", dtype=DTYPES[out.dtype], precision=dot_precision(out.dtype),
-        symmetric=symmetric, m=m, squares=squares,
+        "newton_schulz_product", dtype=DTYPES[dtype], precision=dot_precision(dtype),
+        symmetric=symmetric, m=min(m for _, m, _ in shapes),
+        squares=sum(triton.cdiv(m, 128) * triton.cdiv(n, 128) * b for b, m, n in shapes),
     )  # fmt: skip
-    tiles_m = triton.cdiv(m, config.blocks["BLOCK_M"])
-    tiles_n = triton.cdiv(n, config.blocks["BLOCK_N"])
-    tiles = tiles_m * (tiles_m + 1) // 2 if config.blocks["SYMMETRIC"] else tiles_m * tiles_n
+    firsts = [0]
+    for b, m, n in shapes:
+        tiles_m = triton.cdiv(m, config.blocks["BLOCK_M"])
+        tiles_n = triton.cdiv(n, config.blocks["BLOCK_N"])
+        triangle = tiles_m * (tiles_m + 1) // 2
+        tiles = triangle if config.blocks["SYMMETRIC"] else tiles_m * tiles_n
+        firsts.append(firsts[-1] + b * tiles)
+    strides = {
+        name: tuple(t.stride(dim) for t in tensors)
+        for tensors, names in (
+            (ps, ("strides_pb", "strides_pm", "strides_pk")),
+            (qs, ("strides_qb", "strides_qk", "strides_qn")),
+            (outs, ("strides_b", "strides_m", "strides_n")),
+        )
+        for dim, name in enumerate(names)
+    }
     launch(
-        newton_schulz_product, (b * tiles,), config,
-        p=p, q=q, s=s, out=out, m=m, n=n, k=p.size(2), alpha=float(alpha), beta=float(beta),
-        stride_pb=p.stride(0), stride_pm=p.stride(1), stride_pk=p.stride(2),
-        stride_qb=q.stride(0), stride_qk=q.stride(1), stride_qn=q.stride(2),
-        stride_b=out.stride(0), stride_m=out.stride(1), stride_n=out.stride(2),
-        PRECISION=dot_precision(out.dtype),
+        newton_schulz_product, (firsts[-1],), config,
+        ps=ps, qs=qs, ss=ss, outs=outs, ms=tuple(m for _, m, _ in shapes),
+        ns=tuple(n for _, _, n in shapes), ks=tuple(p.size(2) for p in ps), firsts=tuple(firsts),
+        alpha=float(alpha), beta=float(beta), **strides, PRECISION=dot_precision(dtype),
     )  # fmt: skip

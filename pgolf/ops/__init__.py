@@ -7,7 +7,7 @@ from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.muon_momentum import muon_momentum
-from pgolf.ops.newton_schulz import newton_schulz
+from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_all
 from pgolf.ops.param_update import param_update
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
@@ -24,6 +24,7 @@ __all__ = [
     "leaky_relu2_mlp",
     "muon_momentum",
     "newton_schulz",
+    "newton_schulz_all",
     "param_update",
     "qk_rope",
     "residual_norm",

@@ -11,6 +11,7 @@ Shapes: G (B, R, C), a batch of one shape.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,54 +111,83 @@ def newton_schulz(
         ValueError: shape, dtype, coefficients or device do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
-    (g,) = _INPUTS(g)
-    if g.dim() not in (2, 3):
-        raise ValueError(
-            f"newton_schulz: g is {tuple(g.shape)}: it has to be (R, C), or (B, R, C) for a batch"
-        )
-    if not (g.size(-1) and g.size(-2)):
-        raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements")
+    options = (coefficients, dtype, row_norm, safety, normalized, impl)
+    return newton_schulz_all([g], *options)[0]
+
+
+def newton_schulz_all(
+    gs: Sequence[Tensor],
+    coefficients: Coefficients = CLASSIC,
+    dtype: torch.dtype = torch.bfloat16,
+    row_norm: bool = False,
+    safety: float = 1.0,
+    normalized: bool = False,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """`newton_schulz` of several batches of one dtype and device, in the launches of one.
+
+    Args:
+        gs: one a batch, as in `newton_schulz`; what else there is, is for all.
+    """
+    if not gs:
+        raise ValueError("newton_schulz: the list of batches is empty: it needs one at least")
+    gs = [_INPUTS(g)[0] for g in gs]
+    for g in gs:
+        if g.dim() not in (2, 3):
+            raise ValueError(
+                f"newton_schulz: g is {tuple(g.shape)}: it has to be (R, C), or (B, R, C) for a "
+                "batch"
+            )
+        if not (g.size(-1) and g.size(-2)):
+            raise ValueError(f"newton_schulz: g is {tuple(g.shape)}: its matrices have no elements")
     if any(len(triple) != 3 for triple in coefficients):
         raise ValueError(f"newton_schulz: coefficients {coefficients}: every step has three")
     if not 0 < safety < math.inf:  # NaN too
         raise ValueError(f"newton_schulz: safety={safety}: it has to be above 0 and finite")
-    check_alike("newton_schulz", g=g)
+    names = ["g"] if len(gs) == 1 else [f"batch {i}" for i in range(len(gs))]
+    check_alike("newton_schulz", **dict(zip(names, gs, strict=True)))
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64")
-    impl = resolve("newton_schulz", impl, g, dtype=dtype)
-    batch = g if g.dim() == 3 else g[None]
+    impl = resolve("newton_schulz", impl, gs[0], dtype=dtype)
+    batches = [g if g.dim() == 3 else g[None] for g in gs]
     if impl == "reference":
-        out = reference(batch, coefficients, dtype, row_norm, safety, normalized)
-        return out.view(g.shape)
-    flat = [float(value) for triple in coefficients for value in triple]
-    return _orthogonalise(batch, flat, dtype, row_norm, safety, normalized, impl).view(g.shape)
+        options = (coefficients, dtype, row_norm, safety, normalized)
+        outs = [reference(batch, *options) for batch in batches]
+    else:
+        flat = [float(value) for triple in coefficients for value in triple]
+        outs = _orthogonalise(batches, flat, dtype, row_norm, safety, normalized, impl)
+    return [out.view(g.shape) for out, g in zip(outs, gs, strict=True)]
 
 
 @torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
 def _orthogonalise(
-    g: Tensor,
+    gs: Sequence[Tensor],
     flat: Sequence[float],
     dtype: torch.dtype,
     row_norm: bool,
     safety: float,
     normalized: bool,
     impl: str,
-) -> Tensor:
+) -> list[Tensor]:
     triples = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
     forward = launcher("newton_schulz", impl, "forward")
-    with without_autocast(g):
-        return forward(g, triples, dtype, row_norm, safety, normalized)
+    with without_autocast(gs[0]):
+        return forward(gs, triples, dtype, row_norm, safety, normalized)
 
 
 @_orthogonalise.register_fake
-def _(g, flat, dtype, row_norm, safety, normalized, impl):
-    return g.new_empty(g.shape, dtype=dtype)
+def _(gs, flat, dtype, row_norm, safety, normalized, impl):
+    return [g.new_empty(g.shape, dtype=dtype) for g in gs]
 
 
 register_no_gradient("newton_schulz", _orthogonalise)
 
 
-def _cpu_forward(
+def _cpu_forward(gs: Sequence[Tensor], *options: Any) -> list[Tensor]:
+    return [_cpu_batch(g, *options) for g in gs]
+
+
+def _cpu_batch(
     g: Tensor,
     coefficients: Coefficients,
     dtype: torch.dtype,
@@ -228,7 +258,7 @@ OPERATOR = register(
         differentiable=(),
         implementations={
             "cpu": in_cpp("newton_schulz_normalize", forward=_cpu_forward),
-            "triton": in_triton("newton_schulz", forward="newton_schulz"),
+            "triton": in_triton("newton_schulz", forward="newton_schulz_all"),
         },
         preferred={
             "cpu": [("cpu", "C++ norm before the matmuls, level with torch (python -m bench ops)")],

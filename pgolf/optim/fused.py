@@ -118,4 +118,4 @@ class FusedStep:
             self.muon.nesterov, options["dtype"], options["row_norm"], options["safety"],
             self.ops["muon_momentum"],
         )  # fmt: skip
-        return [x for stack in stacks for x in self.muon.orthogonal(stack, normalized=True)]
+        return [x for stack in self.muon.orthogonal(stacks, normalized=True) for x in stack]

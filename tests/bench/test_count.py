@@ -304,7 +304,7 @@ def test_committed_table_shows_a_short_optimiser_step(table):
     for settings in table["versions"].values():
         step = settings["auto"]["optimizer"]
         products = step["kernels"]["newton_schulz_product"]
-        assert products == 60
+        assert products == 15
         assert step["launches"]["total"] - products <= 25
         operators = {k: v["bytes"] for k, v in step["operators"].items()}
         moved = step["bytes"]["total"] - operators["pgolf::newton_schulz"]

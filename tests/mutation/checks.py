@@ -127,6 +127,7 @@ def newton_schulz_products() -> None:
 
     t.check(t.random_matrices(2, 33, 70), t.POLAR_EXPRESS, FP32)
     t.check(t.random_matrices(1, 70, 33), t.CLASSIC[:2], BF16)
+    t.test_batches_of_several_shapes_are_as_each_alone(BF16)
 
 
 def newton_schulz_one_triangle() -> None:
@@ -139,7 +140,7 @@ def newton_schulz_one_triangle() -> None:
         t.test_symmetric_products(row, False, patch)
         p, out = t.random_matrices(1, 40, 20), torch.zeros(1, 40, 120)[:, :, ::3]
         patch.setattr(t.ns, "pick", t.everywhere(t.PRODUCTS[row]))
-        t.ns._product(p, p.mT, None, out, 1.0, 0.0, symmetric=True)
+        t.ns._products([(p, p.mT, None, out)], 1.0, 0.0, symmetric=True)
         torch.testing.assert_close(out, p @ p.mT)
 
 

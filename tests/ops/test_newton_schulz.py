@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.ops.newton_schulz import CLASSIC, newton_schulz
+from pgolf.ops.newton_schulz import CLASSIC, newton_schulz, newton_schulz_all
+from pgolf.ops.operator import OPERATORS
+
+from .cases import implementations
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (1, 6), (6, 1)]
 
@@ -61,6 +64,23 @@ def test_a_batch_is_its_matrices_one_by_one(shape: tuple[int, int]) -> None:
     batch = newton_schulz(g, dtype=torch.float32)
     for i in range(len(g)):
         torch.testing.assert_close(newton_schulz(g[i : i + 1], dtype=torch.float32)[0], batch[i])
+
+
+@pytest.mark.parametrize("impl", ["reference", *implementations(OPERATORS["newton_schulz"])])
+def test_batches_together_are_as_each_alone(impl: str) -> None:
+    gs = [sample((8, 24)), sample((24, 8), 1), sample((16, 16), 2), sample((6, 1))[0]]
+    options = {"coefficients": CLASSIC[:2], "dtype": torch.float32, "impl": impl}
+    together = newton_schulz_all(gs, **options)
+    for g, x in zip(gs, together, strict=True):
+        assert torch.equal(x, newton_schulz(g, **options))
+
+
+def test_batches_that_do_not_fit_together() -> None:
+    g = sample((8, 24))
+    with pytest.raises(ValueError, match="batch 1 is torch.float64 and batch 0 is torch.float32"):
+        newton_schulz_all([g, g.double()])
+    with pytest.raises(ValueError, match="the list of batches is empty"):
+        newton_schulz_all([])
 
 
 def test_scale_does_not_matter() -> None:

@@ -1,5 +1,6 @@
 """The Newton-Schulz kernels in the interpreter, through their launcher, against float64."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pgolf.triton_kernels import newton_schulz as ns
 from pgolf.triton_kernels.launch import Config, Launch, configs, intercepted, pick
-from pgolf.triton_kernels.newton_schulz import newton_schulz
+from pgolf.triton_kernels.newton_schulz import newton_schulz, newton_schulz_all
 
 from ..ops.guards import GuardZones
 from .interpreter import addresses, touched, vast
@@ -143,8 +144,8 @@ def test_symmetric_products(row: int, integers: bool, monkeypatch) -> None:
     x = (x.round().clamp(-2, 2) if integers else x).to(dtype)
     with GuardZones() as zones:
         gram, poly = (zones.tensor((2, 140, 140), dtype) for _ in range(2))
-        ns._product(x, x.mT, None, gram, 1.0, 0.0, symmetric=True)
-        ns._product(gram, gram, gram, poly, 2.0, -1.0, symmetric=True)
+        ns._products([(x, x.mT, None, gram)], 1.0, 0.0, symmetric=True)
+        ns._products([(gram, gram, gram, poly)], 2.0, -1.0, symmetric=True)
     exact = x.double() @ x.double().mT, 2 * gram.double() @ gram.double() - gram.double()
     for result, truth in zip((gram, poly), exact, strict=True):
         assert torch.equal(result, result.mT)
@@ -160,7 +161,7 @@ def test_one_triangle_of_a_product_that_is_not_symmetric(monkeypatch) -> None:
     monkeypatch.setattr(ns, "pick", everywhere(config))
     p, q = random_matrices(1, 100, 20), random_matrices(1, 20, 100)
     out = torch.empty(1, 100, 100)
-    ns._product(p, q, None, out, 1.0, 0.0, symmetric=True)
+    ns._products([(p, q, None, out)], 1.0, 0.0, symmetric=True)
     lower = (p @ q).tril()
     torch.testing.assert_close(out, lower + lower.tril(-1).mT)
 
@@ -242,18 +243,37 @@ def launched(call: Callable[[], object]) -> list[Launch]:
 
 
 def test_launches_of_the_four_banks() -> None:
-    """Three an iteration: 60 for four banks of five; two more a bank normalise."""
+    """Three an iteration for all banks, or a rank's share of them; two more a bank normalise."""
     banks = [(22, 512, 512), (22, 256, 512), (11, 1536, 512), (11, 512, 1536)]
-    stacks = [torch.empty(shape, device="meta") for shape in banks]
-    for row_norm in (False, True):
+    shares = [(-(-count // 8), *sides) for count, *sides in banks]
+    for shapes, row_norm in itertools.product((banks, shares), (False, True)):
+        stacks = [torch.empty(shape, device="meta") for shape in shapes]
+        found = launched(lambda s=stacks, r=row_norm: newton_schulz_all(s, CLASSIC, BF16, r))
+        names = [launch.kernel.__name__ for launch in found]
+        assert names.count("newton_schulz_product") == 15
+        assert len(names) == 15 + 2 * len(banks)
 
-        def step(row_norm=row_norm) -> None:
-            for g in stacks:
-                newton_schulz(g, CLASSIC, BF16, row_norm)
 
-        names = [launch.kernel.__name__ for launch in launched(step)]
-        assert names.count("newton_schulz_product") == 60
-        assert len(names) == 60 + 2 * len(banks)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_batches_of_several_shapes_are_as_each_alone(dtype: torch.dtype) -> None:
+    """More than a launch takes, square, wide, tall, one of them empty, over several tiles."""
+    shapes = [(1, 33, 70), (2, 70, 33), (0, 8, 8), (3, 20, 20), (1, 1, 9), (2, 140, 5), (1, 64, 64)]
+    gs = [random_matrices(*shape) for shape in shapes]
+    with GuardZones() as zones:
+        together = newton_schulz_all([zones.input(g) for g in gs], CLASSIC[:2], dtype)
+    for g, x in zip(gs, together, strict=True):
+        assert torch.equal(x, newton_schulz(g, CLASSIC[:2], dtype))
+
+
+def test_batches_that_are_normalised_already() -> None:
+    gs = [random_matrices(2, 8, 8, dtype=BF16), random_matrices(1, 9, 12)]
+    for coefficients in ([], CLASSIC[:1]):
+        kept = [g.clone() for g in gs]
+        together = newton_schulz_all(gs, coefficients, BF16, normalized=True)
+        assert all(map(torch.equal, gs, kept))
+        assert all(x.data_ptr() != g.data_ptr() for x, g in zip(together, gs, strict=True))
+        for g, x in zip(gs, together, strict=True):
+            assert torch.equal(x, newton_schulz(g, coefficients, BF16, normalized=True))
 
 
 @pytest.mark.parametrize(
