@@ -25,12 +25,12 @@ PYTHON = (sys.executable, "-m")
 TESTS = ("tests/ops/test_gpu.py",)
 TEST_SECONDS = 90
 
-# The first two are timed in any case; then each kernel alone, then all but one.
+# The first two are timed in any case; then kernels alone, then all but one.
 CHOICES = (
     "reference", "auto",
-    "reference,leaky_relu2_mlp=auto", "reference,qk_rope=auto", "reference,residual_norm=auto",
-    "reference,xsa=auto", "auto,qk_rope=reference", "auto,leaky_relu2_mlp=reference",
-    "auto,residual_norm=reference", "auto,softcap_cross_entropy=reference", "triton",
+    "reference,leaky_relu2_mlp=auto", "reference,xsa=auto", "reference,newton_schulz=auto",
+    "reference,fake_quant=auto", "auto,residual_norm=reference", "auto,qk_rope=reference",
+    "auto,leaky_relu2_mlp=reference", "auto,softcap_cross_entropy=reference", "triton",
 )  # fmt: skip
 OPERATORS = (
     "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
@@ -243,7 +243,10 @@ def _emulated(place: Place) -> Part:
     """In a rehearsal: the program that the sanitizers watch, on kernels that a CPU runs."""
     command = (*PYTHON, "bench.gpu_kernels", "--device", "cpu", "--op", "xsa", "--impl", "cuda",
                *_file(place, "memcheck"))  # fmt: skip
-    says = lambda: [f"{len(place.lines('memcheck'))} calls begun"]  # noqa: E731
+
+    def says() -> list[str]:
+        return [f"{len(place.lines('memcheck'))} calls begun"]
+
     missing = "" if extension.emulates_cuda() else f"{extension.CUDA_VARIABLE} names no emulator"
     return Part("memcheck", 20, lambda _: [command], says, missing=missing)
 
