@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.aot_checks import Row, differences
+from bench.aot_checks import EXECUTED, Row, differences
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
 
@@ -25,16 +25,22 @@ and no time is measured. Without an nvcc in $CUDA_HOME/bin or on PATH: pip insta
 Checked always: nothing spills to local memory, shared memory fits into a block of an H100 (232,448
 bytes), the instructions that a kernel is built around are there (REQUIRED in bench/aot_checks.py),
 and every row of configs.json is reached by a launch of bench/aot_cases.py. Checked where the table
-knows the installed versions of triton and ptxas, or of nvcc: every figure is the one in the table.
+knows the installed versions of triton and ptxas, or of nvcc: every figure is the one in the table;
+of those of executed instructions, which bench/aot_items.py declares the loops of, none is more than
+5 % worse.
 """
 EPILOG = """\
 Columns: registers a thread; shared memory in bytes a block; local loads and stores; then how often
-a required instruction stands in the kernel. Exit code: 0 all holds, 1 something does not (each on a
-line of its own), 2 cannot run here. Compiled kernels stay in Triton's cache and in build/aot.
+a required instruction stands in the kernel; of some, what a warp executes for its share of the
+work, and that for 16 bytes that a lane moves to or from memory. Exit code: 0 all holds, 1 something
+does not (each on a line of its own), 2 cannot run here. Compiled kernels stay in Triton's cache and
+in build/aot.
 
 examples:
   python -m bench aot                              the gate
   python -m bench aot --kernel leaky_relu2_up_tma  one kernel
+  python -m bench aot --only qk_rope               executed instructions, in the table and now
+  python -m bench aot --model                      expected times, by a model
   python -m bench aot --update                     after a change that is meant; commit the table
   pip install --target DIR triton==3.5.1 && PYTHONPATH=DIR python -m bench aot
                                                    the same with another version of triton
@@ -52,20 +58,39 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--compiler", choices=("triton", "nvcc"), help="only what this one compiles (both)"
     )
+    parser.add_argument(
+        "--only", metavar="PREFIX",
+        help="only the executed instructions of the CUDA kernels whose names begin so: in the "
+        "table -> now",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", action="store_true",
+        help="only the times of the CUDA kernels, of those of --only if it is there, that a model "
+        "expects on an H100 and an H200, beside those measured",
+    )  # fmt: skip
     parser.add_argument("--table", type=Path, metavar="FILE", default=TABLE, help=f"({TABLE.name})")
     parser.add_argument(
         "--update", action="store_true",
         help="write the figures of these versions into the table instead of comparing; not if a "
         "check that holds for all versions fails",
     )  # fmt: skip
+    args = parser.parse_args(argv)
     try:
-        return _gate(parser.parse_args(argv))
+        table = _table(args.table)
+        if args.model:
+            return _model(args.only or "")
+        return _gate(args, table) if args.only is None else _executed(args.only, table)
     except PgolfError as e:
         print(f"python -m bench aot: {e}", file=sys.stderr)
         return e.exit_code
 
 
-def _gate(args: argparse.Namespace) -> int:
+def _table(path: Path) -> Table:
+    """The table of a file, {} where there is none, when all is there that reads kernels.
+
+    Raises:
+        PgolfError: triton is not installed.
+    """
     # Triton reads it when it is imported, and interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     if importlib.util.find_spec("triton") is None:
@@ -73,7 +98,36 @@ def _gate(args: argparse.Namespace) -> int:
             "triton is not installed: pip install triton (it comes with torch's CUDA builds, and "
             "needs no GPU for this; CUDA kernels are read with its tools)"
         )
-    table: Table = json.loads(args.table.read_text()) if args.table.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _executed(prefix: str, table: Table) -> int:
+    """The gate for executed instructions alone."""
+    from bench import aot_cuda, aot_items
+
+    recorded = aot_items.by_kernel(table.get(aot_cuda.versions(), {}))
+    rows, failures = aot_cuda.executed(prefix)
+    now = {kernel: _part(row) for kernel, row in aot_items.by_kernel(rows).items()}
+    before = {kernel: _part(recorded[kernel]) for kernel in now if kernel in recorded}
+    failures += differences({kernel: now[kernel] for kernel in before}, before)
+    print("\n".join([*aot_items.lines(rows, recorded), *(f"FAILED {text}" for text in failures)]))
+    return 1 if failures else 0
+
+
+def _model(prefix: str) -> int:
+    from bench import aot_cuda, aot_model
+
+    rows, failures = aot_cuda.executed(prefix)
+    lines = aot_model.page(rows, aot_model.results(TABLE.parent))
+    print("\n".join([*lines, *(f"FAILED {text}" for text in failures)]))
+    return 1 if failures else 0
+
+
+def _part(row: Row) -> Row:
+    return {figure: row[figure] for figure in EXECUTED if figure in row}
+
+
+def _gate(args: argparse.Namespace, table: Table) -> int:
     print(HEADER)
     count, failures, verdicts = 0, [], []
     for versions, rows, wrong in _compiled(args.kernel, args.compiler):
@@ -137,7 +191,9 @@ def _text(table: Table) -> str:
 
 
 def _say(name: str, row: Row) -> None:
-    instructions = list(row.items())[3:]
-    shown = " ".join(f"{n} {opcode}" for opcode, n in instructions if n)
+    counted = [(n, figure) for figure, n in list(row.items())[3:] if figure not in EXECUTED]
+    shown = [f"{n} {opcode}" for n, opcode in counted if n]
+    if "instructions" in row:
+        shown.append(f"{row['instructions']} executed, {row['per_16_bytes']} for 16 bytes")
     figures = f"{row['registers']:9} {row['shared']:7} {row['spills']:5}"
-    print(f"{name:58} {figures}  {shown}", flush=True)
+    print(f"{name:58} {figures}  {' '.join(shown)}", flush=True)

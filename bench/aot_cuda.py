@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
-from bench import sass
+from bench import aot_items, sass
 from bench.aot_checks import REQUIRED, Row, failures, row
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
@@ -80,8 +81,8 @@ def versions() -> str:
     return f"nvcc {re.search(r'V([0-9.]+)', text).group(1)}"
 
 
-def compile_source(source: Path, arch: str) -> list[tuple[str, list[str], Row]]:
-    """(kernel, arguments of its template, figures) of each instance in a file, in their order.
+def compile_source(source: Path, arch: str) -> list[tuple[str, list[str], sass.Function]]:
+    """(kernel, arguments of its template, its code) of each instance in a file, in their order.
 
     Remembered in build/aot for the same sources, headers and compiler.
 
@@ -91,8 +92,7 @@ def compile_source(source: Path, arch: str) -> list[tuple[str, list[str], Row]]:
     command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", "kernels.cubin", str(source)]
     state = hashlib.sha256(f"{versions()} {command}".encode())
     headers = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".def")]
-    readers = Path(__file__).parent.glob("*.py")
-    for path in [source, *sorted(headers), *sorted(readers)]:
+    for path in [source, *sorted(headers), Path(__file__), Path(sass.__file__)]:
         state.update(path.read_bytes())
     known = CACHE / f"{source.stem}-{arch}-{state.hexdigest()[:16]}.json"
     if not known.exists():
@@ -104,11 +104,11 @@ def compile_source(source: Path, arch: str) -> list[tuple[str, list[str], Row]]:
             functions = sass.functions(Path(folder) / "kernels.cubin", ptx, arch)
         names = _signatures(list(functions))
         found = [
-            (kernel, arguments, row(kernel, function))
+            (kernel, arguments, asdict(function))
             for (kernel, arguments), function in zip(names, functions.values(), strict=True)
         ]
         atomic_write(known, json.dumps(sorted(found, key=lambda instance: instance[:2])))
-    return json.loads(known.read_text())
+    return [(k, a, sass.Function(**f)) for k, a, f in json.loads(known.read_text())]
 
 
 def _signatures(symbols: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -120,22 +120,55 @@ def _signatures(symbols: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def compile_all(
-    only: str | None, say: Callable[[str, Row], None]
+    only: str | None, say: Callable[[str, Row], None], archs: Sequence[str] = ARCHS
 ) -> tuple[dict[str, Row], list[str]]:
     """(figures by row name, what is wrong) of every kernel, or of all instances of one."""
-    jobs = [(source, arch) for source in sources(only) for arch in ARCHS]
+    jobs = [(source, arch) for source in sources(only) for arch in archs]
     rows, found = {}, []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         compiled = pool.map(lambda job: compile_source(*job), jobs)
         for (source, arch), instances in zip(jobs, compiled, strict=True):
-            for kernel, arguments, figures in instances:
+            for kernel, arguments, function in instances:
                 if only not in (None, kernel):
                     continue
                 shown = f"<{', '.join(arguments)}>" if arguments else ""
                 name = f"{kernel}{shown}: {source.name} {arch}"
                 vector = REQUIRED[kernel].vector if kernel in REQUIRED else None
                 wide = vector is None or arguments[vector] != "1"
-                rows[name] = figures
+                figures = row(kernel, function)
                 found += failures(name, kernel, wide, figures)
-                say(name, figures)
+                try:
+                    executed = aot_items.figures(kernel, arguments, arch, function)
+                except ValueError as e:
+                    found.append(f"{name}: {e}")
+                    executed = {}
+                rows[name] = figures | executed
+                say(name, rows[name])
+    return rows, found
+
+
+def executed(prefix: str) -> tuple[dict[str, Row], list[str]]:
+    """The same of those instances whose executed instructions are counted.
+
+    Args:
+        prefix: of the kernels' names.
+
+    Raises:
+        PgolfError: no kernel that is counted has such a name.
+    """
+    wanted = [kernel for kernel in aot_items.ITEMS if kernel.startswith(prefix)]
+    if not wanted:
+        raise PgolfError(
+            f"no kernel whose instructions are counted begins with {prefix!r}; there are "
+            f"{', '.join(aot_items.ITEMS)}"
+        )
+    rows, found = {}, []
+    for kernel in wanted:
+        compiled, wrong = compile_all(kernel, lambda *_: None, (aot_items.ARCH,))
+        counted = {name: figures for name, figures in compiled.items() if "instructions" in figures}
+        if not counted and not wrong:
+            shown = ", ".join(aot_items.ITEMS[kernel].arguments)
+            wrong.append(f"{kernel}<{shown}>: no such instance, which bench/aot_items.py declares")
+        rows |= counted
+        found += wrong
     return rows, found

@@ -28,6 +28,7 @@ SETTINGS = (
     "reference,fake_quant=triton" + QAT,
     "auto" + QAT,
 )
+TURN = ("reference", "auto")
 DECODING = ("reference" + EAGER, "auto" + EAGER, "reference", "auto")
 
 DESCRIPTION = """\
@@ -48,6 +49,11 @@ caches: `step` is the model and `pick` draws from its logits; attention over the
 a layer. A cache that a token is written into counts as a whole, so these bytes are above those that
 move: the bytes of all weights and of all cached keys and values, which a token reads once, stand
 beside them.
+
+With --step, what is counted is one turn of `pgolf train`'s own loop, on rank 0 of --world ranks
+whose others are not there: launches, waits of the host, copies, allocations, collectives of the
+GPU, exchanges of the host's own numbers (control), and the CPU time of the host, whose least of
+ten turns is given: it is of this machine, and on a busy one it is more.
 """
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
@@ -61,6 +67,7 @@ examples:
   python -m bench count pr1473 --ops reference+qat --ops reference,fake_quant=triton+qat
   python -m bench count demo --micro 16x256 --json counts.json layers=4
   python -m bench count pr1473 --decode --micro 64x2048
+  python -m bench count pr1473 --step --world 8
 """
 
 
@@ -88,15 +95,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as ops= of a run names them, +qat and +eager; may be repeated "
-        f"(default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)})",
+        help="operators as ops= of a run names them, +qat and +eager; may be repeated (default: "
+        f"{', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
+        f"with --step {', then '.join(TURN)})",
     )  # fmt: skip
     parser.add_argument(
         "--micro", default="48x2048", metavar="NxT", help="sequences x tokens of a pass"
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--step", action="store_true", help="count a whole turn of the training loop")
+    kind.add_argument(
         "--decode", action="store_true", help="count token T of N sequences, not a training step"
     )
+    parser.add_argument("--world", type=int, metavar="N", default=1, help="ranks, with --step")
     parser.add_argument(
         "--detail", action="store_true", help="shapes of the products, kernels, operators"
     )
@@ -118,10 +129,14 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         raise ConfigError(f"--micro {args.micro}: it is sequences x tokens, as 48x2048")
     overrides = parse_overrides(args.overrides)
     recipes.get(args.recipe).config({**overrides, "seq_len": int(tokens)})
+    if args.world < 1 or (args.world > 1 and not args.step):
+        raise ConfigError(f"--world {args.world}: 1 or more, and with --step")
     base = Request(
-        args.recipe, overrides, sequences=int(sequences), tokens=int(tokens), decode=args.decode
-    )
-    return [setting(base, text) for text in args.ops or (DECODING if args.decode else SETTINGS)]
+        args.recipe, overrides, sequences=int(sequences), tokens=int(tokens), decode=args.decode,
+        turn=args.step, world=args.world,
+    )  # fmt: skip
+    usual = DECODING if args.decode else TURN if args.step else SETTINGS
+    return [setting(base, text) for text in args.ops or usual]
 
 
 def setting(base: Request, text: str) -> Request:
@@ -162,8 +177,9 @@ def count(
             result = run(request, environment)
             first = found.get(name_of(replace(request, ops="reference")))
             found[name] = {k: result[k] for k in ("device", "versions", "phases")}
-            say("\n".join(_lines(name, result, first)))
-            if detail:
+            table = _turn_lines if request.turn else _lines
+            say("\n".join(table(name, result, first)))
+            if detail and not request.turn:
                 say("\n".join(_details(result)))
     return found
 
@@ -186,6 +202,21 @@ def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
             before = total_of(reference, what)
             line += f", {total - before:+,} ({100 * (total / before - 1):+.1f} %) to the reference"
         yield line
+
+
+def _turn_lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
+    """What a turn of the loop does, and what that of the reference did."""
+    yield f"\n{name}   ({result['device']}, {version_of(result)})"
+    before = reference["phases"]["turn"] if reference else {}
+    for label, value in result["phases"]["turn"].items():
+        shown = [
+            ", ".join(f"{k} {v:,}" for k, v in each.items()) or "none"
+            if isinstance(each, dict)
+            else f"{each:,}"
+            for each in (value, before.get(label, value))
+        ]
+        differs = f"   (reference: {shown[1]})" * (shown[0] != shown[1])
+        yield f"  {label.replace('_', ' '):26}{shown[0]}{differs}"
 
 
 def _details(result: dict) -> Iterator[str]:
@@ -218,6 +249,8 @@ def write(path: Path, found: dict[str, dict], request: Request, command: str) ->
         ConfigError: it holds counts of something else.
     """
     what = asdict(replace(request, ops="", qat=False, compiled=True))
+    if not request.turn:
+        del what["turn"], what["world"]
     table = {"command": command, "counted": what, "versions": {}}
     if path.exists():
         try:

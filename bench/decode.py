@@ -17,8 +17,9 @@ from pgolf.errors import ConfigError, PgolfError
 from pgolf.model import GPT
 from pgolf.model.decode import WINDOW, Decoder, pick
 from pgolf.model.frozen import frozen_copy
+from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops import attention
+from pgolf.ops.choose import choose_all
 from pgolf.progress import Progress
 
 CONTEXTS, TEMPERATURE = 8, 0.8
@@ -83,8 +84,9 @@ def _timed(args: argparse.Namespace, command: str) -> schema.DecodeTiming:
     config = recipes.get(name).config({**overrides, "seq_len": length})
     device = pick_device(args.device)
     dtype = pick_dtype("auto", device)[0]
-    backend = attention.choose(device, dtype, head_dim=config.model.dim // config.model.heads)[0]
-    model = GPT(config.model, dtype, backend, length)
+    sizes = operator_sizes(config.model, dtype, dtype)
+    chosen = choose_all("", device.type, dtype, False, sizes, ["attention"])
+    model = GPT(config.model, dtype, length, {n: choice.impl for n, choice in chosen.items()})
     init_weights(model, 0)
     entries = _entries(model.to(device), count, length)
     with Progress("timing", args.rounds, "rounds") as bar:

@@ -29,7 +29,8 @@ def run_all(
     begun: list[str] = []
     for operator in [OPERATORS[name] for name in names or OPERATORS]:
         for impl, implementation in operator.implementations.items():
-            if not implementation.runs_on(device) or implementation.device != "cuda":
+            ours = implementation.device == "cuda" and not implementation.package
+            if not ours or not implementation.runs_on(device):
                 continue
             if impls and impl not in impls:
                 continue

@@ -33,7 +33,7 @@ def main(layers: int = 11) -> dict[str, object]:
     sizes = operator_sizes(config.model, F32, F32)
     chosen = choose_all("auto", "cpu", F32, True, sizes)
     ops = {name: choice.impl for name, choice in chosen.items()}
-    model = GPT(config.model, F32, "sdpa", config.data.seq_len, ops)
+    model = GPT(config.model, F32, config.data.seq_len, ops)
     init_weights(model, 0)
     ids = torch.randint(
         config.model.vocab_size, (2, config.data.seq_len + 1),

@@ -9,11 +9,11 @@ from bench.peers import PEERS, Peer
 from pgolf.device import DTYPES
 from pgolf.errors import PgolfError
 from pgolf.ops.choose import choose
-from pgolf.ops.operator import Operator
+from pgolf.ops.operator import OPERATORS, Operator
 from pgolf.ops.testing import kernel
 
 EAGER, COMPILED = "eager", "compiled"
-KERNELS = ("cpu", "triton", "cuda")
+KERNELS = ("cpu", "triton", "cuda", *OPERATORS["attention"].implementations)
 
 
 class Unavailable(Exception):

@@ -174,7 +174,7 @@ class _Bench:
             self.config.eval.val_tokens,
         )  # fmt: skip
         table = ByteTable(load_tokenizer(self.dataset.tokenizer_path), self.config.model.vocab_size)
-        model = GPT(self.config.model, self.dtype, "sdpa", self.config.data.seq_len)
+        model = GPT(self.config.model, self.dtype, self.config.data.seq_len)
         model.load_state_dict(self.state)
         return evaluate(
             model.to(self.device), tokens, table, self.config.data.seq_len, self.stride,

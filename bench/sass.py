@@ -13,16 +13,22 @@ _ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )?\.entry (\w+)\(", re.M)
 _INSTRUCTION = re.compile(
     r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?(?:%|U?P)\w+\s+)?([A-Za-z]\w*(?:\.\w+)*)", re.M
 )
+_THREADS = re.compile(r"^\.maxntid (\d+)", re.M)
+_ENCODING = re.compile(r" */\* 0x[0-9a-f]+ \*/$|^\n", re.M)
 RESERVED = 1024  # bytes that cuobjdump adds to the shared memory of a block of sm_90 that has some
 
 
 @dataclass(frozen=True)
 class Function:
-    """A compiled kernel: registers a thread, static shared memory in bytes, its SASS and PTX."""
+    """A compiled kernel: registers a thread, static shared memory in bytes, its SASS and PTX.
+
+    `threads` are the most that a block may have, as the kernel declares it; 1024 where it does not.
+    """
 
     registers: int
     shared: int
     code: str
+    threads: int = 1024
 
 
 def functions(cubin: Path, ptx: str, arch: str) -> dict[str, Function]:
@@ -31,18 +37,25 @@ def functions(cubin: Path, ptx: str, arch: str) -> dict[str, Function]:
     Raises:
         RuntimeError: a tool failed, or the file and its PTX name different kernels.
     """
-    sass = _parts(_SECTION, tool("nvdisasm", "-c", str(cubin)))
+    sass = _parts(_SECTION, _ENCODING.sub("", tool("nvdisasm", "-c", str(cubin))))
     entries = _parts(_ENTRY, ptx)
     reserved = RESERVED * arch.startswith("sm_90")
     found = {
         name: Function(
-            int(registers), max(0, int(shared) - reserved), f"{sass[name]}\n{entries[name]}"
+            int(registers), max(0, int(shared) - reserved), f"{sass[name]}\n{entries[name]}",
+            _threads(entries[name]),
         )
         for name, registers, shared in _USAGE.findall(tool("cuobjdump", "-res-usage", str(cubin)))
     }
     if not found or found.keys() != entries.keys():
         raise RuntimeError(f"{cubin.name}: cuobjdump and the PTX name different kernels")
     return found
+
+
+def _threads(entry: str) -> int:
+    """Of a block, by `.maxntid`."""
+    declared = _THREADS.search(entry)
+    return int(declared[1]) if declared else 1024
 
 
 def _parts(heading: re.Pattern[str], text: str) -> dict[str, str]:

@@ -53,6 +53,7 @@ struct EmbedSmearScratch {
 };
 
 constexpr int64_t kMaxSmearWidth = 768;      // D
+constexpr int64_t kMaxOrderVocab = 32768;    // V that a GPU sorts tokens for
 constexpr int64_t kSmearChunk = 32;          // positions
 constexpr int64_t kSmearChunksPerBlock = 4;  // chunks with one row of sums for gate and scale
 

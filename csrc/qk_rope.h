@@ -39,11 +39,17 @@ struct QkRopeGradients {
 
 constexpr int64_t kMaxRopeSize = 256;  // of a head
 
-// Sums for d_gain are taken over this many tokens by themselves, then over those sums: the result
-// depends neither on threads nor on the size of a GPU.
-constexpr int64_t kRopeTokensPerBlock = 64;
+// Sums for d_gain are taken over this many tokens by themselves, or over more, so that there are no
+// more than kMaxRopeBlocks, then over those sums: the result depends neither on threads nor on the
+// size of a GPU.
+constexpr int64_t kRopeTokensPerBlock = 64, kMaxRopeBlocks = 1024;
+constexpr int64_t rope_tokens_per_block(int64_t tokens) {
+  const int64_t least = tokens / kMaxRopeBlocks + (tokens % kMaxRopeBlocks != 0);
+  return least < kRopeTokensPerBlock ? kRopeTokensPerBlock : least;
+}
 constexpr int64_t rope_blocks(int64_t tokens) {
-  return tokens / kRopeTokensPerBlock + (tokens % kRopeTokensPerBlock != 0);
+  const int64_t each = rope_tokens_per_block(tokens);
+  return tokens / each + (tokens % each != 0);
 }
 
 template <typename F>

@@ -48,11 +48,17 @@ struct ResidualNormGradients {
 
 constexpr int64_t kMaxResidualWidth = 4096;  // D
 
-// Gradients of a, w and mix are summed over this many tokens by themselves, then over those sums:
-// the result depends neither on threads nor on the size of a GPU.
-constexpr int64_t kResidualRowsPerBlock = 64;
+// Gradients of a, w and mix are summed over parts of the tokens by themselves, then over those sums:
+// the result depends neither on threads nor on the size of a GPU. A part has this many tokens, or so
+// many that there are at most so many parts, four for each of the 132 multiprocessors of an H100.
+constexpr int64_t kResidualRowsPerBlock = 64, kResidualMostBlocks = 528;
+constexpr int64_t residual_rows_per_block(int64_t rows) {
+  const int64_t even = rows / kResidualMostBlocks + (rows % kResidualMostBlocks != 0);
+  return even < kResidualRowsPerBlock ? kResidualRowsPerBlock : even;
+}
 constexpr int64_t residual_blocks(int64_t rows) {
-  return rows / kResidualRowsPerBlock + (rows % kResidualRowsPerBlock != 0);
+  const int64_t per_block = residual_rows_per_block(rows);
+  return rows / per_block + (rows % per_block != 0);
 }
 
 // Rows of gradients of parameters, in this order: of a, of w, two of mix (where total is there).

@@ -4,8 +4,9 @@
 //   loss = log(sum exp(l - m)) - (l[target] - m),   m = max l
 //   dz = factor (exp(l - m) / sum - [target]) (1 - t^2)
 //
-// tanh rises, so m is the l of the greatest z. A row whose target is kIgnoredTarget has the loss 0
-// and the factor 0; any other target outside of the row makes loss and dz NaN.
+// tanh rises, so m is the l of the greatest z; where a cap bounds all powers any l will do, and a
+// GPU takes the target's. A row whose target is kIgnoredTarget has the loss 0 and the factor 0; any
+// other target outside of the row makes loss and dz NaN.
 #pragma once
 
 #include <cmath>

@@ -9,6 +9,7 @@ class PgolfError(Exception):
     """Base of every error that pgolf raises on purpose."""
 
     exit_code = 2
+    quiet = False  # whether another process says it
 
 
 class ConfigError(PgolfError):
@@ -37,6 +38,20 @@ class BudgetError(PgolfError):
 
 class TrainingError(PgolfError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class LostRank(TrainingError):
+    """A process of the run is gone or stands still, and the others end.
+
+    Args:
+        quiet: whether another one of those that are left says so.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, quiet: bool = False):
+        super().__init__(message)
+        self.quiet = quiet
 
 
 class StorageError(PgolfError):

@@ -1,30 +1,43 @@
 """The processes of a run: torchrun's environment, and the few collectives that are needed."""
 
+import math
 import os
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pgolf.device import pick_device
-from pgolf.errors import PgolfError
+from pgolf.errors import LostRank, PgolfError, TrainingError
+from pgolf.roll_call import RollCall
 
 T = TypeVar("T")
 # Rank 0 packs while the others wait: minutes for a large model, a slow codec and pruning.
 TIMEOUT = timedelta(minutes=30)
+END = 20  # seconds until a process ends that lost the others, whatever holds it
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run."""
+    """This process among all of a run.
+
+    Attributes:
+        control: the group in which processes exchange numbers of the host's, by gloo: what is
+            decided between steps must not wait for a GPU. None: the group of the tensors.
+        roll_call: who is missing; None in a run of one process.
+    """
 
     rank: int
     world: int
     device: torch.device
+    control: Any = None
+    roll_call: RollCall | None = None
 
     @property
     def first(self) -> bool:
@@ -39,11 +52,15 @@ class Ranks:
         picked = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
-        if world > 1 and not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT
-            )
-        return cls(rank, world, picked)
+        control = roll_call = None
+        if world > 1:
+            on_gpu = picked.type == "cuda"
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+            if on_gpu:
+                control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            roll_call = RollCall(dist.distributed_c10d._get_default_store(), rank, world)
+        return cls(rank, world, picked, control, roll_call)
 
     def part(self, count: int) -> slice:
         """This rank's run of `count` things in a row, as many as every other's, or one more."""
@@ -58,34 +75,82 @@ class Ranks:
         """Do something on rank 0 while the others wait; its result there, None elsewhere.
 
         Raises:
-            PgolfError: what `work` raised, on every rank, so that none waits for one that is gone.
+            PgolfError: what `work` raised, on every rank, so that none waits for one that is gone;
+                an error of another class is a TrainingError on the others.
         """
-        result, failure = None, [None]
+        result, failure = None, None
         if self.first:
             try:
                 result = work()
-            except PgolfError as e:
-                failure = [e]
-        if self.world > 1:
-            dist.broadcast_object_list(failure, 0, device=self.device)
-        if failure[0] is not None:
-            raise failure[0]
-        return result
+            except Exception as e:
+                failure = e
+        told = failure
+        if failure is not None and not isinstance(failure, PgolfError):
+            told = TrainingError(f"rank 0 failed: {type(failure).__name__}: {failure}")
+        told = self.broadcast_object(told)
+        if told is None:
+            return result
+        told.quiet = not self.first
+        raise failure or told
+
+    def broadcast_object(self, thing: T) -> T:
+        """Rank 0's, on every rank; it is pickled."""
+        if self.world == 1:
+            return thing
+        told = [thing]
+        dist.broadcast_object_list(told, 0, self.control)
+        return told[0]
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """As many numbers of every rank, in the order of ranks, in float64."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.world == 1:
+            return [mine.tolist()]
+        every = [torch.zeros_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine, self.control)
+        return [t.tolist() for t in every]
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sum numbers over ranks in float64."""
-        t = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(t)
-        return t.tolist()
+        return [math.fsum(column) for column in zip(*self.gather(list(values)), strict=True)]
 
     def decide(self, *values: float) -> list[float]:
-        """Rank 0's numbers, on every rank: clocks and signals differ between processes."""
-        if self.world == 1:
-            return list(values)
-        t = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.broadcast(t, 0)
-        return t.tolist()
+        """Rank 0's numbers, on every rank: clocks differ between processes."""
+        return self.gather(values)[0]
+
+    @contextmanager
+    def patient(self, seconds: float, step: int) -> Iterator[None]:
+        """A step, in which no rank may keep the others waiting for longer than this.
+
+        Raises:
+            LostRank: one did, or is gone.
+        """
+        if self.roll_call is None:
+            yield
+            return
+        self.roll_call.step = step
+        # torch < 2.12 has it under the second name alone.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=seconds), self.control)
+        try:
+            yield
+        except RuntimeError as e:  # gloo has no class of its own
+            if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+                raise
+            signal.alarm(END)  # a GPU that waits for the others would hold the process
+            raise self._lost(step, f"{seconds:g} s" if "imed out" in str(e) else "") from None
+        else:
+            set_timeout(TIMEOUT, self.control)
+
+    def _lost(self, step: int, waited: str) -> LostRank:
+        missing, silent = self.roll_call.missing()
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        what = f"did not answer for {waited}" if waited else "ended without a word: killed?"
+        if missing and not silent:
+            what = f"kept the others waiting{f' for {waited}' if waited else ''}"
+        speaker = next((r for r in range(self.world) if r not in missing), 0)
+        message = f"step {step}: {who if missing else 'another rank'} {what}"
+        return LostRank(message, quiet=self.rank != speaker)
 
     def broadcast(self, params: Iterable[nn.Parameter]) -> None:
         """Rank 0's weights, on every rank: another CPU may draw others from the same seed."""

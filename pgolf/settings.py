@@ -282,8 +282,9 @@ class RunConfig:
     )
     attention: str = opt(
         "auto",
-        "attention backend; auto takes the first of FlashAttention 3, 2, SDPA that runs",
-        choices=("auto", "fa3", "fa2", "sdpa"),
+        "the same as attention=... in ops; auto takes the first of FlashAttention 3, 4, 2, SDPA "
+        "that runs",
+        choices=("auto", "fa3", "fa4", "fa2", "sdpa"),
     )
     ops: str = opt(
         "",
@@ -292,6 +293,9 @@ class RunConfig:
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
+    patience: float = opt(
+        30.0, "seconds that a rank may keep the others waiting in a step (4 steps, if longer)", ge=1
+    )
     log_every: int = opt(10, "steps between log lines", ge=1)
     checkpoint_every: int = opt(
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0

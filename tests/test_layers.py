@@ -25,7 +25,7 @@ LAYERS = [
     ["pgolf.settings"],
     ["pgolf.fields", "pgolf.progress", "pgolf.roles"],
     ["pgolf.extras", "pgolf.files", "pgolf.extension", "pgolf.triton_kernels"],
-    ["pgolf.child", "pgolf.stop"],
+    ["pgolf.child", "pgolf.stop", "pgolf.roll_call"],
     ["pgolf.errors"],
     ["pgolf"],
 ]

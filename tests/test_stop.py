@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from pgolf.cli import main
 from pgolf.data import prepare
 from pgolf.progress import print_anything
 from pgolf.stop import SIGNALS, Stopped, stoppable
+from pgolf.training import interrupt as module
 from pgolf.training.interrupt import Interrupt, Interrupted
 
 
@@ -22,15 +24,46 @@ def send(number: int) -> None:
 def test_a_step_is_finished_whatever_asks_for_the_end(number):
     before = signal.getsignal(number)
     with Interrupt("runs/a", "demo") as interrupt:
-        assert not interrupt.requested
+        assert not interrupt.number
         send(number)
-        assert interrupt.requested
+        assert interrupt.number == number
     assert signal.getsignal(number) == before
-    error = interrupt.error(7)
+    error = interrupt.error(7, interrupt.number)
     assert error.exit_code == 128 + number
     assert "step 7" in str(error) and "`pgolf train demo out=runs/a resume=true`" in str(error)
     copied = Interrupted.__reduce__(error)  # as ranks send it
     assert copied[0](*copied[1]).exit_code == error.exit_code
+
+
+DEADLOCK = """
+import ctypes, signal
+from pgolf.training import interrupt
+interrupt.GRACE = 0.2
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with interrupt.Interrupt("runs/a", "demo"):
+    print("here", flush=True)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # no handler of Python's runs in here
+"""
+
+
+def test_a_process_that_cannot_notice_is_ended():
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEADLOCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "pgolf: SIGTERM: ended in the middle of a step\n"
+
+
+def test_an_orphan_of_torchrun_is_asked_to_stop(monkeypatch):
+    with Interrupt("runs/a", "demo") as interrupt:
+        monkeypatch.setattr(module, "PARENT", os.getppid() + 1)
+        assert not interrupt.number  # nohup and the like: nobody else started it
+        monkeypatch.setattr(module, "ORPHANS_END", True)
+        assert interrupt.number == signal.SIGTERM
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch):
@@ -39,7 +72,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
     try:
         with Interrupt("a", "demo") as interrupt, stoppable():
             send(signal.SIGHUP)
-        assert not interrupt.requested
+        assert not interrupt.number
     finally:
         signal.signal(signal.SIGHUP, before)
 

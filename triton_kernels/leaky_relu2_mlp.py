@@ -85,8 +85,16 @@ def leaky_relu2_up_tma(
             right = w_up.load([tile_n * BLOCK_N, start])
             acc = tl.dot(left, right.T, acc)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        value = activate(acc, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M, BLOCK_N)
-        post.store([tile_m * BLOCK_M, tile_n * BLOCK_N], value.to(tl.bfloat16))
+        # In halves: beside a whole tile of post a fourth stage does not fit in shared memory.
+        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        halves = tl.split(pair)
+        for half in tl.static_range(2):
+            value = activate(
+                halves[half], bits, rstd, rows, 2 * tile_n + half, t, words, slope,
+                BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            corner = [tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)]
+            post.store(corner, value.to(tl.bfloat16))
 
 
 @triton.jit
@@ -190,7 +198,7 @@ def up(
                 leaky_relu2_up_tma, _persistent_grid(config, h, f), config,
                 h=TensorDescriptor.from_tensor(h, [block_m, block_k]),
                 w_up=TensorDescriptor.from_tensor(w_up, [block_n, block_k]),
-                post=TensorDescriptor.from_tensor(post, [block_m, block_n]),
+                post=TensorDescriptor.from_tensor(post, [block_m, block_n // 2]),
                 bits=bits, rstd=rstd, **sizes,
             )  # fmt: skip
         else:

@@ -29,11 +29,14 @@ class Request:
     Attributes:
         recipe: its name.
         overrides: settings of the recipe that differ.
-        ops: operators as ops= of a run names them.
+        ops: operators as ops= of a run names them, but for attention, which is FlashAttention 3 if
+            it is not named: torch's kernels are not known to the device.
         sequences, tokens: of one pass.
         qat: whether block matrices pass through fake-quant, switched off, as for late QAT.
         compiled: under torch.compile(fullgraph=True, dynamic=False), or eagerly.
         decode: not a training step, but one more token of each sequence, the last of `tokens`.
+        turn: a whole turn of the training loop, as `bench.counting.turn` counts it.
+        world: ranks of that loop.
     """
 
     recipe: str = "pr1473"
@@ -44,6 +47,8 @@ class Request:
     qat: bool = False
     compiled: bool = True
     decode: bool = False
+    turn: bool = False
+    world: int = 1
 
 
 def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -58,16 +63,15 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        done = run_module(
-            "bench.counting.worker", str(asked), str(answer), env=environment, capture_output=True
-        )
+        module = "bench.counting.turn" if request.turn else "bench.counting.worker"
+        done = run_module(module, str(asked), str(answer), env=environment, capture_output=True)
         if done.returncode or not answer.exists():
             said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
             raise CountingError(f"counting {request} failed with code {done.returncode}:\n{said}")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def _build(request: Request) -> tuple[Any, Any, dict[str, str]]:
+def build_model(request: Request) -> tuple[Any, Any, dict[str, str]]:
     """(config, model, choices of operators) as `pgolf train` makes them, with empty weights."""
     import torch
 
@@ -75,16 +79,17 @@ def _build(request: Request) -> tuple[Any, Any, dict[str, str]]:
     from pgolf.model import GPT
     from pgolf.model.gpt import operator_sizes
     from pgolf.ops.choose import choose_all
-    from pgolf.training.trainer import prepare_qat
+    from pgolf.training.late_qat import LateQat
 
     config = recipes.get(request.recipe).config({"seq_len": request.tokens, **request.overrides})
     torch.set_float32_matmul_precision("high")
     sizes = operator_sizes(config.model, torch.bfloat16, torch.bfloat16)
-    chosen = choose_all(request.ops, "cuda", torch.bfloat16, False, sizes)
+    text = request.ops if "attention=" in request.ops else f"{request.ops},attention=fa3"
+    chosen = choose_all(text, "cuda", torch.bfloat16, False, sizes)
     choices = {name: choice.impl for name, choice in chosen.items()}
-    model = GPT(config.model, torch.bfloat16, "fa3", config.data.seq_len, choices).to("cuda")
+    model = GPT(config.model, torch.bfloat16, config.data.seq_len, choices).to("cuda")
     if request.qat:
-        prepare_qat(model, config, torch.zeros((), device="cuda"))
+        LateQat(model, config, torch.device("cuda"))
     return config, model, choices
 
 
@@ -95,7 +100,7 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     from pgolf.ops.compile import compile_graph
     from pgolf.optim.groups import Optimizers
 
-    config, model, choices = _build(request)
+    config, model, choices = build_model(request)
     optimizers = Optimizers(model, config.optim, choices)
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
     step = compile_graph(model, model.ops, ids.device) if request.compiled else model
@@ -118,7 +123,7 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     from pgolf.model.frozen import frozen_copy
     from pgolf.model.layers import Table
 
-    _, model, _ = _build(request)
+    _, model, _ = build_model(request)
     model = frozen_copy(model, ops=model.ops)
     decoder = Decoder(model, request.sequences, request.tokens, request.compiled)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, Table)}

@@ -98,26 +98,27 @@ void embed_smear_backward(Address ids, Address table, Address bigram, Address sc
   launch::embed_smear_backward(on, shape, in, tokens, dx, rstd, out, scratch);
 }
 
-// A counting sort: order[bounds[id] ..] are the places of id in ids, ascending.
-void token_order(Address ids, int64_t count, int64_t vocab, Address order, Address bounds) {
+template <typename On>
+void token_order(Address ids, int64_t count, int64_t vocab, Address order, Address bounds, On on) {
   count_of({{"count", count}});
   count_of({{"vocab", vocab}});
   check_pointer("ids", ids, count);
   check_pointer("order", order, count);
   check_pointer("bounds", bounds, vocab + 1);
-  const int64_t* const from = ids;
-  check_ids(from, count, vocab);
-  int64_t* const to = order;
-  int64_t* const next = bounds;  // at first, one further: ends as bounds
-  for (int64_t id = 0; id <= vocab; ++id) next[id] = 0;
-  for (int64_t i = 0; i < count; ++i) ++next[from[i]];
-  for (int64_t id = 1; id <= vocab; ++id) next[id] += next[id - 1];
-  for (int64_t i = count - 1; i >= 0; --i) to[--next[from[i]]] = i;
+  if (On::on_cpu) {
+    check_ids(ids, count, vocab);
+  } else {
+    if (count > INT32_MAX) refuse("count", count, "it may be at most 2147483647");
+    if (vocab > kMaxOrderVocab) {
+      refuse("vocab", vocab, "it may be at most " + std::to_string(kMaxOrderVocab));
+    }
+  }
+  launch::token_order(on, ids, count, vocab, order, bounds);
 }
 
 const Functions functions = {
     {
-        PGOLF_NAMED("token_order", token_order, "ids count vocab order bounds"),
+        PGOLF_BOTH(token_order, "ids count vocab order bounds"),
         PGOLF_BOTH(embed_smear,
                    "ids table bigram scale gate starts x rstd table_dtype x_dtype n t vocab width "
                    "eps"),
@@ -128,6 +129,7 @@ const Functions functions = {
     },
     {
         {"embed_smear.WIDTH_LIMITS.cuda", kMaxSmearWidth},
+        {"embed_smear.ORDER_LIMITS.cuda", kMaxOrderVocab},
         {"embed_smear.CHUNK", kSmearChunk},
         {"embed_smear.CHUNKS_PER_BLOCK", kSmearChunksPerBlock},
     }};

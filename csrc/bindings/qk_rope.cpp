@@ -101,6 +101,7 @@ const Functions functions = {
     {
         {"qk_rope.SIZE_LIMITS.cuda", kMaxRopeSize},
         {"qk_rope.TOKENS_PER_BLOCK", kRopeTokensPerBlock},
+        {"qk_rope.MAX_BLOCKS", kMaxRopeBlocks},
     }};
 
 }  // namespace

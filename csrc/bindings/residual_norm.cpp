@@ -103,6 +103,7 @@ const Functions functions = {
     {
         {"residual_norm.WIDTH_LIMITS.cuda", kMaxResidualWidth},
         {"residual_norm.ROWS_PER_BLOCK", kResidualRowsPerBlock},
+        {"residual_norm.MOST_BLOCKS", kResidualMostBlocks},
     }};
 
 }  // namespace

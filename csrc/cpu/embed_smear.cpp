@@ -252,6 +252,15 @@ void embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void*
   });
 }
 
+void token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order, int64_t* bounds,
+                 int) {
+  int64_t* const next = bounds;  // at first, one further: ends as bounds
+  std::fill(next, next + vocab + 1, 0);
+  for (int64_t i = 0; i < count; ++i) ++next[ids[i]];
+  for (int64_t id = 1; id <= vocab; ++id) next[id] += next[id - 1];
+  for (int64_t i = count - 1; i >= 0; --i) order[--next[ids[i]]] = i;
+}
+
 void embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
                           const TokenOrder& tokens, const void* dx, const void* rstd,
                           const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,

@@ -270,15 +270,15 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     using F = compute_t<T>;
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
     const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
-    const int64_t blocks = rope_blocks(op.tokens());
+    const int64_t blocks = rope_blocks(op.tokens()), each = rope_tokens_per_block(op.tokens());
     F* const sums = static_cast<F*>(partials);
-    const int64_t bytes = 3 * op.token_bytes() * kRopeTokensPerBlock;
+    const int64_t bytes = 3 * op.token_bytes() * each;
     parallel_for(blocks, bytes, threads, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         F* const gains = sums + block * shape.heads;
         std::fill(gains, gains + shape.heads, F(0));
-        const int64_t first = block * kRopeTokensPerBlock;
-        const int64_t last = std::min(first + kRopeTokensPerBlock, op.tokens());
+        const int64_t first = block * each;
+        const int64_t last = std::min(first + each, op.tokens());
         for (int64_t token = first; token < last; ++token) {
           op.backward(token, dq, dk, dv, to, gains);
         }

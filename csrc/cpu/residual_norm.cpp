@@ -162,15 +162,16 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
     using F = compute_t<T>;
     const Backward<T> op(shape, in, upstream, out);
     const int64_t blocks = residual_blocks(shape.rows);
+    const int64_t per_block = residual_rows_per_block(shape.rows);
     const int64_t numbers = residual_parameters(in) * shape.width;
     F* const partials = static_cast<F*>(out.partials);
-    const int64_t bytes = 5 * kResidualRowsPerBlock * shape.width * int64_t{sizeof(T)};
+    const int64_t bytes = 5 * per_block * shape.width * int64_t{sizeof(T)};
     parallel_for(blocks, bytes, threads, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         F* const sums = partials + block * numbers;
         std::fill(sums, sums + numbers, F(0));
-        const int64_t first = block * kResidualRowsPerBlock;
-        const int64_t last = std::min(first + kResidualRowsPerBlock, shape.rows);
+        const int64_t first = block * per_block;
+        const int64_t last = std::min(first + per_block, shape.rows);
         for (int64_t row = first; row < last; ++row) op.row(row, sums);
       }
       end_streaming();

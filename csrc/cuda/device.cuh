@@ -39,6 +39,31 @@ __device__ inline void store_global(const Vector<T, kCount>& from, T* to) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = from;
 }
 
+// The same where `wanted`, without a branch.
+template <typename T, int kCount>
+__device__ inline void store_global_if(bool wanted, const Vector<T, kCount>& from, T* to) {
+  static_assert(sizeof(from) == kAccessBytes);
+#if defined(__CUDA_ARCH__)
+  const auto words = bit_cast<Vector<uint32_t, 4>>(from);
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\t"
+      "@wanted st.global.v4.b32 [%0], {%1, %2, %3, %4};\n\t}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3]),
+      "r"(static_cast<int>(wanted))
+      : "memory");
+#else
+  if (wanted) *reinterpret_cast<Vector<T, kCount>*>(to) = from;
+#endif
+}
+
+// Reads 16 bytes of global memory that no kernel writes meanwhile: no store of this kernel holds the
+// read up, as it would if it could be to the same address.
+template <typename To>
+__device__ inline To load_constant(const void* from) {
+  static_assert(sizeof(To) == kAccessBytes);
+  return bit_cast<To>(__ldg(static_cast<const uint4*>(from)));
+}
+
 __device__ inline int this_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 // This thread's place in its group, and the mask of the group's lanes in the warp.
@@ -66,15 +91,16 @@ __device__ inline F sum_of_warps(F x) {
   return sum;
 }
 
-// The sum over a group, the same bits in each of its lanes.
-template <int kLanes, typename F>
+// The sum over a group, the same bits in each of its lanes. `kTogether`: all lanes of the warp are
+// here, whichever groups they are of.
+template <int kLanes, bool kTogether = false, typename F>
 __device__ inline F group_sum(F x) {
   if constexpr (kLanes > kWarp) {
     return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
   } else {
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) {
-      x += __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
+      x += __shfl_xor_sync(kTogether ? ~0u : group_mask<kLanes>(), x, step, kLanes);
     }
     return x;
   }
@@ -166,12 +192,24 @@ struct Row {
     return row;
   }
 
-  // The inner product with another row, the same bits in every lane of the group.
-  __device__ F dot(const Row& other) const {
+  // At the places of a row's elements, as they are.
+  __device__ void store_floats(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[place(i / kVector) + i % kVector] = at[i];
+  }
+
+  // What this lane adds to the inner product with another row.
+  __device__ F lane_dot(const Row& other) const {
     F sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum += at[i] * other.at[i];
-    return group_sum<kLanes>(sum);
+    return sum;
+  }
+
+  // The inner product with another row, the same bits in every lane of the group.
+  template <bool kTogether = false>
+  __device__ F dot(const Row& other) const {
+    return group_sum<kLanes, kTogether>(lane_dot(other));
   }
 
   // this + factor row

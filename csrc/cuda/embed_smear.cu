@@ -1,15 +1,17 @@
 // embed_smear on a GPU: the formulas of embed_smear.h, a warp a row. Forward, a warp takes some
 // tokens in a row, so that it has the one before at hand. Backward, it takes a chunk of tokens that
-// are sorted by id: the sums of a piece stay in shared memory, and the gradient of the next token,
-// which lies elsewhere in that order, is read anew.
+// are sorted by id, and has the rows of the next one on their way while it works on one. The gradient
+// of the token behind lies elsewhere in that order and is read anew: to keep it would be to write a
+// row, and to read it, for each row that is saved.
 #include "embed_smear.h"
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/head_lanes.h"
 #include "cuda/launch.h"
-#include "cuda/partials.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -17,28 +19,78 @@ namespace {
 constexpr int kBlock = 128;  // few threads, as each holds several rows in registers
 constexpr int kWarps = kBlock / kWarp;
 constexpr int64_t kRun = 8;  // tokens in a row
-static_assert(kWarps == kSmearChunksPerBlock);
+static_assert(kWarps == kSmearChunksPerBlock && kWarp == kSmearChunk);
 
 __device__ inline int64_t this_warp() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
 }
 
+// Table elements are T, those of x and of bigrams X.
+template <typename T, typename X>
 struct Inputs {
   EmbedSmearShape shape;
-  EmbedSmearInputs in;
+  const int64_t* ids;
+  const T* table;
+  const X* bigram;
+  const float *scale_at, *gate;
+  const bool* starts;
 
   __device__ int64_t tokens() const { return shape.batch * shape.time; }
   __device__ int width() const { return static_cast<int>(shape.width); }
-  __device__ float scale() const { return in.scale ? *static_cast<const float*>(in.scale) : 1.0f; }
-  __device__ bool known(int64_t id) const { return id >= 0 && id < shape.vocab; }
+  __device__ float scale() const { return bigram && scale_at ? *scale_at : 1.0f; }
+  // The row of the table for an id; one too many for an id that it does not have.
+  __device__ int64_t row(int64_t id) const { return id >= 0 && id < shape.vocab ? id : shape.vocab; }
   // Whether a token, which may be one too many, sees the one before it.
   __device__ bool joined(int64_t token) const {
-    return in.gate && token < tokens() && divide(token, shape.time).rest != 0 &&
-           !(in.starts && in.starts[token]);
+    return gate && token < tokens() && divide(token, shape.time).rest != 0 &&
+           !(starts && starts[token]);
   }
 };
 
-// Rows as a warp holds them. Table elements are T, those of x and of bigrams X.
+// A row that is needed later, as it lies in memory: bf16 take half of the registers of floats.
+template <typename T, int kVector, int kChunks>
+struct Packed {
+  using Lanes = Row<T, kVector, kWarp, kChunks>;
+  // Registers hold words; elements that come from branches would be taken apart.
+  using Word = std::conditional_t<sizeof(T) * kVector % 4 == 0, uint32_t, T>;
+  static constexpr int kWords = sizeof(T) * kVector / sizeof(Word);
+  Vector<Word, kWords> chunks[kChunks];
+
+  // Zeros where `there` is false, and beyond `size`.
+  __device__ static Packed load(const T* from, int size, bool there) {
+    Packed packed;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      packed.chunks[i] = {};
+      const int place = Lanes::place(i);
+      if (there && place < size) {
+        packed.chunks[i] = *reinterpret_cast<const Vector<Word, kWords>*>(from + place);
+      }
+    }
+    return packed;
+  }
+
+  __device__ Lanes unpacked() const {
+    Lanes row;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) row.at[i * kVector + j] = widen(element(chunks[i], j));
+    }
+    return row;
+  }
+
+  // (By shifts, which widen() makes one instruction of.)
+  __device__ static T element(const Vector<Word, kWords>& chunk, int i) {
+    if constexpr (sizeof(T) == sizeof(Word)) {
+      return bit_cast<T>(chunk.at[i]);
+    } else {
+      return {static_cast<uint16_t>(chunk.at[i / 2] >> (i % 2 * 16))};
+    }
+  }
+};
+
+// Rows as a warp holds them.
 template <typename T, typename X, int kVector, int kChunks>
 struct Rows {
   using Lanes = Row<X, kVector, kWarp, kChunks>;
@@ -47,153 +99,317 @@ struct Rows {
   static constexpr int kCount = Lanes::kCount;
   static constexpr int kWidth = kCount * kWarp;  // the most that fits
 
-  __device__ static Lanes from_bigram(const Inputs& args, int64_t token) {
-    const X* const bigram = static_cast<const X*>(args.in.bigram);
-    return bigram ? Lanes::load(bigram + token * args.shape.width, args.width()) : Lanes::zero();
+  // What makes e of a token.
+  struct Fetched {
+    Packed<T, kVector, kChunks> table;
+    Packed<X, kVector, kChunks> bigram;
+    bool known;
+  };
+  // Where its bigram and its row of the table begin, if that has one.
+  __device__ static Fetched fetch(const Inputs<T, X>& args, int64_t bigram, int64_t row,
+                                  bool known) {
+    const int width = args.width();
+    return {Packed<T, kVector, kChunks>::load(args.table + row, width, known),
+            Packed<X, kVector, kChunks>::load(args.bigram + bigram, width, args.bigram), known};
   }
 
-  // e of a token; NaN for an id that the table does not have.
-  __device__ static Lanes embedding(const Inputs& args, int64_t id, const Lanes& bigram) {
+  // e, of rows that are zero where the token has none.
+  __device__ static Lanes embedding(const TableLanes& table, float scale, const Lanes& bigram) {
     Lanes e;
-    if (args.known(id)) {
-      const T* const table = static_cast<const T*>(args.in.table);
-      const TableLanes row = TableLanes::load(table + id * args.shape.width, args.width());
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) e.at[i] = row.at[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) e.at[i] = NAN;
-    }
-    return args.in.bigram ? e.plus(args.scale(), bigram) : e;
+    for (int i = 0; i < kCount; ++i) e.at[i] = table.at[i] + scale * bigram.at[i];
+    return e;
   }
 
   // The gate's g; it has no alignment to rely on.
-  __device__ static Floats gate(const Inputs& args) {
+  __device__ static Floats gate(const Inputs<T, X>& args) {
     Floats g = Floats::zero();
-    const float* const gate = static_cast<const float*>(args.in.gate);
-    if (gate == nullptr) return g;
+    if (args.gate == nullptr) return g;
+    const auto each = [&](const auto& body) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const int place = Floats::place(chunk) + i;
-        if (place < args.width()) g.at[chunk * kVector + i] = sigmoid(gate[place]);
+      for (int i = 0; i < kCount; ++i) {
+        const int place = Floats::place(i / kVector) + i % kVector;
+        if (place < args.width()) body(g.at[i], place);
       }
-    }
+    };
+    each([&](float& x, int place) { x = args.gate[place]; });  // all on their way
+    each([&](float& x, int) { x = sigmoid(x); });
     return g;
   }
 };
 
+// Rounds a row of sums to the elements of a table.
+template <typename T, int kVector, int kChunks>
+__device__ inline void store_as(const Row<float, kVector, kWarp, kChunks>& sum, T* to, int size) {
+  Row<T, kVector, kWarp, kChunks> row;
+#pragma unroll
+  for (int i = 0; i < kVector * kChunks; ++i) row.at[i] = sum.at[i];
+  row.store(to, size);
+}
+
 template <typename T, typename X, int kVector, int kChunks>
-__global__ void __launch_bounds__(kBlock) embed_smear_forward(Inputs args, X* x, float* rstds) {
+__global__ void __launch_bounds__(kBlock, 2)
+    embed_smear_forward(EmbedSmearShape shape, const int64_t* __restrict__ ids,
+                        const T* __restrict__ table, const X* __restrict__ bigram,
+                        const float* __restrict__ scale, const float* __restrict__ gate,
+                        const bool* __restrict__ starts, X* __restrict__ x,
+                        float* __restrict__ rstds) {
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
+  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
+  const int width = args.width();
+  const float factor = args.scale();
   const auto g = R::gate(args);
-  const auto normed = [&](int64_t token, float& rstd) {
-    const Lanes e = R::embedding(args, args.in.ids[token], R::from_bigram(args, token));
-    rstd = rms_rstd(e.dot(e), args.shape.width, static_cast<float>(args.shape.eps));
-    return Lanes::zero().plus(rstd, e);
-  };
   const int64_t runs = (args.tokens() + kRun - 1) / kRun;
   for (int64_t run = this_warp(); run < runs; run += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t begin = run * kRun;
-    const int64_t end = begin + kRun < args.tokens() ? begin + kRun : args.tokens();
+    // Lane 0 looks at the token before the run, the others at those of the run.
+    const int64_t before_run = run * kRun - 1, left = args.tokens() - run * kRun;
+    const int count = static_cast<int>(left < kRun ? left : kRun);
+    const int64_t own_token = before_run + this_lane();
+    const bool here = own_token >= 0 && this_lane() <= count;
+    const int64_t own_row = here ? args.row(ids[own_token]) : shape.vocab;
+    const unsigned known = __ballot_sync(~0u, own_row < shape.vocab);
+    const unsigned joined = __ballot_sync(~0u, here && args.joined(own_token));
+    const auto fetch = [&](int i) {
+      return R::fetch(args, (before_run + i) * width, __shfl_sync(~0u, own_row * width, i),
+                      known >> i & 1);
+    };
     Lanes before = Lanes::zero();
-    float rstd;
-    if (args.joined(begin)) before = normed(begin - 1, rstd);
-    for (int64_t token = begin; token < end; ++token) {
-      const Lanes n = normed(token, rstd);
-      if (this_lane() == 0) rstds[token] = rstd;
-      const bool joined = args.joined(token);
-      Lanes out;
+    int i = joined >> 1 & 1 ? 0 : 1;
+    for (auto ahead = fetch(i); i <= count; ++i) {
+      const bool has_row = ahead.known;
+      const Lanes e = R::embedding(ahead.table.unpacked(), factor, ahead.bigram.unpacked());
+      if (i < count) ahead = fetch(i + 1);
+      // An id that the table does not have gives NaN here, and by it in all that follows.
+      const float rstd =
+          has_row ? rms_rstd(e.dot(e), shape.width, static_cast<float>(shape.eps)) : NAN;
+      const Lanes n = Lanes::zero().plus(rstd, e);
+      if (i > 0) {
+        const int64_t token = before_run + i;
+        const bool blended = joined >> i & 1;
+        if (this_lane() == 0) rstds[token] = rstd;
+        Lanes out;
 #pragma unroll
-      for (int i = 0; i < R::kCount; ++i) {
-        out.at[i] = (1.0f - g.at[i]) * n.at[i] + (joined ? g.at[i] * before.at[i] : 0.0f);
+        for (int j = 0; j < R::kCount; ++j) {
+          out.at[j] = (1.0f - g.at[j]) * n.at[j] + (blended ? g.at[j] * before.at[j] : 0.0f);
+        }
+        out.store(x + token * shape.width, width);
       }
-      out.store(x + token * args.shape.width, args.width());
       before = n;
     }
   }
 }
 
-// Registers for the rows at hand, without spills: 3 blocks an SM leave 168 a thread, 2 leave 255.
-template <int kVector, int kChunks>
-constexpr int kBlocksPerSm = kVector == 1 || kVector * kChunks > 16 ? 2 : 3;
+// --- tokens by id ---------------------------------------------------------------------------------
+
+constexpr int kOrderWarps = 32;
+constexpr int kOrderThreads = kOrderWarps * kWarp;
+constexpr int kOrderBlocks = 128;  // at most, each with ids of its own
+constexpr int kOrderIds = kMaxOrderVocab / kOrderBlocks + 1;
+constexpr int kOrderAhead = 8;  // loads that a thread waits for at once
+
+// body(token, key) for the tokens [begin, end), in their order and a warp's at once: the key is the
+// id, `vocab` for one that the table does not have, and more than that in lanes beyond the end.
+template <typename Body>
+__device__ inline void for_keys(const int64_t* ids, int begin, int end, int vocab,
+                                const Body& body) {
+  for (int at = begin; at < end; at += kOrderAhead * kWarp) {
+    const int left = end - at - this_lane();
+    int keys[kOrderAhead];
+#pragma unroll
+    for (int i = 0; i < kOrderAhead; ++i) {
+      const bool there = i * kWarp < left;
+      const auto id = static_cast<uint64_t>(there ? ids[at + this_lane() + i * kWarp] : 0);
+      keys[i] = !there ? INT32_MAX : id < vocab ? static_cast<int>(id) : vocab;
+    }
+#pragma unroll
+    for (int i = 0; i < kOrderAhead; ++i) body(at + this_lane() + i * kWarp, keys[i]);
+  }
+}
+
+// body(key, its lanes) for every key below `keys` that a lane of the warp has.
+template <typename Body>
+__device__ inline void for_equal_keys(unsigned key, unsigned keys, const Body& body) {
+  unsigned left = __ballot_sync(~0u, key < keys);
+  while (left != 0) {
+    const unsigned chosen = __shfl_sync(~0u, key, __ffs(left) - 1);
+    const unsigned lanes = __ballot_sync(~0u, key == chosen);
+    body(chosen, lanes);
+    left &= ~lanes;
+  }
+}
+
+// A counting sort in one launch: a block reads all ids and writes the tokens of `per_block` of them,
+// which makes up for the launches of one that reads them once. Each of its warps has a part of the
+// tokens; from how many of an id each has found follows where it puts its own.
+__global__ void __launch_bounds__(kOrderThreads, 1)
+    embed_smear_order(const int64_t* __restrict__ ids, int count, int vocab, int per_block,
+                      int64_t* __restrict__ order, int64_t* __restrict__ bounds) {
+  __shared__ int places[kOrderWarps][kOrderIds];  // of an id: what a warp found, then its next place
+  __shared__ int totals[kOrderIds], smaller[kOrderWarps];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+  // Parts of whole warps' tokens, the last of which may be less or nothing.
+  const int part = (count / kOrderThreads + (count % kOrderThreads != 0)) * kWarp;
+  const int begin = warp * int64_t{part} < count ? warp * part : count;
+  const int end = part < count - begin ? begin + part : count;
+  for (int first = blockIdx.x * per_block; first <= vocab; first += gridDim.x * per_block) {
+    const int keys = per_block < vocab + 1 - first ? per_block : vocab + 1 - first;
+    for (int i = this_lane(); i < keys; i += kWarp) places[warp][i] = 0;
+    __syncwarp();
+    int found_smaller = 0;
+    for_keys(ids, begin, end, vocab, [&](int, int key) {
+      found_smaller += key < first;
+      for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
+        if (this_lane() == 0) places[warp][which] += __popc(lanes);
+      });
+    });
+    found_smaller = group_sum<kWarp>(found_smaller);
+    if (this_lane() == 0) smaller[warp] = found_smaller;
+    __syncthreads();
+    if (thread < keys) {
+      int total = 0;
+      for (int w = 0; w < kOrderWarps; ++w) total += places[w][thread];
+      totals[thread] = total;
+    }
+    __syncthreads();
+    if (thread < keys) {
+      int place = 0;
+      for (int w = 0; w < kOrderWarps; ++w) place += smaller[w];
+      for (int i = 0; i < thread; ++i) place += totals[i];
+      bounds[first + thread] = place;
+      for (int w = 0; w < kOrderWarps; ++w) {
+        const int found = places[w][thread];
+        places[w][thread] = place;
+        place += found;
+      }
+    }
+    __syncthreads();
+    for_keys(ids, begin, end, vocab, [&](int token, int key) {
+      for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
+        const int place = places[warp][which];
+        const unsigned before = lanes & ((1u << this_lane()) - 1);
+        if (lanes >> this_lane() & 1) order[place + __popc(before)] = token;
+        __syncwarp();  // all have read the place
+        if (this_lane() == 0) places[warp][which] = place + __popc(lanes);
+        __syncwarp();
+      });
+    });
+    __syncthreads();  // the next ids use the same memory
+  }
+}
+
+// --- gradients ------------------------------------------------------------------------------------
+
+// Registers for the rows that a position needs, as they lie in memory.
+template <typename T, typename X, int kVector, int kChunks>
+constexpr int kRowWords =
+    kChunks * (Packed<T, kVector, kChunks>::kWords + 3 * Packed<X, kVector, kChunks>::kWords);
+// 3 blocks an SM leave 168 a thread, 2 leave 255: so many that nothing is spilled. The next position's
+// rows are on their way beside those at hand unless even 255 are too few.
+template <typename T, typename X, int kVector, int kChunks>
+constexpr int kBlocksPerSm = kRowWords<T, X, kVector, kChunks> > 40 ? 2 : 3;
+template <typename T, typename X, int kVector, int kChunks>
+constexpr bool kFetchAhead = kRowWords<T, X, kVector, kChunks> <= 64;
 
 // A warp a chunk; csrc/embed_smear.h says where pieces go.
 template <typename T, typename X, int kVector, int kChunks>
-__global__ void __launch_bounds__(kBlock, (kBlocksPerSm<kVector, kChunks>))
-    embed_smear_chunks(Inputs args, const int64_t* order, const X* dx, const float* rstds,
-                       T* dtable, X* dbigram, float* pieces, float* partials) {
+__global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>))
+    embed_smear_chunks(EmbedSmearShape shape, const int64_t* __restrict__ ids,
+                       const T* __restrict__ table, const X* __restrict__ bigram,
+                       const float* __restrict__ scale, const float* __restrict__ gate,
+                       const bool* __restrict__ starts, const int64_t* __restrict__ order,
+                       const X* __restrict__ dx, const float* __restrict__ rstds,
+                       T* __restrict__ dtable, X* __restrict__ dbigram,
+                       float* __restrict__ pieces, float* __restrict__ partials) {
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
   using Floats = typename R::Floats;
-  // What does not change and what is only added to lies here: registers are for the rows at hand.
+  using Upstream = Packed<X, kVector, kChunks>;
+  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
   alignas(32) __shared__ float gates[R::kWidth];
   alignas(32) __shared__ float gate_sums[kWarps][R::kWidth];
-  alignas(32) __shared__ float piece_sums[kWarps][R::kWidth];
   __shared__ float scale_sums[kWarps];
   const int width = args.width(), warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (warp == 0) R::gate(args).store(gates, width);
-  Floats::zero().store(gate_sums[warp], width);
-  Floats::zero().store(piece_sums[warp], width);
+  // What a lane knows of its position; no load of a row waits for another.
+  const int64_t chunk = this_warp(), begin = chunk * kSmearChunk, left = args.tokens() - begin;
+  const int count = static_cast<int>(left < kWarp ? left : kWarp);
+  const bool here = this_lane() < count;
+  const int64_t token = here ? order[begin + this_lane()] : 0;
+  const int64_t row = here ? args.row(ids[token]) : shape.vocab;
+  const float own_rstd = here ? rstds[token] : 0.0f;
+  const unsigned seen = __ballot_sync(~0u, here && args.joined(token + 1));  // by the next
+  const unsigned known = __ballot_sync(~0u, row < shape.vocab);
+  const int64_t row_after = __shfl_down_sync(~0u, row, 1);
+  const unsigned ends = __ballot_sync(~0u, this_lane() + 1 < count && row != row_after);
+  const int64_t own_place = token * width, own_row_place = row * width;
+  for (int i = static_cast<int>(threadIdx.x); i < R::kWidth; i += kBlock) {
+    gates[i] = gate && i < width ? sigmoid(gate[i]) : 0.0f;
+  }
   __syncthreads();
-  const int64_t chunk = this_warp(), begin = chunk * kSmearChunk;
-  const int64_t end = begin + kSmearChunk < args.tokens() ? begin + kSmearChunk : args.tokens();
+
+  struct Position {
+    typename R::Fetched e;
+    Upstream own, next;
+  };
+  const auto fetch = [&](int i) {
+    const int64_t place = __shfl_sync(~0u, own_place, i);
+    return Position{
+        R::fetch(args, place, __shfl_sync(~0u, own_row_place, i), known >> i & 1),
+        Upstream::load(dx + place, width, true),
+        Upstream::load(dx + place + width, width, seen >> i & 1)};
+  };
+  const float factor = args.scale(), one_by_width = 1.0f / static_cast<float>(width);
+  Floats sum = Floats::zero(), gate_sum = Floats::zero();
   float scale_sum = 0;
   bool first = true;
-  int64_t id = begin < end ? args.in.ids[order[begin]] : 0;
-  for (int64_t position = begin; position < end; ++position) {
-    const int64_t token = order[position], before = id;
-    id = args.in.ids[token];
-    if (id != before) {
-      const Floats sum = Floats::load(piece_sums[warp], width);
+  constexpr bool kAhead = kFetchAhead<T, X, kVector, kChunks>;
+  if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
+  Position ahead = {};
+  if (kAhead && count > 0) ahead = fetch(0);
+  for (int i = 0; i < count; ++i) {
+    const Position now = kAhead ? ahead : fetch(i);
+    const float rstd = __shfl_sync(~0u, own_rstd, i);
+    const Lanes added = now.e.bigram.unpacked();
+    const Lanes e = R::embedding(now.e.table.unpacked(), factor, added);
+    const Lanes n = Lanes::zero().plus(rstd, e);
+    const Lanes next = now.next.unpacked();
+    Lanes dn = now.own.unpacked();
+    const Floats g = Floats::load(gates, R::kWidth);
+    if (!kAhead) gate_sum = Floats::load(gate_sums[warp], R::kWidth);
+#pragma unroll
+    for (int j = 0; j < R::kCount; ++j) {
+      const float difference = next.at[j] - dn.at[j];
+      gate_sum.at[j] += n.at[j] * difference;
+      dn.at[j] += g.at[j] * difference;
+    }
+    if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
+    // The registers of this position's rows are free.
+    if (kAhead && i + 1 < count) ahead = fetch(i + 1);
+    const float mean = dn.dot(n) * one_by_width;
+    Lanes dadded;
+#pragma unroll
+    for (int j = 0; j < R::kCount; ++j) {
+      const float de = rstd * (dn.at[j] - mean * n.at[j]);
+      sum.at[j] += de;
+      scale_sum += de * added.at[j];
+      dadded.at[j] = factor * de;
+    }
+    if (dbigram) dadded.store(dbigram + __shfl_sync(~0u, own_place, i), width);
+    if (ends >> i & 1) {
+      const int64_t place = __shfl_sync(~0u, own_row_place, i);
       if (first) {
         sum.store(pieces + 2 * chunk * width, width);
-      } else if (args.known(before)) {
-        typename R::TableLanes row;
-#pragma unroll
-        for (int i = 0; i < R::kCount; ++i) row.at[i] = sum.at[i];
-        row.store(dtable + before * width, width);
+      } else if (known >> i & 1) {
+        store_as(sum, dtable + place, width);
       }
       first = false;
-      Floats::zero().store(piece_sums[warp], width);
+      sum = Floats::zero();
     }
-    const Lanes bigram = R::from_bigram(args, token);
-    const float rstd = rstds[token];
-    const Lanes n = Lanes::zero().plus(rstd, R::embedding(args, id, bigram));
-    Lanes dn = Lanes::load(dx + token * width, width);
-    if (args.in.gate) {
-      const Lanes next = args.joined(token + 1) ? Lanes::load(dx + (token + 1) * width, width)
-                                                : Lanes::zero();
-      const Floats g = Floats::load(gates, width);
-      Floats gate_sum = Floats::load(gate_sums[warp], width);
-#pragma unroll
-      for (int i = 0; i < R::kCount; ++i) {
-        gate_sum.at[i] += n.at[i] * (next.at[i] - dn.at[i]);
-        dn.at[i] = (1.0f - g.at[i]) * dn.at[i] + g.at[i] * next.at[i];
-      }
-      gate_sum.store(gate_sums[warp], width);
-    }
-    const float mean = dn.dot(n) / static_cast<float>(width);
-    const Lanes de = Lanes::zero().plus(rstd, dn.plus(-mean, n));
-    Floats sum = Floats::load(piece_sums[warp], width);
-    float along_bigram = 0;
-#pragma unroll
-    for (int i = 0; i < R::kCount; ++i) {
-      sum.at[i] += de.at[i];
-      along_bigram += de.at[i] * bigram.at[i];
-    }
-    scale_sum += along_bigram;
-    sum.store(piece_sums[warp], width);
-    if (dbigram) Lanes::zero().plus(args.scale(), de).store(dbigram + token * width, width);
   }
-  if (begin < end) {
-    const Floats sum = Floats::load(piece_sums[warp], width);
-    sum.store(pieces + (2 * chunk + (first ? 0 : 1)) * width, width);
-  }
+  if (count > 0) sum.store(pieces + (2 * chunk + (first ? 0 : 1)) * width, width);
 
   // The block's sums for the gate and the scale, its warps in order.
+  gate_sum.store(gate_sums[warp], R::kWidth);
   scale_sum = group_sum<kWarp>(scale_sum);
   if (this_lane() == 0) scale_sums[warp] = scale_sum;
   __syncthreads();
@@ -205,33 +421,60 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<kVector, kChunks>))
   }
 }
 
-// The rows of dtable that are none or several of the pieces: 32 columns of one a block.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    embed_smear_rows(Inputs args, const int64_t* bounds, const float* pieces, T* dtable) {
+// The sum of the first `size` columns of rows 0 to count - 1, which place(i) gives, in the lanes of
+// warp 0: each warp adds up every kParts-th row, and warp 0 what they have, all in order.
+template <int kVector, typename Place>
+__device__ inline Row<float, kVector, kWarp, 1> sum_of_rows(int64_t count, int size,
+                                                           const Place& place) {
+  using Columns = Row<float, kVector, kWarp, 1>;
   constexpr int kParts = kThreads / kWarp;
-  __shared__ float sums[kParts][kWarp];
-  const int64_t width = args.shape.width, columns = (width + kWarp - 1) / kWarp;
+  alignas(16) __shared__ float parts[kParts][kWarp * kVector];
   const int part = static_cast<int>(threadIdx.x) / kWarp;
-  for (int64_t item = blockIdx.x; item < args.shape.vocab * columns; item += gridDim.x) {
-    const Divided place = divide(item, columns);
-    const int64_t id = place.quotient, column = place.rest * kWarp + this_lane();
-    const int64_t begin = bounds[id], end = bounds[id + 1];
-    const SmearPieces held = smear_pieces(begin, end, args.tokens());
+  Columns sum = Columns::zero();
+#pragma unroll 4
+  for (int64_t i = part; i < count; i += kParts) {
+    sum = sum.plus(1.0f, Columns::load(place(i), size));
+  }
+  __syncthreads();  // the parts of the sum before have been read
+  sum.store(parts[part], kWarp * kVector);
+  __syncthreads();
+  if (part == 0) {
+    for (int i = 1; i < kParts; ++i) {
+      sum = sum.plus(1.0f, Columns::load(parts[i], kWarp * kVector));
+    }
+  }
+  return sum;
+}
+
+// What is left to be added up, some columns a block: the sums for gate and scale, and the rows of
+// dtable that are none or several of the pieces.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    embed_smear_rows(EmbedSmearShape shape, const int64_t* __restrict__ bounds,
+                     const float* __restrict__ pieces, const float* __restrict__ partials,
+                     int64_t blocks, T* __restrict__ dtable, float* __restrict__ sums) {
+  using Columns = Row<float, kVector, kWarp, 1>;
+  const int width = static_cast<int>(shape.width);
+  const bool last = threadIdx.x < kWarp;  // of the warps
+  const int64_t of_sums = width / kWarp + 1, of_row = (width - 1) / (kVector * kWarp) + 1;
+  for (int64_t item = blockIdx.x; item < of_sums + shape.vocab * of_row; item += gridDim.x) {
+    if (item < of_sums) {
+      const int column = static_cast<int>(item) * kWarp, size = width + 1 - column;
+      const auto sum = sum_of_rows<1>(
+          blocks, size, [&](int64_t i) { return partials + i * (width + 1) + column; });
+      if (last) sum.store(sums + column, size);
+      continue;
+    }
+    const Divided place = divide(item - of_sums, of_row);
+    const int64_t id = place.quotient, begin = bounds[id], end = bounds[id + 1];
+    const int column = static_cast<int>(place.rest) * kVector * kWarp, size = width - column;
+    const SmearPieces held = smear_pieces(begin, end, shape.batch * shape.time);
     if (begin < end && held.whole) continue;  // for all threads of the block
-    float sum = 0;
-    if (begin < end && column < width) {
-      for (int64_t c = held.first_chunk + part; c <= held.last_chunk; c += kParts) {
-        sum += pieces[held.row(c, begin) * width + column];
-      }
-    }
-    sums[part][this_lane()] = sum;
-    __syncthreads();
-    if (part == 0 && column < width) {
-      for (int i = 1; i < kParts; ++i) sum += sums[i][this_lane()];
-      dtable[id * width + column] = narrow<T>(sum);
-    }
-    __syncthreads();
+    const int64_t chunks = begin < end ? held.last_chunk - held.first_chunk + 1 : 0;
+    const Columns sum = sum_of_rows<kVector>(chunks, size, [&](int64_t i) {
+      return pieces + held.row(held.first_chunk + i, begin) * width + column;
+    });
+    if (last) store_as(sum, dtable + id * width + column, size);
   }
 }
 
@@ -264,12 +507,22 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
   const int64_t runs = (shape.batch * shape.time + kRun - 1) / kRun;
   const bool vectors = aligned_rows(shape, {in.table, in.bigram, x});
   return with_rows(shape, vectors, [&](auto table, auto element, auto vector, auto chunks) {
+    using T = decltype(table);
     using X = decltype(element);
-    return launch(embed_smear_forward<decltype(table), X, decltype(vector)::value,
-                                      decltype(chunks)::value>,
-                  stepping_blocks(runs, kWarps), kBlock, stream, Inputs{shape, in},
-                  static_cast<X*>(x), static_cast<float*>(rstd));
+    return launch(embed_smear_forward<T, X, decltype(vector)::value, decltype(chunks)::value>,
+                  stepping_blocks(runs, kWarps), kBlock, stream, shape, in.ids,
+                  static_cast<const T*>(in.table), static_cast<const X*>(in.bigram),
+                  static_cast<const float*>(in.scale), static_cast<const float*>(in.gate),
+                  in.starts, static_cast<X*>(x), static_cast<float*>(rstd));
   });
+}
+
+const char* token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order,
+                        int64_t* bounds, void* stream) {
+  const int64_t keys = vocab + 1, per_block = blocks_for(keys, kOrderBlocks);
+  return launch(embed_smear_order, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
+                static_cast<int>(count), static_cast<int>(vocab), static_cast<int>(per_block),
+                order, bounds);
 }
 
 const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,
@@ -277,7 +530,6 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
                                  const EmbedSmearGradients& out, const EmbedSmearScratch& scratch,
                                  void* stream) {
   const int64_t blocks = smear_blocks(shape.batch * shape.time);
-  const Inputs args = {shape, in};
   float* const pieces = static_cast<float*>(scratch.pieces);
   float* const partials = static_cast<float*>(scratch.partials);
   const bool vectors =
@@ -287,19 +539,25 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
         using T = decltype(table);
         using X = decltype(element);
         return launch(embed_smear_chunks<T, X, decltype(vector)::value, decltype(chunks)::value>,
-                      blocks, kBlock, stream, args, tokens.order, static_cast<const X*>(dx),
-                      static_cast<const float*>(rstd), static_cast<T*>(out.dtable),
-                      static_cast<X*>(out.dbigram), pieces, partials);
+                      blocks, kBlock, stream, shape, in.ids, static_cast<const T*>(in.table),
+                      static_cast<const X*>(in.bigram), static_cast<const float*>(in.scale),
+                      static_cast<const float*>(in.gate), in.starts, tokens.order,
+                      static_cast<const X*>(dx), static_cast<const float*>(rstd),
+                      static_cast<T*>(out.dtable), static_cast<X*>(out.dbigram), pieces, partials);
       });
   if (error) return error;
-  error = with_element(shape.table_dtype, [&](auto table) {
+  return with_element(shape.table_dtype, [&](auto table) {
     using T = decltype(table);
-    const int64_t items = shape.vocab * ((shape.width + kWarp - 1) / kWarp);
-    return launch(embed_smear_rows<T>, stepping_blocks(items, 1), kThreads, stream, args,
-                  tokens.bounds, static_cast<const float*>(pieces), static_cast<T*>(out.dtable));
+    const auto start = [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      const int64_t of_rows = shape.vocab * blocks_for(shape.width, kVector * kWarp);
+      return launch(embed_smear_rows<T, kVector>,
+                    stepping_blocks(blocks_for(shape.width + 1, kWarp) + of_rows, 1), kThreads,
+                    stream, shape, tokens.bounds, pieces, partials, blocks,
+                    static_cast<T*>(out.dtable), static_cast<float*>(out.sums));
+    };
+    return vectors ? start(Constant<4>{}) : start(Constant<1>{});
   });
-  if (error) return error;
-  return sum_rows(partials, blocks, shape.width + 1, static_cast<float*>(out.sums), stream);
 }
 
 }  // namespace pgolf::cuda

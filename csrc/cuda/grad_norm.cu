@@ -8,43 +8,65 @@
 namespace pgolf::cuda {
 namespace {
 
+// Both sums over a block, in its first thread: within warps, then the warps' in their order.
+template <typename Count>
+__device__ inline void sum_in_first(double& squares, Count& bad) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ double squares_of[kWarps];
+  __shared__ Count bad_of[kWarps];
+  squares = group_sum<kWarp>(squares);
+  bad = group_sum<kWarp>(bad);
+  if (this_lane() == 0) {
+    squares_of[threadIdx.x / kWarp] = squares;
+    bad_of[threadIdx.x / kWarp] = bad;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) {
+    squares += squares_of[warp];
+    bad += bad_of[warp];
+  }
+}
+
+__device__ inline bool finite(float x) { return x - x == 0; }
+
 __global__ void __launch_bounds__(kThreads)
     grad_norm_chunks(TensorList<GradientTensor> list, int64_t chunks, double* partials) {
-  __shared__ double room[kThreads];
   const int64_t item = list.first_item + blockIdx.x;
   const GradientTensor t = list.tensors[tensor_of(list.tensors, list.count, item)];
   const int64_t begin = (item - t.first_item) * kChunk;
   const int64_t end = begin + kChunk < t.count ? begin + kChunk : t.count;
-  float squares = 0;
-  int bad = 0;
-  for_elements(begin, end, all_aligned(t.data), static_cast<int>(threadIdx.x), kThreads,
-               [&](auto elements, int64_t at) {
-                 float x[decltype(elements)::count];
-                 load_floats(t.data, t.dtype, at, x);
+  const auto for_values = [&](const auto& take) {
+    for_elements(begin, end, all_aligned(t.data), static_cast<int>(threadIdx.x), kThreads,
+                 [&](auto elements, int64_t at) {
+                   float x[decltype(elements)::count];
+                   load_floats(t.data, t.dtype, at, x);
 #pragma unroll
-                 for (float value : x) {
-                   squares += value * value;
-                   bad += value - value == 0 ? 0 : 1;
-                 }
-               });
-  const double sum = block_sum(squares, room);
-  const double found = block_sum(bad, room);
+                   for (float value : x) take(value);
+                 });
+  };
+  float squares = 0;
+  for_values([&](float value) { squares += value * value; });
+  // A sum that is finite has nothing else in it; one that is not may only be too large.
+  int bad = 0;
+  if (!finite(squares)) for_values([&](float value) { bad += finite(value) ? 0 : 1; });
+  double sum = squares;
+  sum_in_first(sum, bad);
   if (threadIdx.x == 0) {
     partials[item] = sum;
-    partials[chunks + item] = found;
+    partials[chunks + item] = bad;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     grad_norm_finish(const double* partials, int64_t chunks, float* norm, int64_t* bad) {
-  __shared__ double room[kThreads];
   double squares = 0, found = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
     squares += partials[i];
     found += partials[chunks + i];
   }
-  squares = block_sum(squares, room);
-  found = block_sum(found, room);
+  sum_in_first(squares, found);
   if (threadIdx.x == 0) {
     *norm = static_cast<float>(std::sqrt(squares));
     *bad = static_cast<int64_t>(found);
@@ -55,7 +77,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* grad_norm(const GradientTensor* tensors, int count, int64_t chunks, double* partials,
                       float* norm, int64_t* bad, void* stream) {
-  const char* error = for_each_list<TensorList<GradientTensor>>(tensors, count, chunks, [&](const auto& list) {
+  using List = TensorList<GradientTensor>;
+  const char* error = for_each_list<List>(tensors, count, chunks, [&](const auto& list) {
     return launch(grad_norm_chunks, list.end_item - list.first_item, kThreads, stream, list, chunks,
                   partials);
   });

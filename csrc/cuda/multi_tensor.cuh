@@ -88,27 +88,14 @@ struct Elements {
 // body(Elements<n>{}, at) for the elements [begin, end) of a tensor, `threads` of which this is
 // `thread` sharing them: kWide at a time where `wide` says that addresses are aligned (`begin` is a
 // multiple of kWide), and what is left one by one.
-template <typename Body>
-__device__ inline void for_elements(int64_t begin, int64_t end, bool wide, int thread, int threads,
+template <typename Index, typename Body>
+__device__ inline void for_elements(Index begin, Index end, bool wide, int thread, int threads,
                                     const Body& body) {
-  const int64_t middle = wide ? end - (end - begin) % kWide : begin;
-  for (int64_t at = begin + thread * kWide; at < middle; at += threads * kWide) {
+  const Index middle = wide ? end - (end - begin) % kWide : begin;
+  for (Index at = begin + thread * kWide; at < middle; at += threads * kWide) {
     body(Elements<kWide>{}, at);
   }
-  for (int64_t at = middle + thread; at < end; at += threads) body(Elements<1>{}, at);
-}
-
-// The sum over a block of kThreads, the same bits for all of them; `room` is shared memory.
-__device__ inline double block_sum(double x, double (&room)[kThreads]) {
-  const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();  // room may still be read
-  room[thread] = x;
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (thread < step) room[thread] += room[thread + step];
-  }
-  __syncthreads();
-  return room[0];
+  for (Index at = middle + thread; at < end; at += threads) body(Elements<1>{}, at);
 }
 
 }  // namespace pgolf::cuda

@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(kThreads)
 // Items are blocks of kBlockRows rows of a matrix.
 __global__ void __launch_bounds__(kThreads)
     muon_momentum_scale(Matrices list, MuonMomentumShape shape, const double* squares) {
-  __shared__ double room[kThreads];
   const int64_t item = list.first_item + blockIdx.x;
   const MomentumMatrix t = list.tensors[tensor_of(list.tensors, list.count, item)];
   const double* rows = squares + t.first_row;
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
     const double divisor = shape.row_norm ? row_norm_divisor(rows[row]) : 1;
     total += rows[row] / divisor / divisor;
   }
-  const double matrix = matrix_norm_divisor(block_sum(total, room), shape.safety);
+  const double matrix = matrix_norm_divisor(group_sum<kThreads>(total), shape.safety);
   const bool wide = all_aligned(t.x) && t.cols % kWide == 0;
   const int64_t first = (item - t.first_item) * kBlockRows;
   const int64_t end = first + kBlockRows < t.rows ? first + kBlockRows : t.rows;

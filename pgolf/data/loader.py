@@ -25,18 +25,27 @@ class SequentialLoader:
         rank: this process, 0 <= rank < world.
         world: number of processes that share the cursor.
         vocab_size: every token must be smaller; a shard is checked when it is first read.
+        device: where batches go, in one copy of 16 bits a token that the host does not wait for.
 
     Raises:
         DataError: no shards, or a shard whose header is wrong.
         ConfigError: a rank outside of the world.
     """
 
-    def __init__(self, paths: list[Path], rank: int, world: int, vocab_size: int):
+    def __init__(
+        self,
+        paths: list[Path],
+        rank: int,
+        world: int,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ):
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not in 0..{world - 1} (world size {world})")
         if not paths:
             raise DataError("no training shards: make some with `pgolf data prepare`")
         self.paths, self.rank, self.world, self.vocab_size = list(paths), rank, world, vocab_size
+        self.device = torch.device(device)
         # ends[i] = number of tokens in shards 0..i
         self.ends = np.cumsum([read_header(path) for path in self.paths])
         self.total = int(self.ends[-1])
@@ -53,10 +62,11 @@ class SequentialLoader:
                 )
         return self._opened[index].result()
 
-    def _take(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` (modulo the total) as int64 of shape (count,)."""
-        out = np.empty(count, np.int64)
-        filled = 0
+    def _take(self, start: int, count: int) -> torch.Tensor:
+        """`count` tokens from `start` (modulo the total) as uint16 of shape (count,)."""
+        # From page-locked memory a copy needs no wait; torch gives it out again only after that.
+        tokens = torch.empty(count, dtype=torch.uint16, pin_memory=self.device.type == "cuda")
+        out, filled = tokens.numpy(), 0
         while filled < count:
             at = (start + filled) % self.total
             index = int(np.searchsorted(self.ends, at, side="right"))
@@ -65,10 +75,10 @@ class SequentialLoader:
             piece = shard[offset : offset + count - filled]
             out[filled : filled + piece.size] = piece
             filled += piece.size
-        return out
+        return tokens
 
     def next_batch(self, local_tokens: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's next micro-step: inputs and targets, int64 CPU of shape (L / T, T).
+        """This rank's next micro-step: inputs and targets, int64 of shape (L / T, T).
 
         Raises:
             ConfigError: `local_tokens` is not a positive multiple of `seq_len`.
@@ -80,9 +90,12 @@ class SequentialLoader:
                 f"sequence length {seq_len}"
             )
         span = local_tokens + 1
-        tokens = torch.from_numpy(self._take(self.position + self.rank * span, span))
+        tokens = self._take(self.position + self.rank * span, span)
+        tokens = tokens.to(self.device, non_blocking=True)
         self.position = (self.position + self.world * span) % self.total
-        return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
+        # Two tensors, not one that they share: both are aligned, as compiled code wants them.
+        x, y = (part.to(torch.int64) for part in (tokens[:-1], tokens[1:]))
+        return x.view(-1, seq_len), y.view(-1, seq_len)
 
     def state_dict(self) -> dict[str, int]:
         """The shared cursor: the same on every rank, good for any world size."""

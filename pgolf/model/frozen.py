@@ -22,12 +22,13 @@ def frozen_copy(
     Args:
         state: other parameters by name, such as averaged ones; None is the model's own.
         dtype: of activations, matrices and tables; None is the model's.
-        ops: operator -> implementation; None is the reference for all.
+        ops: operator -> implementation; those that are not named are the reference. Attention is
+            the model's where the dtype is, and the reference elsewhere.
     """
     dtype = dtype or model.compute_dtype
-    backend = model.backend if dtype == model.compute_dtype else "sdpa"
+    attention = model.ops["attention"] if dtype == model.compute_dtype else "reference"
     with torch.device("meta"):
-        copy = GPT(model.config, dtype, backend, 0, ops)
+        copy = GPT(model.config, dtype, 0, {**(ops or {}), "attention": attention})
     cast = {f"{name}.weight" for name, m in copy.named_modules() if isinstance(m, Matrix | Table)}
     state = state or model.export_state()
     copy.load_state_dict(

@@ -35,6 +35,7 @@ def operator_sizes(
     head, group = config.dim // config.heads, config.heads // config.kv_heads
     table = DTYPES[config.table_dtype]
     return {
+        "attention": {"size": head},
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
         "xsa": {"size": head, "share": group},
@@ -51,7 +52,6 @@ class GPT(nn.Module):
     Args:
         config: the model's section of a run's configuration.
         compute_dtype: dtype of activations and matmul inputs; losses are fp32.
-        backend: attention backend, from `pgolf.ops.attention.choose`.
         max_length: longest sequence that will be asked for.
         ops: operator -> implementation; those that are not named are the reference.
     """
@@ -60,13 +60,12 @@ class GPT(nn.Module):
         self,
         config: ModelConfig,
         compute_dtype: torch.dtype = torch.float32,
-        backend: str = "sdpa",
         max_length: int = 2048,
         ops: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops or {})
-        self.config, self.compute_dtype, self.backend = config, compute_dtype, backend
+        self.config, self.compute_dtype = config, compute_dtype
         table_dtype = DTYPES[config.table_dtype]
         kv_dim = config.dim // config.heads * config.kv_heads
         xsa_layers = resolve_layers("xsa_layers", config.xsa_layers, config.layers)
@@ -126,7 +125,7 @@ class GPT(nn.Module):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over whole sequences, the same in every layer."""
-        return attention(q, k, v, self.backend)
+        return attention(q, k, v, self.ops["attention"])
 
     def trunk(
         self,

@@ -2,6 +2,7 @@
 of implementations. The functions named here can be used alone: `from pgolf.ops import xsa`.
 """
 
+from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
@@ -15,6 +16,7 @@ from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast, weigh
 from pgolf.ops.xsa import xsa
 
 __all__ = [
+    "attention",
     "embed_smear",
     "fake_quant",
     "fake_quant_all",

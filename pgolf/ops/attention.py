@@ -1,192 +1,328 @@
-"""Causal attention with grouped key/value heads, behind one function.
+"""Causal attention with grouped key/value heads.
 
-    y_h = softmax(q_h k_g^T / sqrt(d) + causal mask) v_g,   g = h // (H / G)
+    y_h = softmax(q_h k_g^T / sqrt(d) + causal mask) v_g
 
-Three backends, tried in this order and decided once: FlashAttention 3 (Hopper), FlashAttention 2
-(sm_80 and newer), torch's scaled_dot_product_attention (anywhere). The two flash-attn backends
-are opaque operators with fakes, so they trace under fullgraph=True whatever the version of the
-package: its own functions are looked up when the operator runs.
-Shapes: q (N, T, H, d), k and v (N, T, G, d), result (N, T, H, d).
+g = h // (H / G) is the key/value head of query head h, with H query and G key/value heads. The
+reference is torch's scaled_dot_product_attention, which `sdpa` names too: scores in the open are
+T x T numbers a head, with which no run of `ops=reference` would fit. The implementations are the
+packages of github.com/Dao-AILab/flash-attention, behind one opaque operator, which traces under
+fullgraph=True whatever their version: their own functions are looked up when it runs. (torch's
+own registration of them, activate_flash_attention_impl of torch.nn.attention, is not in torch 2.9
+and changes every attention of the process.)
+Shapes: q, y (N, T, H, d), k, v (N, T, G, d). Strides are free.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pgolf.errors import ConfigError
-from pgolf.ops.choose import transformed
+from pgolf.ops.choose import beyond, resolve, transformed
 from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
+from pgolf.ops.launch import launcher
+from pgolf.ops.operator import Implementation, Operator, Sample, Work, register
+from pgolf.ops.tensors import check_alike, nbytes, unit_stride
 
-# name -> (module that provides it, least compute capability, what to call it, a parameter of the
-# inner forward function that older versions lack: those return their outputs in another order)
-FLASH = {
-    "fa3": ("flash_attn_interface", (9, 0), "FlashAttention 3", "num_splits"),
-    "fa2": ("flash_attn.flash_attn_interface", (8, 0), "FlashAttention 2", "window_size_left"),
-}
+_INPUTS = Inputs("attention", ("q", "k", "v"), alike=("q", "k", "v"), matmul=True)
+
+
+@outside_autocast
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` by torch."""
+    # Of torch's kernels the plain one alone knows forward-mode derivatives.
+    plain = sdpa_kernel(SDPBackend.MATH) if transformed() else contextlib.nullcontext()
+    with plain:
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            is_causal=True, enable_gqa=q.size(2) != k.size(2),
+        )  # fmt: skip
+    return y.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"attention: {name} is {tuple(t.shape)}: use (N, T, heads, d)")
+    if k.shape != v.shape:
+        raise ValueError(
+            f"attention: k is {tuple(k.shape)} and v {tuple(v.shape)}: they have to be the same"
+        )
+    if q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3):
+        raise ValueError(
+            f"attention: q is {tuple(q.shape)} and k {tuple(k.shape)}: N, T and d have to be the "
+            "same"
+        )
+    if not q.size(3):
+        raise ValueError(f"attention: q is {tuple(q.shape)}: heads of no elements have no scores")
+    if not q.size(2) or not k.size(2) or q.size(2) % k.size(2):
+        raise ValueError(
+            f"attention: {q.size(2)} query heads cannot be shared out over {k.size(2)} key/value "
+            "heads: H has to be a multiple of G, and neither may be 0"
+        )
+    check_alike("attention", q=q, k=k, v=v)
+
+
+def obstacle(impl: str, size: int) -> str:
+    """Why `impl` cannot run heads of that size; '' if it can."""
+    if size % 8:
+        return f"it takes heads of a multiple of 8 elements, not {size}"
+    return beyond(SIZE_LIMITS, impl, size, "elements a head")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
+    """Causal attention: what each query sees of the values up to its position.
+
+    Args:
+        q: (N, T, H, d).
+        k, v: (N, T, G, d), H a multiple of G, of q's dtype and device.
+        impl: 'auto', 'reference' or 'sdpa', 'fa3', 'fa4', 'fa2' (bf16, fp16; d a multiple of 8 and
+            <= 256, for 'fa4' <= 128).
+
+    Returns:
+        (N, T, H, d). Of the reference, second derivatives exist inside of
+        torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: shapes, dtypes or devices do not fit; says which and what would.
+        RuntimeError: `impl` is not there on this machine, or knows no transform of torch.func.
+    """
+    q, k, v = _INPUTS(q, k, v)
+    _check(q, k, v)
+    impl = resolve("attention", impl, q, size=q.size(3))
+    if impl == "reference":
+        return reference(q, k, v)
+    return _forward(q, k, v, impl)[0]
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pgolf::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    with without_autocast(q):
+        return launcher("attention", impl, "forward")(*map(unit_stride, (q, k, v)))
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    batch, time, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, time), dtype=torch.float32)
+
+
+@torch.library.custom_op("pgolf::attention_backward", mutates_args=())
+def _backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = map(unit_stride, (q, k, v))
+    return launcher("attention", impl, "backward")(dy.contiguous(), q, k, v, y, lse)
+
+
+@_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, impl: str):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx: Any, dy: Tensor, dlse: Tensor | None) -> tuple:
+    return *_backward(dy, *ctx.saved_tensors, ctx.impl), None
+
+
+register_gradient("attention", _forward, _gradient, _setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+class Package(NamedTuple):
+    """Where an implementation is.
+
+    Attributes:
+        title: for people.
+        module: that has its inner functions.
+        forward, backward: their names.
+        marker: a parameter of `forward` that versions lack which return other results.
+        majors: of the compute capabilities that it has code for, forward and backward.
+        gpus: the same for people.
+        remedy: how it is installed.
+    """
+
+    title: str
+    module: str
+    forward: str
+    backward: str
+    marker: str
+    majors: range
+    gpus: str
+    remedy: str
+
+
+PACKAGES = {
+    "fa3": Package(
+        "FlashAttention 3", "flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward",
+        "num_splits", range(9, 10), "sm_90",
+        "build hopper/ of github.com/Dao-AILab/flash-attention",
+    ),
+    "fa4": Package(
+        "FlashAttention 4", "flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd",
+        "return_lse", range(9, 12), "sm_90 to sm_110",
+        # All releases are called betas, which pip takes only where they are named.
+        "pip install 'flash-attn-4>=4.0.0b4'",
+    ),
+    "fa2": Package(
+        "FlashAttention 2", "flash_attn.flash_attn_interface", "_flash_attn_forward",
+        "_flash_attn_backward", "window_size_left", range(8, 100), "sm_80 or newer",
+        "pip install flash-attn --no-build-isolation",
+    ),
+}  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float16)
+# Elements of a head. (FlashAttention 4 takes more on some GPUs, by its version.)
+SIZE_LIMITS = {"fa3": 256, "fa4": 128, "fa2": 256}
 
 
 @functools.cache
-def _module(backend: str) -> tuple[ModuleType | None, str]:
-    """The backend's module, or None and why it can't be used."""
-    name, _, title, marker = FLASH[backend]
+def _module(impl: str) -> tuple[ModuleType | None, str]:
+    """The module of an implementation, or None and why it can't be used."""
+    package = PACKAGES[impl]
     try:
-        module = importlib.import_module(name)
-        if marker not in _parameters(module._flash_attn_forward):
-            return None, f"{title}: this version of {name} is too old, its inner function differs"
-        return module, f"{title} ({name})"
+        module = importlib.import_module(package.module)
+        if package.marker in _parameters(getattr(module, package.forward)):
+            return module, ""
+        why = f"this version of {package.module} is too old, its inner function differs"
     except ModuleNotFoundError as e:
-        return None, f"{title}: {e.name} is not installed"
+        why = f"{e.name} is not installed"
     except Exception as e:  # a broken build raises ImportError, OSError, RuntimeError ...
-        return None, f"{title}: {name} is installed but fails to import: {e}"
+        why = f"{package.module} is installed but fails to import: {e}"
+    return None, f"{package.title}: {why} ({package.remedy})"
 
 
-def _usable(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[bool, str]:
-    """Whether a flash-attn backend can run here, and why."""
-    _, capability, title, _ = FLASH[backend]
-    if device.type != "cuda":
-        return False, f"{title}: needs a GPU, this run is on {device.type}"
-    found = torch.cuda.get_device_capability(device)
-    # FlashAttention 3 is compiled for Hopper alone: newer architectures do not run sm_90a code.
-    if (found[0] != 9) if backend == "fa3" else found < capability:
-        return False, f"{title}: needs sm_%d%d, this is sm_%d%d" % (*capability, *found)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False, f"{title}: needs bf16 or fp16, this run computes in {dtype}"
-    if head_dim % 8 or head_dim > 256:
-        return False, f"{title}: needs heads of a multiple of 8 up to 256, these are {head_dim}"
-    module, reason = _module(backend)
-    return module is not None, reason
+def _missing(impl: str) -> str:
+    """Why an implementation cannot run here; '' if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    package = PACKAGES[impl]
+    if major not in package.majors:
+        return f"{package.title} needs {package.gpus}, this GPU is sm_{major}{minor}"
+    return _module(impl)[1]
 
 
-def choose(
-    device: torch.device, dtype: torch.dtype, wanted: str = "auto", head_dim: int = 64
-) -> tuple[str, str]:
-    """The backend to use and the reason in words.
-
-    Args:
-        wanted: 'auto', or a backend by name.
-
-    Raises:
-        ConfigError: a backend was asked for by name and cannot run here.
-    """
-    rejected = []
-    for backend in FLASH:
-        if wanted not in ("auto", backend):
-            continue
-        usable, reason = _usable(backend, device, dtype, head_dim)
-        if usable:
-            return backend, reason
-        if wanted == backend:
-            raise ConfigError(f"attention={wanted}: {reason}; use attention=auto")
-        rejected.append(reason)
-    return "sdpa", "; ".join(["torch scaled_dot_product_attention", *rejected])
-
-
-def describe() -> str:
-    """What `auto` would choose on this machine in bf16, for people."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return choose(device, torch.bfloat16)[1]
-
-
+@functools.cache
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     inner = getattr(function, "_init_fn", function)  # what a custom operator wraps
     return inspect.signature(inner).parameters
 
 
-def _call(function: Callable[..., Any], causal: bool, **known: Any) -> Any:
-    """Call one of flash-attn's inner functions, whose parameters differ between versions.
+# What parameters that have no default, in some version, are to be for attention and nothing else;
+# others of those are None.
+_NEUTRAL = {
+    "dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
+    "return_softmax": False, "deterministic": False,
+}  # fmt: skip
 
-    Plain functions of older releases name the flag `causal` and give no defaults; custom
-    operators of newer ones may name it `is_causal`. Required parameters that we do not use are
-    None.
-    """
-    parameters = _parameters(function)
-    known["is_causal" if "is_causal" in parameters else "causal"] = causal
-    arguments = {
-        name: known.get(name)
-        for name, p in parameters.items()
+
+def _call(impl: str, function: str, q: Tensor, **known: Any) -> Any:
+    """Call an inner function, causal; of `known` it gets what it has a parameter for."""
+    called = getattr(_module(impl)[0], function)
+    known |= {"q": q, "softmax_scale": q.size(-1) ** -0.5, "causal": True, "is_causal": True}
+    return called(**{
+        name: known.get(name, _NEUTRAL.get(name))
+        for name, p in _parameters(called).items()
         if name in known or p.default is inspect.Parameter.empty
-    }
-    return function(**arguments)
+    })  # fmt: skip
 
 
-def _register(backend: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Make the operator pgolf::attention_<backend> with its fake and its gradient."""
-    # The values FlashAttention 2 has no defaults for; names that a version lacks are not passed.
-    neutral = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
-               "return_softmax": False, "deterministic": False}
+def _flash(impl: str) -> Implementation:
+    package = PACKAGES[impl]
 
-    @torch.library.custom_op(f"pgolf::attention_{backend}", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _call(
-            _module(backend)[0]._flash_attn_forward, True,
-            q=q, k=k, v=v, softmax_scale=q.size(-1) ** -0.5, **neutral,
-        )
-        return out.contiguous(), lse
+        y, lse, *_ = _call(impl, package.forward, q, k=k, v=v, return_lse=True)
+        return y.contiguous(), lse
 
-    @forward.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        batch, time, heads, _ = q.shape
-        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-            (batch, heads, time), dtype=torch.float32
-        )
-
-    @torch.library.custom_op(f"pgolf::attention_{backend}_backward", mutates_args=())
     def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         _call(
-            _module(backend)[0]._flash_attn_backward, True,
-            dout=dout.contiguous(), q=q, k=k, v=v, out=out, softmax_lse=lse,
-            dq=dq, dk=dk, dv=dv, softmax_scale=q.size(-1) ** -0.5, **neutral,
-        )
+            impl, package.backward, q, k=k, v=v, out=y, dout=dy, lse=lse, softmax_lse=lse,
+            dq=dq, dk=dk, dv=dv,
+        )  # fmt: skip
         return dq, dk, dv
 
-    @backward.register_fake
-    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor):
-        return tuple(
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)
-        )
-
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    def gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dout, *ctx.saved_tensors)
-
-    register_gradient("attention", forward, gradient, setup_context)
-    return forward
+    functions = {"forward": forward, "backward": backward}
+    missing = functools.partial(_missing, impl)
+    return Implementation("cuda", DTYPES, functions, missing, package=package.title)
 
 
-_OPERATORS = {backend: _register(backend) for backend in FLASH}
+def samples() -> list[Sample]:
+    """Groupings, head sizes and layouts; the bench sizes are one layer at 1,024 tokens and more."""
+
+    def make(batch: int, time: int, heads: int, groups: int, size: int):
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(time)
+            qkv = torch.randn(batch, time, heads + 2 * groups, size, generator=g).double()
+            # The parts of one packed projection.
+            return qkv.to(device, dtype).split((heads, groups, groups), dim=2), {}
+
+        return build
+
+    shapes = {
+        "2x7 8/4 64": (2, 7, 8, 4, 64),
+        "1x33 4/4 32": (1, 33, 4, 4, 32),
+        "1x66 2/1 128": (1, 66, 2, 1, 128),
+        "3x1 6/2 80": (3, 1, 6, 2, 80),
+    }
+    big = {1024: (1, 1024), 8192: (4, 2048), 98304: (48, 2048)}
+    return [Sample(label, make(*s)) for label, s in shapes.items()] + [
+        Sample(f"{tokens} tokens", make(*s, 8, 4, 64), bench=True) for tokens, s in big.items()
+    ]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        is_causal=True, enable_gqa=q.size(2) != k.size(2),
-    )
-    return out.transpose(1, 2)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """Causal attention by the backend that `choose` named; (N, T, H, d).
-
-    Raises:
-        RuntimeError: FlashAttention under torch.func or in forward mode, of which it knows nothing.
+def cost(q: Tensor, k: Tensor, v: Tensor) -> tuple[Work, Work]:
+    """Forward two products, backward five, as the weights are computed again from q, k and the
+    log of their sum; half of each is behind the mask.
     """
-    if backend != "sdpa" and transformed():
-        raise RuntimeError(
-            f"attention: {backend} knows neither torch.func (grad, jvp, vmap) nor forward-mode "
-            "derivatives: use the backend 'sdpa'"
-        )
-    return _sdpa(q, k, v) if backend == "sdpa" else _OPERATORS[backend](q, k, v)[0]
+    batch, time, heads, size = q.shape
+    product = batch * heads * size * time * (time + 1)
+    lse = 4 * batch * heads * time
+    return (
+        Work(2 * product, nbytes(q, k, v), nbytes(q) + lse),
+        Work(5 * product, nbytes(q, q, q, k, v) + lse, nbytes(q, k, v)),
+    )
+
+
+OPERATOR = register(
+    Operator(
+        name="attention",
+        call=attention,
+        reference=reference,
+        differentiable=("q", "k", "v"),
+        implementations={impl: _flash(impl) for impl in PACKAGES},
+        preferred={
+            "cpu": [("reference", "torch's scaled_dot_product_attention")],
+            "cuda": [
+                ("fa3", "FlashAttention 3, written for Hopper"),
+                ("fa4", "FlashAttention 4, written for Hopper and Blackwell"),
+                ("fa2", "FlashAttention 2"),
+                ("reference", "torch's scaled_dot_product_attention"),
+            ],
+        },
+        samples=samples,
+        cost=cost,
+        obstacle=obstacle,
+        aliases={"sdpa": "reference"},
+    )
+)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,22 +34,39 @@ def parse(text: str) -> dict[str, str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     wanted: dict[str, str] = {}
     for word in words:
+        found = False
         name, equals, impl = word.partition("=")
         if equals and name not in OPERATORS:
             raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
         if not equals:
             name, impl = "", name
         for target in [name] if name else OPERATORS:
-            known = ("auto", "reference", *OPERATORS[target].implementations)
+            operator = OPERATORS[target]
+            known = ("auto", "reference", *operator.implementations, *operator.aliases)
             if impl in known:
-                wanted[target] = impl
+                found, wanted[target] = True, operator.aliases.get(impl, impl)
             elif not name:
                 wanted[target] = "reference"
             else:
                 raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
-        if not name and impl not in wanted.values():
+        if not found:
             raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")
     return wanted
+
+
+def with_attention(text: str, impl: str) -> str:
+    """`text` as `parse` takes it, with what the setting attention= asks for besides.
+
+    Raises:
+        ConfigError: it names another implementation of attention.
+    """
+    if impl == "auto":
+        return text
+    wish = f"attention={impl}"
+    named = [word for word in text.split(",") if word.partition("=")[0].strip() == "attention"]
+    if parse(",".join(named)) not in ({}, parse(wish)):
+        raise ConfigError(f"{wish} and ops={text} name two: give one of them")
+    return ",".join(filter(None, (text, wish)))
 
 
 def beyond(limits: Mapping[str, int], impl: str, size: int, what: str) -> str:
@@ -125,7 +142,7 @@ def choose(
         order = operator.preferred.get(f"{device} compiled", order)
     for candidate, why in order:
         if candidate == "reference":
-            return Choice(candidate, why)
+            return Choice(candidate, "; ".join([why, *rejected]))
         problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)
         if not problem:
             return Choice(candidate, why)
@@ -139,21 +156,23 @@ def choose_all(
     dtype: torch.dtype,
     compiled: bool,
     sizes: Mapping[str, Mapping[str, Any]],
+    names: Collection[str] = OPERATORS,
 ) -> dict[str, Choice]:
     """The choice of every operator for a run, whose model torch.compile compiles or not.
 
     Args:
         sizes: by operator, what its `obstacle` takes; one that is not named has no obstacle.
+        names: of the operators, if not all.
 
     Raises:
         ConfigError: `text` is malformed, or asks for what cannot run here.
     """
     wanted = parse(text)
-    cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in OPERATORS}
+    cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in names}
     try:
         return {
             n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n])
-            for n in OPERATORS
+            for n in names
         }
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
@@ -200,6 +219,7 @@ def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
     Raises:
         ValueError, RuntimeError: as `choose`; RuntimeError: kernels were asked for there.
     """
+    impl = OPERATORS[name].aliases.get(impl, impl)
     if transformed():
         return _under_a_transform(name, impl)
     if impl == "reference":

@@ -21,7 +21,8 @@ def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.devi
         ops: operator -> implementation, of those that it calls.
         device: where it runs.
     """
-    if any(impl != "reference" and OPERATORS[n].differentiable for n, impl in ops.items()):
+    chosen = [(OPERATORS[n], impl) for n, impl in ops.items() if impl != "reference"]
+    if any(o.differentiable and not o.implementations[impl].package for o, impl in chosen):
         _introduce(device.type)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -68,11 +69,13 @@ class Recorder(TorchDispatchMode):
 def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
     """A call of each opaque operator that an operator's small samples reach, forward and backward.
 
-    None where no kernel runs on that device, nor where there is no gradient: operators without one
-    update weights, outside of compiled graphs.
+    None where no kernel of pgolf runs on that device (those of attention, which every layer has,
+    are another's, and nothing about them is long), nor where there is no gradient: operators
+    without one update weights, outside of compiled graphs.
     """
     known = operator.implementations.items()
-    impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)
+    here = (n for n, i in known if i.runs_on(device) and not i.package and not i.missing())
+    impl = next(here, None)
     if impl is None or not operator.differentiable:
         return []
     found: dict[Callable, OpaqueCall] = {}

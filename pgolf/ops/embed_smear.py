@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf import extension
 from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
@@ -39,6 +38,7 @@ from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
+ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
 _INPUTS = Inputs(
     "embed_smear", ("ids", "table", "bigram", "bigram_scale", "gate", "starts"), alike=("bigram",),
     wide=("bigram_scale", "gate"), optional=("bigram", "bigram_scale", "gate", "starts"),
@@ -247,19 +247,25 @@ register_gradient("embed_smear", _forward, _gradient, _setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _order_cpp(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Tokens by id, stable, and where each id begins (rows + 1,): a counting sort."""
+def _order(run: Run, ids: Tensor, table: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens by id, stable, and where each id begins (V + 1,): a counting sort, or torch's.
+
+    Tokens of ids that are no rows lie outside of the bounds.
+
+    Args:
+        limit: the largest V of the counting sort, which on a GPU keeps its counts in shared memory
+            and indexes tokens in 32 bits; None: any.
+    """
+    rows = table.size(0)
+    if limit is not None and (rows > limit or ids.numel() > 2**31 - 1):
+        by_id, order = torch.sort(ids.flatten(), stable=True)
+        return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
     order, bounds = ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
-    extension.load().token_order(
-        ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr()
-    )
+    run(
+        "token_order", table,
+        ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr(),
+    )  # fmt: skip
     return order, bounds
-
-
-def _order_torch(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same by torch, for any device; ids that are no rows lie outside of the bounds."""
-    by_id, order = torch.sort(ids.flatten(), stable=True)
-    return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
 
 
 def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
@@ -267,7 +273,7 @@ def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     return DTYPE_CODES[table.dtype], DTYPE_CODES[dtype], *ids.shape, *table.shape
 
 
-def _launchers(run: Run, order_of: Callable) -> dict[str, Callable]:
+def _launchers(run: Run, order_limit: int | None) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
     def forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype):
@@ -284,7 +290,7 @@ def _launchers(run: Run, order_of: Callable) -> dict[str, Callable]:
         chunks = -(-ids.numel() // CHUNK)
         pieces = rstd.new_empty((2 * chunks, table.size(1)))
         partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
-        order, bounds = order_of(ids, table.size(0))
+        order, bounds = _order(run, ids, table, order_limit)
         run(
             "embed_smear_backward", table,
             *addresses(ids, table, bigram, bigram_scale, gate, starts),
@@ -355,7 +361,7 @@ def cost(
     )
 
 
-_FUNCTIONS = ("embed_smear", "embed_smear_backward")
+_FUNCTIONS = ("embed_smear", "embed_smear_backward", "token_order")
 OPERATOR = register(
     Operator(
         name="embed_smear",
@@ -363,8 +369,8 @@ OPERATOR = register(
         reference=reference,
         differentiable=("table", "bigram", "bigram_scale", "gate"),
         implementations={
-            "cpu": in_cpp(*_FUNCTIONS, "token_order", **_launchers(run_cpp, _order_cpp)),
-            "cuda": in_cuda(*_FUNCTIONS, **_launchers(run_cuda, _order_torch)),
+            "cpu": in_cpp(*_FUNCTIONS, **_launchers(run_cpp, None)),
+            "cuda": in_cuda(*_FUNCTIONS, **_launchers(run_cuda, ORDER_LIMITS["cuda"])),
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],

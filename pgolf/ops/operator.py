@@ -5,7 +5,7 @@ other implementation runs behind an opaque operator of torch.library.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ class Implementation:
         functions: its launchers by name.
         missing: why it cannot run on this machine; '' if it can.
         emulated: whether kernels for a GPU run on CPU tensors in this process.
+        package: whose kernels they are, if not pgolf's: not there on every machine that could run
+            them, and as deterministic as they are.
     """
 
     device: str
@@ -29,6 +31,7 @@ class Implementation:
     functions: Mapping[str, Callable]
     missing: Callable[[], str]
     emulated: Callable[[], bool] = lambda: False
+    package: str = ""
 
     def runs_on(self, device: str) -> bool:
         return device == self.device or (self.device == "cuda" and self.emulated())
@@ -73,6 +76,7 @@ class Operator:
         cost: least work (forward, backward) for a sample's arguments.
         mutates: names of the arguments that it changes in place.
         obstacle: (implementation, sizes by name) -> why it cannot run these sizes; '' if it can.
+        aliases: other names of implementations, or of the reference.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Operator:
     cost: Callable[..., tuple[Work, Work]]
     mutates: tuple[str, ...] = ()
     obstacle: Callable[..., str] = lambda impl, **sizes: ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 OPERATORS: dict[str, Operator] = {}

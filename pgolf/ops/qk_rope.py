@@ -28,7 +28,9 @@ from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
-TOKENS_PER_BLOCK = 64  # of which the kernels sum d_gain by itself; csrc/qk_rope.h
+# The kernels sum d_gain over so many tokens by themselves, or over more that leave so many sums;
+# csrc/qk_rope.h
+TOKENS_PER_BLOCK, MAX_BLOCKS = 64, 1024
 _INPUTS = Inputs(
     "qk_rope", ("qkv", "cos", "sin", "gain", "value"), alike=("qkv", "value"),
     wide=("cos", "sin", "gain"), optional=("value",),
@@ -239,7 +241,8 @@ def _launchers(run: Run) -> dict[str, Callable]:
 
     def backward(dq, dk, dv, qkv, cos, sin, gain, heads, kv_heads, eps, norm):
         dqkv, d_gain = qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
-        blocks = -(-qkv.shape[:2].numel() // TOKENS_PER_BLOCK)
+        tokens = qkv.shape[:2].numel()
+        blocks = -(-tokens // max(TOKENS_PER_BLOCK, -(-tokens // MAX_BLOCKS)))
         partials = gain.new_empty((blocks, heads))
         gradients = (dq, dk, dv)
         run(
@@ -274,7 +277,8 @@ def samples() -> list[Sample]:
         return build
 
     shapes = {
-        "2x7 8/4 64 r16 value": make(2, 7, 8, 4, 64, 16, with_value=True),
+        "3x5 8/4 64 r16 value": make(3, 5, 8, 4, 64, 16, with_value=True),
+        "1x3 8/4 64 r64": make(1, 3, 8, 4, 64, 64),
         "1x70 4/4 32 r32": make(1, 70, 4, 4, 32, 32),
         "1x5 4/1 128 r0": make(1, 5, 4, 1, 128, 0),
         "1x3 6/2 80 r10 no norm": make(1, 3, 6, 2, 80, 10, norm=False, with_value=True),

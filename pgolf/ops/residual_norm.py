@@ -29,8 +29,8 @@ from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
-ROWS_PER_BLOCK = 64  # of which the kernels sum gradients of parameters; csrc/residual_norm.h
-
+# Kernels sum gradients of parameters over parts of the rows; csrc/residual_norm.h.
+ROWS_PER_BLOCK, MOST_BLOCKS = 64, 528
 
 _INPUTS = Inputs(
     "residual_norm", ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
@@ -294,6 +294,11 @@ register_gradient("residual_norm", _forward, _gradient, _setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
+def partial_rows(rows: int) -> int:
+    """Into how many parts a kernel takes so many rows, to sum each up by itself."""
+    return -(-rows // max(ROWS_PER_BLOCK, -(-rows // MOST_BLOCKS)))
+
+
 def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
@@ -312,7 +317,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
     ):  # fmt: skip
         gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
         *_, parameters = gradients
-        blocks = -(-rstd.numel() // ROWS_PER_BLOCK)
+        blocks = partial_rows(rstd.numel())
         if not blocks:  # an empty tensor has no address by which it could be known to be there
             parameters.zero_()
             return gradients
@@ -353,8 +358,10 @@ def samples() -> list[Sample]:
         "first": make(5, 64, *mix),
         "attention": make(7, 40, "branch", scale=0.5),
         "scaled": make(3, 33, *scaled),
-        "mlp": make(70, 24, "branch", *mix, scale=0.5),
-        "skip": make(3, 528, "branch", *skip, *mix),
+        "mlp": make(70, 24, "branch", *mix, scale=0.5, keep_total=True),
+        "skip": make(3, 264, "branch", *skip, *mix),
+        "norm": make(2, 264),
+        "wide": make(2, 528, "branch", *mix),
         "all": make(9, 17, *scaled, *skip, *mix, scale=0.25, keep_total=True),
         "0 tokens": make(0, 16, "branch", *mix),
     }

@@ -153,16 +153,26 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradient(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
-    """g is a factor of each row, or of all: of products with x and dx, never of the larger dz."""
+    """g is a factor of each row: of x and dx. One of all is that of w and dw, which are smaller.
+
+    dz, which is larger, is never gone through for it.
+    """
     x, w, dz, count = ctx.saved_tensors
     wants_x, wants_w = ctx.needs_input_grad[:2]
     if g is None:
         return (None,) * 7
     if ctx.mean:  # (Where nothing is ignored the factor is 1 to the bit.)
         g = g * (x.size(0) / count.clamp(min=1))
-    g = g.reshape(-1, 1)  # with dimensions, for products in g's wider dtype
-    dx = ((dz @ w) * g).to(x.dtype) if wants_x else None
-    dw = dz.mT @ (x * g).to(x.dtype) if wants_w else None
+    of_rows, factors = g.dim() > 0, g.reshape(-1, 1)
+
+    def scaled(t: Tensor) -> Tensor:
+        return (t * factors).to(t.dtype)  # (factors have dimensions: a product in their dtype)
+
+    dx = dw = None
+    if wants_x:
+        dx = scaled(dz @ w) if of_rows else dz @ scaled(w)
+    if wants_w:
+        dw = dz.mT @ scaled(x) if of_rows else scaled(dz.mT @ x)
     return dx, dw, *(None,) * 5
 
 

@@ -85,7 +85,10 @@ class FusedStep:
             for g in self.adamw.param_groups
         ]
         muon = {n: self.muon.param_groups[0][n] for n in ("lr", "momentum", "weight_decay")}
-        self.scalars.copy_(torch.tensor([*rows, scalars_row(**muon, **common)]))
+        numbers = [*rows, scalars_row(**muon, **common)]
+        # From page-locked memory the host need not wait until the GPU comes to this copy.
+        sent = torch.tensor(numbers, pin_memory=self.scalars.is_cuda)
+        self.scalars.copy_(sent, non_blocking=True)
 
     @torch.no_grad()
     def step(self, averages: Sequence[Tensor] = (), average_rate: float = 0.0) -> Tensor:

@@ -120,7 +120,8 @@ def _run_facts(run: RunFiles) -> Markup:
         for section, names in chosen.items()
         for name in names
     ]
-    where = [(name, _value(result.get(name))) for name in ("compute_dtype", "attention")]
+    where = [("compute_dtype", _value(result.get("compute_dtype")))]
+    where += [("attention", _value(mapping(result.get("ops")).get("attention")))]
     where += [(name, _value(value)) for name, value in mapping(result.get("provenance")).items()]
     return tag("section", _facts("Data and score", score), _facts("Settings", settings),
                _facts("Where it ran", where), class_="facts")

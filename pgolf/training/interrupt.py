@@ -1,13 +1,20 @@
 """A run that is asked to end: finish the step, keep what there is, say how to go on."""
 
+import os
 import shlex
 import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 from pgolf.errors import PgolfError
-from pgolf.stop import handled
+from pgolf.stop import SIGNALS, handled
+
+GRACE = 10.0  # seconds
+# Ranks that torchrun started do not outlive it.
+ORPHANS_END = "TORCHELASTIC_RUN_ID" in os.environ
+PARENT = os.getppid()
 
 
 class Interrupted(PgolfError):
@@ -24,35 +31,56 @@ class Interrupted(PgolfError):
 class Interrupt:
     """While active, the first SIGINT or of `stop.SIGNALS` asks for a stop.
 
-    A second SIGINT stops at once.
+    A second SIGINT stops at once. A process that takes no notice within `GRACE` seconds, because
+    it waits for others somewhere that Python's handlers do not reach, is ended; one whose torchrun
+    is gone is asked to stop as by SIGTERM.
     """
 
     def __init__(self, folder: Path, recipe: str):
         self.folder, self.recipe = folder, recipe
-        self.number = 0
+        self._number = 0
+        self._noticed = threading.Event()
 
     def __enter__(self) -> "Interrupt":
-        self.stack = ExitStack()
-        self.stack.enter_context(handled(self._request, signal.SIGINT))
+        self._stack = ExitStack()
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            read, write = os.pipe()
+            os.set_blocking(write, False)
+            # Python writes there when the signal comes, not when its handler can run.
+            before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self._stack.callback(lambda: (signal.set_wakeup_fd(before), os.close(write)))
+            threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+        self._stack.enter_context(handled(self._request, signal.SIGINT))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stack.close()
+        self._stack.close()
 
     @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.number != 0
+    def number(self) -> int:
+        """The signal that asks for a stop; 0 if none has come."""
+        if ORPHANS_END and os.getppid() != PARENT:
+            return self._number or signal.SIGTERM
+        return self._number
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self._number = self._number or number
+        self._noticed.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def error(self, step: int) -> Interrupted:
-        """What to raise once the state is on disk."""
+    def _watch(self, pipe: int) -> None:
+        with os.fdopen(pipe, "rb", 0) as signals:
+            came = signals.read(1)
+            if came and came[0] in (signal.SIGINT, *SIGNALS) and not self._noticed.wait(GRACE):
+                name = signal.Signals(came[0]).name
+                os.write(2, f"pgolf: {name}: ended in the middle of a step\n".encode())
+                os._exit(128 + came[0])
+
+    def error(self, step: int, number: int) -> Interrupted:
+        """What to raise once the state is on disk, for a signal that came to any rank."""
         return Interrupted(
             f"stopped after step {step}; go on with `{resume_command(self.recipe, self.folder)}`",
-            128 + (self.number or signal.SIGINT),
+            128 + number,
         )
 
 

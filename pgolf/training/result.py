@@ -125,7 +125,6 @@ def write_result(
         "exported_weights": exported,
         "compute_dtype": dtype,
         "scored_by": {"ranks": ranks.world, "device": ranks.device.type, "dtype": dtype},
-        "attention": model.backend,
         "ops": dict(trainer.ops),
         "baselines": baselines(trainer.val, dataset),
         "tensors": tensor_rows(packed),

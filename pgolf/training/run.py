@@ -13,12 +13,11 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import BudgetError, ConfigError
+from pgolf.errors import BudgetError, ConfigError, LostRank
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops.attention import choose
-from pgolf.ops.choose import choose_all
+from pgolf.ops.choose import choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
@@ -74,15 +73,12 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
-    backend, attention = choose(
-        ranks.device, dtype, config.run.attention, config.model.dim // config.model.heads
-    )
     if ranks.device.type == "cuda":
         # Matmuls that stay in fp32 may use TF32, as in the published scripts.
         torch.set_float32_matmul_precision("high")
     ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
     ops = choose_all(
-        config.run.ops,
+        with_attention(config.run.ops, config.run.attention),
         ranks.device.type,
         dtype,
         compiles(config, ranks.device),
@@ -92,7 +88,6 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     model = GPT(
         config.model,
         dtype,
-        backend,
         config.data.seq_len,
         chosen,
     )
@@ -102,7 +97,7 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     )
     table = ByteTable(load_tokenizer(dataset.tokenizer_path), config.model.vocab_size)
     loader = SequentialLoader(
-        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size
+        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size, ranks.device
     )
     model.to(ranks.device)
     ranks.broadcast(model.parameters())
@@ -110,7 +105,6 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     reasons = {
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
-        "attention": attention,
         **{name: f"{choice.impl} ({choice.reason})" for name, choice in ops.items()},
         "vocabulary": vocabulary_line(config.model.vocab_size, dataset.vocab_size),
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters",
@@ -140,9 +134,11 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt:
             trainer.train(interrupt)
-    except BaseException:
+    except BaseException as e:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
+        if isinstance(e, LostRank) and folder.checkpoints():
+            e.args = (f"{e}; go on with `{resume_command(config.recipe, folder.path)}`",)
         raise
     return trainer
 
@@ -163,7 +159,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     state, path = folder.load(trainer.session.ranks.device)
     trainer.load_state_dict(state)
     folder.forget_after(trainer.clock.step)
-    qat = ", late QAT is on" if trainer.qat_switch else ""
+    qat = ", late QAT is on" if trainer.qat.on else ""
     trainer.session.say(f"going on from {path}{qat}")
 
 

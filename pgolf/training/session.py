@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from pgolf.config import Config, from_dict, with_overrides
 from pgolf.data.corpus import ensure_default_dataset
 from pgolf.data.manifest import Dataset
@@ -72,10 +70,8 @@ def open_session(
 def claimed_folder(config: Config, ranks: Ranks) -> Iterator[RunFolder]:
     """The run folder that rank 0 chose, on every rank; no other run gets it meanwhile."""
     with ExitStack() as stack:
-        chosen = [ranks.on_first(lambda: stack.enter_context(RunFolder.choose(config)))]
-        if ranks.world > 1:
-            torch.distributed.broadcast_object_list(chosen, 0, device=ranks.device)
-        yield RunFolder(chosen[0], writes=ranks.first)
+        mine = ranks.on_first(lambda: stack.enter_context(RunFolder.choose(config)))
+        yield RunFolder(ranks.broadcast_object(mine), writes=ranks.first)
 
 
 def open_data(config: Config, ranks: Ranks) -> Dataset:

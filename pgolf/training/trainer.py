@@ -3,9 +3,11 @@
 Off the clock: compilation, validation and checkpoints of it. On the clock: everything else.
 """
 
+import gc
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,17 @@ from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
 from pgolf.errors import ConfigError, StorageError, TrainingError
 from pgolf.model import GPT
-from pgolf.model.layers import Matrix
 from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
-from pgolf.quant.clip_search import clip_factors
-from pgolf.quant.plan import TensorPlan, plan_tensors
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
 from pgolf.training.estimate import pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
+from pgolf.training.late_qat import LateQat
+from pgolf.training.pace import Pace, Step
 from pgolf.training.session import Session
 
 
@@ -51,39 +52,6 @@ def compiles(config: Config, device: torch.device) -> bool:
     """Whether the model of a run goes through torch.compile."""
     wanted = config.run.compile
     return wanted == "on" or (wanted == "auto" and device.type == "cuda")
-
-
-def prepare_qat(
-    model: GPT, config: Config, switch: torch.Tensor
-) -> dict[Matrix, TensorPlan]:
-    """Put the exported grid, switched by `switch` (), on every integer block matrix.
-
-    Raises:
-        ConfigError: the settings of the quantiser do not fit the model, with late QAT or without.
-    """
-    # Made even without QAT, so that settings which do not fit fail now, not after training.
-    plans = plan_tensors(config.quant, {n: tuple(p.shape) for n, p in model.named_parameters()})
-    steps = any(plan.clip == "uniform" for plan in plans.values())
-    if config.artifact.fit_to_budget and not steps:
-        raise ConfigError(
-            "fit_to_budget=true: every matrix is stored as fp16, none has a step to choose: "
-            "lower small_numel, or give them bits"
-        )
-    if config.quant.qat_start >= 1.0:
-        return {}
-    chosen = {}
-    for name, module in model.blocks.named_modules(prefix="blocks"):
-        plan = plans.get(f"{name}.weight")
-        if isinstance(module, Matrix) and plan is not None and plan.kind == "int":
-            module.prepare_qat(
-                plan.bits,
-                switch,
-                **plan.grid(),
-                clip_mask=config.quant.qat_clip_mask,
-                impl=model.ops["fake_quant"],
-            )
-            chosen[module] = plan
-    return chosen
 
 
 class Trainer:
@@ -118,24 +86,13 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
-        self.qat_switch = torch.zeros((), device=ranks.device)
-        self.qat_plans = prepare_qat(model, config, self.qat_switch)
+        self.qat = LateQat(model, config, ranks.device)
         self.averager = Averager(model, self.schedule, fuses(ops))
         self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             compile_graph(model, model.ops, ranks.device) if self.compiled else model
         )
-        # First step whose loss or gradient was not finite; read now and then, not every step.
-        self.bad_step = torch.full((), math.inf, device=ranks.device)
-
-    # --- late QAT -----------------------------------------------------------------------------
-
-    def _switch_qat_on(self) -> None:
-        for matrix, plan in self.qat_plans.items():
-            matrix.qat_clip.copy_(clip_factors(matrix.weight.detach().float(), plan))
-        self.qat_switch.fill_(1.0)
-        self.event(f"late QAT on for {len(self.qat_plans)} matrices")
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -152,8 +109,6 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
-            x = x.to(self.ranks.device, non_blocking=True)
-            y = y.to(self.ranks.device, non_blocking=True)
             loss = self.forward(x, y)
             (loss / self.accum).backward()
             total += loss.detach() / self.accum
@@ -215,93 +170,140 @@ class Trainer:
         """Run until the budget is spent.
 
         Raises:
-            TrainingError: the loss is not finite.
-            Interrupted: Ctrl-C or the like; a checkpoint was written.
+            TrainingError: the loss is not finite, or another rank is gone.
+            Interrupted: Ctrl-C or the like, on any rank; a checkpoint was written.
             StorageError: likewise, and it could not be.
         """
+        self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
+        gc.collect()
+        gc.freeze()  # what is there by now stays: later collections need not look at it
         self.synchronize()
-        started, offset = time.perf_counter(), self.clock.seconds
-        loss = norm = torch.zeros(())
+        pace = Pace(self.ranks.device, self.clock)
+        patience = max(self.config.run.patience, 4 * self.step_seconds)
         while not self.schedule.finished(self.clock):
-            before = Clock(self.clock.step, self.clock.tokens, self.clock.seconds)
-            if self.schedule.qat(before) and not self.qat_switch:
-                self._switch_qat_on()
-            lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
-            # Before the step, which moves the EMA in the pass that updates the weights if it is
-            # fused; `update` below takes SWA's snapshots, and moves the EMA where it is not.
-            average_rate = self.averager.ema_rate(before, self._expected())
-            loss, norm = self.step(lr_scale, momentum, average_rate)
-            bad = ~(loss.isfinite() & norm.isfinite())
-            self.clock.step += 1
-            first = self.bad_step.clamp(max=self.clock.step)
-            self.bad_step = torch.where(bad, first, self.bad_step)
-            self.clock.tokens += self.config.data.batch_tokens
-            self.synchronize()
-            self.clock.seconds, stop = self.ranks.decide(
-                time.perf_counter() - started + offset, interrupt.requested
-            )
+            before = replace(self.clock)
+            with self.ranks.patient(patience, self.clock.step + 1):
+                self._queue_step(pace, before)
+                over, stop = self._collect(pace, interrupt)
             self.averager.update(before, self.clock)
+            with pace.between_steps():
+                for step in over:
+                    if self._logs(step.clock):
+                        self.log_step(step)
+                if not pace:
+                    self._between_steps()
+                if stop:
+                    self._stop(interrupt, stop)
+        stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))
+        if stop:  # while the last step was looked at
+            self._stop(interrupt, stop)
 
-            paused = time.perf_counter()
-            self._between_steps(loss, norm, lr_scale, momentum)
-            if stop:
-                self._stop(interrupt)
-            offset -= time.perf_counter() - paused
-        if self.ranks.decide(interrupt.requested)[0]:  # while the last step was looked at
-            self._stop(interrupt)
+    def _queue_step(self, pace: Pace, before: Clock) -> None:
+        """Start a step and count it as done; its end is not waited for."""
+        if self.schedule.qat(before) and not self.qat.on:
+            self.qat.turn_on()
+            self.event(f"late QAT on for {len(self.qat.plans)} matrices")
+        lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
+        # Before the step, which moves the EMA in the pass that updates the weights if it is
+        # fused; `update` takes SWA's snapshots, and moves the EMA where it is not.
+        average_rate = self.averager.ema_rate(before, self._expected())
+        loss, norm = self.step(lr_scale, momentum, average_rate)
+        self.clock.step += 1
+        self.clock.tokens += self.config.data.batch_tokens
+        self.clock.seconds = pace.seconds_after(self.clock.step)
+        pace.push(Step(replace(self.clock), lr_scale, momentum), loss, norm)
 
-    def _stop(self, interrupt: Interrupt) -> None:
+    def _collect(self, pace: Pace, interrupt: Interrupt) -> tuple[list[Step], int]:
+        """Steps that are seen to be over, and the signal that asks for a stop, or 0.
+
+        All that were queued, where the weights are looked at next or the time has to be known.
+        Every rank is told the same, in the same step: rank 0's clock, and anyone's signal.
+
+        Raises:
+            TrainingError: the loss or its gradient was not finite, on any rank.
+        """
+        over: list[Step] = []
+        stop = 0
+        while len(pace) > (0 if stop or any(self._due()) else self._ahead(pace)):
+            step = pace.pull()
+            told = self.ranks.gather(
+                [step.clock.seconds, interrupt.number, step.loss, step.norm]
+            )
+            pace.done = replace(step.clock, seconds=told[0][0])
+            self.clock.seconds = pace.seconds_after(self.clock.step)
+            self._check_finite(step.clock.step, [row[2:] for row in told])
+            loss = sum(row[2] for row in told) / self.ranks.world
+            over.append(replace(step, clock=pace.done, loss=loss))
+            stop = stop or self._asked_to_stop([row[1:2] for row in told])
+        return over, stop
+
+    def _ahead(self, pace: Pace) -> int:
+        limit = self.schedule.max_seconds
+        mean = max(self.step_seconds, pace.seconds_after(1) - pace.seconds_after(0))
+        return pace.ahead(limit - self.clock.seconds if limit else math.inf, mean)
+
+    @staticmethod
+    def _asked_to_stop(told: list[list[float]]) -> int:
+        """The signal that came first in the order of ranks, 0 if none did."""
+        return next((int(number) for (number,) in told if number), 0)
+
+    def _stop(self, interrupt: Interrupt, number: int) -> None:
         """Keep this step, then raise Interrupted; StorageError if it could not be kept."""
         if self.kept != self.clock.step:
-            self.check_finite()
             self.checkpoint()
         if self.kept != self.clock.step:
             self.folder.check()
-        raise interrupt.error(self.clock.step)
+        error = interrupt.error(self.clock.step, number)
+        error.quiet = not self.ranks.first
+        raise error
 
-    def _between_steps(
-        self, loss: torch.Tensor, norm: torch.Tensor, lr_scale: float, momentum: float
-    ) -> None:
-        """Log, validate, write a checkpoint: whatever is due after this step."""
-        run, step = self.config.run, self.clock.step
-        finished = self.schedule.finished(self.clock)
-        validate = finished or (
-            self.config.eval.val_every and step % self.config.eval.val_every == 0
-        )
+    def _due(self) -> tuple[bool, bool]:
+        """Whether a validation and a checkpoint are due after the last step that was queued."""
+        every, keep = self.config.eval.val_every, self.config.run.checkpoint_every
+        finished, step = self.schedule.finished(self.clock), self.clock.step
         # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
-        save = run.checkpoint_every and (finished or step % run.checkpoint_every == 0)
-        log = finished or step == 1 or step % run.log_every == 0
-        if log or save or validate:
-            self.check_finite()
-        if log:
-            mean = self.ranks.sum([loss.item()])[0] / self.ranks.world
-            self.log_step(mean, norm.item(), lr_scale, momentum)
+        return (
+            finished or bool(every and step % every == 0),
+            bool(keep and (finished or step % keep == 0)),
+        )
+
+    def _logs(self, clock: Clock) -> bool:
+        every = clock.step == 1 or clock.step % self.config.run.log_every == 0
+        return every or self.schedule.finished(clock)
+
+    def _between_steps(self) -> None:
+        """Validate, write a checkpoint: whatever is due."""
+        validate, save = self._due()
         if validate:
             self.validate()
         if save:
             self.checkpoint()
 
     def synchronize(self) -> None:
-        """Let the clock see finished work only."""
+        """Wait until all that was queued is done."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def check_finite(self) -> None:
-        """Stop at the first step whose loss or gradient was not finite, on any rank."""
-        step = self.bad_step.item()
-        bad = self.ranks.sum([float(step < math.inf)])[0]
-        if bad:
-            kept = self.folder.checkpoints()
-            first = int(min(step, self.clock.step))
-            raise TrainingError(
-                f"the loss or its gradient was not finite at step {first}: "
-                "lower the learning rates, or look at the data. "
-                + (
-                    f"The last good checkpoint is {kept[-1]}"
-                    if kept
-                    else "No checkpoint was due yet"
-                )
+    def _check_finite(self, step: int, found: list[list[float]]) -> None:
+        """Stop if the loss or the norm of the gradient of a rank was not finite."""
+        bad = [r for r, numbers in enumerate(found) if not all(map(math.isfinite, numbers))]
+        if not bad:
+            return
+        kept = self.folder.checkpoints()
+        # Every rank has the norm of all gradients together: the loss says whose it was.
+        whose = [r for r in bad if not math.isfinite(found[r][0])]
+        where = f" on rank {whose[0]}" if whose and self.ranks.world > 1 else ""
+        error = TrainingError(
+            f"the loss or its gradient was not finite at step {step}{where}: "
+            "lower the learning rates, or look at the data. "
+            + (
+                f"The last good checkpoint is {kept[-1]}"
+                if kept
+                else "No checkpoint was due yet"
             )
+        )
+        error.quiet = not self.ranks.first
+        raise error
 
     # --- looking and keeping ------------------------------------------------------------------
 
@@ -314,23 +316,23 @@ class Trainer:
         self.say(f"step:{step} {text}")
         self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
 
-    def log_step(self, loss: float, norm: float, lr_scale: float, momentum: float) -> None:
+    def log_step(self, step: Step) -> None:
         """The contest's console line, and a line of metrics."""
-        c = self.clock
+        c = step.clock
         ms = 1000 * c.seconds / c.step
         left = self.schedule.steps_left(c)
         self.say(
-            f"step:{c.step}/{c.step + left} train_loss:{loss:.4f} "
+            f"step:{c.step}/{c.step + left} train_loss:{step.loss:.4f} "
             f"train_time:{1000 * c.seconds:.0f}ms step_avg:{ms:.2f}ms "
             f"eta:{format_seconds(left * ms / 1000)}"
         )
         self.folder.log(
             kind="train",
             **vars(c),
-            loss=loss,
-            grad_norm=norm,
-            lr_scale=lr_scale,
-            momentum=momentum,
+            loss=step.loss,
+            grad_norm=step.norm,
+            lr_scale=step.lr_scale,
+            momentum=step.momentum,
             ms_per_step=ms,
         )
 
@@ -373,12 +375,13 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[name])
-        self.qat_switch.zero_()
+        self.qat.turn_off()
         self.say(f"exporting {description}")
         return description
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        self.qat.loaded()
         self.optimizers.load_state_dict(state["optimizers"])
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])

@@ -78,6 +78,20 @@ def test_attention_is_one_call_a_layer(reference):
 
 
 @needs_device
+def test_a_turn_of_the_loop(environment):
+    """No wait of the host but for an earlier step, no new memory, one copy of 16 bits a token."""
+    asked = replace(TINY, turn=True, world=8, qat=False, ops="triton")
+    turn = run(asked, environment)["phases"]["turn"]
+    assert turn["waits"] == {} and turn["waits_for_an_earlier_step"] == 1
+    assert turn["allocations"] == turn["pinned_allocations"] == 0
+    assert turn["copies_to_device"] == turn["copies_to_host"] == 1
+    assert turn["bytes_to_device"] == 2 * (TOKENS + 1)
+    assert turn["control"] == 1 and turn["collectives"].keys() == {"all_reduce"}
+    assert turn["launches_forward"] > 4 * L and turn["launches_backward"] > 8 * L
+    assert all(milliseconds > 0 for milliseconds in turn["host_ms"].values())
+
+
+@needs_device
 def test_the_reference_has_no_kernel_of_ours(reference):
     for part in reference["phases"].values():
         assert part["launches"]["ours"] == part["launches"]["inductor"] == 0

@@ -176,7 +176,6 @@ def test_auto_takes_no_kernels_without_code_for_the_gpu(gpu, archs, capability, 
 
 def test_auto_takes_kernels_with_code_for_the_gpu_and_doctor_shows_both(gpu, monkeypatch):
     monkeypatch.setattr(doctor, "_operators", lambda: [])
-    monkeypatch.setattr(doctor.attention, "describe", lambda: "")
     gpu("sm_80 sm_90a compute_90", (12, 0))
     assert choose("residual_norm", "auto", "cuda", torch.float32).impl == "cuda"
     found = dict(doctor.rows())

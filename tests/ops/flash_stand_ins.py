@@ -1,8 +1,10 @@
 """Stand-ins for the flash-attn packages: their signatures, with plain torch arithmetic inside.
 
-Three families exist. FlashAttention 3 of 2025: plain functions, most parameters required, `causal`
+Four families exist. FlashAttention 3 of 2025: plain functions, most parameters required, `causal`
 in both. FlashAttention 3 of 2026: custom operators with defaults, `is_causal` in the backward
 pass. FlashAttention 2 since 2.7: custom operators whose parameters are all required.
+FlashAttention 4 since 4.0.0b4: plain functions of other names with defaults, of which no window is
+None; the lse comes only where it is asked for.
 Shapes: q, out (N, T, H, d), k, v (N, T, G, d), lse (N, H, T).
 """
 
@@ -13,7 +15,10 @@ from typing import Any, Optional  # noqa: F401  (named by the signatures)
 import torch
 from torch import Tensor
 
-# What a call may leave out or must neutralise: other values change the result.
+from pgolf.ops.attention import PACKAGES
+
+# What a call may leave out or must neutralise: other values change the result. (No window is None
+# where that is the default.)
 NEUTRAL = {
     "dropout_p": 0.0,
     "window_size_left": -1,
@@ -62,18 +67,28 @@ FA2_OPERATOR = (
     "softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool, "
     "rng_state: Optional[Tensor] = None",
 )
-# backend -> name of the family -> (signatures, registered as custom operators, extra outputs)
+FA4_PLAIN = (
+    "q, k, v, qv=None, cu_seqlens_q=None, page_table=None, softmax_scale=None, causal=False, "
+    "softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None, "
+    "num_splits=1, pack_gqa=None, return_lse=False, out=None, lse=None",
+    "q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, "
+    "window_size_left=None, window_size_right=None, deterministic=False, dq=None, dk=None, "
+    "dv=None, dlse=None",
+)
+# name of the family -> (implementation, signatures, whether they are custom operators)
 FAMILIES = {
     "fa3-plain": ("fa3", FA3_PLAIN, False),
     "fa3-operator": ("fa3", FA3_OPERATOR, True),
+    "fa4-plain": ("fa4", FA4_PLAIN, False),
     "fa2-operator": ("fa2", FA2_OPERATOR, True),
 }
 
 
 def _scores(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Masked scores (N, H, T, T), and k and v with one head for each query head."""
+    defaults = a["defaults"]
     for name, value in NEUTRAL.items():
-        assert a.get(name, value) == value, f"{name}={a[name]}"
+        assert a.get(name, value) == defaults.get(name, value), f"{name}={a[name]}"
     assert a.get("causal", a.get("is_causal")) is True
     q, k, v = a["q"], a["k"], a["v"]
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -88,14 +103,16 @@ def forward_math(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, and two outputs nobody needs)."""
     scores, _, v = _scores(a)
     out = torch.einsum("nhts,nshd->nthd", scores.softmax(-1), v).to(a["q"].dtype)
-    return out.contiguous(), scores.logsumexp(-1), torch.empty(0), torch.empty(2)
+    lse = scores.logsumexp(-1) if a.get("return_lse", True) else None
+    return out.contiguous(), lse, torch.empty(0), torch.empty(2)
 
 
 def backward_math(a: dict[str, Any]) -> Tensor:
     """Writes dq, dk, dv in place, as the packages do; returns what nobody needs."""
     assert a["dout"].is_contiguous()
     scores, k, v = _scores(a)
-    p = (scores - a["softmax_lse"][..., None]).exp()
+    lse = a["lse"] if "lse" in a else a["softmax_lse"]
+    p = (scores - lse[..., None]).exp()
     dout = a["dout"].float()
     dp = torch.einsum("nthd,nshd->nhts", dout, v)
     rows = (dout * a["out"].float()).sum(-1).transpose(1, 2)[..., None]
@@ -112,14 +129,21 @@ def backward_math(a: dict[str, Any]) -> Tensor:
 
 
 def _function(signature: str, result: str, math: Any) -> Any:
-    scope = {"Tensor": Tensor, "Optional": Optional, "math": math}
-    exec(f"def function({signature}) -> {result}:\n    return math(locals())", scope)
-    return scope["function"]
+    scope = {"Tensor": Tensor, "Optional": Optional, "math": math, "defaults": {}}
+    call = "math({**locals(), 'defaults': defaults})"
+    exec(f"def function({signature}) -> {result}:\n    return {call}", scope)
+    function = scope["function"]
+    scope["defaults"] |= {
+        name: p.default
+        for name, p in inspect.signature(function).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    return function
 
 
 def build(family: str) -> ModuleType:
-    """A module with `_flash_attn_forward` and `_flash_attn_backward` of one family."""
-    _, (forward, backward), operator = FAMILIES[family]
+    """A module with the inner functions of one family."""
+    impl, (forward, backward), operator = FAMILIES[family]
     module = ModuleType(family)
     functions = {
         "forward": _function(forward, "tuple[Tensor, Tensor, Tensor, Tensor]", forward_math),
@@ -133,7 +157,7 @@ def build(family: str) -> ModuleType:
                 function,
                 mutates_args=() if direction == "forward" else ("dq", "dk", "dv"),
             )
-        setattr(module, f"_flash_attn_{direction}", function)
+        setattr(module, getattr(PACKAGES[impl], direction), function)
     return module
 
 

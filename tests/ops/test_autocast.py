@@ -14,7 +14,11 @@ from pgolf.ops.testing import as_tuple, kernel
 from .cases import each, every_implementation, first_call, floating_in, implementations, takes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-MATMULS = {"leaky_relu2_mlp": ("h", "w_up", "w_down"), "softcap_cross_entropy": ("x", "w")}
+MATMULS = {
+    "attention": ("q", "k", "v"),
+    "leaky_relu2_mlp": ("h", "w_up", "w_down"),
+    "softcap_cross_entropy": ("x", "w"),
+}
 
 
 def autocast(enabled: bool = True, dtype: torch.dtype = BF16) -> torch.autocast:

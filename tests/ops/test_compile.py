@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def opaque_operators() -> set[str]:
     """Those that a model's graph may hold; of attention, which every layer has, nothing is long."""
     update = [name for name, operator in OPERATORS.items() if not operator.differentiable]
-    others = ("attention_", "_", "name", *update)
+    others = ("attention", "_", "name", *update)
     return {name for name in dir(torch.ops.pgolf) if not name.startswith(others)}
 
 

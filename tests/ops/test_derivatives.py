@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgolf.ops import softcap_cross_entropy, xsa
-from pgolf.ops.attention import attention
 from pgolf.ops.operator import OPERATORS, Operator
 from pgolf.ops.testing import as_tuple, kernel
 
@@ -147,9 +146,3 @@ def test_a_hessian_is_never_zero_for_want_of_a_formula(impl: str) -> None:
                 lambda x: softcap_cross_entropy(x, w, targets, 30.0, impl=impl), x,
                 vectorize=vectorize,
             )  # fmt: skip
-
-
-def test_flash_attention_refuses_transforms() -> None:
-    q = torch.ones(1, 2, 2, 8)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="fa2 knows neither .*'sdpa'"):
-        attention(q, q, q, "fa2")

@@ -1,9 +1,12 @@
 """Bigram hash and SmearGate against values worked out by hand."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from pgolf.ops.embed_smear import bigram_rows, cost, embed_smear, smear
+from pgolf.ops.embed_smear import _order, bigram_rows, cost, embed_smear, smear
+from pgolf.ops.launch import run_cuda
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.tensors import nbytes
 
@@ -288,6 +291,31 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_order_of_threads_gives_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tensors(some_ids(2, 150, rows=6).clamp(max=4), 6, 64, dtype)
+    runs = []
+    for seed in range(3):
+        monkeypatch.setenv("PGOLF_EMULATOR_SEED", str(seed))
+        runs.append(run("cuda", named))
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA kernels")
+def test_a_table_too_large_for_the_counting_sort_is_sorted_by_torch() -> None:
+    """The same order and bounds; with the counting sort torch sorts nothing."""
+    ids, table = some_ids(2, 60, rows=9), torch.empty(9, 1)
+    with mock.patch.object(torch, "sort") as sorts:
+        counted = _order(run_cuda, ids, table, 9)
+        assert not sorts.called
+    for mine, theirs in zip(counted, _order(run_cuda, ids, table, 8), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def refused() -> dict:

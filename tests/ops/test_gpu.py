@@ -25,10 +25,13 @@ CASES = [
 
 @pytest.mark.parametrize(("operator", "impl", "sample"), CASES)
 def test_on_a_gpu(operator, impl, sample) -> None:
-    """The rule of pgolf.ops.testing, and the same bits twice."""
-    for dtype in operator.implementations[impl].dtypes:
+    """The rule of pgolf.ops.testing, and of our own kernels the same bits twice."""
+    implementation = operator.implementations[impl]
+    if implementation.package and (missing := implementation.missing()):
+        pytest.skip(missing)
+    for dtype in implementation.dtypes:
         call = Call.of(operator, sample, dtype, torch.device("cuda"))
         assert problem(call, operator, impl) == "", dtype
         with poisoned():
             twice = [call.run(kernel(operator, impl)) for _ in range(2)]
-        assert all(map(same_bits, *twice)), dtype
+        assert implementation.package or all(map(same_bits, *twice)), dtype

@@ -213,8 +213,11 @@ def close(mine: list, theirs: list) -> None:
 @every_kernel
 @pytest.mark.parametrize(
     "shape",
-    [(1, 8, 4, 64, 16), (3, 4, 2, 64, 64), (2, 3, 1, 33, 6), (70, 2, 1, 8, 0), (2, 9, 2, 256, 250)],
-)
+    [
+        (1, 8, 4, 64, 16), (33, 8, 4, 64, 64), (3, 4, 2, 64, 64), (2, 3, 1, 33, 6),
+        (70, 2, 1, 8, 0), (2, 9, 2, 256, 250),
+    ],
+)  # fmt: skip
 def test_shapes(impl: str, shape: tuple) -> None:
     """One token and more than a block's, no and full rotation, sizes that no vector divides."""
     args = arguments(*shape)
@@ -258,6 +261,19 @@ def test_a_nan_stays_in_its_head(impl: str) -> None:
     assert not k.isnan().any() and not v.isnan().any()
     assert dqkv.isnan().sum() == dqkv[1, 2, 16:32].isnan().sum() == 16
     assert d_gain.isnan().tolist() == [False, True, False, False]
+
+
+@every_kernel
+@pytest.mark.parametrize("place", [3, 9, 40])
+def test_an_infinity_stays_in_its_pair(impl: str, place: int) -> None:
+    """Its head is 0 elsewhere: what is beside the pair in other lanes has no part in them."""
+    args = arguments(2, 8, 4, 64, 16)
+    args[0].view(2, 2, 16, 64)[1, 0, 9, place] = float("inf")
+    q, k, v, _, _ = results(impl, args, gradients_of(args))
+    hit = {place, (place + 8) % 16} if place < 16 else {place}
+    assert {tuple(at) for at in k.isnan().nonzero().tolist()} == {(1, 0, 1, i) for i in hit}
+    assert not q.isnan().any() and not v.isnan().any()
+    assert (k[1, 0, 1].nan_to_num() == 0).all()
 
 
 @every_kernel

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.operator import OPERATORS
-from pgolf.ops.residual_norm import cost, residual_norm, rms_norm
+from pgolf.ops.residual_norm import MOST_BLOCKS, cost, partial_rows, residual_norm, rms_norm
 from pgolf.ops.tensors import nbytes
 
 from .cases import implementations
@@ -211,6 +211,41 @@ def test_any_address(impl: str, dtype: torch.dtype) -> None:
     for name, expected in aligned.items():
         step = torch.finfo(expected.dtype).eps
         torch.testing.assert_close(misaligned[name], expected, rtol=step, atol=step)
+
+
+LAYERS = {  # what layers of the recipes leave out, and which gradients they do not have
+    "first": (("branch", "branch_scale", "skip", "skip_weight"), (0,)),
+    "later": (("branch_scale", "skip", "skip_weight"), (0,)),
+    "whose sum is a later one's skip": (("branch_scale", "skip", "skip_weight"), ()),
+    "with the first skip": (("branch", "branch_scale"), (0,)),
+    "with a skip": (("branch_scale",), (0,)),
+    "MLP": (("branch_scale", "skip", "skip_weight", "x0", "mix"), ()),
+    "end": (("branch_scale", "skip", "skip_weight", "x0", "mix"), (0, 1)),
+}
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA kernels")
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("shape", [(1, 8), (27, 264), (3, 512)])
+def test_kernels_for_what_layers_have(layer: str, shape: tuple[int, int]) -> None:
+    """They give the numbers of those for any operands, which memory off 16 bytes takes."""
+    without, missing = LAYERS[layer]
+    args = arguments(*shape, torch.bfloat16, without)
+    off = {n: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for n, t in args.items()}
+    general = results("cuda", off, missing)
+    for name, mine in results("cuda", args, missing).items():
+        step = torch.finfo(mine.dtype).eps * (1 if mine.dtype is torch.bfloat16 else 100)
+        torch.testing.assert_close(mine, general[name], rtol=step, atol=step, msg=name)
+
+
+def test_sums_over_tokens_have_few_parts() -> None:
+    """However many tokens there are: as many as the kernel expects, with the right sums."""
+    assert [partial_rows(rows) for rows in (0, 1, 64, 65, 64 * MOST_BLOCKS)] == [
+        0, 1, 1, 2, MOST_BLOCKS
+    ]  # fmt: skip
+    assert all(partial_rows(n) <= MOST_BLOCKS for n in (98304, 10**6, 10**9))
+    if "cpu" in KERNELS:
+        close("cpu", arguments(64 * MOST_BLOCKS + 1, 2))
 
 
 @every_kernel

@@ -24,6 +24,7 @@ KERNELS = {
         "ids table order bounds dx rstd dtable sums pieces partials",
         "bigram scale gate starts dbigram",
     ),
+    "token_order": ({"count": 2, "vocab": 3}, "ids order bounds", ""),
     "residual_norm": (
         RESIDUAL, "x h rstd", "branch branch_scale skip skip_weight x0 mix total x_in",
     ),
@@ -36,6 +37,7 @@ KERNELS = {
 }
 # Without one of these the kernel has less to do, and no reason to refuse.
 MAY_BE_NULL = {"residual_norm_backward": ("total", "branch_scale", "skip_weight", "mix")}
+SIZES = ("n", "t", "h", "g", "d", "vocab", "rows", "width", "count")
 HUGE = 2**62
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -78,7 +80,7 @@ def test_good_arguments_and_missing_pointers(name: str) -> None:
 def test_sizes(name: str) -> None:
     given, _memory = arguments(name)
     for call in callers(name):
-        for size in {"n", "t", "h", "g", "d", "vocab", "rows", "width"} & KERNELS[name][0].keys():
+        for size in {*SIZES} & KERNELS[name][0].keys():
             assert refusal(call, given | {size: -1}) == f"{size} is -1: a size is not negative"
             message = refusal(call, given | {size: HUGE})
             assert "with the other sizes it makes more" in message or "may have" in message
@@ -87,7 +89,7 @@ def test_sizes(name: str) -> None:
         for strides in STRIDES.keys() & given.keys():
             message = refusal(call, given | {strides: (32, -1, 8)})
             assert message == f"{strides} is -1: a stride is not negative"
-        tokens = {"t", "rows", "partial_rows", "piece_rows"}
+        tokens = {"t", "rows", "partial_rows", "piece_rows", "count"}
         call(**given | dict.fromkeys(tokens & given.keys(), 0))
 
 
@@ -97,6 +99,8 @@ def test_sizes(name: str) -> None:
         ("qk_rope", {"d": 257}, "d is 257: heads may have at most 256 elements"),
         ("qk_rope", {"half": 5}, "half is 5: heads of 8 elements"),
         ("qk_rope_backward", {"half": -1}, "half is -1"),
+        # Of more tokens than 64 for each of 1024 sums.
+        ("qk_rope_backward", {"t": 70_000, "partial_rows": 1094}, "partial_rows is 1094: it has"),
         ("qk_rope", {"dtype": 3}, "dtype is 3: it has to be 0 (fp32)"),
         ("embed_smear", {"width": 769}, "width is 769: rows may have 1 to 768"),
         ("embed_smear_backward", {"width": 0}, "width is 0: rows may have 1 to 768"),
@@ -122,22 +126,36 @@ def test_fp64_is_for_both_or_none_and_not_for_a_gpu() -> None:
         assert refusal(call, both) == "table_dtype is 2: it has to be 0 (fp32) or 1 (bf16)"
 
 
-def test_token_order() -> None:
-    """A stable counting sort, and where each id begins."""
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    ids = torch.tensor([3, 0, 3, 1, 0, 3])
-    order, bounds = torch.empty(6, dtype=torch.int64), torch.empty(6, dtype=torch.int64)
+ORDER = KERNELS["token_order"][1].split()
 
-    def sort(rows: int, count: int = 6) -> None:
-        addresses = order.data_ptr(), bounds.data_ptr()
-        extension.load().token_order(ids.data_ptr(), count, rows, *addresses)
 
-    sort(5)
-    assert order.tolist() == [1, 4, 3, 0, 2, 5] and bounds.tolist() == [0, 2, 3, 3, 6, 6]
-    sort(5, count=0)
-    assert bounds.tolist() == [0] * 6
-    with pytest.raises(ValueError, match=r"ids\[0\] is 3: the table has 3 rows"):
-        sort(3)
-    with pytest.raises(ValueError, match="count is -1: a size is not negative"):
-        sort(5, count=-1)
+def sort_tokens(call, ids: list[int], rows: int) -> tuple[list[int], list[int]]:
+    """The order and the bounds."""
+    tensors = torch.tensor(ids), torch.empty(len(ids)).long(), torch.empty(rows + 1).long()
+    addresses = dict(zip(ORDER, (t.data_ptr() for t in tensors), strict=True))
+    call(**addresses, count=len(ids), vocab=rows)
+    return tensors[1].tolist(), tensors[2].tolist()
+
+
+@pytest.mark.parametrize("ids", [[3, 0, 3, 1, 0, 3], [], [4] * 3000, [*range(299, -1, -1)] * 9])
+@pytest.mark.parametrize("rows", [5, 128, 300])
+def test_token_order(ids: list[int], rows: int) -> None:
+    """Stable, and where each id begins: at the ends, all alike, none, several a block."""
+    ids = [rows - 1 - (i % rows) for i in ids]
+    expected = sorted(range(len(ids)), key=lambda token: ids[token])
+    bounds = [sum(i < row for i in ids) for row in range(rows + 1)]
+    for call in callers("token_order"):
+        assert sort_tokens(call, ids, rows) == (expected, bounds)
+
+
+def test_tokens_that_are_in_no_order() -> None:
+    """An error on a CPU; on a GPU they come last, and the bounds leave them out."""
+    ids = [3, -1, 0, 2**40, 3, 5, 1]
+    on_cpu, *on_gpu = callers("token_order")
+    given, _memory = arguments("token_order")
+    with pytest.raises(ValueError, match=r"ids\[1\] is -1: the table has 4 rows"):
+        sort_tokens(on_cpu, ids, 4)
+    for call in on_gpu:
+        assert sort_tokens(call, ids, 4) == ([2, 6, 0, 4, 1, 3, 5], [0, 1, 2, 2, 4])
+        assert refusal(call, given | {"vocab": 32769}) == "vocab is 32769: it may be at most 32768"
+        assert refusal(call, given | {"count": 2**31}).startswith("count is 2147483648: it may be")

@@ -1,7 +1,11 @@
 """Capped logits and cross-entropy against float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgolf.ops.launch import launcher
 from pgolf.ops.operator import OPERATORS
@@ -98,39 +102,88 @@ KERNELS = implementations(OPERATORS["softcap_cross_entropy"])
 every_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
-def row_kernel(impl: str, z: torch.Tensor, targets: torch.Tensor, cap: float) -> tuple:
-    """(losses, dz) of z (N, V), which lies amid a pattern and off every alignment."""
+def row_kernel(
+    impl: str, z: torch.Tensor, targets: torch.Tensor, cap: float, offset: int = 65
+) -> tuple:
+    """(losses, dz) of z (N, V), which lies amid a pattern, by default off every alignment."""
     memory = torch.full((z.numel() + 130,), 7.0, dtype=z.dtype)
-    inside = memory[65 : 65 + z.numel()].view(z.shape)
+    inside = memory[offset : offset + z.numel()].view(z.shape)
     inside.copy_(z)
     losses = launcher("softcap_cross_entropy", impl, "rows")(inside, targets, cap, 1.0, True)
-    assert (memory[:65] == 7).all() and (memory[65 + z.numel() :] == 7).all()
+    assert (memory[:offset] == 7).all() and (memory[offset + z.numel() :] == 7).all()
     return losses, inside
 
 
-@every_kernel
-@pytest.mark.parametrize("columns", [1, 9, 1024, 1027, 2050])
-def test_rows_of_any_length_and_alignment(columns: int, impl: str) -> None:
-    z = torch.randn(5, columns, generator=torch.Generator().manual_seed(1)) * 20
-    targets = torch.arange(5) * columns // 5
+def check_rows(
+    impl: str, z: torch.Tensor, targets: torch.Tensor, cap: float, offset: int = 65
+) -> None:
+    """Losses and dz against those of float64, dz to a rounding of its dtype."""
     exact = z.double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(
-        30 * torch.tanh(exact / 30), targets, reduction="none"
-    )
+    logits = cap * torch.tanh(exact / cap)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
-    losses, dz = row_kernel(impl, z, targets, 30.0)
+    losses, dz = row_kernel(impl, z, targets, cap, offset)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dz.double(), gradient, rtol=1e-5, atol=1e-6)
+    rounding = 2.0**-8 if z.dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(dz.double(), gradient, rtol=rounding, atol=1e-6)
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 @every_kernel
+@every_dtype
+@pytest.mark.parametrize("columns", [1, 9, 1024, 1027, 2050])
+def test_rows_of_any_length_and_alignment(columns: int, dtype: torch.dtype, impl: str) -> None:
+    z = torch.randn(5, columns, generator=torch.Generator().manual_seed(1)) * 20
+    check_rows(impl, z.to(dtype), torch.arange(5) * columns // 5, 30.0)
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("columns", [1024, 2056])
+def test_targets_anywhere_in_aligned_rows(columns: int, dtype: torch.dtype, impl: str) -> None:
+    """Whichever thread and access hold them."""
+    targets = torch.tensor([0, 3, 4, 7, 8, 127, 128, 255, 256, 1023, columns - 8, columns - 1])
+    z = torch.randn(len(targets), columns, generator=torch.Generator().manual_seed(2)) * 20
+    check_rows(impl, z.to(dtype), targets, 30.0, offset=64)
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("cap", [0.5, 1.0, 32.0, 32.5, 100.0])
+def test_caps_of_any_size(cap: float, dtype: torch.dtype, impl: str) -> None:
+    """Logits near 0, far beyond the cap on both sides, and a target at either end of them."""
+    z = torch.linspace(-4 * cap, 4 * cap, 41).repeat(3, 1)
+    check_rows(impl, z.to(dtype), torch.tensor([0, 20, 40]), cap)
+
+
+@every_kernel
+@every_dtype
+def test_logits_beyond_every_number_are_at_the_cap(dtype: torch.dtype, impl: str) -> None:
+    z = torch.zeros(2, 9, dtype=dtype)
+    z[0, 3], z[1, 3] = float("inf"), -float("inf")
+    z[:, 5] = torch.finfo(dtype).max
+    check_rows(impl, z, torch.tensor([0, 3]), 30.0)
+
+
+@every_kernel
+@every_dtype
 @pytest.mark.parametrize("columns", [9, 1027])
-def test_rows_that_are_not_finite_stay_alone(columns: int, impl: str) -> None:
-    z = torch.zeros(3, columns)
-    z[1, columns // 2] = float("nan")
-    losses, dz = row_kernel(impl, z, torch.zeros(3, dtype=torch.int64), 30.0)
-    assert losses.isnan().tolist() == [False, True, False]
-    assert dz[1].isnan().all() and dz[::2].isfinite().all()
+def test_rows_that_are_not_finite_stay_alone(columns: int, dtype: torch.dtype, impl: str) -> None:
+    z = torch.zeros(4, columns, dtype=dtype)
+    z[1:3, columns // 2] = float("nan")
+    losses, dz = row_kernel(impl, z, torch.tensor([0, 0, columns // 2, 0]), 30.0)
+    assert losses.isnan().tolist() == [False, True, True, False]
+    assert dz[1:3].isnan().all() and dz[::3].isfinite().all()
+
+
+@every_kernel
+@every_dtype
+def test_an_ignored_row_that_is_not_finite_has_no_loss(dtype: torch.dtype, impl: str) -> None:
+    z = torch.full((1, 9), float("nan"), dtype=dtype)
+    losses, dz = row_kernel(impl, z, torch.tensor([-100]), 30.0)
+    assert losses.tolist() == [0] and dz.isnan().all()
 
 
 @every_kernel
@@ -155,8 +208,9 @@ def test_logits_that_lie_far_apart(columns: int, impl: str) -> None:
 
 
 @every_kernel
-def test_targets_outside_of_the_row(impl: str) -> None:
-    z, targets = torch.zeros(3, 9), torch.tensor([0, 9, -1])
+@every_dtype
+def test_targets_outside_of_the_row(dtype: torch.dtype, impl: str) -> None:
+    z, targets = torch.zeros(3, 9, dtype=dtype), torch.tensor([0, 9, -1])
     if impl == "cpu":
         with pytest.raises(ValueError, match=r"targets\[1\]"):
             row_kernel(impl, z, targets, 30.0)
@@ -181,6 +235,37 @@ def test_one_gradient_alone_twice_and_none(impl: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             assert torch.equal(softcap_cross_entropy(*args, targets, 30.0, "none", impl), mine)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shapes of what is multiplied element by element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
+            self.shapes += [t.shape for t in args if isinstance(t, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@every_kernel
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_factor_of_all_rows_goes_to_the_matrix(reduction: str, impl: str) -> None:
+    """No pass over what each token has is made for it, and the gradients are those of the rows."""
+    x, w, targets = inputs()
+    leaves = [t.requires_grad_() for t in (x, w)]
+    loss = softcap_cross_entropy(*leaves, targets, 30.0, reduction, impl)
+    with Products() as products:
+        found = torch.autograd.grad(loss, leaves, torch.tensor(0.3))
+    assert products.shapes and all(N not in shape for shape in products.shapes)
+    rows = softcap_cross_entropy(*leaves, targets, 30.0, "none", impl)
+    each = torch.full((N,), 0.3 / (N if reduction == "mean" else 1))
+    for got, expected in zip(found, torch.autograd.grad(rows, leaves, each), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- targets that are ignored ---------------------------------------------------------------------

@@ -125,6 +125,19 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_name_free(
         start(out, shards)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["attention=fa4"], "ops=attention=fa4: .*fa4 runs on cuda tensors, these are on cpu"),
+        (["attention=sdpa", "ops=attention=fa3"], "attention=sdpa and ops=attention=fa3 name two"),
+    ],
+    ids=["elsewhere", "two"],
+)
+def test_attention_is_one_of_the_operators_of_a_run(words, said, shards, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        start(tmp_path / "run", shards, *words)
+
+
 def test_a_folder_that_held_more_keeps_it(shards, tmp_path, monkeypatch) -> None:
     (tmp_path / "notes").write_text("mine")
     monkeypatch.setattr(Trainer, "warm_up", lambda self: 1 / 0)

@@ -71,6 +71,15 @@ class Batches:
         return {}
 
 
+def unasked() -> SimpleNamespace:
+    """An `Interrupt` of a run that nobody stops."""
+    return SimpleNamespace(number=0, error=lambda step, number: KeyError(step))
+
+
+def asked_to_stop() -> SimpleNamespace:
+    return SimpleNamespace(number=2, error=lambda step, number: KeyError(step))
+
+
 def build(
     monkeypatch, *words: str, ops: dict | None = None
 ) -> tuple[Trainer, Recorder, SimpleNamespace]:
@@ -101,7 +110,7 @@ def build(
 
 def test_validation_and_checkpoints_are_off_the_clock(monkeypatch):
     trainer, folder, clock = build(monkeypatch, "val_every=3", "checkpoint_every=4")
-    trainer.train(SimpleNamespace(requested=False))
+    trainer.train(unasked())
     # ten steps of 2 s; an eleventh would end at 22 s, over the budget of 21 s
     assert trainer.clock.step == 10 and trainer.clock.seconds == pytest.approx(20.0)
     # validated at 3, 6, 9 and the end; kept at 4, 8 and the end
@@ -120,7 +129,7 @@ def test_a_full_disk_does_not_stop_training(monkeypatch, capsys):
         raise failed
 
     monkeypatch.setattr(folder, "save", save)
-    trainer.train(SimpleNamespace(requested=False))
+    trainer.train(unasked())
     assert trainer.clock.step == 10 and tried == [4, 8, 10] and folder.failed is failed
     assert capsys.readouterr().out.count("no space left; training goes on") == 3
 
@@ -137,17 +146,17 @@ def test_a_stop_whose_checkpoint_fails_is_no_stop_to_go_on_from(monkeypatch):
     monkeypatch.setattr(folder, "save", save)
     monkeypatch.setattr(folder, "check", check, raising=False)
     with pytest.raises(StorageError, match="no space left"):
-        trainer.train(SimpleNamespace(requested=True, error=lambda step: KeyError(step)))
+        trainer.train(asked_to_stop())
     monkeypatch.setattr(folder, "save", lambda step, state: "checkpoint")
     with pytest.raises(KeyError, match="2"):  # an earlier failure is no reason not to go on
-        trainer.train(SimpleNamespace(requested=True, error=lambda step: KeyError(step)))
+        trainer.train(asked_to_stop())
 
 
 def test_a_stop_while_the_last_step_is_validated(monkeypatch):
     """The loop has ended: a stop all the same, with a checkpoint that nothing else asked for."""
     trainer, folder, clock = build(monkeypatch, "val_every=0", "checkpoint_every=0")
-    interrupt = SimpleNamespace(requested=False, error=lambda step: KeyError(step))
-    monkeypatch.setattr(trainer, "validate", lambda: setattr(interrupt, "requested", True))
+    interrupt = unasked()
+    monkeypatch.setattr(trainer, "validate", lambda: setattr(interrupt, "number", 2))
     with pytest.raises(KeyError, match="10"):
         trainer.train(interrupt)
     assert trainer.kept == 10 and clock.now == 50.0 + 20.0 + 1000.0
@@ -156,7 +165,7 @@ def test_a_stop_while_the_last_step_is_validated(monkeypatch):
 def test_a_resumed_clock_goes_on(monkeypatch):
     trainer, _, _ = build(monkeypatch, "val_every=0", "checkpoint_every=0")
     trainer.clock = module.Clock(step=6, tokens=6 * 256, seconds=12.0)
-    trainer.train(SimpleNamespace(requested=False))
+    trainer.train(unasked())
     assert trainer.clock.step == 10 and trainer.clock.seconds == pytest.approx(20.0)
 
 
@@ -173,7 +182,7 @@ def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
                  "checkpoint_every=0", f"schedule={schedule}", "table_dtype=fp32")  # fmt: skip
         trainer, folder, _ = build(monkeypatch, *words, ops=ops)
         assert bool(trainer.optimizers.fused) == bool(ops)
-        trainer.train(SimpleNamespace(requested=False))
+        trainer.train(unasked())
         lines = [m for m in folder.lines if m["kind"] == "train"]
         found.append((lines, trainer.averager.export()))
     (ours, (mine, words)), (torchs, (theirs, same)) = found

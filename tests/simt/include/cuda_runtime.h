@@ -119,10 +119,13 @@ inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::here
 inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::here()) {
   return __ballot_sync(mask, predicate, site) == mask;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 // --- the runtime ---------------------------------------------------------------------------------
 

@@ -1,0 +1,423 @@
+"""What a warp executes of a kernel's SASS, when the trip counts of its loops are known.
+
+The control flow is made of basic blocks and natural loops. Of the ways through it, one is taken:
+
+- none that calls a subroutine (the long divisions, roots and reciprocals of rare arguments) or that
+  lanes apart take (BRA.DIV), where there is another;
+- of those, the one that stores as many bytes as the warp's work does, or loads as many if that
+  stores nothing to speak of: the compiler's versions of a loop for other lengths are left out;
+- of those, the one that loads (stores) the most bytes: optional operands are there, vectors are
+  wide; and then the one of the most instructions, or of the fewest where it is said that what
+  remains to be chosen is rare.
+
+An instruction that its predicate switches off is issued all the same, and counts; of accesses under
+a predicate and under its opposite, those of fewer bytes are taken for switched off. Of two sides of
+a branch that lanes of one warp take apart, only one counts.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+_LABEL = re.compile(r"^([.$\w]+):\s*$")
+_LINE = re.compile(
+    r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*([^;]*);"
+)
+_TARGET = re.compile(r"`\(([.$\w]+)\)")
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_GLOBAL = ("LDG", "STG")
+# What has no destination: every register that it names is read.
+_STORES = ("STG", "STS", "STL", "ST", "RED", "BAR", "BRA", "EXIT", "CALL", "RET", "WARPSYNC")
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # of others: 4
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: predicate ('' for none), opcode with its modifiers, what follows it.
+
+    `off`: it is taken for switched off by its predicate.
+    """
+
+    guard: str
+    opcode: str
+    operands: str
+    off: bool = False
+
+    @cached_property
+    def base(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """That a lane moves to or from global memory."""
+        return 0 if self.off else self.width
+
+    @property
+    def width(self) -> int:
+        if self.base not in _GLOBAL:
+            return 0
+        return next((_WIDTHS[m] for m in self.opcode.split(".")[1:] if m in _WIDTHS), 4)
+
+    @property
+    def target(self) -> str | None:
+        found = _TARGET.search(self.operands)
+        return found[1] if found else None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a block ends here."""
+        return self.opcode != "BRA.DIV" and self.base in ("BRA", "EXIT", "RET", "JMP", "BRX")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether what follows may be reached, too."""
+        return bool(self.guard) or (self.base == "BRA" and not self.operands.startswith("`"))
+
+    @cached_property
+    def registers(self) -> tuple[list[int], list[int]]:
+        """(written, read) numbers of registers; of what is read, the first of each operand."""
+        named = [int(n) for n in _REGISTER.findall(self.operands)]
+        first = self.operands.partition(",")[0]
+        if self.base in _STORES or not _REGISTER.fullmatch(first.strip()):
+            return [], named
+        return [named[0] + i for i in range(max(1, self.width // 4))], named[1:]
+
+
+def _opposite(guard: str) -> str:
+    return guard[1:] if guard.startswith("!") else f"!{guard}"
+
+
+@dataclass
+class Block:
+    """Instructions that are executed together, and the blocks that may come next."""
+
+    instructions: list[Instruction]
+    after: list[int] = field(default_factory=list)
+    target: int | None = None  # of the branch at its end
+
+    @property
+    def slow(self) -> int:
+        """How many subroutines it calls."""
+        return sum(i.base == "CALL" or i.opcode == "WARPSYNC.COLLECTIVE" for i in self.instructions)
+
+    def off_before(self, to: int | None) -> set[int]:
+        """Places of instructions that the predicate of the branch at the end switches off.
+
+        Args:
+            to: the block that comes next.
+        """
+        guard = self.instructions[-1].guard
+        if not guard or self.target is None or len(self.after) < 2:
+            return set()
+        name = guard.removeprefix("!")
+        off = _opposite(guard) if to == self.target else guard
+        places: set[int] = set()
+        for n, i in enumerate(self.instructions[:-1]):
+            if i.guard == off:
+                places.add(n)
+            elif i.operands.startswith(f"{name},") or f" {name}," in i.operands[:12]:
+                places.clear()  # it is another predicate from here on
+        return places
+
+
+@dataclass
+class Loop:
+    """A natural loop: its first block, all its blocks, and those that jump back."""
+
+    header: int
+    blocks: set[int]
+    latches: set[int]
+
+
+# A way: what decides between it and others, and its pieces from the last one to the first.
+# A piece is a block, or (way through a loop's body, how often).
+@dataclass(frozen=True)
+class Way:
+    slow: int = 0
+    matched: int = 0  # bytes, of those accesses that have to be so many
+    others: int = 0  # of the others
+    count: int = 0
+    shortest: bool = False
+    pieces: Any = None
+
+    def key(self) -> tuple[int, int, int]:
+        return self.slow, -self.others, self.count if self.shortest else -self.count
+
+    def then(self, other: "Way", piece: Any, times: int = 1) -> "Way":
+        return Way(
+            self.slow + other.slow * times, self.matched + other.matched * times,
+            self.others + other.others * times, self.count + other.count * times,
+            self.shortest or other.shortest, (self.pieces, piece),
+        )  # fmt: skip
+
+
+Ways = dict[int, Way]  # bytes matched -> the best way of as many
+Exits = dict[tuple[int, int], Ways]  # edge that leaves a loop -> ways from its entry through it
+
+
+def _add(ways: Ways, way: Way) -> None:
+    known = ways.get(way.matched)
+    if known is None or way.key() < known.key():
+        ways[way.matched] = way
+
+
+class Flow:
+    """The control flow of one kernel.
+
+    Attributes:
+        blocks: in the order of their addresses.
+        loops: in the order of their first blocks' addresses, outer ones before those within.
+
+    Raises:
+        ValueError: it has no EXIT, jumps through a register, or has a cycle with two entries.
+    """
+
+    def __init__(self, sass: str) -> None:
+        self.blocks = _blocks(sass)
+        self.loops = self._find_loops()
+
+    def executed(
+        self, trips: Sequence[int], stored: int, loaded: int = 0, shortest: bool = False
+    ) -> list[Instruction]:
+        """The instructions of one warp from the entry to EXIT.
+
+        Args:
+            trips: of each of `loops`.
+            stored, loaded: bytes that a lane stores to global memory and loads from it; the latter
+                matter where less than 16 are stored.
+            shortest: of ways that move the same, that of the fewest instructions, not of the most.
+
+        Raises:
+            ValueError: not as many trip counts as loops, or no way moves so many bytes, be it for
+                16 bytes or 5 %; with what the loops do.
+        """
+        found = "; ".join(self.describe(loop) for loop in self.loops) or "none"
+        if len(trips) != len(self.loops):
+            raise ValueError(f"{len(trips)} trip counts for {len(self.loops)} loops: {found}")
+        self._matched, verb, wanted = (
+            ("STG", "stores", stored) if stored >= 16 or not loaded else ("LDG", "loads", loaded)
+        )
+        self._shortest = shortest
+        exits: dict[int, Exits] = {}
+        for i in sorted(range(len(trips)), key=lambda i: len(self.loops[i].blocks)):
+            self._close(self.loops[i], trips[i], exits)
+        ends, _, _ = self._ways(set(self._reached()), 0, exits)
+        best = min(ends.values(), key=lambda w: (w.slow, abs(w.matched - wanted), *w.key()))
+        if abs(best.matched - wanted) > max(16, wanted // 20):
+            raise ValueError(
+                f"a lane {verb} {best.matched} bytes, not {wanted}, with these trips: {found}"
+            )
+        return [i for block in _linear(best.pieces) for i in self.blocks[block].instructions]
+
+    def describe(self, loop: Loop) -> str:
+        """Depth, instructions and memory accesses, to recognise it by."""
+        depth = sum(loop.blocks < other.blocks for other in self.loops)
+        found = [i for b in loop.blocks for i in self.blocks[b].instructions]
+        kinds = [f"{i.base}x{i.width}" for i in found if i.width]
+        moved = " ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
+        return f"depth {depth} {len(found)} instructions {moved or 'no global access'}"
+
+    def _reached(self) -> list[int]:
+        """Blocks that can be reached from the first one, in reverse postorder."""
+        return _topological(0, lambda block: self.blocks[block].after)
+
+    def _find_loops(self) -> list[Loop]:
+        order = self._reached()
+        place = {block: i for i, block in enumerate(order)}
+        before: dict[int, list[int]] = {block: [] for block in order}
+        for block in order:
+            for after in self.blocks[block].after:
+                before[after].append(block)
+        above = _dominators(order, before)
+        loops: dict[int, Loop] = {}
+        for block in order:
+            for header in self.blocks[block].after:
+                if place[header] > place[block]:
+                    continue
+                if header not in above[block]:
+                    raise ValueError("a cycle has two entries")
+                loop = loops.setdefault(header, Loop(header, {header}, set()))
+                loop.latches.add(block)
+                waiting = [block]
+                while waiting:
+                    if (inside := waiting.pop()) not in loop.blocks:
+                        loop.blocks.add(inside)
+                        waiting += before[inside]
+        return sorted(loops.values(), key=lambda loop: (loop.header, -len(loop.blocks)))
+
+    def _close(self, loop: Loop, trips: int, exits: dict[int, Exits]) -> None:
+        """exits[header] = the best ways from the loop's entry through each edge that leaves it."""
+        inner = {h: ways for h, ways in exits.items() if h in loop.blocks}
+        _, cycles, leaving = self._ways(loop.blocks, loop.header, inner)
+        exits[loop.header] = {}
+        for (source, to), lasts in leaving.items():
+            # A test at the end belongs to the last trip, one at the top to none.
+            times = trips - (source in loop.latches)
+            wholes = exits[loop.header][source, to] = {}
+            if times < 0:  # it would be executed: only where nothing leads around it
+                _add(wholes, Way(slow=1))
+                continue
+            befores = [Way().then(c, (c.pieces, times), times) for c in cycles.values()]
+            for before in befores if times else [Way()]:
+                for last in lasts.values():
+                    _add(wholes, before.then(last, (last.pieces, 1)))
+
+    def _ways(
+        self, region: set[int], entry: int, loops: Mapping[int, Exits]
+    ) -> tuple[Ways, Ways, Exits]:
+        """Best ways from `entry` (to the end, back to it, through each edge out of the region)."""
+        closed = {h: exits for h, exits in loops.items() if h != entry}
+
+        def edges(node: int) -> list[tuple[int, int, list[tuple[Way, Any]]]]:
+            if node in closed:
+                return [
+                    (source, to, [(way, (way.pieces, 1)) for way in ways.values()])
+                    for (source, to), ways in closed[node].items()
+                ]
+            return [(node, to, [(self._cost(node, to), node)]) for to in self.blocks[node].after]
+
+        order = _topological(
+            entry, lambda n: [to for _, to, _ in edges(n) if to in region and to != entry]
+        )
+        arrived: dict[int, Ways] = {node: {} for node in order}
+        _add(arrived[entry], Way())
+        ends: Ways = {}
+        cycles: Ways = {}
+        leaving: Exits = {}
+        for node in order:
+            for way in arrived[node].values():
+                if node not in closed and not self.blocks[node].after:
+                    _add(ends, way.then(self._cost(node), node))
+                for source, to, costs in edges(node):
+                    known = (
+                        cycles if to == entry
+                        else arrived[to] if to in region
+                        else leaving.setdefault((source, to), {})
+                    )  # fmt: skip
+                    for cost, piece in costs:
+                        _add(known, way.then(cost, piece))
+        return ends, cycles, leaving
+
+    def _cost(self, block: int, to: int | None = None) -> Way:
+        found = self.blocks[block]
+        off = found.off_before(to)
+        moved = [
+            (i.base == self._matched, i.bytes)
+            for n, i in enumerate(found.instructions)
+            if i.bytes and n not in off
+        ]
+        matched = sum(size for is_matched, size in moved if is_matched)
+        others = sum(size for is_matched, size in moved if not is_matched)
+        return Way(found.slow, matched, others, len(found.instructions), self._shortest)
+
+
+def _topological(entry: int, after: Any) -> list[int]:
+    """Reverse postorder from an entry."""
+    order, seen, stack = [], {entry}, [(entry, iter(after(entry)))]
+    while stack:
+        node, rest = stack[-1]
+        for to in rest:
+            if to not in seen:
+                seen.add(to)
+                stack.append((to, iter(after(to))))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order[::-1]
+
+
+def _dominators(order: Sequence[int], before: Mapping[int, Sequence[int]]) -> dict[int, set[int]]:
+    """The blocks that every way to a block leads through, itself among them."""
+    above = {block: set(order) for block in order}
+    above[order[0]] = {order[0]}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            found = set.intersection(*(above[b] for b in before[block])) | {block}
+            if found != above[block]:
+                above[block], changed = found, True
+    return above
+
+
+def _linear(pieces: Any) -> list[int]:
+    """The blocks of a way in the order in which they are executed."""
+    reverse = []
+    while pieces is not None:
+        pieces, piece = pieces
+        reverse.append([piece] if isinstance(piece, int) else _linear(piece[0]) * piece[1])
+    return [block for part in reversed(reverse) for block in part]
+
+
+def _blocks(sass: str) -> list[Block]:
+    """The blocks of a function and of its subroutines, which nothing but CALL leads to."""
+    blocks, at, current = [], {}, []
+
+    def close() -> None:
+        nonlocal current
+        if current:
+            blocks.append(Block(_switched(current)))
+            current = []
+
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            close()
+            at[label[1]] = len(blocks)
+        elif found := _LINE.match(line):
+            current.append(Instruction(found[1] or "", found[2], found[3].strip()))
+            if current[-1].leaves or current[-1].base in ("BSYNC", "CALL"):
+                close()
+    close()
+    joins: dict[str, str | None] = {}
+    for i, block in enumerate(blocks):
+        last = block.instructions[-1]
+        for inside in block.instructions:
+            if inside.base == "BSSY":
+                joins[inside.operands.partition(",")[0]] = inside.target
+        falls_through = not last.leaves or last.conditional
+        if last.base == "BSYNC" and (join := joins.get(last.operands.strip())):
+            block.after = [at[join]]
+            falls_through = False
+        if last.leaves and last.base in ("JMP", "BRX"):
+            raise ValueError(f"{last.opcode} jumps through a register")
+        if falls_through and i + 1 < len(blocks):
+            block.after.append(i + 1)
+        if last.base == "BRA" and last.leaves:
+            block.target = at[last.target]
+            if block.target not in block.after:
+                block.after.append(block.target)
+    return blocks
+
+
+def _switched(block: Sequence[Instruction]) -> list[Instruction]:
+    """With `off` where a predicate lets more bytes be moved as it is not."""
+    moved: dict[str, int] = {}
+    for i in block:
+        moved[i.guard] = moved.get(i.guard, 0) + i.width
+    off = {
+        guard
+        for guard, size in moved.items()
+        if guard and size < moved.get(_opposite(guard), 0)
+    }
+    return [replace(i, off=True) if i.guard in off else i for i in block]
+
+
+def loads_in_flight(executed: Sequence[Instruction]) -> int:
+    """The most global loads that were issued when the value of one of them was first needed."""
+    waiting: list[list[int]] = []  # the registers of each load, oldest first
+    most = 0
+    for instruction in executed:
+        if instruction.off:
+            continue
+        written, read = instruction.registers
+        touched = {*written, *read}
+        used = [i for i, load in enumerate(waiting) if touched & set(load)]
+        if used:
+            most = max(most, len(waiting))
+            waiting = waiting[used[-1] + 1 :]
+        if instruction.base == "LDG":
+            waiting.append(written)
+    return max(most, len(waiting))

@@ -1,0 +1,54 @@
+"""Which process of a run is missing: each says, when it is asked, that it lives and where it is.
+
+When a collective breaks, those that wait in it learn that someone is gone, at different times and
+not who. A thread in every process answers instead, over the store that torchrun keeps.
+"""
+
+import threading
+import time
+
+from torch.distributed import Store
+
+INTERVAL = 0.5  # seconds between looks whether somebody asks
+ANSWER = 4.0  # seconds in which a process that lives has answered
+
+
+class RollCall:
+    """Answers for this process as long as it lives.
+
+    Args:
+        store: that all processes of the run share.
+
+    Attributes:
+        step: what this process works on.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int):
+        # A connection of its own: the other one may be in use when everything stands still.
+        self.store, self.rank, self.world, self.step = store.clone(), rank, world, 0
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        try:
+            while not self.store.check(["pgolf/call"]):
+                time.sleep(INTERVAL)
+            self.store.set(f"pgolf/here/{self.rank}", str(self.step))
+        except RuntimeError:  # the store has gone, with torchrun
+            pass
+
+    def missing(self) -> tuple[list[int], bool]:
+        """(ranks that do not answer, or that are behind those that wait for them; gone)."""
+        end = time.monotonic() + ANSWER
+        here: dict[int, int] = {}
+        try:
+            self.store.set("pgolf/call", "")
+            while len(here) < self.world and time.monotonic() < end:
+                time.sleep(INTERVAL / 5)
+                for rank in range(self.world):
+                    if rank not in here and self.store.check([f"pgolf/here/{rank}"]):
+                        here[rank] = int(self.store.get(f"pgolf/here/{rank}"))
+        except RuntimeError:
+            return [], False
+        silent = [rank for rank in range(self.world) if rank not in here]
+        behind = [r for r, step in here.items() if step < max(here.values())]
+        return silent or sorted(behind), bool(silent)
