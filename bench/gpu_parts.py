@@ -35,7 +35,7 @@ CHOICES = (
     *(f"{PLAIN},{name}=auto" for name in ("leaky_relu2_mlp", "xsa", "newton_schulz", "fake_quant")),
     *(f"auto,{name}=reference"
       for name in ("residual_norm", "qk_rope", "leaky_relu2_mlp", "softcap_cross_entropy")),
-    "triton,attention=auto",
+    "triton",
 )  # fmt: skip
 OPERATORS = (
     "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
