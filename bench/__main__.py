@@ -11,7 +11,6 @@ COMMANDS = {
     "ops": "time operators: eager, compiled, our kernels, public peers, and the floor",
     "operators": "the operators as a table: formula, shapes, kernels, what auto takes",
     "step": "time training steps of a recipe with each choice of operators",
-    "attention": "time attention alone, by every backend that runs here",
     "decode": "time the generation of text, with key/value caches and without",
     "count": "count launches, bytes and memory of a recipe on a stand-in for an H100",
     "tune": "look for faster configurations of Triton kernels on this GPU, and write the table",

@@ -95,8 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as ops= of a run names them, +qat and +eager; may be repeated "
-        f"(default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
+        help="operators as ops= of a run names them, +qat and +eager; may be repeated (default: "
+        f"{', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
         f"with --step {', then '.join(TURN)})",
     )  # fmt: skip
     parser.add_argument(

@@ -25,12 +25,17 @@ PYTHON = (sys.executable, "-m")
 TESTS = ("tests/ops/test_gpu.py",)
 TEST_SECONDS = 90
 
-# The first two are timed in any case; then each kernel alone, then all but one.
+ATTENTION = ("fa3", "fa4", "fa2")  # beside torch's own
+
+# The first two are timed in any case; then kernels alone, then all but one.
+# Attention is the same in all of them.
+PLAIN = "reference,attention=auto"
 CHOICES = (
-    "reference", "auto",
-    "reference,leaky_relu2_mlp=auto", "reference,qk_rope=auto", "reference,residual_norm=auto",
-    "reference,xsa=auto", "auto,qk_rope=reference", "auto,leaky_relu2_mlp=reference",
-    "auto,residual_norm=reference", "auto,softcap_cross_entropy=reference", "triton",
+    PLAIN, "auto",
+    *(f"{PLAIN},{name}=auto" for name in ("leaky_relu2_mlp", "xsa", "newton_schulz", "fake_quant")),
+    *(f"auto,{name}=reference"
+      for name in ("residual_norm", "qk_rope", "leaky_relu2_mlp", "softcap_cross_entropy")),
+    "triton",
 )  # fmt: skip
 OPERATORS = (
     "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
@@ -46,22 +51,25 @@ class Sizes(NamedTuple):
         gpu: whether there is one; else its place is taken by what runs without.
         settings: of the recipe.
         steps: of a run of `pgolf train`.
+        step, ops, attention: words of commands of bench.
     """
 
     gpu: bool
     settings: tuple[str, ...]
     steps: int
-    sequences: int
     step: Command
     ops: Command
+    attention: Command
 
 
 # One GPU's share of the record's batch on eight.
 RECORD = Sizes(
-    gpu=True, settings=("batch_tokens=98304",), steps=20, sequences=48,
+    gpu=True, settings=("batch_tokens=98304",), steps=20,
     step=("--ops", *CHOICES, "--compile", "on", "--rounds", "20", "--profile", "3"),
     ops=("--op", *OPERATORS, "--providers", "eager", "triton", "cuda", "peers", "--sample",
          *SAMPLES, "--mode", "forward", "backward", "--seconds", "1"),
+    attention=("--sample", "98304", "--mode", "forward", "backward", "--seconds", "1",
+               "--providers", "eager", *ATTENTION),
 )  # fmt: skip
 TINY = Sizes(
     gpu=False,
@@ -71,10 +79,12 @@ TINY = Sizes(
         "batch_tokens=256", "compute_dtype=fp32", "val_tokens=256", "stride=64",
         "calibration_sequences=4",
     ),
-    steps=3, sequences=1,
+    steps=3,
     step=("--ops", "reference", "auto", "--compile", "off", "--rounds", "2", "--profile", "1"),
     ops=("--op", "xsa", "--providers", "eager", "cpu", "--sample", "1024 tokens", "--mode",
          "forward", "--rounds", "3", "--device", "cpu"),
+    attention=("--sample", "1024", "--mode", "forward", "--rounds", "3", "--device", "cpu",
+               "--providers", "eager", *ATTENTION),
 )  # fmt: skip
 
 
@@ -164,19 +174,10 @@ def _tests(place: Place) -> Part:
 
 
 def _attention(place: Place) -> Part:
-    device = "cuda" if place.sizes.gpu else "cpu"
-    settings = [s for s in place.sizes.settings if not s.startswith("device=")]
-    command = (*PYTHON, "bench", "attention", "pr1473", *settings, "--sequences",
-               str(place.sizes.sequences), "--device", device)  # fmt: skip
-
-    def says() -> list[str]:
-        return [
-            f"{line['backend']} {line['mode']} {line['median_ms']:.3f} ms, "
-            f"{line['gflops'] / 1e3:.1f} TFLOP/s"
-            for line in place.lines("attention")
-        ]
-
-    return Part("attention", 12, lambda _: [command + _file(place, "attention")], says)
+    """What of a step is no kernel of pgolf, and differs between machines."""
+    command = (*PYTHON, "bench", "ops", "--op", "attention", *place.sizes.attention,
+               *_file(place, "attention"))  # fmt: skip
+    return Part("attention", 15, lambda _: [command], lambda: _ops_lines(place, "attention"))
 
 
 def _step(place: Place) -> Part:
@@ -209,16 +210,18 @@ def _step_line(line: dict[str, Any]) -> str:
 def _ops(place: Place) -> Part:
     command = (*PYTHON, "bench", "ops", *place.sizes.ops, *_file(place, "ops"))
 
-    def says() -> list[str]:
-        rows: dict[str, list[str]] = {}
-        for line in place.lines("ops"):
-            name = f"{line['operator']} {line['sample']} {line['mode']}"
-            rows.setdefault(name, []).append(
-                f"{line['provider']} {line['median_ms']:.3g} ms {line['percent_of_floor']:.0f}%"
-            )
-        return [f"{name}: {', '.join(cells)}" for name, cells in rows.items()]
+    return Part("ops", 70, lambda _: [command], lambda: _ops_lines(place, "ops"))
 
-    return Part("ops", 70, lambda _: [command], says)
+
+def _ops_lines(place: Place, name: str) -> list[str]:
+    """A line for each operator, sample and mode, with the share of the floor that is reached."""
+    rows: dict[str, list[str]] = {}
+    for line in place.lines(name):
+        what = f"{line['operator']} {line['sample']} {line['mode']}"
+        rows.setdefault(what, []).append(
+            f"{line['provider']} {line['median_ms']:.3g} ms {line['percent_of_floor']:.0f}%"
+        )
+    return [f"{what}: {', '.join(cells)}" for what, cells in rows.items()]
 
 
 def _sanitized(place: Place) -> list[Part]:
@@ -243,7 +246,10 @@ def _emulated(place: Place) -> Part:
     """In a rehearsal: the program that the sanitizers watch, on kernels that a CPU runs."""
     command = (*PYTHON, "bench.gpu_kernels", "--device", "cpu", "--op", "xsa", "--impl", "cuda",
                *_file(place, "memcheck"))  # fmt: skip
-    says = lambda: [f"{len(place.lines('memcheck'))} calls begun"]  # noqa: E731
+
+    def says() -> list[str]:
+        return [f"{len(place.lines('memcheck'))} calls begun"]
+
     missing = "" if extension.emulates_cuda() else f"{extension.CUDA_VARIABLE} names no emulator"
     return Part("memcheck", 20, lambda _: [command], says, missing=missing)
 

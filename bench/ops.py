@@ -30,9 +30,9 @@ it, and inputs stay as they are. A provider that fails is called WRONG and not t
 providers run once a round, each round in another order. Shown are the median, the 20th and 80th
 percentile, the time relative to torch.compile, and the share of the floor that is reached: the
 least bytes over the bandwidth of a copy that moves as many, or the operations over the rate of
-torch's own matmuls of the same shapes, whichever takes longer; both are measured in the same
-rounds, with the same threads. On a GPU its own time is taken, queued ahead of it; what the host
-takes to queue a call is a column of its own, and its inputs are drawn there.
+torch's own matmuls of the same shapes (of a large one where it has none), whichever takes longer;
+both are measured in the same rounds, with the same threads. On a GPU its own time is taken, queued
+ahead of it; what the host takes to queue a call is a column of its own, and inputs are drawn there.
   forward   keeps what the gradient needs, as in training
   backward  its gradients alone; a fresh forward runs before each, off the clock
   both      forward and gradients
@@ -246,8 +246,9 @@ def _table(
     moved, device = work.read + work.written, options.device
     entries = {name: case.entry(function, mode) for name, function in found.items()}
     entries["(copy)"] = timing.copy_entry(moved, device)
-    made = case.products(mode) if work.flops else Counter()
-    if made:
+    made: Counter[products.Product] = Counter()
+    if work.flops:
+        made = case.products(mode) or products.square(device, cases.DTYPES[case.dtype])
         entries["(matmul)"], made_flops = products.entry(made, device)
     clock = timing.clock_of(device)
     times = timing.interleave(
@@ -288,7 +289,7 @@ def _shown(lines: Sequence[schema.Timing]) -> str:
     if first.matmul_gflops:
         limit += (
             f", {first.flops / 1e9:.1f} GFLOP at {first.matmul_gflops:.0f} GFLOP/s (torch's own "
-            "matmuls of these shapes)"
+            "matmuls of these shapes, or a large one)"
         )
     text = [
         f"  {first.mode}: floor {first.floor_ms:.4g} ms: {limit}; {first.rounds} rounds",

@@ -65,6 +65,13 @@ def products_in(function: Callable[[], Any]) -> Counter[Product]:
     return recorder.found
 
 
+def square(device: torch.device, dtype: torch.dtype) -> Counter[Product]:
+    """A large square one, for what torch does not compute by products that can be seen."""
+    size = 8192 if device.type == "cuda" else 1024
+    factor = Factor((size, size), (size, 1), dtype)
+    return Counter([Product(factor, factor)])
+
+
 def entry(products: Counter[Product], device: torch.device) -> tuple[Entry, int]:
     """All these products one after another, and their floating-point operations."""
     todo = []

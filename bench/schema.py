@@ -136,22 +136,6 @@ class DecodeTiming(Setting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionTiming(Setting):
-    """A line of `bench attention`: one backend in one mode."""
-
-    backend: str
-    mode: str  # forward, backward
-    shape: list[int]  # of the queries: sequences, tokens, heads, size
-    kv_heads: int
-    dtype: str
-    rounds: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    gflops: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tried(Setting):
     """A line of `bench tune`: a configuration of a Triton kernel that was tried."""
 

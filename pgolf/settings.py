@@ -289,7 +289,7 @@ class RunConfig:
     ops: str = opt(
         "",
         "implementations of operators, as xsa=triton,newton_schulz=reference, or one word for all "
-        "(the reference where there is no such one); '' = auto for each, see pgolf doctor",
+        "(where one has no such kernels: the reference); '' = auto for each, see pgolf doctor",
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)

@@ -25,8 +25,8 @@ class Choice(NamedTuple):
 def parse(text: str) -> dict[str, str]:
     """'xsa=triton,newton_schulz=reference', or one word for all operators, as operator -> word.
 
-    One word is that implementation and no other: operators that do not have it are the reference.
-    Of what contradicts itself the last counts.
+    One word for kernels of pgolf, as triton, is those and no other: its operators that do not have
+    it are the reference. Of what contradicts itself the last counts.
 
     Raises:
         ConfigError: an unknown operator or implementation.
@@ -45,10 +45,10 @@ def parse(text: str) -> dict[str, str]:
             known = ("auto", "reference", *operator.implementations, *operator.aliases)
             if impl in known:
                 found, wanted[target] = True, operator.aliases.get(impl, impl)
-            elif not name:
-                wanted[target] = "reference"
-            else:
+            elif name:
                 raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
+            elif operator.own and any(impl in o.own for o in OPERATORS.values()):
+                wanted[target] = "reference"
         if not found:
             raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")
     return wanted

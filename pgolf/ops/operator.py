@@ -91,6 +91,11 @@ class Operator:
     obstacle: Callable[..., str] = lambda impl, **sizes: ""
     aliases: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def own(self) -> list[str]:
+        """The implementations that are pgolf's."""
+        return [name for name, impl in self.implementations.items() if not impl.package]
+
 
 OPERATORS: dict[str, Operator] = {}
 

@@ -49,6 +49,7 @@ def test_parse() -> None:
     everything = parse("triton,xsa=reference")
     assert everything["xsa"] == "reference" and everything["fake_quant"] == "triton"
     assert everything["grad_norm"] == "reference", "one word is that implementation and no other"
+    assert "attention" not in everything, "none of its kernels is ours"
     assert parse("auto,xsa=cuda") == dict.fromkeys(OPERATORS, "auto") | {"xsa": "cuda"}
 
 
