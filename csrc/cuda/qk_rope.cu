@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
   using Of = Head<Shape, kLanes>;
   constexpr int kPasses = Shape::kPasses;
   for (int64_t first = 0; first < shape.total; first += kPasses * Of::kGroups) {
-    float gains[kPasses];
+    EachPass<Shape, float> gains;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const Of head(shape, first + i * Of::kGroups);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     }
     for (Place at(span); at.in_block(); at.advance(span)) {
       const T* const from = qkv + at.token * shape.total * shape.size;
-      Own x[kPasses], added[kPasses];
+      EachPass<Shape, Own> x, added;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
   constexpr int kPasses = Shape::kPasses;
   for (int64_t first = 0; first < shape.total; first += kPasses * Of::kGroups) {
     Place at(span);
-    float gains[kPasses], sums[kPasses];
-    Walk<T> from[kPasses];
+    EachPass<Shape, float> gains, sums;
+    EachPass<Shape, Walk<T>> from;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const Of head(shape, first + i * Of::kGroups);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
     }
     while (at.in_block()) {
       const int64_t row = at.token * shape.total * shape.size;
-      Own dy[kPasses], x[kPasses];
+      EachPass<Shape, Own> dy, x;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);

@@ -67,6 +67,10 @@ struct AnyShape {
   PGOLF_HOST_DEVICE static constexpr bool alike(int) { return false; }
 };
 
+// Of each of the passes whose numbers are requested at once.
+template <typename Shape, typename U>
+using EachPass = U[Shape::kPasses];
+
 // The head that this group of lanes takes of a pass, whose first head is `first`.
 template <typename Shape, int kLanes>
 struct Head {
