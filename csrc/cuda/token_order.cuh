@@ -53,7 +53,7 @@ __device__ inline void for_equal_keys(unsigned key, unsigned keys, const Body& b
 static __global__ void __launch_bounds__(kOrderThreads, 1)
     embed_smear_order(const int64_t* __restrict__ ids, int count, int vocab, int per_block,
                       int64_t* __restrict__ order, int64_t* __restrict__ bounds) {
-  __shared__ int places[kOrderWarps][kOrderIds];  // what a warp found of an id, then its next
+  __shared__ int places[kOrderWarps][kOrderIds];  // what a warp found of an id, then where it goes
   __shared__ int totals[kOrderIds], smaller[kOrderWarps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   // Parts of whole warps' tokens, the last of which may be less or nothing.
