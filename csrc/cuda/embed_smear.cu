@@ -1,17 +1,17 @@
 // embed_smear on a GPU: the formulas of embed_smear.h, a warp a row. Forward, a warp takes some
 // tokens in a row, so that it has the one before at hand. Backward, it takes a chunk of tokens that
-// are sorted by id, and has the rows of the next one on their way while it works on one. The gradient
-// of the token behind lies elsewhere in that order and is read anew: to keep it would be to write a
-// row, and to read it, for each row that is saved.
+// are sorted by id, and has the rows of the next one on their way while it works on one. The
+// gradient of the token behind lies elsewhere in that order and is read anew: to keep it would be
+// to write a row, and to read it, for each row that is saved.
 #include "embed_smear.h"
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "cuda/device.cuh"
 #include "cuda/head_lanes.h"
 #include "cuda/launch.h"
+#include "cuda/packed.cuh"
+#include "cuda/token_order.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -39,54 +39,13 @@ struct Inputs {
   __device__ int width() const { return static_cast<int>(shape.width); }
   __device__ float scale() const { return bigram && scale_at ? *scale_at : 1.0f; }
   // The row of the table for an id; one too many for an id that it does not have.
-  __device__ int64_t row(int64_t id) const { return id >= 0 && id < shape.vocab ? id : shape.vocab; }
+  __device__ int64_t row(int64_t id) const {
+    return id >= 0 && id < shape.vocab ? id : shape.vocab;
+  }
   // Whether a token, which may be one too many, sees the one before it.
   __device__ bool joined(int64_t token) const {
     return gate && token < tokens() && divide(token, shape.time).rest != 0 &&
            !(starts && starts[token]);
-  }
-};
-
-// A row that is needed later, as it lies in memory: bf16 take half of the registers of floats.
-template <typename T, int kVector, int kChunks>
-struct Packed {
-  using Lanes = Row<T, kVector, kWarp, kChunks>;
-  // Registers hold words; elements that come from branches would be taken apart.
-  using Word = std::conditional_t<sizeof(T) * kVector % 4 == 0, uint32_t, T>;
-  static constexpr int kWords = sizeof(T) * kVector / sizeof(Word);
-  Vector<Word, kWords> chunks[kChunks];
-
-  // Zeros where `there` is false, and beyond `size`.
-  __device__ static Packed load(const T* from, int size, bool there) {
-    Packed packed;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      packed.chunks[i] = {};
-      const int place = Lanes::place(i);
-      if (there && place < size) {
-        packed.chunks[i] = *reinterpret_cast<const Vector<Word, kWords>*>(from + place);
-      }
-    }
-    return packed;
-  }
-
-  __device__ Lanes unpacked() const {
-    Lanes row;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) row.at[i * kVector + j] = widen(element(chunks[i], j));
-    }
-    return row;
-  }
-
-  // (By shifts, which widen() makes one instruction of.)
-  __device__ static T element(const Vector<Word, kWords>& chunk, int i) {
-    if constexpr (sizeof(T) == sizeof(Word)) {
-      return bit_cast<T>(chunk.at[i]);
-    } else {
-      return {static_cast<uint16_t>(chunk.at[i / 2] >> (i % 2 * 16))};
-    }
   }
 };
 
@@ -200,112 +159,12 @@ __global__ void __launch_bounds__(kBlock, 2)
   }
 }
 
-// --- tokens by id ---------------------------------------------------------------------------------
-
-constexpr int kOrderWarps = 32;
-constexpr int kOrderThreads = kOrderWarps * kWarp;
-constexpr int kOrderBlocks = 128;  // at most, each with ids of its own
-constexpr int kOrderIds = kMaxOrderVocab / kOrderBlocks + 1;
-constexpr int kOrderAhead = 8;  // loads that a thread waits for at once
-
-// body(token, key) for the tokens [begin, end), in their order and a warp's at once: the key is the
-// id, `vocab` for one that the table does not have, and more than that in lanes beyond the end.
-template <typename Body>
-__device__ inline void for_keys(const int64_t* ids, int begin, int end, int vocab,
-                                const Body& body) {
-  for (int at = begin; at < end; at += kOrderAhead * kWarp) {
-    const int left = end - at - this_lane();
-    int keys[kOrderAhead];
-#pragma unroll
-    for (int i = 0; i < kOrderAhead; ++i) {
-      const bool there = i * kWarp < left;
-      const auto id = static_cast<uint64_t>(there ? ids[at + this_lane() + i * kWarp] : 0);
-      keys[i] = !there ? INT32_MAX : id < vocab ? static_cast<int>(id) : vocab;
-    }
-#pragma unroll
-    for (int i = 0; i < kOrderAhead; ++i) body(at + this_lane() + i * kWarp, keys[i]);
-  }
-}
-
-// body(key, its lanes) for every key below `keys` that a lane of the warp has.
-template <typename Body>
-__device__ inline void for_equal_keys(unsigned key, unsigned keys, const Body& body) {
-  unsigned left = __ballot_sync(~0u, key < keys);
-  while (left != 0) {
-    const unsigned chosen = __shfl_sync(~0u, key, kWarp - 1 - __clz(left));
-    const unsigned lanes = __ballot_sync(~0u, key == chosen);
-    body(chosen, lanes);
-    left &= ~lanes;
-  }
-}
-
-// A counting sort in one launch: a block reads all ids and writes the tokens of `per_block` of them,
-// which makes up for the launches of one that reads them once. Each of its warps has a part of the
-// tokens; from how many of an id each has found follows where it puts its own.
-__global__ void __launch_bounds__(kOrderThreads, 1)
-    embed_smear_order(const int64_t* __restrict__ ids, int count, int vocab, int per_block,
-                      int64_t* __restrict__ order, int64_t* __restrict__ bounds) {
-  __shared__ int places[kOrderWarps][kOrderIds];  // of an id: what a warp found, then its next place
-  __shared__ int totals[kOrderIds], smaller[kOrderWarps];
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  // Parts of whole warps' tokens, the last of which may be less or nothing.
-  const int part = (count / kOrderThreads + (count % kOrderThreads != 0)) * kWarp;
-  const int begin = warp * int64_t{part} < count ? warp * part : count;
-  const int end = part < count - begin ? begin + part : count;
-  for (int first = blockIdx.x * per_block; first <= vocab; first += gridDim.x * per_block) {
-    const int keys = per_block < vocab + 1 - first ? per_block : vocab + 1 - first;
-    for (int i = this_lane(); i < keys; i += kWarp) places[warp][i] = 0;
-    __syncwarp();
-    int found_smaller = 0;
-    for_keys(ids, begin, end, vocab, [&](int, int key) {
-      found_smaller += key < first;
-      for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
-        if (this_lane() == 0) places[warp][which] += __popc(lanes);
-      });
-    });
-    found_smaller = group_sum<kWarp>(found_smaller);
-    if (this_lane() == 0) smaller[warp] = found_smaller;
-    __syncthreads();
-    if (thread < keys) {
-      int total = 0;
-      for (int w = 0; w < kOrderWarps; ++w) total += places[w][thread];
-      totals[thread] = total;
-    }
-    __syncthreads();
-    if (thread < keys) {
-      int place = 0;
-      for (int w = 0; w < kOrderWarps; ++w) place += smaller[w];
-      for (int i = 0; i < thread; ++i) place += totals[i];
-      bounds[first + thread] = place;
-      for (int w = 0; w < kOrderWarps; ++w) {
-        const int found = places[w][thread];
-        places[w][thread] = place;
-        place += found;
-      }
-    }
-    __syncthreads();
-    for_keys(ids, begin, end, vocab, [&](int token, int key) {
-      for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
-        const int place = places[warp][which];
-        const unsigned before = lanes & ((1u << this_lane()) - 1);
-        if (lanes >> this_lane() & 1) order[place + __popc(before)] = token;
-        __syncwarp();  // all have read the place
-        if (this_lane() == 0) places[warp][which] = place + __popc(lanes);
-        __syncwarp();
-      });
-    });
-    __syncthreads();  // the next ids use the same memory
-  }
-}
-
-// --- gradients ------------------------------------------------------------------------------------
-
 // Registers for the rows that a position needs, as they lie in memory.
 template <typename T, typename X, int kVector, int kChunks>
 constexpr int kRowWords =
     kChunks * (Packed<T, kVector, kChunks>::kWords + 3 * Packed<X, kVector, kChunks>::kWords);
-// 3 blocks an SM leave 168 a thread, 2 leave 255: so many that nothing is spilled. The next position's
-// rows are on their way beside those at hand unless even 255 are too few.
+// 3 blocks an SM leave 168 a thread, 2 leave 255: so many that nothing is spilled. The next
+// position's rows are on their way beside those at hand unless even 255 are too few.
 template <typename T, typename X, int kVector, int kChunks>
 constexpr int kBlocksPerSm = kRowWords<T, X, kVector, kChunks> > 40 ? 2 : 3;
 template <typename T, typename X, int kVector, int kChunks>

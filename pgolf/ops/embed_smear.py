@@ -146,7 +146,7 @@ def embed_smear(
     """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
 
     The gradient of the table is deterministic: tokens are sorted by id, and the order of every sum
-    is fixed.
+    is fixed. On a GPU its whole backward is three launches; above 32,768 rows torch sorts, in many.
 
     Args:
         ids: (N, T) int64. One that the table does not have is an error on a CPU; on a GPU, where
