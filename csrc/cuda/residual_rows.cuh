@@ -114,12 +114,12 @@ class Source {
   Source() = default;
   // The row that begins at element `at`, if the tensor is there.
   __device__ Source(const typename L::Element* tensor, int64_t at, int size, bool there)
-      : row_(there ? tensor + at : nullptr), size_(size) {
+      : tensor_(tensor), at_(at), size_(size) {
     if constexpr (L::kAhead) {
       if (!there) return;
 #pragma unroll
       for (int i = 0; i < L::kParts; ++i) {
-        words_[i] = load_constant<typename L::Words>(row_ + L::place_within(i, size));
+        words_[i] = load_constant<typename L::Words>(tensor + at + L::place_within(i, size));
       }
     }
   }
@@ -134,7 +134,7 @@ class Source {
       }
       return part;
     } else {
-      return L::Part::load(row_, size_);
+      return L::Part::load(tensor_ + at_, size_);
     }
   }
 
@@ -159,7 +159,8 @@ class Source {
   }
 
  private:
-  const typename L::Element* row_;
+  const typename L::Element* tensor_;
+  int64_t at_;
   int size_;
   typename L::Words words_[L::kParts];  // (Of bf16, each would be kept in a register of its own.)
 };
