@@ -29,7 +29,8 @@ from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
-ROWS_PER_BLOCK, MOST_BLOCKS = 64, 528  # whose gradients are summed apart; csrc/residual_norm.h
+# Kernels sum gradients of parameters over parts of the rows; csrc/residual_norm.h.
+ROWS_PER_BLOCK, MOST_BLOCKS = 64, 528
 
 _INPUTS = Inputs(
     "residual_norm", ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
@@ -178,6 +179,11 @@ def _or_empty(like: Tensor, there: bool) -> Tensor:
     return like.new_empty(like.shape if there else (0,))
 
 
+def _wide(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for numbers of the type that kernels compute in."""
+    return like.new_empty(shape, dtype=compute_dtype(like.dtype))
+
+
 def _results(
     x: Tensor, branch: Tensor | None, skip: Tensor | None, mix: Tensor | None, stores_total: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,13 +191,13 @@ def _results(
     changes = any(t is not None for t in (branch, skip, mix))
     return (
         _or_empty(x, stores_total), _or_empty(x, changes), x.new_empty(x.shape),
-        x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype)),
+        _wide(x, x.shape[:-1]),
     )  # fmt: skip
 
 
 def _gradients(
-    total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, x_in: Tensor, *rest: Any,
+    x_in: Tensor, total: Tensor | None, branch_scale: Tensor | None, skip_weight: Tensor | None,
+    mix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for dx, dbranch, dskip, dx0 and the gradients of parameters.
 
@@ -202,8 +208,7 @@ def _gradients(
     rows = scaled + weighted + 2 * (mixed and total is not None)
     return (
         x_in.new_empty(x_in.shape), _or_empty(x_in, scaled), _or_empty(x_in, weighted),
-        _or_empty(x_in, mixed),
-        x_in.new_empty((rows, x_in.size(-1)), dtype=compute_dtype(x_in.dtype)),
+        _or_empty(x_in, mixed), _wide(x_in, (rows, x_in.size(-1))),
     )  # fmt: skip
 
 
@@ -224,18 +229,23 @@ def _(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_to
 
 @torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
 def _backward(
+    d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
     total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, x_in: Tensor, rstd: Tensor,
-    d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, scale: float, eps: float,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = contiguous(
-        total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total, d_x_in, dh
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
     )
     return launcher("residual_norm", impl, "backward")(*tensors, scale, eps)
 
 
-_backward.register_fake(_gradients)
+@_backward.register_fake
+def _(
+    d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+    scale, eps, impl,
+):  # fmt: skip
+    return _gradients(x_in, total, branch_scale, skip_weight, mix)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -252,16 +262,20 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     if not stores_total:
         total = None if mix is None or any(ctx.adds) else x
     ctx.save_for_backward(
-        total, None if branch_scale is None else branch, branch_scale,
-        None if skip_weight is None else skip, skip_weight, x0, mix, x_in if changes else x, rstd,
+        x_in if changes else x, rstd, total,
+        None if branch_scale is None else branch, branch_scale,
+        None if skip_weight is None else skip, skip_weight, x0, mix,
     )  # fmt: skip
 
 
 def _gradient(
     ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
 ) -> tuple:
-    total, _, branch_scale, _, skip_weight, _, mix, *_ = saved = ctx.saved_tensors
-    dx, dbranch, dskip, dx0, parameters = _backward(*saved, d_total, d_x_in, dh, *ctx.settings)
+    x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix = ctx.saved_tensors
+    dx, dbranch, dskip, dx0, parameters = _backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        *ctx.settings,
+    )  # fmt: skip
     d_branch_scale = None if branch_scale is None else parameters[0]
     d_skip_weight = None if skip_weight is None else parameters[int(branch_scale is not None)]
     d_mix = None if mix is None or total is None else parameters[-2:]
@@ -288,27 +302,34 @@ def partial_rows(rows: int) -> int:
 def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
-    def numbers(x: Tensor, scale: float, eps: float) -> tuple[int, int, int, float, float]:
-        return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1), scale, eps
+    def shape(x: Tensor) -> tuple[int, int, int]:
+        return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1)
 
-    def forward(*arguments):
-        *inputs, scale, eps, stores_total = arguments
-        x, branch, _, skip, _, _, mix = inputs
+    def forward(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total):
         results = _results(x, branch, skip, mix, stores_total)
-        run("residual_norm", x, *addresses(*inputs, *results), *numbers(x, scale, eps))
+        inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
+        run("residual_norm", x, *addresses(*inputs, *results), *shape(x), scale, eps)
         return results
 
-    def backward(*arguments):
-        *tensors, scale, eps = arguments
-        x_in, rstd = tensors[7:9]
-        *_, parameters = gradients = _gradients(*tensors)
+    def backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        scale, eps,
+    ):  # fmt: skip
+        gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
+        *_, parameters = gradients
         blocks = partial_rows(rstd.numel())
         if not blocks:  # an empty tensor has no address by which it could be known to be there
             parameters.zero_()
             return gradients
         partials = parameters.new_empty((blocks, *parameters.shape))
-        where = addresses(*tensors, *gradients, partials)
-        run("residual_norm_backward", x_in, *where, blocks, *numbers(x_in, scale, eps))
+        run(
+            "residual_norm_backward", x_in,
+            *addresses(
+                total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
+                d_x_in, dh, *gradients, partials,
+            ),
+            blocks, *shape(x_in), scale, eps,
+        )  # fmt: skip
         return gradients
 
     return {"forward": forward, "backward": backward}
