@@ -68,12 +68,7 @@ def cuda() -> ModuleType | None:
     Raises:
         ImportError: the one that PGOLF_CUDA_MODULE names is not there or does not load.
     """
-    return _cuda(os.environ.get(CUDA_VARIABLE, ""))
-
-
-@functools.cache
-def _cuda(path: str) -> ModuleType | None:
-    module = _other(path) if path else load()
+    module = _other(path) if (path := os.environ.get(CUDA_VARIABLE)) else load()
     return module if module is not None and module.build_info()["cuda"] else None
 
 

@@ -39,7 +39,7 @@ SCORING = (
     "pgolf.data.shards", "pgolf.data.tokenizer", "pgolf.device", "pgolf.errors",
     "pgolf.extension", "pgolf.fields", "pgolf.files", "pgolf.model.gpt", "pgolf.model.layers",
     "pgolf.ops.*", "pgolf.progress", "pgolf.quant.dequantize", "pgolf.quant.step_grid",
-    "pgolf.ranks", "pgolf.roles", "pgolf.scoring.*", "pgolf.settings",
+    "pgolf.ranks", "pgolf.roles", "pgolf.roll_call", "pgolf.scoring.*", "pgolf.settings",
     "pgolf.submission.entry", "pgolf.submission.script",
 )  # fmt: skip
 TRAINING = (
@@ -48,9 +48,9 @@ TRAINING = (
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.decode", "pgolf.model.frozen",
     "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.stop",
     "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
-    "pgolf.training.interrupt", "pgolf.training.run", "pgolf.training.run_data",
-    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
-    "pgolf.triton_kernels.*",
+    "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
+    "pgolf.training.run", "pgolf.training.run_data", "pgolf.training.run_folder",
+    "pgolf.training.session", "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {

@@ -4,6 +4,7 @@ Nothing in here knows what the kernels do. It relies on the layout of the source
 stand between spaces, those of types and templates do not.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -217,8 +218,10 @@ def _one_line(text: str) -> str:
 
 
 def _name(declaration: list[str]) -> str:
-    for i, text in enumerate(declaration[:-1]):
-        if declaration[i + 1] == "(" and re.match(r"[A-Za-z_]", text) and text not in NOT_NAMES:
+    depth = 0  # what is called in the arguments of an attribute is not the name
+    for text, after in itertools.pairwise(declaration):
+        depth += (text == "(") - (text == ")")
+        if not depth and after == "(" and re.match(r"[A-Za-z_]", text) and text not in NOT_NAMES:
             return text
     return "?"
 
