@@ -68,6 +68,8 @@ class Ranks:
 
     def stop(self) -> None:
         """Leave the process group."""
+        if self.roll_call is not None:
+            self.roll_call.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -166,8 +168,8 @@ class Ranks:
         flat = torch.cat([g.reshape(-1).float() for g in grads])
         dist.all_reduce(flat)
         flat /= self.world
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view_as(g))
+        means = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads, strict=True)])
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # one process, for what asks for nothing but its number

@@ -26,15 +26,23 @@ class RollCall:
     def __init__(self, store: Store, rank: int, world: int):
         # A connection of its own: the other one may be in use when everything stands still.
         self.store, self.rank, self.world, self.step = store.clone(), rank, world, 0
-        threading.Thread(target=self._answer, daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
 
     def _answer(self) -> None:
         try:
-            while not self.store.check(["pgolf/call"]):
-                time.sleep(INTERVAL)
-            self.store.set(f"pgolf/here/{self.rank}", str(self.step))
+            while not self._over.wait(INTERVAL):
+                if self.store.check(["pgolf/call"]):
+                    self.store.set(f"pgolf/here/{self.rank}", str(self.step))
+                    return
         except RuntimeError:  # the store has gone, with torchrun
             pass
+
+    def stop(self) -> None:
+        """Answer no longer: a thread that still asks the store when Python ends would abort it."""
+        self._over.set()
+        self._thread.join(ANSWER)
 
     def missing(self) -> tuple[list[int], bool]:
         """(ranks that do not answer, or that are behind those that wait for them; gone)."""

@@ -129,12 +129,13 @@ class Muon(torch.optim.Optimizer):
         if world == 1:
             return newton_schulz_all(stacks, **options)
         rank = dist.get_rank()
-        outs = [torch.zeros(s.shape, dtype=self.ns_dtype, device=s.device) for s in stacks]
+        sizes = [s.numel() for s in stacks]
+        flat = torch.zeros(sum(sizes), dtype=self.ns_dtype, device=stacks[0].device)
+        outs = [part.view(s.shape) for part, s in zip(flat.split(sizes), stacks, strict=True)]
         mine = [(s[rank::world], out) for s, out in zip(stacks, outs, strict=True) if rank < len(s)]
         if mine:
             found = newton_schulz_all([share for share, _ in mine], **options)
             for x, (_, out) in zip(found, mine, strict=True):
                 out[rank::world] = x
-        for out in outs:
-            dist.all_reduce(out)
+        dist.all_reduce(flat)
         return outs

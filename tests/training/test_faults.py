@@ -115,3 +115,24 @@ def test_a_rank_that_stands_still_is_named(run):
     (line,) = run.ended()
     assert re.search(r"\(rank 1\): error: step \d+: rank 0 did not answer for 3 s", line)
     assert run.torchrun.wait(SOON) != 0 and last_checkpoint(run) >= 10
+
+
+SHORT = """
+from pgolf import roll_call
+from pgolf.ranks import Ranks
+roll_call.INTERVAL = 0.0  # asks the store all the time, at the end too
+ranks = Ranks.start("cpu")
+assert ranks.sum([ranks.rank + 1.0]) == [3.0]
+ranks.stop()
+"""
+
+
+def test_ranks_that_are_done_end_in_peace(tmp_path):
+    script = tmp_path / "short.py"
+    script.write_text(SHORT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
