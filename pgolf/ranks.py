@@ -68,8 +68,6 @@ class Ranks:
 
     def stop(self) -> None:
         """Leave the process group."""
-        if self.roll_call is not None:
-            self.roll_call.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ When a collective breaks, those that wait in it learn that someone is gone, at d
 not who. A thread in every process answers instead, over the store that torchrun keeps.
 """
 
+import atexit
 import threading
 import time
 
@@ -29,6 +30,8 @@ class RollCall:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
+        # A thread that still asks the store when Python ends would abort the process.
+        atexit.register(self._stop)
 
     def _answer(self) -> None:
         try:
@@ -39,8 +42,7 @@ class RollCall:
         except RuntimeError:  # the store has gone, with torchrun
             pass
 
-    def stop(self) -> None:
-        """Answer no longer: a thread that still asks the store when Python ends would abort it."""
+    def _stop(self) -> None:
         self._over.set()
         self._thread.join(ANSWER)
 
