@@ -167,7 +167,12 @@ class Ranks:
         dist.all_reduce(flat)
         flat /= self.world
         means = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads, strict=True)])
+        means = [m.view_as(g) for m, g in zip(means, grads, strict=True)]
+        # One that lies transposed would keep all of them out of the launches for many.
+        for alike in (True, False):
+            those = [i for i, g in enumerate(grads) if g.is_contiguous() == alike]
+            if those:
+                torch._foreach_copy_([grads[i] for i in those], [means[i] for i in those])
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # one process, for what asks for nothing but its number
