@@ -168,11 +168,10 @@ class Ranks:
         flat /= self.world
         means = flat.split([g.numel() for g in grads])
         means = [m.view_as(g) for m, g in zip(means, grads, strict=True)]
-        # One that lies transposed would keep all of them out of the launches for many.
-        for alike in (True, False):
-            those = [i for i, g in enumerate(grads) if g.is_contiguous() == alike]
-            if those:
-                torch._foreach_copy_([grads[i] for i in those], [means[i] for i in those])
+        # torch copies many in one launch where they are of one dtype.
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            alike = [i for i, g in enumerate(grads) if g.dtype == dtype]
+            torch._foreach_copy_([grads[i] for i in alike], [means[i] for i in alike])
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # one process, for what asks for nothing but its number
