@@ -6,6 +6,7 @@ with guard zones around what is allocated.
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -16,6 +17,7 @@ from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.testing import Call, Function
 
+from ..ops import test_embed_smear as smear
 from ..ops import test_multi_tensor, test_qk_rope, test_weight_cast
 from ..ops import test_operators as t
 from ..ops import test_softcap_cross_entropy as loss
@@ -124,10 +126,22 @@ def _with_gradients(y: torch.Tensor, v: torch.Tensor, impl: str) -> list[torch.T
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
+def tokens_by_id_in_any_order_of_threads() -> None:
+    """Of so many ids that a block has several."""
+    named = smear.tensors(smear.some_ids(2, 150, rows=300), 300, 8)
+    for seed in range(3):
+        with mock.patch.dict(os.environ, PGOLF_EMULATOR_SEED=str(seed)):
+            smear.agree("cuda", named)
+
+
 UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_aligned, "cuda")
 
 # What an operator needs beside its samples.
 BESIDES: dict[str, list[Callable[[], None]]] = {
+    "embed_smear": [
+        functools.partial(smear.test_shapes, "cuda", 8, 2, 620),  # many partial sums
+        tokens_by_id_in_any_order_of_threads,
+    ],
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
     "muon_momentum": [UNALIGNED],
     "param_update": [UNALIGNED, averages_follow_what_is_stored],
