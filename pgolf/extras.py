@@ -1,52 +1,37 @@
-"""Libraries that are imported where they are needed."""
+"""Libraries that are imported where they are needed.
 
+Each function raises ConfigError if its library is not installed, or does not load; the message says
+how to mend that.
+"""
+
+from importlib import import_module
 from types import ModuleType
 
 from pgolf.errors import ConfigError
 
 
 def safetensors() -> ModuleType:
-    """safetensors.torch, of the format's own library.
-
-    Raises:
-        ConfigError: it is not installed; the message says how to.
-    """
-    try:
-        import safetensors.torch as library
-    except ImportError as e:
-        raise ConfigError(
-            "safetensors files need the library safetensors: pip install 'pgolf[export]'"
-        ) from e
-    return library
+    """safetensors.torch, of the format's own library."""
+    need = "safetensors files need the library safetensors"
+    return _loaded("safetensors.torch", need, "pip install 'pgolf[export]'")
 
 
 def python_minifier() -> ModuleType:
-    """python_minifier, which a submission's code goes through before its bytes are counted.
-
-    Raises:
-        ConfigError: it is not installed; the message says how to.
-    """
-    try:
-        import python_minifier as library
-    except ImportError as e:
-        raise ConfigError(
-            "a run's code is counted as python-minifier leaves it: pip install python-minifier"
-        ) from e
-    return library
+    """python_minifier, which a submission's code goes through before its bytes are counted."""
+    need = "counting the bytes of a run's code needs the library python-minifier"
+    return _loaded("python_minifier", need, "pip install python-minifier")
 
 
 def matplotlib() -> ModuleType:
-    """matplotlib, which takes a second to load.
-
-    Raises:
-        ConfigError: it is not installed or does not load; the message says how to mend that.
-    """
-    try:
-        import matplotlib as library
-        import matplotlib.figure
-    except Exception as e:  # also of its own libraries, and of a backend that MPLBACKEND invents
-        raise ConfigError(
-            f"figures need the library matplotlib, which does not load ({e}): "
-            "pip install --upgrade matplotlib"
-        ) from e
+    """matplotlib with its figures, which takes a second to load."""
+    how = "figures need the library matplotlib", "pip install --upgrade matplotlib"
+    library = _loaded("matplotlib", *how)
+    _loaded("matplotlib.figure", *how)
     return library
+
+
+def _loaded(module: str, need: str, remedy: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except Exception as e:  # also of its own libraries, and of a backend that MPLBACKEND invents
+        raise ConfigError(f"{need}, which does not load ({e}): {remedy}") from e

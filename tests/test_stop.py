@@ -40,7 +40,9 @@ import ctypes, os, signal, threading
 from pgolf.training import interrupt
 interrupt.GRACE = 0.2
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+signal.signal(signal.SIGALRM, lambda *_: None)
 with interrupt.Interrupt("runs/a", "demo"):
+    signal.raise_signal(signal.SIGALRM)  # another one does not end the watch
     # long after the lock below: a signal before it would be noticed
     threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     libc.pthread_mutex_lock(mutex)

@@ -70,8 +70,10 @@ class Interrupt:
 
     def _watch(self, pipe: int) -> None:
         with os.fdopen(pipe, "rb", 0) as signals:
-            came = signals.read(1)
-            if came and came[0] in (signal.SIGINT, *SIGNALS) and not self._noticed.wait(GRACE):
+            while came := signals.read(1):  # nothing once the other end is closed
+                if came[0] in (signal.SIGINT, *SIGNALS):  # others have handlers too
+                    break
+            if came and not self._noticed.wait(GRACE):
                 name = signal.Signals(came[0]).name
                 os.write(2, f"pgolf: {name}: ended in the middle of a step\n".encode())
                 os._exit(128 + came[0])

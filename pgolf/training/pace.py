@@ -6,6 +6,7 @@ and they are read once `RUN_AHEAD` more steps are queued, when they have long be
 a step is over when its call returns: none is ahead, nothing depends on time but a time budget.
 """
 
+import gc
 import math
 import time
 from collections import deque
@@ -21,6 +22,20 @@ from pgolf.optim.schedule import Clock
 RUN_AHEAD = 2  # more steps than this hide nothing more
 # With less time than so many mean steps left, the host waits for each one: the budget holds.
 LAST_STEPS = 8
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """A block in which collections of garbage pass over all that is there before it.
+
+    With torch loaded that is much, and all ranks wait for the one that looks at it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

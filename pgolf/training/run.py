@@ -29,6 +29,7 @@ from pgolf.scoring.job import ScoreJob
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.export import export
 from pgolf.training.interrupt import Interrupt, Interrupted, resume_command
+from pgolf.training.pace import frozen_objects
 from pgolf.training.result import write_result
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
@@ -132,7 +133,7 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             trainer.warm_up()
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
-        with Interrupt(folder.path, config.recipe) as interrupt:
+        with Interrupt(folder.path, config.recipe) as interrupt, frozen_objects():
             trainer.train(interrupt)
     except BaseException as e:
         if not config.run.resume and not trainer.clock.step:

@@ -29,8 +29,7 @@ from pgolf.training.run_data import Identity
 KEEP = 2
 # What may differ between the first part of a run and its continuation. Data are compared by hash.
 FREE_KEYS = {
-    "run.resume", "run.out", "run.device", "run.patience", "run.log_every",
-    "run.checkpoint_every",
+    "run.resume", "run.out", "run.device", "run.patience", "run.log_every", "run.checkpoint_every",
     "data.data", "data.tokenizer", *(f"eval.{f.name}" for f in fields(EvalConfig)),
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 Off the clock: compilation, validation and checkpoints of it. On the clock: everything else.
 """
 
-import gc
 import math
 import time
 from collections.abc import Mapping
@@ -175,8 +174,6 @@ class Trainer:
             StorageError: likewise, and it could not be.
         """
         self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
-        gc.collect()
-        gc.freeze()  # what is there by now stays: later collections need not look at it
         self.synchronize()
         pace = Pace(self.ranks.device, self.clock)
         patience = max(self.config.run.patience, 4 * self.step_seconds)

@@ -1,5 +1,6 @@
 """A host that runs ahead of its GPU: the clock, the budget and the lines of the log."""
 
+import gc
 import math
 import re
 
@@ -66,6 +67,13 @@ def on_gpu(monkeypatch):
         return trainer, folder, clock, longest
 
     return call
+
+
+def test_collections_pass_over_what_was_there():
+    with pytest.raises(KeyError), module.frozen_objects():
+        assert gc.get_freeze_count() > 1000
+        raise KeyError
+    assert gc.get_freeze_count() == 0
 
 
 def forever(seconds):
