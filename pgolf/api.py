@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgolf.config import PRESETS, Config, environment_overrides, find_key, with_overrides
-from pgolf.errors import ConfigError
+from pgolf.errors import ConfigError, PgolfError
 from pgolf.fields import SWITCH
 from pgolf.recipes import get
 from pgolf.recipes.recipe import Recipe
@@ -82,7 +82,25 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         PgolfError: a setting, the data or the run is not what it has to be.
     """
-    recipe, settings = get(name), dict(settings)
+    try:
+        config, environment, any_vocabulary = _settled(get(name), dict(settings))
+    except PgolfError as e:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # other ranks may wait for this one
+            from pgolf.training.handshake import fail_together
+
+            fail_together(e, settings.get("device", "auto"))
+        raise
+    # Checked first: torch takes seconds to load.
+    from pgolf.submission.script import build_script
+    from pgolf.training.run import run
+
+    return run(config, environment, any_vocabulary, build_script)
+
+
+def _settled(
+    recipe: Recipe, settings: dict[str, Any]
+) -> tuple[Config, Mapping[str, str], bool]:
+    """(configuration, what the environment gave of it, whether nobody named a vocab_size)."""
     presets = {key: _switch(key, settings.pop(key)) for key in PRESETS if key in settings}
     given = {key: find_key(key)[1].name for key in settings}
     environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
@@ -101,12 +119,7 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
             taken = {*given.values(), *environment}
             left = {k: v for k, v in quick_values(config).items() if k not in taken}
             config = with_overrides(config, left)
-    # Checked first: torch takes seconds to load.
-    from pgolf.submission.script import build_script
-    from pgolf.training.run import run
-
-    any_vocabulary = not resuming and "vocab_size" not in given.values()
-    return run(config, environment, any_vocabulary, build_script)
+    return config, environment, not resuming and "vocab_size" not in given.values()
 
 
 def _switch(key: str, value: Any) -> bool:

@@ -4,6 +4,8 @@ The command line prints them as one line and exits with `exit_code`; anything el
 keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 
 class PgolfError(Exception):
     """Base of every error that pgolf raises on purpose."""
@@ -45,13 +47,14 @@ class LostRank(TrainingError):
 
     Args:
         quiet: whether another one of those that are left says so.
+        ranks: those that are gone, as far as is known.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, quiet: bool = False):
+    def __init__(self, message: str, quiet: bool = False, ranks: Sequence[int] = ()):
         super().__init__(message)
-        self.quiet = quiet
+        self.quiet, self.ranks = quiet, ranks
 
 
 class StorageError(PgolfError):

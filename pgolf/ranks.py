@@ -16,11 +16,17 @@ from torch import nn
 from pgolf.device import pick_device
 from pgolf.errors import LostRank, PgolfError, TrainingError
 from pgolf.roll_call import RollCall
+from pgolf.stop import handled
 
 T = TypeVar("T")
 # Rank 0 packs while the others wait: minutes for a large model, a slow codec and pruning.
 TIMEOUT = timedelta(minutes=30)
 END = 20  # seconds until a process ends that lost the others, whatever holds it
+
+
+def named(ranks: Sequence[int]) -> str:
+    """'rank 1' or 'ranks 1, 2'."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,12 @@ class Ranks:
         control = roll_call = None
         if world > 1:
             on_gpu = picked.type == "cuda"
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-            if on_gpu:
-                control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            # Nothing that Python could handle reaches the wait for a rank that does not come.
+            with handled(signal.SIG_DFL):
+                if not dist.is_initialized():
+                    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+                if on_gpu:
+                    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
             roll_call = RollCall(dist.distributed_c10d._get_default_store(), rank, world)
         return cls(rank, world, picked, control, roll_call)
 
@@ -119,16 +127,23 @@ class Ranks:
         return self.gather(values)[0]
 
     @contextmanager
-    def patient(self, step: int, seconds: float = TIMEOUT.total_seconds()) -> Iterator[None]:
-        """A part of a step in which no rank may keep the others waiting for longer than this.
+    def patient(
+        self, step: int, seconds: float = TIMEOUT.total_seconds(), phase: str = ""
+    ) -> Iterator[None]:
+        """A part of a run in which no rank may keep the others waiting for longer than this.
+
+        Args:
+            step: that it works on.
+            phase: what it does there besides, for people.
 
         Raises:
             LostRank: one did, or is gone.
         """
-        if self.roll_call is None:
+        call = self.roll_call
+        if call is None:
             yield
             return
-        self.roll_call.step = step
+        call.step, call.phase = step, phase
         # torch < 2.12 has it under the second name alone.
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_timeout(timedelta(seconds=seconds), self.control)
@@ -137,20 +152,29 @@ class Ranks:
         except RuntimeError as e:  # gloo has no class of its own
             if not isinstance(e, dist.DistError) and "gloo" not in str(e):
                 raise
-            signal.alarm(END)  # a GPU that waits for the others would hold the process
-            raise self._lost(step, f"{seconds:g} s" if "imed out" in str(e) else "") from None
+            raise self.lost(f"{seconds:g} s" if "imed out" in str(e) else "") from None
         else:
             set_timeout(TIMEOUT, self.control)
 
-    def _lost(self, step: int, waited: str) -> LostRank:
+    def lost(self, waited: str = "") -> LostRank:
+        """What this rank ends with because another one has, or does not answer.
+
+        Args:
+            waited: for how long it was waited for; '': it is gone.
+        """
+        signal.alarm(END)  # a GPU that waits for the others would hold the process
+        ended, message, *_ = self.roll_call.first_words() or self._missing(waited)
+        speaker = next((r for r in range(self.world) if r not in ended), 0)
+        return LostRank(message, self.rank != speaker, ended)
+
+    def _missing(self, waited: str) -> tuple[list[int], str]:
+        """(Ranks that can say nothing themselves, what is said of them)."""
         missing, silent = self.roll_call.missing()
-        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         what = f"did not answer for {waited}" if waited else "ended without a word: killed?"
         if missing and not silent:
             what = f"kept the others waiting{f' for {waited}' if waited else ''}"
-        speaker = next((r for r in range(self.world) if r not in missing), 0)
-        message = f"step {step}: {who if missing else 'another rank'} {what}"
-        return LostRank(message, quiet=self.rank != speaker)
+        who = named(missing) if missing else "another rank"
+        return missing, f"step {self.roll_call.step}: {who} {what}"
 
     def broadcast(self, params: Iterable[nn.Parameter]) -> None:
         """Rank 0's weights, on every rank: another CPU may draw others from the same seed."""

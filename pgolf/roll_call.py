@@ -1,17 +1,21 @@
 """Which process of a run is missing: each says, when it is asked, that it lives and where it is.
 
 When a collective breaks, those that wait in it learn that someone is gone, at different times and
-not who. A thread in every process answers instead, over the store that torchrun keeps.
+not who. A thread in every process answers instead, over the store that torchrun keeps. One that
+fails and can still say so puts that down there first.
 """
 
 import atexit
+import itertools
+import json
 import threading
 import time
 
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 INTERVAL = 0.5  # seconds between looks whether somebody asks
 ANSWER = 4.0  # seconds in which a process that lives has answered
+_runs = itertools.count()  # of this process: the store outlives each
 
 
 class RollCall:
@@ -21,12 +25,13 @@ class RollCall:
         store: that all processes of the run share.
 
     Attributes:
-        step: what this process works on.
+        step, phase: what this process works on.
     """
 
     def __init__(self, store: Store, rank: int, world: int):
         # A connection of its own: the other one may be in use when everything stands still.
-        self.store, self.rank, self.world, self.step = store.clone(), rank, world, 0
+        self.store = PrefixStore(f"pgolf/{next(_runs)}", store.clone())
+        self.rank, self.world, self.step, self.phase = rank, world, 0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
@@ -36,8 +41,8 @@ class RollCall:
     def _answer(self) -> None:
         try:
             while not self._over.wait(INTERVAL):
-                if self.store.check(["pgolf/call"]):
-                    self.store.set(f"pgolf/here/{self.rank}", str(self.step))
+                if self.store.check(["call"]):
+                    self.store.set(f"here/{self.rank}", str(self.step))
                     return
         except RuntimeError:  # the store has gone, with torchrun
             pass
@@ -51,14 +56,24 @@ class RollCall:
         end = time.monotonic() + ANSWER
         here: dict[int, int] = {}
         try:
-            self.store.set("pgolf/call", "")
+            self.store.set("call", "")
             while len(here) < self.world and time.monotonic() < end:
                 time.sleep(INTERVAL / 5)
                 for rank in range(self.world):
-                    if rank not in here and self.store.check([f"pgolf/here/{rank}"]):
-                        here[rank] = int(self.store.get(f"pgolf/here/{rank}"))
+                    if rank not in here and self.store.check([f"here/{rank}"]):
+                        here[rank] = int(self.store.get(f"here/{rank}"))
         except RuntimeError:
             return [], False
         silent = [rank for rank in range(self.world) if rank not in here]
         behind = [r for r, step in here.items() if step < max(here.values())]
         return silent or sorted(behind), bool(silent)
+
+    def first_words(self) -> tuple[list[int], str, str] | None:
+        """What was put down first, as (ranks that ended, what became of them, why); None: nothing.
+
+        `pgolf.training.last_words` does that.
+        """
+        try:
+            return json.loads(self.store.get("end")) if self.store.check(["end"]) else None
+        except RuntimeError:
+            return None

@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.training.handshake": "handshake.py",
     "pgolf.training.run_data": "run_data.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
@@ -40,14 +41,14 @@ SCORING = (
     "pgolf.extension", "pgolf.fields", "pgolf.files", "pgolf.model.gpt", "pgolf.model.layers",
     "pgolf.ops.*", "pgolf.progress", "pgolf.quant.dequantize", "pgolf.quant.step_grid",
     "pgolf.ranks", "pgolf.roles", "pgolf.roll_call", "pgolf.scoring.*", "pgolf.settings",
-    "pgolf.submission.entry", "pgolf.submission.script",
+    "pgolf.stop", "pgolf.submission.entry", "pgolf.submission.script",
 )  # fmt: skip
 TRAINING = (
     *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans",
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.model.decode", "pgolf.model.frozen",
-    "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.stop",
-    "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
+    "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.training.added_loss",
+    "pgolf.training.estimate", "pgolf.training.export", "pgolf.training.handshake",
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
     "pgolf.training.run", "pgolf.training.run_data", "pgolf.training.run_folder",
     "pgolf.training.session", "pgolf.training.trainer", "pgolf.triton_kernels.*",

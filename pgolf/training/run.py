@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
+import numpy as np
 import torch
 
 from pgolf import recipes
@@ -13,11 +14,11 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import BudgetError, ConfigError, LostRank
+from pgolf.errors import BudgetError, ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops.choose import choose_all, with_attention
+from pgolf.ops.choose import Choice, choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
@@ -26,9 +27,12 @@ from pgolf.report.html import report_line
 from pgolf.report.table import result_table
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.job import ScoreJob
+from pgolf.training import facts
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.export import export
+from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt, Interrupted, resume_command
+from pgolf.training.last_words import last_words, resumable
 from pgolf.training.pace import frozen_objects
 from pgolf.training.result import write_result
 from pgolf.training.run_folder import RunFolder
@@ -65,18 +69,17 @@ def opening_lines(title: str, session: Session, reasons: Mapping[str, str]) -> s
     return "\n".join(lines)
 
 
-def build(session: Session, title: str, note: str = "") -> Trainer:
-    """The model with its initial weights and the trainer around it; says what was chosen.
+def build_parts(
+    session: Session,
+) -> tuple[torch.dtype, str, dict[str, Choice], GPT, SequentialLoader, np.ndarray, ByteTable]:
+    """What a trainer needs, as far as a rank can make it alone.
 
-    Args:
-        title: what the run is, in one line.
-        note: which settings the environment gave.
+    Returns:
+        Compute dtype and why, operator -> implementation, model, loader, validation tokens (N + 1,)
+        and their bytes.
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
-    if ranks.device.type == "cuda":
-        # Matmuls that stay in fp32 may use TF32, as in the published scripts.
-        torch.set_float32_matmul_precision("high")
     ns_dtype, _ = pick_dtype(config.optim.ns_dtype, ranks.device)
     ops = choose_all(
         with_attention(config.run.ops, config.run.attention),
@@ -85,12 +88,11 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
         compiles(config, ranks.device),
         operator_sizes(config.model, dtype, ns_dtype),
     )
-    chosen = {name: choice.impl for name, choice in ops.items()}
     model = GPT(
         config.model,
         dtype,
         config.data.seq_len,
-        chosen,
+        {name: choice.impl for name, choice in ops.items()},
     )
     init_weights(model, config.run.seed)
     val = load_validation(
@@ -100,9 +102,27 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
     loader = SequentialLoader(
         dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size, ranks.device
     )
-    model.to(ranks.device)
+    return dtype, why, ops, model.to(ranks.device), loader, val, table
+
+
+def build(session: Session, title: str, note: str = "") -> Trainer:
+    """The model with its initial weights and the trainer around it; says what was chosen.
+
+    Args:
+        title: what the run is, in one line.
+        note: which settings the environment gave.
+    """
+    config, ranks, dataset = session.config, session.ranks, session.dataset
+    if ranks.device.type == "cuda":
+        # Matmuls that stay in fp32 may use TF32, as in the published scripts.
+        torch.set_float32_matmul_precision("high")
+    dtype, why, ops, model, loader, val, table = alike(
+        ranks,
+        lambda: build_parts(session),
+        lambda parts: facts.hardware(ranks.device, parts[0], parts[3].ops),
+    )
     ranks.broadcast(model.parameters())
-    trainer = Trainer(session, model, loader, val, table, chosen)
+    trainer = Trainer(session, model, loader, val, table, model.ops)
     reasons = {
         "device": f"{ranks.device}, {ranks.world} rank{'s' * (ranks.world > 1)}",
         "compute": f"{str(dtype).removeprefix('torch.')} ({why})",
@@ -135,11 +155,9 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt, frozen_objects():
             trainer.train(interrupt)
-    except BaseException as e:
+    except BaseException:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
-        if isinstance(e, LostRank) and folder.checkpoints():
-            e.args = (f"{e}; go on with `{resume_command(config.recipe, folder.path)}`",)
         raise
     return trainer
 
@@ -179,19 +197,21 @@ def run(
     """
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
-    try:
-        note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        with claimed_folder(config, ranks) as folder:
-            session = open_session(config, ranks, folder, any_vocabulary)
+    note = ", ".join(f"{k}={v}" for k, v in environment.items())
+    with last_words(ranks):
+        alike(ranks, lambda: config, facts.software)
+        with claimed_folder(config, ranks) as folder, resumable(config.recipe, folder):
+            session = alike(
+                ranks, lambda: open_session(config, ranks, folder, any_vocabulary), facts.data
+            )
             trainer = train(session, recipes.title(session.config), note)
             try:
-                result = finish(session, trainer, build_script)
+                with ranks.patient(trainer.clock.step, phase="packing and scoring"):
+                    result = finish(session, trainer, build_script)
             except KeyboardInterrupt as e:
                 raise stopped_after_training(session, e) from e
             folder.check()
             session.say(f"done in {format_seconds(time.perf_counter() - started)}")
-    finally:
-        ranks.stop()
     return result
 
 

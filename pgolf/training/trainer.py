@@ -188,8 +188,7 @@ class Trainer:
                     if self._logs(step.clock):
                         self.log_step(step)
                 if not pace:
-                    with self.ranks.patient(self.clock.step):
-                        self._between_steps()
+                    self._between_steps()
                 if stop:
                     self._stop(interrupt, stop)
         stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))
@@ -273,9 +272,11 @@ class Trainer:
         """Validate, write a checkpoint: whatever is due."""
         validate, save = self._due()
         if validate:
-            self.validate()
+            with self.ranks.patient(self.clock.step, phase="validation"):
+                self.validate()
         if save:
-            self.checkpoint()
+            with self.ranks.patient(self.clock.step, phase="checkpoint"):
+                self.checkpoint()
 
     def synchronize(self) -> None:
         """Wait until all that was queued is done."""

@@ -1,0 +1,116 @@
+"""What a rank says before it ends, so that the others can name it and its reason.
+
+It is put down in the store that torchrun keeps, and for the table that torchrun prints at the end.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from pgolf.errors import LostRank, PgolfError, StorageError
+from pgolf.files import atomic_write
+from pgolf.ranks import END, Ranks, named
+from pgolf.roll_call import RollCall
+from pgolf.stop import handled
+from pgolf.training.interrupt import resume_command
+from pgolf.training.run_folder import RunFolder
+
+
+@contextmanager
+def last_words(ranks: Ranks) -> Iterator[None]:
+    """The whole of a run, after which its ranks part; the first one that fails tells the others.
+
+    Raises:
+        LostRank: another rank failed before this one did, and this one could not go on for that
+            reason, or was asked to end; or it fails in the same way.
+    """
+    try:
+        with ranks.patient(0, phase="start"):
+            yield
+    except BaseException as e:
+        # torchrun asks all to end as soon as one has, and they are about to.
+        with handled(lambda *_: None):
+            error = _agreed(ranks, e) if ranks.roll_call else e
+            with suppress(StorageError):
+                _tell_torchrun(error)
+            if not isinstance(error, LostRank):
+                signal.alarm(END)  # a GPU may wait for the others
+            ranks.stop()
+        if not isinstance(error, LostRank):
+            signal.alarm(0)
+        if error is e:
+            raise
+        raise error from None
+    else:
+        ranks.stop()
+
+
+@contextmanager
+def resumable(recipe: str, folder: RunFolder) -> Iterator[None]:
+    """The part of a run after which a LostRank says how to go on, if there is a checkpoint."""
+    try:
+        yield
+    except LostRank as e:
+        if folder.checkpoints():
+            e.args = (f"{e}; go on with `{resume_command(recipe, folder.path)}`",)
+        raise
+
+
+def said(error: BaseException) -> str:
+    """An error as its rank prints it, in one line: what is a bug has its class's name in front."""
+    known = isinstance(error, PgolfError | KeyboardInterrupt) and str(error)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
+    """What this rank ends with, after what it and the others have put down."""
+    call = ranks.roll_call
+    if isinstance(error, LostRank):
+        _put_down(call, error.ranks, str(error), "")
+        return error
+    if getattr(error, "quiet", False):  # all have it, and another one says so
+        return error
+    # By torchrun, perhaps, because another rank has ended.
+    stopped = isinstance(error, KeyboardInterrupt)
+    asked = stopped or isinstance(error.__cause__, KeyboardInterrupt)
+    if asked and (call.first_words() or call.missing()[1]):
+        lost = ranks.lost()
+        if not stopped:  # it tells how to go on
+            lost.args = (f"{lost}; {error}",)
+        return lost
+    why = said(error)
+    where = f"step {call.step}" + (f" ({call.phase})" if call.phase else "")
+    what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {where}: {why}"
+    first, message, reason = _put_down(call, [ranks.rank], what, why)
+    if first == [ranks.rank] or reason != why:
+        return error
+    if isinstance(error, PgolfError):
+        error.quiet = True
+        return error
+    return LostRank(message, True, first)
+
+
+def _put_down(
+    call: RollCall, ranks: list[int], message: str, why: str
+) -> tuple[list[int], str, str]:
+    """Put these words down unless some are there; returns the first, as `first_words` does."""
+    mine = [list(ranks), message, why]
+    with suppress(RuntimeError):  # the store has gone, with torchrun
+        mine = json.loads(call.store.compare_set("end", "", json.dumps(mine)))
+    return mine
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Name the reason in torchrun's table, in the format of torch's ErrorHandler.
+
+    The root cause is there what has the earliest whole second, so ranks that end because of another
+    one come one later. Python prints a bug's traceback: it is not in the table once more.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        late = isinstance(error, LostRank) or getattr(error, "quiet", False)
+        when = {"timestamp": str(int(time.time()) + late)}
+        atomic_write(file, json.dumps({"message": {"message": said(error), "extraInfo": when}}))

@@ -1,0 +1,79 @@
+"""`pgolf` with a fault on one rank, for tests: `injected.py FAULT RANK train ...` under torchrun.
+
+The fault is patched in here, so the package knows nothing of it.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pgolf.cli import main
+
+STEP = 10
+
+
+def at_step(fail: Callable[[], None]) -> None:
+    """Do something when step 10 begins."""
+    from pgolf.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def failing(self, *args, **kwargs):
+        if self.clock.step == STEP - 1:
+            fail()
+        return step(self, *args, **kwargs)
+
+    Trainer.step = failing
+
+
+def raise_a_bug() -> None:
+    raise RuntimeError("the injected bug")
+
+
+def while_packing() -> None:
+    """A bug when the matrices are quantised."""
+    from pgolf.training import export
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("the injected bug")
+
+    export.quantize = failing
+
+
+def other_shards(change: Callable[[Path], None]) -> None:
+    """Let data= name a copy of the folder that differs by `change`, without a manifest's checks."""
+    (index, word), *_ = [(i, w) for i, w in enumerate(sys.argv) if w.startswith("data=")]
+    folder = Path(word.removeprefix("data="))
+    copy = folder.with_name(f"{folder.name}-other")
+    shutil.copytree(folder, copy)
+    change(copy)
+    sys.argv[index] = f"data={copy}"
+
+
+def shorten(folder: Path) -> None:
+    """Leave a tenth of the first training shard."""
+    from pgolf.data.shards import open_shard, write_shard
+
+    (shard, *_) = sorted(folder.glob("*_train_*.bin"))
+    tokens = open_shard(shard, None)
+    write_shard(shard, tokens[: tokens.size // 10].copy())
+
+
+FAULTS = {
+    "bug": lambda: at_step(raise_a_bug),
+    "exit": lambda: at_step(lambda: os._exit(0)),
+    "packing": while_packing,
+    "shorter": lambda: other_shards(shorten),
+    "missing": lambda: other_shards(lambda folder: max(folder.glob("*_train_*.bin")).unlink()),
+    "config": lambda: sys.argv.append("matrix_lr=0.01"),
+    "option": lambda: sys.argv.append("lauers=3"),
+}
+
+if __name__ == "__main__":
+    fault, rank = sys.argv[1:3]
+    del sys.argv[1:3]
+    if os.environ["RANK"] == rank:
+        FAULTS[fault]()
+    sys.exit(main())
