@@ -6,11 +6,12 @@ command that needs them, so --help is quick.
 
 import argparse
 import os
+import signal
 import sys
 from importlib import import_module
 
 from pgolf import __version__
-from pgolf.errors import PgolfError
+from pgolf.errors import LostRank, PgolfError
 from pgolf.progress import print_anything
 from pgolf.stop import Stopped, stoppable
 
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     except PgolfError as e:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank else ""
+        if isinstance(e, LostRank):  # which torchrun asks to end while it does; its code is to stay
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not e.quiet:
             print(f"pgolf{where}: error: {e}", file=sys.stderr)
         return e.exit_code

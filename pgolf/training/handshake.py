@@ -62,7 +62,7 @@ def fail_together(error: PgolfError, device: str) -> None:
         raise error
 
     ranks = Ranks.start("cpu" if device == "cpu" else "auto")
-    with last_words(ranks):
+    with last_words(ranks, ""):
         alike(ranks, fail, lambda nothing: {})
 
 

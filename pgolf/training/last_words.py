@@ -20,43 +20,40 @@ from pgolf.training.run_folder import RunFolder
 
 
 @contextmanager
-def last_words(ranks: Ranks) -> Iterator[None]:
+def last_words(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
     """The whole of a run, after which its ranks part; the first one that fails tells the others.
+
+    Yields:
+        Where the run puts its folder once it has one: who was lost then says how to go on.
 
     Raises:
         LostRank: another rank failed before this one did, and this one could not go on for that
             reason, or was asked to end; or it fails in the same way.
     """
+    folders: list[RunFolder] = []
     try:
         with ranks.patient(0, phase="start"):
-            yield
+            yield folders
     except BaseException as e:
         # torchrun asks all to end as soon as one has, and they are about to.
         with handled(lambda *_: None):
             error = _agreed(ranks, e) if ranks.roll_call else e
+            lost = isinstance(error, LostRank)
+            if lost and folders and folders[0].checkpoints():
+                how = resume_command(recipe, folders[0].path)
+                error.args = (f"{error}; go on with `{how}`",)
             with suppress(StorageError):
                 _tell_torchrun(error)
-            if not isinstance(error, LostRank):
+            if not lost:
                 signal.alarm(END)  # a GPU may wait for the others
             ranks.stop()
-        if not isinstance(error, LostRank):
+        if not lost:
             signal.alarm(0)
         if error is e:
             raise
         raise error from None
     else:
         ranks.stop()
-
-
-@contextmanager
-def resumable(recipe: str, folder: RunFolder) -> Iterator[None]:
-    """The part of a run after which a LostRank says how to go on, if there is a checkpoint."""
-    try:
-        yield
-    except LostRank as e:
-        if folder.checkpoints():
-            e.args = (f"{e}; go on with `{resume_command(recipe, folder.path)}`",)
-        raise
 
 
 def said(error: BaseException) -> str:
@@ -74,13 +71,9 @@ def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
     if getattr(error, "quiet", False):  # all have it, and another one says so
         return error
     # By torchrun, perhaps, because another rank has ended.
-    stopped = isinstance(error, KeyboardInterrupt)
-    asked = stopped or isinstance(error.__cause__, KeyboardInterrupt)
+    asked = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__))
     if asked and (call.first_words() or call.missing()[1]):
-        lost = ranks.lost()
-        if not stopped:  # it tells how to go on
-            lost.args = (f"{lost}; {error}",)
-        return lost
+        return ranks.lost()
     why = said(error)
     where = f"step {call.step}" + (f" ({call.phase})" if call.phase else "")
     what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {where}: {why}"

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
-import numpy as np
 import torch
 
 from pgolf import recipes
@@ -18,7 +17,7 @@ from pgolf.errors import BudgetError, ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
-from pgolf.ops.choose import Choice, choose_all, with_attention
+from pgolf.ops.choose import choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
@@ -32,7 +31,7 @@ from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.export import export
 from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt, Interrupted, resume_command
-from pgolf.training.last_words import last_words, resumable
+from pgolf.training.last_words import last_words
 from pgolf.training.pace import frozen_objects
 from pgolf.training.result import write_result
 from pgolf.training.run_folder import RunFolder
@@ -69,14 +68,12 @@ def opening_lines(title: str, session: Session, reasons: Mapping[str, str]) -> s
     return "\n".join(lines)
 
 
-def build_parts(
-    session: Session,
-) -> tuple[torch.dtype, str, dict[str, Choice], GPT, SequentialLoader, np.ndarray, ByteTable]:
+def build_parts(session: Session) -> tuple[Any, ...]:
     """What a trainer needs, as far as a rank can make it alone.
 
     Returns:
-        Compute dtype and why, operator -> implementation, model, loader, validation tokens (N + 1,)
-        and their bytes.
+        Compute dtype, why that, operator -> `Choice`, model, loader, validation tokens (N + 1,),
+        table of their bytes.
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     dtype, why = pick_dtype(config.run.compute_dtype, ranks.device)
@@ -198,9 +195,10 @@ def run(
     started = time.perf_counter()
     ranks = Ranks.start(config.run.device)
     note = ", ".join(f"{k}={v}" for k, v in environment.items())
-    with last_words(ranks):
+    with last_words(ranks, config.recipe) as folders:
         alike(ranks, lambda: config, facts.software)
-        with claimed_folder(config, ranks) as folder, resumable(config.recipe, folder):
+        with claimed_folder(config, ranks) as folder:
+            folders.append(folder)
             session = alike(
                 ranks, lambda: open_session(config, ranks, folder, any_vocabulary), facts.data
             )

@@ -5,6 +5,7 @@ The fault is patched in here, so the package knows nothing of it.
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,11 @@ def raise_a_bug() -> None:
     raise RuntimeError("the injected bug")
 
 
-def while_packing() -> None:
-    """A bug when the matrices are quantised."""
+def while_packing(fail: Callable[[], None]) -> None:
+    """Do something when training is over and matrices are quantised."""
     from pgolf.training import export
 
-    def failing(*args, **kwargs):
-        raise RuntimeError("the injected bug")
-
-    export.quantize = failing
+    export.calibrate = lambda *args: fail()
 
 
 def other_shards(change: Callable[[Path], None]) -> None:
@@ -64,7 +62,8 @@ def shorten(folder: Path) -> None:
 FAULTS = {
     "bug": lambda: at_step(raise_a_bug),
     "exit": lambda: at_step(lambda: os._exit(0)),
-    "packing": while_packing,
+    "packing": lambda: while_packing(raise_a_bug),
+    "killed": lambda: while_packing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "shorter": lambda: other_shards(shorten),
     "missing": lambda: other_shards(lambda folder: max(folder.glob("*_train_*.bin")).unlink()),
     "config": lambda: sys.argv.append("matrix_lr=0.01"),
