@@ -40,8 +40,19 @@ def while_packing(fail: Callable[[], None]) -> None:
     export.calibrate = lambda *args: fail()
 
 
+def no_device() -> None:
+    """This rank fails before there is a group."""
+    from pgolf import ranks
+    from pgolf.errors import ConfigError
+
+    def failing(*args):
+        raise ConfigError("local rank 1 has no GPU")
+
+    ranks.pick_device = failing
+
+
 def other_shards(change: Callable[[Path], None]) -> None:
-    """Let data= name a copy of the folder that differs by `change`, without a manifest's checks."""
+    """Let data= name a copy of the folder that differs by `change`."""
     (index, word), *_ = [(i, w) for i, w in enumerate(sys.argv) if w.startswith("data=")]
     folder = Path(word.removeprefix("data="))
     copy = folder.with_name(f"{folder.name}-other")
@@ -66,6 +77,7 @@ FAULTS = {
     "killed": lambda: while_packing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "shorter": lambda: other_shards(shorten),
     "missing": lambda: other_shards(lambda folder: max(folder.glob("*_train_*.bin")).unlink()),
+    "device": no_device,
     "config": lambda: sys.argv.append("matrix_lr=0.01"),
     "option": lambda: sys.argv.append("lauers=3"),
 }

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 WORLD = 3
 SOON = 30  # seconds; a rank that stands still is missed after `patience`
+DETECTED = 15  # seconds from the first line on
 ENDLESS = (
     "max_tokens=0", "max_steps=1000000", "val_every=0", "patience=3", "log_every=5",
     "checkpoint_every=30",
@@ -25,28 +28,36 @@ ENDLESS = (
 
 
 class Run:
-    """An endless run of WORLD ranks, with the processes of its ranks."""
+    """A run of WORLD ranks, with the processes of its ranks.
 
-    def __init__(self, shards: Path, out: Path):
+    Args:
+        program: what torchrun starts.
+        settings: in place of TINY's.
+    """
+
+    def __init__(
+        self, shards: Path, out: Path, program: tuple[str, ...], settings: tuple[str, ...]
+    ):
         self.out, self.said = out, out.with_suffix(".log")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
-        settings = replaced(TINY, (*ENDLESS, "batch_tokens=192", "micro_tokens=64", f"out={out}"))
+        words = replaced(TINY, (*settings, "batch_tokens=192", "micro_tokens=64", f"out={out}"))
         with self.said.open("w") as said:
             self.torchrun = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "pgolf", "train", "demo", f"data={shards}",
-                 *settings],
-                stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=ONE_THREAD,
+                [sys.executable, *launcher, *program, "train", "demo", f"data={shards}", *words],
+                stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+                env=ONE_THREAD | {"PYTHONPATH": str(ROOT)},
             )  # fmt: skip
-        # Just after a checkpoint, so that none is being written when a process is stopped: a rank
-        # that writes one is waited for much longer than `patience`.
-        self.wait(lambda: "step:30 checkpoint" in self.said.read_text(), 240)
+        self.ranks: dict[int, int] = {}
+
+    def all_there(self) -> bool:
+        """Whether torchrun has started all ranks; notes their processes."""
         children = Path(f"/proc/{self.torchrun.pid}/task/{self.torchrun.pid}/children")
-        self.ranks = {}
         for pid in map(int, children.read_text().split()):
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = [v[5:] for v in environment if v.startswith(b"RANK=")]
-            self.ranks.update({int(r): pid for r in rank})
-        assert sorted(self.ranks) == list(range(WORLD))
+            with suppress(OSError):  # torchrun has helpers, which come and go
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                rank = [v[5:] for v in environment if v.startswith(b"RANK=")]
+                self.ranks.update({int(r): pid for r in rank})
+        return sorted(self.ranks) == list(range(WORLD))
 
     def wait(self, done, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -63,13 +74,29 @@ class Run:
                 found.append(rank)
         return found
 
-    def ended(self) -> list[str]:
+    def ended(self, soon: float = SOON) -> list[str]:
         """What it says, in lines of ours, once all its processes are gone."""
-        self.wait(lambda: not self.alive(), SOON)
+        self.wait(lambda: not self.alive(), soon)
         text = self.said.read_text()
         lines = [line for line in text.splitlines() if line.startswith("pgolf")]
         assert len(lines) <= 5, text
         return lines
+
+    def tracebacks(self) -> list[int]:
+        """Ranks that print one, as often as they do."""
+        found = re.findall(r"^\[rank(\d)\]: Traceback", self.said.read_text(), re.MULTILINE)
+        return list(map(int, found))
+
+    def root_cause(self) -> tuple[int, str]:
+        """(rank, reason) of torchrun's table."""
+        cause = self.said.read_text().rpartition("Root Cause")[2]
+        rank = re.search(r"^  rank      : (\d)", cause, re.MULTILINE)
+        return int(rank[1]), re.search(r"^  traceback : (.*)", cause, re.MULTILINE)[1]
+
+    def exit_codes(self) -> dict[int, int]:
+        """Rank -> exit code, of those in torchrun's table."""
+        row = r"^  rank      : (\d).*\n  exitcode  : (-?\d+)"
+        return {int(r): int(c) for r, c in re.findall(row, self.said.read_text(), re.MULTILINE)}
 
     def kill(self) -> None:
         for pid in (self.torchrun.pid, *(self.ranks[r] for r in self.alive())):
@@ -82,9 +109,43 @@ class Run:
 
 @pytest.fixture
 def run(shards, tmp_path):
-    started = Run(shards, tmp_path / "run")
-    yield started
-    started.kill()
+    """An endless one."""
+    started = Run(shards, tmp_path / "run", ("-m", "pgolf"), ENDLESS)
+    try:
+        started.wait(started.all_there, 240)
+        # Just after a checkpoint, so that none is being written when a process is stopped: a rank
+        # that writes one is waited for much longer than `patience`.
+        started.wait(lambda: "step:30 checkpoint" in started.said.read_text(), 240)
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture
+def faulty(shards, tmp_path):
+    """What a run says, in lines of ours, that has a fault on rank 1; and that run.
+
+    All its processes are gone soon after the first of these lines.
+    """
+    started = []
+
+    def end(fault: str, manifest: bool = True, **settings: int) -> tuple[list[str], Run]:
+        data = tmp_path / "words"
+        shutil.copytree(shards, data)
+        if not manifest:
+            (data / "manifest.json").unlink()
+        program = (str(Path(__file__).with_name("injected.py")), fault, "1")
+        words = tuple(f"{key}={value}" for key, value in settings.items())
+        started.append(run := Run(data, tmp_path / "run", program, words))
+        run.wait(run.all_there, 240)
+        run.wait(lambda: "\npgolf" in f"\n{run.said.read_text()}", 240)
+        lines = run.ended(DETECTED)
+        assert run.torchrun.wait(SOON) != 0
+        return lines, run
+
+    yield end
+    for run in started:
+        run.kill()
 
 
 def last_checkpoint(run: Run) -> int:
@@ -120,6 +181,50 @@ def test_a_rank_that_stands_still_is_named(run):
     (line,) = run.ended()
     assert re.search(r"\(rank 1\): error: step \d+: rank 0 did not answer for 3 s", line)
     assert run.torchrun.wait(SOON) != 0 and last_checkpoint(run) >= 30
+
+
+BUG = "RuntimeError: the injected bug"
+
+
+def test_a_rank_with_a_bug_is_named_with_its_message(faulty):
+    (line,), run = faulty("bug")
+    assert f"(rank 0): error: rank 1 failed at step 10: {BUG}; go on with" in line
+    assert run.tracebacks() == [1] and run.root_cause() == (1, BUG)
+    assert run.exit_codes() == {0: 3, 1: 1, 2: 3}
+    assert last_checkpoint(run) == 5
+
+
+def test_a_rank_that_exits_silently_is_named(faulty):
+    (line,), run = faulty("exit")
+    assert "(rank 0): error: step 10: rank 1 ended without a word" in line
+    assert run.tracebacks() == [] and "rank 1 ended" in run.root_cause()[1]
+    assert last_checkpoint(run) == 5
+
+
+@pytest.mark.parametrize("fault, what", [
+    ("packing", f"rank 1 failed at step 6 (packing and scoring): {BUG}"),
+    ("killed", "step 6: rank 1 ended without a word: killed?"),
+], ids=lambda value: value.partition(" ")[0])  # fmt: skip
+def test_a_rank_that_ends_after_training_is_named(faulty, fault, what):
+    (line,), run = faulty(fault, max_steps=6)
+    assert f"(rank 0): error: {what}; go on with" in line
+    assert run.tracebacks() == [1] * (fault == "packing") and run.root_cause()[0] == 1
+    assert last_checkpoint(run) == 6
+
+
+@pytest.mark.parametrize("fault, manifest, what", [
+    ("shorter", False, r"rank 0.*rank 1 has words_train_0+.bin of [\d,]+ bytes, rank 0"),
+    ("missing", False, r"rank 1.*no shards \*_train_\*.bin in .*words-other"),
+    ("shorter", True, r"rank 1.*words_train_0+.bin: \d+ tokens, the manifest states"),
+    ("config", True, r"rank 0.*rank 1 has matrix_lr=0.01, rank 0 matrix_lr=0.03: start all"),
+    ("option", True, r"rank 1.*unknown key 'lauers': did you mean layers"),
+    ("device", True, r"rank 1.*local rank 1 has no GPU"),
+], ids=["shorter", "missing", "stated", "config", "option", "device"])  # fmt: skip
+def test_a_rank_that_cannot_begin_is_named(faulty, fault, manifest, what):
+    (line,), run = faulty(fault, manifest)
+    assert re.match(rf"pgolf \(?{what}", line), line
+    assert run.tracebacks() == [] and "step:1/" not in run.said.read_text()
+    assert not (run.out / "config.json").exists()
 
 
 SHORT = """
