@@ -78,7 +78,8 @@ class Run:
         """What it says, in lines of ours, once all its processes are gone."""
         self.wait(lambda: not self.alive(), soon)
         text = self.said.read_text()
-        lines = [line for line in text.splitlines() if line.startswith("pgolf")]
+        # Not "pgolf FAILED", the title of torchrun's table.
+        lines = [line for line in text.splitlines() if line.startswith(("pgolf (", "pgolf:"))]
         assert len(lines) <= 5, text
         return lines
 
