@@ -6,7 +6,6 @@ command that needs them, so --help is quick.
 
 import argparse
 import os
-import signal
 import sys
 from importlib import import_module
 
@@ -69,14 +68,18 @@ def main(argv: list[str] | None = None) -> int:
     module = "import_" if command == "import" else command  # a word of Python's own
     try:
         with stoppable():
-            return import_module(f"pgolf.cli.{module}").main(argv[1:])
+            try:
+                return import_module(f"pgolf.cli.{module}").main(argv[1:])
+            except (LostRank, Stopped) as e:
+                # torchrun asks all ranks to end as soon as one has, and that comes at any time.
+                lost = e if isinstance(e, LostRank) else e.__context__
+                if not isinstance(lost, LostRank):
+                    raise
+                _print_error(lost)
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(lost.exit_code)  # what is left to tidy up may wait for the others
     except PgolfError as e:
-        rank = os.environ.get("RANK")
-        where = f" (rank {rank})" if rank else ""
-        if isinstance(e, LostRank):  # which torchrun asks to end while it does; its code is to stay
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not e.quiet:
-            print(f"pgolf{where}: error: {e}", file=sys.stderr)
+        _print_error(e)
         return e.exit_code
     except KeyboardInterrupt as e:
         print(f"pgolf: {e if isinstance(e, Stopped) else 'stopped'}", file=sys.stderr)
@@ -84,3 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _print_error(error: PgolfError) -> None:
+    rank = os.environ.get("RANK")
+    if not error.quiet:
+        print(f"pgolf{f' (rank {rank})' if rank else ''}: error: {error}", file=sys.stderr)

@@ -44,16 +44,22 @@ def last_words(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
                 error.args = (f"{error}; go on with `{how}`",)
             with suppress(StorageError):
                 _tell_torchrun(error)
-            if not lost:
-                signal.alarm(END)  # a GPU may wait for the others
-            ranks.stop()
-        if not lost:
-            signal.alarm(0)
+            _part(ranks, lost)
         if error is e:
             raise
         raise error from None
     else:
         ranks.stop()
+
+
+def _part(ranks: Ranks, lost: bool) -> None:
+    """Leave the group. A GPU may wait for the others in vain: not forever, as `Ranks.lost` sees."""
+    own_limit = ranks.roll_call is not None and not lost
+    if own_limit:
+        signal.alarm(END)
+    ranks.stop()
+    if own_limit:
+        signal.alarm(0)
 
 
 def said(error: BaseException) -> str:

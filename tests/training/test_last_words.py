@@ -11,6 +11,7 @@ from torch.distributed import HashStore
 
 from pgolf import ranks as module
 from pgolf import roll_call
+from pgolf.cli import main
 from pgolf.errors import DataError, LostRank
 from pgolf.ranks import Ranks
 from pgolf.roll_call import RollCall
@@ -143,3 +144,24 @@ def test_a_run_of_one_process_keeps_its_error(monkeypatch):
         raise RuntimeError("boom")
     with last_words(alone, "demo"):
         pass
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_who_lost_one_says_it_even_if_torchrun_ends_it_meanwhile(monkeypatch, capsys, asked):
+    def lose(argv):
+        try:
+            raise LostRank("rank 1 is gone")
+        finally:
+            if asked:
+                raise Stopped(signal.SIGTERM)
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("pgolf.cli.train.main", lose)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(SystemExit) as left:
+        main(["train"])
+    assert left.value.code == 3
+    assert capsys.readouterr().err == "pgolf (rank 0): error: rank 1 is gone\n"
