@@ -174,7 +174,7 @@ class Ranks:
         if missing and not silent:
             what = f"kept the others waiting{f' for {waited}' if waited else ''}"
         who = named(missing) if missing else "another rank"
-        return missing, f"step {self.roll_call.step}: {who} {what}"
+        return missing, f"{self.roll_call.place}: {who} {what}"
 
     def broadcast(self, params: Iterable[nn.Parameter]) -> None:
         """Rank 0's weights, on every rank: another CPU may draw others from the same seed."""

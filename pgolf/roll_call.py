@@ -38,6 +38,11 @@ class RollCall:
         # A thread that still asks the store when Python ends would abort the process.
         atexit.register(self._stop)
 
+    @property
+    def place(self) -> str:
+        """Where this process is, for people."""
+        return f"step {self.step}" + f" ({self.phase})" * bool(self.phase)
+
     def _answer(self) -> None:
         try:
             while not self._over.wait(INTERVAL):

@@ -63,9 +63,10 @@ def _part(ranks: Ranks, lost: bool) -> None:
 
 
 def said(error: BaseException) -> str:
-    """An error as its rank prints it, in one line: what is a bug has its class's name in front."""
-    known = isinstance(error, PgolfError | KeyboardInterrupt) and str(error)
-    return str(error) if known else f"{type(error).__name__}: {error}"
+    """An error as its rank prints it; of a bug, its class and the first line."""
+    if isinstance(error, PgolfError | KeyboardInterrupt) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
@@ -81,15 +82,13 @@ def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
     if asked and (call.first_words() or call.missing()[1]):
         return ranks.lost()
     why = said(error)
-    where = f"step {call.step}" + (f" ({call.phase})" if call.phase else "")
-    what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {where}: {why}"
-    first, message, reason = _put_down(call, [ranks.rank], what, why)
+    what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {call.place}: {why}"
+    first, _, reason = _put_down(call, [ranks.rank], what, why)
     if first == [ranks.rank] or reason != why:
         return error
-    if isinstance(error, PgolfError):
-        error.quiet = True
-        return error
-    return LostRank(message, True, first)
+    same = error if isinstance(error, PgolfError) else ranks.lost()
+    same.quiet = True
+    return same
 
 
 def _put_down(

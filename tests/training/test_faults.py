@@ -204,7 +204,7 @@ def test_a_rank_that_exits_silently_is_named(faulty):
 
 @pytest.mark.parametrize("fault, what", [
     ("packing", f"rank 1 failed at step 6 (packing and scoring): {BUG}"),
-    ("killed", "step 6: rank 1 ended without a word: killed?"),
+    ("killed", "step 6 (packing and scoring): rank 1 ended without a word: killed?"),
 ], ids=lambda value: value.partition(" ")[0])  # fmt: skip
 def test_a_rank_that_ends_after_training_is_named(faulty, fault, what):
     (line,), run = faulty(fault, max_steps=6)

@@ -87,6 +87,13 @@ def test_the_same_bug_on_all_ranks_has_one_traceback(end):
     assert all(isinstance(e, LostRank) and e.quiet for e in others)
 
 
+def test_a_long_message_is_told_by_its_first_line(end):
+    end(1, RuntimeError("CUDA error: bad\nFor debugging consider\n..."))
+    lost, told = end(0, RuntimeError(GLOO))
+    assert str(lost) == "rank 1 failed at step 10: RuntimeError: CUDA error: bad"
+    assert told["message"] == str(lost)
+
+
 def test_another_error_is_said_too(end):
     end(1, ValueError("one"))
     assert str(end(0, ValueError("two"))[0]) == "two"
