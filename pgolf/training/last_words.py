@@ -72,15 +72,14 @@ def said(error: BaseException) -> str:
 def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
     """What this rank ends with, after what it and the others have put down."""
     call = ranks.roll_call
-    if isinstance(error, LostRank):
-        _put_down(call, error.ranks, str(error), "")
-        return error
-    if getattr(error, "quiet", False):  # all have it, and another one says so
-        return error
     # By torchrun, perhaps, because another rank has ended.
     asked = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__))
     if asked and (call.first_words() or call.missing()[1]):
-        return ranks.lost()
+        error = ranks.lost()
+    if isinstance(error, LostRank):
+        _put_down(call, error.ranks, str(error), "")
+    if isinstance(error, LostRank) or getattr(error, "quiet", False):  # another one says it
+        return error
     why = said(error)
     what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {call.place}: {why}"
     first, _, reason = _put_down(call, [ranks.rank], what, why)
