@@ -5,16 +5,13 @@ Jordan et al. 2024, kellerjordan.github.io/posts/muon:
     buf <- mu buf + G;   U = G + mu buf (Nesterov) or buf;   X = newton_schulz(U)
     W <- W (1 - lr wd) - lr sqrt(max(1, rows / cols)) X
 
-Matrices of one shape are a batch, and the batches go through the iteration together. On several
-ranks, which must hold the same gradients, each rank orthogonalises every world-th matrix and the
-results are summed: each entry comes from one rank, so nothing is rounded.
+Matrices of one shape are a batch, and the batches go through the iteration together.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf.ops.newton_schulz import newton_schulz_all, preset
@@ -101,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             stacks = [
                 torch.stack([self._direction(p, group) for p in alike]) for alike in shapes.values()
             ]
-            found = self.orthogonal(stacks) if stacks else []
+            found = newton_schulz_all(stacks, **self.ns_options) if stacks else []
             for (shape, params), updates in zip(shapes.items(), found, strict=True):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -118,24 +115,3 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"]
         buffer.mul_(group["momentum"]).add_(p.grad)
         return p.grad.add(buffer, alpha=group["momentum"]) if self.nesterov else buffer
-
-    def orthogonal(self, stacks: Sequence[Tensor], normalized: bool = False) -> list[Tensor]:
-        """Newton-Schulz of each (B, R, C), shared out over the ranks.
-
-        `normalized`: its first step is done, by `muon_momentum`.
-        """
-        options = {**self.ns_options, "normalized": normalized}
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return newton_schulz_all(stacks, **options)
-        rank = dist.get_rank()
-        sizes = [s.numel() for s in stacks]
-        flat = torch.zeros(sum(sizes), dtype=self.ns_dtype, device=stacks[0].device)
-        outs = [part.view(s.shape) for part, s in zip(flat.split(sizes), stacks, strict=True)]
-        mine = [(s[rank::world], out) for s, out in zip(stacks, outs, strict=True) if rank < len(s)]
-        if mine:
-            found = newton_schulz_all([share for share, _ in mine], **options)
-            for x, (_, out) in zip(found, mine, strict=True):
-                out[rank::world] = x
-        dist.all_reduce(flat)
-        return outs

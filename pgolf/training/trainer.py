@@ -18,6 +18,7 @@ from pgolf.errors import ConfigError, StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
+from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
@@ -86,11 +87,18 @@ class Trainer:
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
         self.qat = LateQat(model, config, ranks.device)
-        self.averager = Averager(model, self.schedule, fuses(ops))
-        self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
+        self.exchange = Exchange(model, ranks, self.accum, ops.get("grad_norm", "reference"))
+        self.averager = Averager(model, self.schedule, fuses(ops), self.exchange.held)
+        self.optimizers = self._new_optimizers()
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             compile_graph(model, model.ops, ranks.device) if self.compiled else model
+        )
+
+    def _new_optimizers(self) -> Optimizers:
+        """Without a state."""
+        return Optimizers(
+            self.model, self.config.optim, self.ops, self.averager.averages, self.exchange.held
         )
 
     # --- steps --------------------------------------------------------------------------------
@@ -100,8 +108,14 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
         total = self._passes(self.accum)
-        self.ranks.average_gradients(self.optimizers.params)
-        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+        return total, self._update(lr_scale, momentum, average_rate)
+
+    def _update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
+        """What ends a step after its passes; the norm of its gradient."""
+        grads, norm = self.exchange.reduce()
+        self.optimizers.step(grads, norm, lr_scale, momentum, average_rate)
+        self.exchange.publish()
+        return norm
 
     def _passes(self, count: int) -> torch.Tensor:
         """Forward and backward of `count` micro-steps; what they add to the mean loss."""
@@ -109,7 +123,9 @@ class Trainer:
         for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
             loss = self.forward(x, y)
-            (loss / self.accum).backward()
+            # Ranks' gradients are summed: a mean, then, without a pass that divides.
+            (loss / (self.accum * self.ranks.world)).backward()
+            self.exchange.collect()
             total += loss.detach() / self.accum
         return total
 
@@ -139,15 +155,13 @@ class Trainer:
             self._passes(1)
             passed = self._now()
             self.pass_seconds = passed - started
-            self.ranks.average_gradients(self.optimizers.params)
-            self.optimizers.step(0.0, self.config.optim.momentum_start)
+            self._update(0.0, self.config.optim.momentum_start)
             self.step_seconds = self.accum * self.pass_seconds + self._now() - passed
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        self.optimizers = Optimizers(
-            self.model, self.config.optim, self.ops, self.averager.averages
-        )
+        self.exchange.publish()
+        self.optimizers = self._new_optimizers()
         self.loader.load_state_dict(cursor)
         if self.compiled:
             self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
@@ -199,7 +213,9 @@ class Trainer:
     def _queue_step(self, pace: Pace, before: Clock) -> None:
         """Start a step and count it as done; its end is not waited for."""
         if self.schedule.qat(before) and not self.qat.on:
+            self.exchange.gather_weights()
             self.qat.turn_on()
+            self.exchange.publish()
             self.event(f"late QAT on for {len(self.qat.plans)} matrices")
         lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
         # Before the step, which moves the EMA in the pass that updates the weights if it is
@@ -359,10 +375,15 @@ class Trainer:
         self.folder.log(kind="val", **vars(c), loss=sums.loss, bpb=sums.bpb)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that goes on, the same on every rank and for any number of them."""
+        self.exchange.gather_weights()
+        optimizers, averager = self.optimizers.state_dict(), self.averager.state_dict()
+        optimizers["momentum"] = self.exchange.gather(optimizers["momentum"])
+        averager |= {kind: self.exchange.gather(averager[kind]) for kind in ("ema", "swa")}
         return {
             "model": self.model.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-            "averager": self.averager.state_dict(),
+            "optimizers": optimizers,
+            "averager": averager,
             "loader": self.loader.state_dict(),
             "clock": vars(self.clock),
         }
@@ -370,10 +391,12 @@ class Trainer:
     def take_export(self) -> str:
         """Put the weights that are exported into the model, late QAT off; returns their name."""
         state, description = self.averager.export()
+        state = self.exchange.gather(state)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[name])
         self.qat.turn_off()
+        self.exchange.publish()
         self.say(f"exporting {description}")
         return description
 
@@ -382,14 +405,16 @@ class Trainer:
         self.qat.loaded()
         self.optimizers.load_state_dict(state["optimizers"])
         self.averager.load_state_dict(state["averager"])
+        self.exchange.publish()
         self.loader.load_state_dict(state["loader"])
         self.clock = Clock(**state["clock"])
         self.kept = self.clock.step
 
     def checkpoint(self) -> None:
-        """Write a checkpoint (rank 0; every rank holds the same state), if there is room for it."""
+        """Write a checkpoint (rank 0, of what all gather), if there is room for it."""
+        state = self.state_dict()
         try:
-            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
+            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, state))
         except StorageError as e:  # on every rank
             self.folder.failed = e
             self.say(f"step:{self.clock.step} warning: no checkpoint: {e}; training goes on")
