@@ -56,4 +56,4 @@ def test_the_record_on_eight_ranks() -> None:
     layer = [[(512, 512), (256, 512), (256, 512)], [(512, 512)], [(1536, 512)], [(512, 1536)]]
     layout = Layout.of(named(layer * 11), 8)
     elements = sum(r * c for r, c in layout.shapes.values())
-    assert elements == 25_952_256 and layout.part * 8 <= 1.06 * elements
+    assert elements == 25_952_256 and layout.part * 8 <= 1.051 * elements
