@@ -164,6 +164,15 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def _without_help(source: str) -> str:
+    """The settings without what `--help` says of each: nobody asks a script."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "opt":
+            node.args[1] = ast.Constant("")
+    return ast.unparse(tree)
+
+
 @functools.cache
 def minified(source: str, name: str) -> str:
     """A module without comments, docstrings, blanks and long names of locals.
@@ -172,6 +181,8 @@ def minified(source: str, name: str) -> str:
     kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
+    if name == "pgolf.settings":
+        source = _without_help(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return extras.python_minifier().minify(
