@@ -13,7 +13,6 @@ run of one rank the collectives are nothing, and the rest is the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +61,7 @@ class Exchange:
         self.fold = Fold(impl, [scales[n] for n in own]) if impl != "reference" else None
         self.held = [n for n in self.params if n in own or n not in matrices]
         self.small = [p for name, p in self.params.items() if name not in matrices]
+        self.zeros: dict[torch.dtype, Tensor] = {}
         self.published = self._zeros(self.dtype)
         self.gradients = self._zeros(self.dtype)
         self.leaves = self._give_leaves(model, units)
@@ -104,13 +104,30 @@ class Exchange:
             self.sums.copy_(self.gradients)
         self.passes += 1
 
+    def _fill(self, flat: Tensor, pieces: Mapping[int, Tensor]) -> None:
+        """Write tensors from first elements on, in their order; zeros between. One launch."""
+        ends = [start + t.numel() for start, t in pieces.items()]
+        gaps = [b - a for a, b in zip([0, *ends], [*pieces, flat.numel()], strict=True)]
+        written = [t.reshape(-1) for t in pieces.values()]
+        padded = [self._nothing(gaps[0], flat.dtype)]
+        for t, gap in zip(written, gaps[1:], strict=True):
+            padded += [t, self._nothing(gap, flat.dtype)]
+        torch.cat([t for t in padded if t.numel()], out=flat)
+
+    def _nothing(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many zeros, which are kept: filling them anew would be a launch each time."""
+        kept = self.zeros.get(dtype)
+        if kept is None or kept.numel() < count:
+            kept = self.zeros[dtype] = self.published.new_zeros(count, dtype=dtype)
+        return kept[:count]
+
     def _flatten(self, out: Tensor) -> None:
         """The gradients of the leaves, which are dropped."""
         missing = sum(leaf.grad is None for leaf in self.leaves.values())
         if missing:
             raise ValueError(f"{missing} weights have no gradient: run a backward pass first")
         grads = {start: leaf.grad for start, leaf in self.leaves.items()}
-        _fill(out, grads)
+        self._fill(out, grads)
         for leaf in self.leaves.values():
             leaf.grad = None
 
@@ -165,13 +182,11 @@ class Exchange:
 
     def _sum_small(self, grads: dict[nn.Parameter, Tensor], own: Sequence[Tensor]) -> Tensor:
         """Sum what every rank holds over ranks; the norm of all gradients."""
-        square = self.published.new_zeros((), dtype=torch.float32)
-        if own:
-            square = self._norm(own).square()
         pieces = [
-            grads[p].reshape(-1).float() if p in grads else square.new_zeros(p.numel())
+            grads[p].reshape(-1).float() if p in grads else self._nothing(p.numel(), torch.float32)
             for p in self.small
         ]
+        square = self._norm(own).square() if own else self._nothing(1, torch.float32)
         flat = torch.cat([*pieces, square.reshape(1)])
         self.ranks.all_reduce(flat)
         sizes = [p.numel() for p in self.small]
@@ -197,7 +212,7 @@ class Exchange:
         with torch.no_grad():
             part = self.published[self.layout.of_rank(self.ranks.rank)]
             offset = self.ranks.rank * self.layout.part
-            _fill(part, {s - offset: w for s, w in zip(starts, self.cast, strict=True)})
+            self._fill(part, {s - offset: w for s, w in zip(starts, self.cast, strict=True)})
             self.ranks.all_gather(self.published)
 
     def _places(self, offset: int = 0) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -218,7 +233,7 @@ class Exchange:
         whole = self._zeros(torch.float32)
         offset = self.ranks.rank * self.layout.part
         part = whole[self.layout.of_rank(self.ranks.rank)]
-        _fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own})
+        self._fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own})
         self.ranks.all_gather(whole)
         places = self.layout.starts.values(), self.layout.shapes.values()
         found = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {
@@ -242,15 +257,3 @@ def _views(flat: Tensor, starts: Iterable[int], shapes: Iterable[Sequence[int]])
         flat[start : start + rows * columns].view(rows, columns)
         for start, (rows, columns) in zip(starts, shapes, strict=True)
     ]
-
-
-def _fill(flat: Tensor, pieces: Mapping[int, Tensor]) -> None:
-    """Write tensors from first elements on, in their order, in one launch; zeros between them."""
-    ends = [start + t.numel() for start, t in pieces.items()]
-    gaps = [b - a for a, b in zip([0, *ends], [*pieces, flat.numel()], strict=True)]
-    zeros = flat.new_zeros(max(gaps))
-    parts = chain.from_iterable(
-        (zeros[:gap], t.reshape(-1))
-        for gap, t in zip(gaps, [*pieces.values(), zeros[:0]], strict=True)
-    )
-    torch.cat([t for t in parts if t.numel()], out=flat)
