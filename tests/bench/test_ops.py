@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, ops, peers, plot, products, providers, schema, timing
+from bench import cases, ops, peers, plot, products, providers, restart, schema, timing
 from pgolf.ops.operator import OPERATORS, Implementation, Operator, Sample, Work
 from pgolf.report import plots
 
@@ -209,6 +209,57 @@ def test_a_provider_that_fails_does_not_end_the_run(register, capsys) -> None:
     out = capsys.readouterr().out
     assert "WRONG, not timed: MemoryError: no room\n" in out
     assert out.count("    eager") == 2  # both sizes
+
+
+def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
+    register, monkeypatch, tmp_path, capsys
+) -> None:
+    """Without the provider that has done it, and with what was measured before."""
+
+    class Replaced(BaseException):
+        pass
+
+    def broken(x: Tensor, factor: float) -> Tensor:
+        if x.size(0) == 16:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return cube(x, factor)
+
+    def replaced(program: str, argv: list[str]) -> None:
+        words[:] = argv
+        raise Replaced
+
+    words: list[str] = []
+    register(broken, rows=(8, 16, 24))
+    monkeypatch.setattr(restart, "spoilt", lambda device: True)
+    monkeypatch.setattr(restart.os, "execv", replaced)
+    options = ["--providers", "eager", "cpu", "--mode", "forward"]
+    with pytest.raises(Replaced):
+        run(*options, "--json", str(tmp_path / "f"))
+    assert words[1:4] == ["-m", "bench", "ops"]
+    assert words[-2:] == ["--failed", "toy 16 rows fp32 cpu"]
+    capsys.readouterr()
+    assert ops.main(words[4:]) == 1 and "toy, 8 rows" not in capsys.readouterr().out
+    assert [(line["sample"], line["provider"]) for line in lines_of(tmp_path / "f")] == [
+        ("8 rows", "eager"), ("8 rows", "cpu"), ("16 rows", "eager"), ("24 rows", "eager"),
+        ("24 rows", "cpu"),
+    ]  # fmt: skip
+
+
+def test_a_case_that_fails_does_not_end_the_run(register, monkeypatch, tmp_path, capsys) -> None:
+    def timed(case: cases.Case, *others: Any) -> list[schema.Timing]:
+        if case.sample.label == "8 rows":
+            raise MemoryError("no room")
+        return original(case, *others)
+
+    register()
+    original = ops._timed
+    monkeypatch.setattr(ops, "_timed", timed)
+    words = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
+    assert run(*words) == 1
+    captured = capsys.readouterr()
+    assert "  FAILED: toy 8 rows fp32; why stands above\n" in captured.out
+    assert "MemoryError: no room" in captured.err
+    assert [line["sample"] for line in lines_of(tmp_path / "f")] == ["16 rows"]
 
 
 @pytest.mark.parametrize("operator", list(OPERATORS.values()), ids=list(OPERATORS))
