@@ -1,6 +1,7 @@
 """`python -m bench gpu`: without a GPU, a network, and packages that may be missing."""
 
 import ast
+import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from bench.outcomes import Outcomes
 from bench.parts import ROOT, Part
 from pgolf.errors import DataError
 from pgolf.ops.choose import parse
-from pgolf.ops.operator import OPERATORS
+from pgolf.ops.operator import OPERATORS, Implementation
 
 # What a machine with torch for GPUs may well not have.
 MISSING = ("zstandard", "brotli", "python_minifier", "ruff", "huggingface_hub", "wordfreq",
@@ -329,25 +330,62 @@ def test_losses_of_two_runs_stand_side_by_side(tmp_path, capsys) -> None:
     assert "the folder of a run that has begun?" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    any(impl.missing() for op in gpu_kernels.OPERATORS.values()
-        for impl in op.implementations.values() if not impl.package),
-    reason="not every implementation is here",
-)
 def test_every_kernel_is_launched(monkeypatch, tmp_path) -> None:
-    ran = []
+    """Each that is here; without a GPU as if there were one, with arguments alone."""
+    ran, texts = [], []
     monkeypatch.setattr(gpu_kernels.Call, "run", lambda call, function: ran.append(function))
     monkeypatch.setattr(gpu_kernels, "atomic_write", lambda file, text: texts.append(text))
-    texts: list[str] = []
-    assert gpu_kernels.run_all("cpu", file=tmp_path / "f") == len(ran) == len(texts)
-    assert {(f.func, f.keywords["impl"]) for f in ran} == {
-        (operator.call, impl)
-        for operator in gpu_kernels.OPERATORS.values()
+    monkeypatch.setattr(Implementation, "runs_on", lambda self, device: True)
+    ours = {
+        (operator.call, impl): implementation.missing()
+        for operator in OPERATORS.values()
         for impl, implementation in operator.implementations.items()
         if implementation.device == "cuda" and not implementation.package
     }
-    lines = [json.loads(line) for line in texts[-1].splitlines()]
-    assert len(lines) == len(ran) and set(lines[0]) == {"operator", "impl", "sample", "dtype"}
+    calls, wrong = gpu_kernels.run_all("cpu", file=tmp_path / "f")
+    assert calls == len(ran) == len(texts)
+    here = {key for key, missing in ours.items() if not missing}
+    assert {(f.func, f.keywords["impl"]) for f in ran} == here
+    assert len(wrong) == len(ours) - len(here)
+    lines = [json.loads(line) for line in "".join(texts[-1:]).splitlines()]
+    assert len(lines) == len(ran)
+    assert all(set(line) == {"operator", "impl", "sample", "dtype"} for line in lines)
+
+
+def test_a_kernel_that_is_missing_or_fails_leaves_the_others_to_run(monkeypatch, capsys) -> None:
+    """The sanitizers see those that are here; what is not is told, and the exit code is 1."""
+    names = ("xsa", "fake_quant", "grad_norm")
+    for name in names:
+        known = OPERATORS[name]
+        found = {
+            impl: dataclasses.replace(each, missing=lambda: "")
+            for impl, each in known.implementations.items()
+        }
+        if name == "xsa":
+            found["cuda"] = dataclasses.replace(found["cuda"], missing=lambda: "not built")
+        monkeypatch.setitem(OPERATORS, name, dataclasses.replace(known, implementations=found))
+    called = {OPERATORS[name].call: name for name in names}
+    ran: list[tuple[str, str]] = []
+
+    def run(call, function) -> None:
+        ran.append((called[function.func], function.keywords["impl"]))
+        if ran[-1] == ("fake_quant", "triton"):
+            raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(gpu_kernels.Call, "run", run)
+    monkeypatch.setattr(Implementation, "runs_on", lambda self, device: self.device == "cuda")
+    assert gpu_kernels.main(["--device", "cpu", "--op", *names]) == 1
+    assert set(ran) == {
+        ("xsa", "triton"), ("fake_quant", "cuda"), ("fake_quant", "triton"), ("grad_norm", "cuda")
+    }  # fmt: skip
+    captured = capsys.readouterr()
+    assert "WRONG: xsa=cuda: not built\n" in captured.out
+    assert "RuntimeError: does not compile" in captured.err
+    assert gpu_kernels.main(["--device", "cpu", "--op", "grad_norm"]) == 0
     ran.clear()
-    gpu_kernels.run_all("cpu", ["xsa"], ["cuda"])
-    assert {(f.func, f.keywords["impl"]) for f in ran} == {(OPERATORS["xsa"].call, "cuda")}
+    calls, wrong = gpu_kernels.run_all("cpu", ["fake_quant", "xsa"], ["cuda"])
+    assert set(ran) == {("fake_quant", "cuda")} and calls == len(ran) and len(wrong) == 1
+    ran.clear()
+    monkeypatch.setattr(gpu_kernels.restart, "spoilt", lambda device: True)
+    assert gpu_kernels.main(["--device", "cpu", "--op", "fake_quant", "--impl", "triton"]) == 1
+    assert len(ran) == 1 and "no more was run" in capsys.readouterr().out
