@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import aot_cuda, aot_items, aot_model
-from bench.sass import Function
-from bench.sass_flow import Flow, Instruction, loads_in_flight
+from bench.sass import Function, Instruction
+from bench.sass_flow import Flow, loads_in_flight
 from tests.bench.test_aot import needs_nvcc, needs_triton
 
 COUNTED = Path(__file__).parent / "counted.cu"
