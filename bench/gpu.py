@@ -76,13 +76,14 @@ def _run(args: argparse.Namespace) -> int:
         parts.ROOT / "build" / "rehearsal" if args.rehearse else RESULTS / _device_name()
     )
     out = out.resolve()
-    adopt(BUNDLE)
+    # A rehearsal leaves the extension of the machine that has made the bundle.
+    adopted = None if args.rehearse else adopt(BUNDLE)
     site = [str(BUNDLE / "site")] if (BUNDLE / "site").is_dir() else []
     search = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.update(PYTHONPATH=search, PYTHONUNBUFFERED="1", OMP_WAIT_POLICY="PASSIVE")
     with tempfile.TemporaryDirectory() as scratch:
         sizes = gpu_parts.TINY if args.rehearse else gpu_parts.RECORD
-        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes))
+        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes, adopted))
         wanted = {*(args.parts or gpu_parts.NAMES), "build"}
         wanted |= {"data"} if wanted & {"step", "train"} else set()
         return measure([part for part in found if part.name in wanted], args.seconds, out)

@@ -95,11 +95,12 @@ TINY = Sizes(
 
 
 class Place(NamedTuple):
-    """Where results, and what they are made from, lie."""
+    """Where results, and what they are made from, lie; `adopted`: as bench.bundle.adopt says."""
 
     out: Path
     scratch: Path
     sizes: Sizes
+    adopted: bool | None = None
 
     @property
     def data(self) -> str:
@@ -113,8 +114,8 @@ class Place(NamedTuple):
 
 def all_parts(place: Place) -> list[Part]:
     """Every part that applies here."""
-    gpu = [_build(), *_sanitized(place), _tune(place)] if place.sizes.gpu else [_emulated(place)]
     sizes = place.sizes
+    gpu = [_build(place), *_sanitized(place), _tune(place)] if sizes.gpu else [_emulated(place)]
     found = [_data(place), _tests(place), _ops(place, "attention", sizes.attention, 15),
              _step(place), _ops(place, "ops", sizes.ops, 70), _train(place), *gpu]  # fmt: skip
     return sorted(found, key=lambda part: NAMES.index(part.name))
@@ -129,15 +130,17 @@ def _data(place: Place) -> Part:
     return Part("data", 10, lambda _: [(*PYTHON, "bench.synthetic", folder)], needed=True)
 
 
-def _build() -> Part:
-    """Compile the extension, if there is none with code for this GPU, or an older one."""
+def _build(place: Place) -> Part:
+    """Compile the extension, if there is none with code for this GPU, or one of older sources."""
     capability = torch.cuda.get_device_capability()
     module = extension.cuda()
     outdated = (
         module is None
         or extension.no_code_for(capability, extension.driver_cuda())
-        or _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime
-    )
+        or place.adopted is False
+        or (place.adopted is None
+            and _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime)
+    )  # fmt: skip
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     arch = f"{capability[0]}.{capability[1]}" + "a" * (capability == (9, 0))
     env = {"PGOLF_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
