@@ -381,7 +381,7 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
 const char* token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order,
                         int64_t* bounds, void* stream) {
   const int64_t keys = vocab + 1, per_block = blocks_for(keys, kOrderBlocks);
-  return launch(embed_smear_order, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
+  return launch(token_order_blocks, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
                 static_cast<int>(count), static_cast<int>(vocab), static_cast<int>(per_block),
                 order, bounds);
 }
