@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
         const Of head(shape, first + i * Of::kGroups);
         Own y = x[i];
         if (head.turns) {
-          const float scale = gains[i] * head_rstd<T>(shape, x[i].widened());
+          const float scale = gains[i] * head_rstd<T>(shape, x[i].unpacked());
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        if (head.is_value && value) y = Own::rounded(x[i].widened().plus(1, added[i].widened()));
+        if (head.is_value && value) y = Own::rounded(x[i].unpacked().plus(1, added[i].unpacked()));
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
         Own dx = dy[i];
         if (head.turns) {
           const auto w = turn.of(dy[i], from[i].head, from[i].given);
-          const auto wide = x[i].widened();
+          const auto wide = x[i].unpacked();
           const float along = w.template dot<true>(wide);
           const float rstd = head_rstd<T>(shape, wide);
           const auto factors = rope_gradient(along, rstd, gains[i], shape.size);

@@ -9,6 +9,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
+#include "cuda/packed.cuh"
 
 namespace pgolf::cuda {
 
@@ -128,9 +129,8 @@ class Source {
     if constexpr (L::kAhead) {
       typename L::Part part;
 #pragma unroll
-      for (int i = 0; i < L::Part::kCount; ++i) {  // two in a word, each the upper half of a float
-        const uint32_t word = words_[index].at[i / 2];
-        part.at[i] = bit_cast<float>(i % 2 ? word & 0xFFFF0000u : word << 16);
+      for (int i = 0; i < L::Part::kCount; ++i) {
+        part.at[i] = widened<typename L::Element>(words_[index], i);
       }
       return part;
     } else {
