@@ -26,11 +26,12 @@ from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes, parts_of
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
-# Kernels sum gradients of parameters over parts of the rows; csrc/residual_norm.h.
-ROWS_PER_BLOCK, MOST_BLOCKS = 64, 528
+# Kernels sum gradients of parameters over parts of the rows, of so many at least;
+# csrc/residual_norm.h
+MIN_PART, MAX_PARTS = 64, 528
 
 _INPUTS = Inputs(
     "residual_norm", ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
@@ -294,11 +295,6 @@ register_gradient("residual_norm", _forward, _gradient, _setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def partial_rows(rows: int) -> int:
-    """Into how many parts a kernel takes so many rows, to sum each up by itself."""
-    return -(-rows // max(ROWS_PER_BLOCK, -(-rows // MOST_BLOCKS)))
-
-
 def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
@@ -317,18 +313,18 @@ def _launchers(run: Run) -> dict[str, Callable]:
     ):  # fmt: skip
         gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
         *_, parameters = gradients
-        blocks = partial_rows(rstd.numel())
-        if not blocks:  # an empty tensor has no address by which it could be known to be there
+        parts = parts_of(rstd.numel(), MIN_PART, MAX_PARTS)
+        if not parts:  # an empty tensor has no address by which it could be known to be there
             parameters.zero_()
             return gradients
-        partials = parameters.new_empty((blocks, *parameters.shape))
+        partials = parameters.new_empty((parts, *parameters.shape))
         run(
             "residual_norm_backward", x_in,
             *addresses(
                 total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
                 d_x_in, dh, *gradients, partials,
             ),
-            blocks, *shape(x_in), scale, eps,
+            parts, *shape(x_in), scale, eps,
         )  # fmt: skip
         return gradients
 
@@ -411,7 +407,7 @@ OPERATOR = register(
         implementations=in_extension(("residual_norm", "residual_norm_backward"), _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("cuda", "every tensor once, forward one launch, backward two at most")],
+            "cuda": [("cuda", "a layer's tensors once, forward one launch, backward two at most")],
         },
         samples=samples,
         cost=cost,
