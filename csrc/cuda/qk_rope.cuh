@@ -13,6 +13,7 @@
 #include "qk_rope.h"
 
 namespace pgolf::cuda {
+namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 
@@ -235,4 +236,5 @@ struct Turn {
   }
 };
 
+}  // namespace
 }  // namespace pgolf::cuda
