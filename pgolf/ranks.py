@@ -119,8 +119,8 @@ class Ranks:
         return self.gather(values)[0]
 
     @contextmanager
-    def patient(self, seconds: float, step: int) -> Iterator[None]:
-        """A step, in which no rank may keep the others waiting for longer than this.
+    def patient(self, step: int, seconds: float = TIMEOUT.total_seconds()) -> Iterator[None]:
+        """A part of a step in which no rank may keep the others waiting for longer than this.
 
         Raises:
             LostRank: one did, or is gone.

@@ -235,9 +235,9 @@ def _iterate(
     rooms: Sequence[Tensor],
     coefficients: Sequence[tuple[float, float, float]],
 ) -> list[Tensor]:
-    """The iterations on each X (b, r, c), not written unless it is its `room`, one of the buffers.
+    """The iterations on each X (b, r, c); all tensors are contiguous.
 
-    All are contiguous.
+    Each has one of `rooms` as a buffer, which may be X itself: other xs are not written.
     """
     grams, polys, afters = [], [], []
     for x in xs:

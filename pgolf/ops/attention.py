@@ -30,7 +30,7 @@ from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import launcher
 from pgolf.ops.operator import Implementation, Operator, Sample, Work, register
-from pgolf.ops.tensors import check_alike, nbytes, unit_stride
+from pgolf.ops.tensors import check_grouped, nbytes, unit_stride
 
 _INPUTS = Inputs("attention", ("q", "k", "v"), alike=("q", "k", "v"), matmul=True)
 
@@ -46,29 +46,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             is_causal=True, enable_gqa=q.size(2) != k.size(2),
         )  # fmt: skip
     return y.transpose(1, 2)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"attention: {name} is {tuple(t.shape)}: use (N, T, heads, d)")
-    if k.shape != v.shape:
-        raise ValueError(
-            f"attention: k is {tuple(k.shape)} and v {tuple(v.shape)}: they have to be the same"
-        )
-    if q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3):
-        raise ValueError(
-            f"attention: q is {tuple(q.shape)} and k {tuple(k.shape)}: N, T and d have to be the "
-            "same"
-        )
-    if not q.size(3):
-        raise ValueError(f"attention: q is {tuple(q.shape)}: heads of no elements have no scores")
-    if not q.size(2) or not k.size(2) or q.size(2) % k.size(2):
-        raise ValueError(
-            f"attention: {q.size(2)} query heads cannot be shared out over {k.size(2)} key/value "
-            "heads: H has to be a multiple of G, and neither may be 0"
-        )
-    check_alike("attention", q=q, k=k, v=v)
 
 
 def obstacle(impl: str, size: int) -> str:
@@ -97,7 +74,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
         RuntimeError: `impl` is not there on this machine, or knows no transform of torch.func.
     """
     q, k, v = _INPUTS(q, k, v)
-    _check(q, k, v)
+    check_grouped("attention", ("q", q), ("k", k), ("v", v))
+    if k.shape != v.shape:
+        raise ValueError(
+            f"attention: k is {tuple(k.shape)} and v {tuple(v.shape)}: they have to be the same"
+        )
     impl = resolve("attention", impl, q, size=q.size(3))
     if impl == "reference":
         return reference(q, k, v)
@@ -109,27 +90,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
 
 @torch.library.custom_op("pgolf::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    if not q.numel():  # the packages take no empty batch
+        return _results(q)
     with without_autocast(q):
         return launcher("attention", impl, "forward")(*map(unit_stride, (q, k, v)))
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for y and for the logarithm of the sum of each query's weights."""
     batch, time, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, time), dtype=torch.float32)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return _results(q)
 
 
 @torch.library.custom_op("pgolf::attention_backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.numel():
+        return _gradients(q, k, v)
     q, k, v = map(unit_stride, (q, k, v))
     return launcher("attention", impl, "backward")(dy.contiguous(), q, k, v, y, lse)
 
 
+def _gradients(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dq, dk and dv."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
 @_backward.register_fake
 def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, impl: str):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _gradients(q, k, v)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -255,7 +250,7 @@ def _flash(impl: str) -> Implementation:
     def backward(
         dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+        dq, dk, dv = _gradients(q, k, v)
         _call(
             impl, package.backward, q, k=k, v=v, out=y, dout=dy, lse=lse, softmax_lse=lse,
             dq=dq, dk=dk, dv=dv,
@@ -284,6 +279,7 @@ def samples() -> list[Sample]:
         "1x33 4/4 32": (1, 33, 4, 4, 32),
         "1x66 2/1 128": (1, 66, 2, 1, 128),
         "3x1 6/2 80": (3, 1, 6, 2, 80),
+        "0x5 4/2 16": (0, 5, 4, 2, 16),
     }
     big = {1024: (1, 1024), 8192: (4, 2048), 98304: (48, 2048)}
     return [Sample(label, make(*s)) for label, s in shapes.items()] + [

@@ -63,7 +63,10 @@ def with_attention(text: str, impl: str) -> str:
     if impl == "auto":
         return text
     wish = f"attention={impl}"
-    named = [word for word in text.split(",") if word.partition("=")[0].strip() == "attention"]
+    operator = OPERATORS["attention"]
+    meant = {*operator.implementations, *operator.aliases}  # a word for these is one for it alone
+    words = [word.strip() for word in text.split(",")]
+    named = [w for w in words if w in meant or w.partition("=")[0] == "attention"]
     if parse(",".join(named)) not in ({}, parse(wish)):
         raise ConfigError(f"{wish} and ops={text} name two: give one of them")
     return ",".join(filter(None, (text, wish)))

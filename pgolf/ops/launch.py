@@ -78,15 +78,9 @@ def run_cpp(function: str, like: Tensor, *args: Any) -> None:
     getattr(extension.load(), function)(*args, torch.get_num_threads())
 
 
-@functools.cache
-def _cuda_function(name: str) -> Callable:
-    # Once: to ask a module what it was built with costs more than a launch.
-    return getattr(extension.cuda(), f"{name}_cuda")
-
-
 def run_cuda(function: str, like: Tensor, *args: Any) -> None:
     """Launch a CUDA kernel of pgolf._C on the device of `like`, in its current stream."""
-    launch = _cuda_function(function)
+    launch = getattr(extension.cuda(), f"{function}_cuda")
     if not like.is_cuda:  # emulated
         return launch(*args, 0)
     with torch.cuda.device(like.device):

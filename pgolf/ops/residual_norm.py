@@ -357,7 +357,7 @@ def samples() -> list[Sample]:
         "mlp": make(70, 24, "branch", *mix, scale=0.5, keep_total=True),
         "skip": make(3, 264, "branch", *skip, *mix),
         "norm": make(2, 264),
-        "wide": make(2, 528, "branch", *mix),
+        "wide": make(2, 528, "branch", *skip, *mix),
         "all": make(9, 17, *scaled, *skip, *mix, scale=0.25, keep_total=True),
         "0 tokens": make(0, 16, "branch", *mix),
     }

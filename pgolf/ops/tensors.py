@@ -31,6 +31,34 @@ def check_alike(operator: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_grouped(operator: str, q: tuple[str, Tensor], *values: tuple[str, Tensor]) -> None:
+    """Raise ValueError unless q (N, T, H, d) and each of the values (N, T, G, d), all by name, fit.
+
+    H is a multiple of G: query heads share a value head.
+    """
+    name, queries = q
+    for tensor_name, t, heads in ((name, queries, "H"), *((n, t, "G") for n, t in values)):
+        if t.dim() != 4:
+            raise ValueError(
+                f"{operator}: {tensor_name} is {tuple(t.shape)}: it has to be (N, T, {heads}, d)"
+            )
+    if not queries.size(3):
+        raise ValueError(f"{operator}: {name} is {tuple(queries.shape)}: heads of no elements")
+    for other, t in values:
+        if queries.shape[:2] != t.shape[:2] or queries.size(3) != t.size(3):
+            raise ValueError(
+                f"{operator}: {name} is {tuple(queries.shape)} and {other} {tuple(t.shape)}: N, T "
+                "and d have to be the same"
+            )
+        heads, groups = queries.size(2), t.size(2)
+        if not groups or not heads or heads % groups:
+            raise ValueError(
+                f"{operator}: {heads} query heads cannot be shared out over {groups} value heads: "
+                "H has to be a multiple of G, and neither may be 0"
+            )
+    check_alike(operator, **dict((q, *values)))
+
+
 def unit_stride(t: Tensor) -> Tensor:
     """t, copied if its last dimension is strided; `contiguous` keeps strides of empty tensors."""
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.tensors import check_alike, nbytes, unit_stride
+from pgolf.ops.tensors import check_grouped, nbytes, unit_stride
 
 NORM_FLOOR = 1e-12
 _INPUTS = Inputs("xsa", ("y", "v"), alike=("y", "v"))
@@ -40,25 +40,6 @@ def reference(y: Tensor, v: Tensor) -> Tensor:
     wide = v.float() if v.dtype == torch.float16 else v  # in fp16 the floor would be 0
     n = F.normalize(wide, dim=-1, eps=NORM_FLOOR).to(v.dtype).unsqueeze(3)
     return (y - (y * n).sum(-1, keepdim=True) * n).reshape(batch, time, heads, size)
-
-
-def _check(y: Tensor, v: Tensor) -> None:
-    if y.dim() != 4:
-        raise ValueError(f"xsa: y is {tuple(y.shape)}: it has to be (N, T, H, d)")
-    if v.dim() != 4:
-        raise ValueError(f"xsa: v is {tuple(v.shape)}: it has to be (N, T, G, d)")
-    if y.shape[:2] != v.shape[:2] or y.size(3) != v.size(3):
-        raise ValueError(
-            f"xsa: y is {tuple(y.shape)} and v {tuple(v.shape)}: N, T and d have to be the same"
-        )
-    if not y.size(3):
-        raise ValueError(f"xsa: y is {tuple(y.shape)}: heads of no elements have no direction")
-    if not v.size(2) or not y.size(2) or y.size(2) % v.size(2):
-        raise ValueError(
-            f"xsa: {y.size(2)} query heads cannot be shared out over {v.size(2)} value heads: "
-            "H has to be a multiple of G, and neither may be 0"
-        )
-    check_alike("xsa", y=y, v=v)
 
 
 def obstacle(impl: str, size: int, share: int) -> str:
@@ -86,7 +67,7 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
         RuntimeError: `impl` is not there on this machine, or knows no transform of torch.func.
     """
     y, v = _INPUTS(y, v)
-    _check(y, v)
+    check_grouped("xsa", ("y", y), ("v", v))
     impl = resolve("xsa", impl, y, size=y.size(3), share=y.size(2) // v.size(2))
     if impl == "reference":
         return reference(y, v)

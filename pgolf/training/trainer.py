@@ -179,7 +179,7 @@ class Trainer:
         patience = max(self.config.run.patience, 4 * self.step_seconds)
         while not self.schedule.finished(self.clock):
             before = replace(self.clock)
-            with self.ranks.patient(patience, self.clock.step + 1):
+            with self.ranks.patient(self.clock.step + 1, patience):
                 self._queue_step(pace, before)
                 over, stop = self._collect(pace, interrupt)
             self.averager.update(before, self.clock)
@@ -188,7 +188,8 @@ class Trainer:
                     if self._logs(step.clock):
                         self.log_step(step)
                 if not pace:
-                    self._between_steps()
+                    with self.ranks.patient(self.clock.step):
+                        self._between_steps()
                 if stop:
                     self._stop(interrupt, stop)
         stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))

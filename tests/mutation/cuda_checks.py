@@ -20,6 +20,7 @@ from pgolf.ops.testing import Call, Function
 from ..ops import test_embed_smear as smear
 from ..ops import test_multi_tensor, test_qk_rope, test_weight_cast
 from ..ops import test_operators as t
+from ..ops import test_residual_norm as norm
 from ..ops import test_softcap_cross_entropy as loss
 from ..ops.cases import is_empty, small, takes
 from ..ops.guards import GuardZones
@@ -148,6 +149,9 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
     "qk_rope": [
         functools.partial(test_qk_rope.test_without_norm_a_nan_stays_in_its_pair, "cuda", size)
         for size in (16, 17)
+    ],
+    "residual_norm": [  # more parts of a sum over rows than are added up at a time
+        functools.partial(norm.test_shapes, "cuda", (2200, 8)),
     ],
     "softcap_cross_entropy": [
         functools.partial(check, columns, "cuda")

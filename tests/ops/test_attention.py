@@ -13,7 +13,7 @@ from pgolf.config import ModelConfig
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
-from pgolf.ops.attention import OPERATOR, PACKAGES, _module, attention
+from pgolf.ops.attention import OPERATOR, PACKAGES, _forward, _module, attention
 from pgolf.ops.choose import Choice, choose, choose_all, obstacles, parse, with_attention
 from pgolf.ops.testing import Call, kernel
 
@@ -182,7 +182,7 @@ def test_the_setting_is_the_same_as_the_operator() -> None:
         "reference,xsa=cpu,attention=fa4"
     )
     assert parse(with_attention("attention=reference", "sdpa"))["attention"] == "reference"
-    for ops in ("attention=fa3", "xsa=cpu, attention=auto"):
+    for ops in ("attention=fa3", "xsa=cpu, attention=auto", "fa3", "xsa=cpu,sdpa"):
         with pytest.raises(ConfigError, match=f"attention=fa2 and ops={ops} name two: give one"):
             with_attention(ops, "fa2")
 
@@ -240,6 +240,10 @@ def test_the_rules_of_all_operators(backend: str) -> None:
         for dtype in (F32, BF16):
             test_operators.test_accuracy(OPERATOR, backend, sample, dtype)
         test_operators.test_any_subset_of_gradients(OPERATOR, backend, sample)
+        q, k, v = sample.build(torch.device("cpu"), BF16)[0]
+        y, lse = _forward(q, k, v, backend)
+        assert (y.shape, y.dtype, lse.dtype) == (q.shape, BF16, F32)
+        assert lse.shape == (q.size(0), q.size(2), q.size(1))
     test_autocast.test_forward_under_autocast(OPERATOR, backend)
     test_autocast.test_backward_under_autocast(OPERATOR, backend, False)
     test_derivatives.test_second_derivatives_are_refused(OPERATOR, backend)

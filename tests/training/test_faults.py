@@ -18,7 +18,10 @@ pytestmark = pytest.mark.slow
 
 WORLD = 3
 SOON = 30  # seconds; a rank that stands still is missed after `patience`
-ENDLESS = ("max_tokens=0", "max_steps=1000000", "val_every=0", "patience=3", "log_every=5")
+ENDLESS = (
+    "max_tokens=0", "max_steps=1000000", "val_every=0", "patience=3", "log_every=5",
+    "checkpoint_every=30",
+)  # fmt: skip
 
 
 class Run:
@@ -34,7 +37,9 @@ class Run:
                  *settings],
                 stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=ONE_THREAD,
             )  # fmt: skip
-        self.wait(lambda: "step:10/" in self.said.read_text(), 240)
+        # Just after a checkpoint, so that none is being written when a process is stopped: a rank
+        # that writes one is waited for much longer than `patience`.
+        self.wait(lambda: "step:30 checkpoint" in self.said.read_text(), 240)
         children = Path(f"/proc/{self.torchrun.pid}/task/{self.torchrun.pid}/children")
         self.ranks = {}
         for pid in map(int, children.read_text().split()):
@@ -98,14 +103,14 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(run):
 def test_ranks_do_not_outlive_torchrun(run):
     os.kill(run.torchrun.pid, signal.SIGKILL)
     (line,) = run.ended()
-    assert "stopped after step" in line and last_checkpoint(run) >= 10
+    assert "stopped after step" in line and last_checkpoint(run) >= 30
 
 
 def test_a_killed_rank_is_named(run):
     os.kill(run.ranks[1], signal.SIGKILL)
     (line,) = run.ended()
     assert re.search(r"\(rank 0\): error: step \d+: rank 1 ended without a word", line)
-    assert "resume=true" in line and last_checkpoint(run) >= 10
+    assert "resume=true" in line and last_checkpoint(run) >= 30
 
 
 def test_a_rank_that_stands_still_is_named(run):
@@ -114,7 +119,7 @@ def test_a_rank_that_stands_still_is_named(run):
     os.kill(run.ranks[0], signal.SIGKILL)
     (line,) = run.ended()
     assert re.search(r"\(rank 1\): error: step \d+: rank 0 did not answer for 3 s", line)
-    assert run.torchrun.wait(SOON) != 0 and last_checkpoint(run) >= 10
+    assert run.torchrun.wait(SOON) != 0 and last_checkpoint(run) >= 30
 
 
 SHORT = """

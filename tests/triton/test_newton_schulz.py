@@ -265,6 +265,16 @@ def test_batches_of_several_shapes_are_as_each_alone(dtype: torch.dtype) -> None
         assert torch.equal(x, newton_schulz(g, CLASSIC[:2], dtype))
 
 
+def test_triangles_of_several_shapes_in_one_launch(monkeypatch) -> None:
+    """Tiles on the diagonal and off it, by a row of the table that small batches do not get."""
+    config = next(c for c in PRODUCTS if c.blocks["SYMMETRIC"] and c.when["dtype"] == "fp32")
+    monkeypatch.setattr(ns, "pick", everywhere(config))
+    gs = [random_matrices(*shape) for shape in ((1, 70, 70), (2, 33, 140), (1, 140, 96))]
+    for g, x in zip(gs, newton_schulz_all(gs, CLASSIC[:2], FP32), strict=True):
+        assert torch.equal(x, newton_schulz(g, CLASSIC[:2], FP32))
+        check(g, CLASSIC[:2], FP32)
+
+
 def test_batches_that_are_normalised_already() -> None:
     gs = [random_matrices(2, 8, 8, dtype=BF16), random_matrices(1, 9, 12)]
     for coefficients in ([], CLASSIC[:1]):
