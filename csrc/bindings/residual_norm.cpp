@@ -102,8 +102,8 @@ const Functions functions = {
     },
     {
         {"residual_norm.WIDTH_LIMITS.cuda", kMaxResidualWidth},
-        {"residual_norm.MIN_PART", kResidualMinPart},
-        {"residual_norm.MAX_PARTS", kResidualMaxParts},
+        {"residual_norm_kernels.MIN_PART", kResidualMinPart},
+        {"residual_norm_kernels.MAX_PARTS", kResidualMaxParts},
     }};
 
 }  // namespace

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.operator import OPERATORS
-from pgolf.ops.residual_norm import MAX_PARTS, MIN_PART, cost, residual_norm, rms_norm
+from pgolf.ops.residual_norm import cost, residual_norm, rms_norm
+from pgolf.ops.residual_norm_kernels import MAX_PARTS, MIN_PART
 from pgolf.ops.tensors import nbytes, parts_of
 
 from .cases import implementations
