@@ -82,9 +82,12 @@ constexpr bool kFetchAhead = kRowWords<T, X, kVector, kChunks> <= 64;
 // The row of partials for the block: its sums for the gate and, last, for the scale, each over its
 // warps in order.
 template <int kWidth>
-__device__ inline void write_sums(const float (&gate_sums)[kWarps][kWidth],
-                                  const float (&scale_sums)[kWarps], const float* gates, int width,
-                                  float* partials) {
+__device__ inline void write_sums(const float (&gate_sums)[kWarps][kWidth], float scale_sum,
+                                  const float* gates, int width, float* partials) {
+  __shared__ float scale_sums[kWarps];
+  scale_sum = group_sum<kWarp>(scale_sum);
+  if (this_lane() == 0) scale_sums[threadIdx.x / kWarp] = scale_sum;
+  __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i <= width; i += kBlock) {
     float total = 0;
     for (int w = 0; w < kWarps; ++w) total += i < width ? gate_sums[w][i] : scale_sums[w];
@@ -106,11 +109,9 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
   using Floats = typename R::Floats;
-  using OfX = typename R::OfX;
   const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
   alignas(32) __shared__ float gates[R::kWidth];
   alignas(32) __shared__ float gate_sums[kWarps][R::kWidth];
-  __shared__ float scale_sums[kWarps];
   const int width = args.width(), warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t chunk = this_warp();
   const Positions<T, X> at(args, order, rstds, chunk * kSmearChunk);
@@ -119,26 +120,16 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
   }
   __syncthreads();
 
-  struct Position {
-    typename R::Fetched e;
-    OfX own, next;
-  };
-  const auto fetch = [&](int i) {
-    const int64_t place = at.place(i);
-    return Position{R::fetch(args, place, at.row_place(i), at.known >> i & 1),
-                    OfX::load(dx + place, width, true),
-                    OfX::load(dx + place + width, width, at.seen >> i & 1)};
-  };
   const float factor = args.scale(), one_by_width = 1.0f / static_cast<float>(width);
   Floats sum = Floats::zero(), gate_sum = Floats::zero();
   float scale_sum = 0;
   bool first = true;
   constexpr bool kAhead = kFetchAhead<T, X, kVector, kChunks>;
   if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
-  Position ahead = {};
-  if (kAhead && at.count > 0) ahead = fetch(0);
+  Position<R> ahead = {};
+  if (kAhead && at.count > 0) ahead = fetch<R>(args, at, dx, 0);
   for (int i = 0; i < at.count; ++i) {
-    const Position now = kAhead ? ahead : fetch(i);
+    const Position<R> now = kAhead ? ahead : fetch<R>(args, at, dx, i);
     const float rstd = at.rstd(i);
     const Lanes added = now.e.bigram.unpacked();
     const Lanes e = R::embedding(now.e.table.unpacked(), factor, added);
@@ -155,7 +146,7 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
     }
     if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
     // The registers of this position's rows are free.
-    if (kAhead && i + 1 < at.count) ahead = fetch(i + 1);
+    if (kAhead && i + 1 < at.count) ahead = fetch<R>(args, at, dx, i + 1);
     const float mean = dn.dot(n) * one_by_width;
     Lanes dadded;
     float along_bigram = 0;
@@ -181,10 +172,7 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
   }
   if (at.count > 0) sum.store(pieces + (2 * chunk + (first ? 0 : 1)) * width, width);
   gate_sum.store(gate_sums[warp], R::kWidth);
-  scale_sum = group_sum<kWarp>(scale_sum);
-  if (this_lane() == 0) scale_sums[warp] = scale_sum;
-  __syncthreads();
-  write_sums(gate_sums, scale_sums, gates, width, partials);
+  write_sums(gate_sums, scale_sum, gates, width, partials);
 }
 
 // The sum of the first `size` columns of rows 0 to count - 1, which place(i) gives, in the lanes of

@@ -138,5 +138,22 @@ struct Positions {
   __device__ float rstd(int i) const { return __shfl_sync(~0u, own_rstd, i); }
 };
 
+// The rows that the gradient of e at a position is made from: those of e, and of dx its own and, if
+// that token sees this one, the next.
+template <typename R>
+struct Position {
+  typename R::Fetched e;
+  typename R::OfX own, next;
+};
+template <typename R, typename T, typename X>
+__device__ inline Position<R> fetch(const Inputs<T, X>& args, const Positions<T, X>& at,
+                                    const X* dx, int i) {
+  const int width = args.width();
+  const int64_t place = at.place(i);
+  return {R::fetch(args, place, at.row_place(i), at.known >> i & 1),
+          R::OfX::load(dx + place, width, true),
+          R::OfX::load(dx + place + width, width, at.seen >> i & 1)};
+}
+
 }  // namespace
 }  // namespace pgolf::cuda
