@@ -8,7 +8,8 @@
 namespace pgolf::cuda {
 namespace {
 
-// Both sums over a block, in its first thread: within warps, then the warps' in their order.
+// Both sums over a block, in its first thread: within warps, then the warps' in their order. Once in
+// a kernel: nothing keeps a second call from writing over what the first thread has yet to read.
 template <typename Count>
 __device__ inline void sum_in_first(double& squares, Count& bad) {
   constexpr int kWarps = kThreads / kWarp;
