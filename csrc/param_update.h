@@ -50,7 +50,6 @@ struct UpdateTensor {
   const void* source;         // AdamW: the gradient; Muon: the orthogonalised direction
   void *exp_avg, *exp_avg_sq;  // AdamW: the moments; Muon: null
   float* average;              // or null
-  bf16* copy;                  // of the new parameter, or null
   int64_t count;
   int64_t first_item;  // chunks
   float scale;         // Muon: of the direction

@@ -28,11 +28,10 @@ void update_muon(const UpdateTensor& t, const MuonStep& step, int64_t at, int64_
   for (int64_t i = 0; i < count; ++i) param[i] = muon_update(step, param[i], x[i]);
 }
 
-// Averages and copies hold the parameter as it is stored.
+// An average follows the parameter as it is stored.
 void follow(const UpdateTensor& t, float rate, int64_t at, int64_t count, float* param) {
-  if (t.param_dtype == Dtype::bf16) load_run(t.param, t.param_dtype, at, count, param);
-  if (t.copy) store_run(param, t.copy, Dtype::bf16, at, count);
   if (!t.average || rate == 0) return;
+  if (t.param_dtype == Dtype::bf16) load_run(t.param, t.param_dtype, at, count, param);
   float* average = t.average + at;
   for (int64_t i = 0; i < count; ++i) average[i] = moved_average(average[i], param[i], rate);
 }

@@ -68,8 +68,6 @@ def update(**changes: object) -> None:
         ({"exp_avgs": [], "exp_avg_sqs": []}, "it is Muon's"),
         ({"exp_avg_sqs": [torch.ones(4).bfloat16()]}, "exp_avg_sqs"),
         ({"averages": [torch.ones(4).bfloat16()]}, "averages"),
-        ({"copies": [torch.ones(4)], "copy_of": [0]}, "copies"),
-        ({"copies": [torch.ones(4).bfloat16()], "copy_of": [2]}, "copy_of"),
         ({"params": [torch.ones(8)[::2]]}, "contiguous"),
         ({"sources": [torch.ones(4).double()]}, "float32 or bfloat16"),
     ],
