@@ -58,6 +58,7 @@ void update_chunk(const UpdateTensor& t, const UpdateScalars& scalars, float nor
 
 void param_update(const UpdateTensor* tensors, int count, int64_t chunks,
                   const UpdateScalars* scalars, const float* norm, int threads) {
+  if (!is_finite(*norm)) return;
   constexpr int64_t kBytes = kChunk * 9 * int64_t{sizeof(float)};
   parallel_for(chunks, kBytes, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {

@@ -72,7 +72,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t item = list.first_item + blockIdx.x;
   UpdateTensor t = list.tensors[tensor_of(list.tensors, list.count, item)];
   const UpdateScalars s = scalars[t.group];
-  const Steps steps = {adamw_step(s, *norm), muon_step(s, t.scale), s.average_rate};
+  const float length = *norm;
+  if (!is_finite(length)) return;
+  const Steps steps = {adamw_step(s, length), muon_step(s, t.scale), s.average_rate};
   const bool wide = all_aligned(t.param, t.source, t.exp_avg, t.exp_avg_sq, t.average);
   const int64_t begin = (item - t.first_item) * kChunk, left = t.count - begin;
   t.param = element(t.param, t.param_dtype, begin);

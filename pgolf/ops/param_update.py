@@ -12,6 +12,10 @@ Muon, X the direction that `newton_schulz` made of an (R, C) parameter:
 Then the average follows, a <- a + rate (p - a). Every tensor is read once and written once.
 Learning rates and all else that changes from step to step are rows of `scalars`, on the device; at
 rate 0 averages are neither read nor written.
+
+Where the norm of the gradients is infinite or NaN nothing changes, whatever max_norm is. The device
+sees to that: the host, which does not wait for it, hears of such a step two steps later, and what
+is in memory then are still the last good weights, moments and averages.
 Shapes: parameters of any shapes, Muon's (R, C); scalars (groups, 10).
 """
 
@@ -36,6 +40,7 @@ from pgolf.ops.multi_tensor import (
     named,
     scalars_row,
     sizes,
+    store,
     widened,
 )
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -58,7 +63,7 @@ def reference(
     averages: Tensors = (),
 ) -> None:
     """`param_update` in plain torch."""
-    rows = [named(row) for row in scalars.unbind(0)]
+    rows, finite = [named(row) for row in scalars.unbind(0)], norm.isfinite()
     for i, (param, source) in enumerate(zip(params, sources, strict=True)):
         s, p, x = rows[groups[i]], widened(param), widened(source)
         decayed = p * (1 - s["lr"] * s["weight_decay"])
@@ -67,16 +72,16 @@ def reference(
             m, v = widened(exp_avgs[i]), widened(exp_avg_sqs[i])
             m = m + s["rate1"] * (g - m)
             v = (1 - s["rate2"]) * v + s["rate2"] * g * g
-            exp_avgs[i].copy_(m)
-            exp_avg_sqs[i].copy_(v)
+            store(exp_avgs[i], m, finite)
+            store(exp_avg_sqs[i], v, finite)
             divisor = v.sqrt() / s["bias2"].sqrt() + s["eps"]
-            param.copy_(decayed - s["lr"] / s["bias1"] * m / divisor)
+            store(param, decayed - s["lr"] / s["bias1"] * m / divisor, finite)
         else:
-            param.copy_(decayed - s["lr"] * muon_scale(param) * x)
+            store(param, decayed - s["lr"] * muon_scale(param) * x, finite)
         if averages:
             rate, p, average = s["average_rate"], widened(param), averages[i]
             moved = torch.where(rate == 1, p, average + rate * (p - average))
-            average.copy_(torch.where(rate == 0, average, moved))
+            store(average, moved, finite & (rate != 0))
 
 
 def _check(
@@ -135,7 +140,7 @@ def param_update(
         params: fp32 or bf16; those of AdamW first, as many as there are moments, then Muon's.
         sources: gradients of the first, directions X of the others; of either dtype.
         exp_avgs, exp_avg_sqs: AdamW's moments, fp32 or bf16.
-        norm: 0-d, of all gradients, from `grad_norm`.
+        norm: 0-d, of all gradients, from `grad_norm`; infinite or NaN: nothing is written.
         scalars: (groups, 10) numbers of the step, see `multi_tensor.COLUMNS`.
         groups: row of `scalars` of each parameter.
         averages: fp32, one for each parameter, or none.

@@ -91,6 +91,8 @@ class FusedStep:
         """One update from the gradients; returns their norm (0-d).
 
         `averages` are fp32, one for each of `params`; they move by `average_rate` towards them.
+        If the norm is not finite nothing moves, but the host's count of steps, from which AdamW's
+        bias corrections follow: the host does not know yet, and ends the run when it does.
         """
         self.count += 1
         self._write_scalars(average_rate)
