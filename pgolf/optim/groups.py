@@ -86,7 +86,8 @@ class Optimizers:
     def step(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> Tensor:
         """Clip the global gradient norm, update, drop the gradients; returns the norm (0-d).
 
-        Averages move by `average_rate` towards the new parameters; 0 leaves them alone.
+        Averages move by `average_rate` towards the new parameters; 0 leaves them alone. If the norm
+        is not finite, parameters, momenta, moments and averages stay as they were.
         """
         for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
@@ -98,6 +99,8 @@ class Optimizers:
         else:
             limit = self.config.grad_clip or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
+            # On the device: the host, which does not wait, hears of it two steps later.
+            self.muon.found_inf = self.adamw.found_inf = norm.isfinite().logical_not().float()
             self.muon.step()
             self.adamw.step()
         self.muon.zero_grad(set_to_none=True)
