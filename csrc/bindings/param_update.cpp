@@ -17,8 +17,8 @@ Updates checked_updates(const Addresses& params, const Addresses& sources,
                         const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
                         const Addresses& averages, const Sizes& counts, const Codes& param_dtypes,
                         const Codes& source_dtypes, const Codes& state_dtypes,
-                        const std::vector<float>& scales,
-                        const Codes& groups, Address scalars, int rows, Address norm) {
+                        const std::vector<float>& scales, const Codes& groups, Address scalars,
+                        int rows, Address norm) {
   for (const Addresses* column : {&sources, &exp_avgs, &exp_avg_sqs, &averages}) {
     check_length("a column of addresses", *column, params.size());
   }
@@ -46,8 +46,8 @@ Updates checked_updates(const Addresses& params, const Addresses& sources,
     }
     list.tensors.push_back({params[i], sources[i],
                             exp_avgs[i], exp_avg_sqs[i],
-                            averages[i], count, first,
-                            scales[i], groups[i], param_dtype, source_dtype, state_dtype});
+                            averages[i], count, first, scales[i], groups[i],
+                            param_dtype, source_dtype, state_dtype});
   }
   return list;
 }
