@@ -115,8 +115,8 @@ ITEMS: Mapping[str, Item] = {
         "a row of 512 in fp32", (), WIDTH * 4 * 2, WIDTH * 4 * 2, (1, 4, *(0,) * 8), ROWS
     ),
     "param_update_chunks": Item(
-        "512 elements in fp32 by AdamW, with an average and a copy", (), CHUNK * 5 * 4,
-        CHUNK * (4 * 4 + 2), (1, 4, 0), MATRICES // CHUNK,
+        "512 elements in fp32 by AdamW, with an average", (), CHUNK * 5 * 4, CHUNK * 4 * 4,
+        (1, 4, 0), MATRICES // CHUNK,
     ),
 }  # fmt: skip
 

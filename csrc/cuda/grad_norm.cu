@@ -30,8 +30,6 @@ __device__ inline void sum_in_first(double& squares, Count& bad) {
   }
 }
 
-__device__ inline bool finite(float x) { return x - x == 0; }
-
 __global__ void __launch_bounds__(kThreads)
     grad_norm_chunks(TensorList<GradientTensor> list, int64_t chunks, double* partials) {
   const int64_t item = list.first_item + blockIdx.x;
@@ -51,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   for_values([&](float value) { squares += value * value; });
   // A sum that is finite has nothing else in it; one that is not may only be too large.
   int bad = 0;
-  if (!finite(squares)) for_values([&](float value) { bad += finite(value) ? 0 : 1; });
+  if (!is_finite(squares)) for_values([&](float value) { bad += is_finite(value) ? 0 : 1; });
   double sum = squares;
   sum_in_first(sum, bad);
   if (threadIdx.x == 0) {

@@ -34,7 +34,6 @@ class Optimizers:
     Args:
         ops: operator -> implementation; the reference where none is named.
         averages: by parameter name, fp32: moving averages that a step through the operators moves.
-        copies: by parameter name, bf16: what such a step copies parameters to.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Optimizers:
         config: OptimConfig,
         ops: Mapping[str, str] | None = None,
         averages: Mapping[str, Tensor] | None = None,
-        copies: Mapping[str, Tensor] | None = None,
     ):
         self.config, ops = config, ops or {}
         named = dict(model.named_parameters())
@@ -79,17 +77,17 @@ class Optimizers:
         self.base_lr = [[g["lr"] for g in o.param_groups] for o in (self.muon, self.adamw)]
         self.fused, self.averages = None, []
         if fuses(ops):
-            followers = {named[n]: t for n, t in (copies or {}).items()}
-            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops, followers)
+            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops)
             by_param = {named[n]: t for n, t in (averages or {}).items()}
             self.averages = [by_param[p] for p in self.fused.params] if by_param else []
-        elif averages or copies:
-            raise ValueError("averages and copies need a kernel for param_update")
+        elif averages:
+            raise ValueError("averages need a kernel for param_update")
 
     def step(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> Tensor:
         """Clip the global gradient norm, update, drop the gradients; returns the norm (0-d).
 
-        Averages move by `average_rate` towards the new parameters; 0 leaves them alone.
+        Averages move by `average_rate` towards the new parameters; 0 leaves them alone. If the norm
+        is not finite, parameters, momenta, moments and averages stay as they were.
         """
         for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
@@ -101,6 +99,8 @@ class Optimizers:
         else:
             limit = self.config.grad_clip or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
+            # On the device: the host, which does not wait, hears of it two steps later.
+            self.muon.found_inf = self.adamw.found_inf = norm.isfinite().logical_not().float()
             self.muon.step()
             self.adamw.step()
         self.muon.zero_grad(set_to_none=True)
