@@ -1,7 +1,7 @@
-"""The optimiser step through the operators: clip, Muon, AdamW, average and copies in few launches.
+"""The optimiser step through the operators: clip, Muon, AdamW and average in few launches.
 
     X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
-    param_update(AdamW's parameters and gradients, Muon's parameters and X, averages, copies)
+    param_update(AdamW's parameters and gradients, Muon's parameters and X, averages)
 
 What changes from step to step is written to one small tensor on the device, once a step.
 """
@@ -26,7 +26,6 @@ class FusedStep:
 
     Args:
         ops: operator -> implementation.
-        copies: bf16 tensors that follow some of the parameters.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class FusedStep:
         adamw: torch.optim.AdamW,
         config: OptimConfig,
         ops: Mapping[str, str],
-        copies: Mapping[nn.Parameter, Tensor],
     ):
         self.muon, self.adamw = muon, adamw
         self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops)
@@ -48,8 +46,6 @@ class FusedStep:
         self.params = [*self.others, *self.matrices]
         self.groups = [i for i, g in enumerate(adamw.param_groups) for _ in g["params"]]
         self.groups += [len(adamw.param_groups)] * len(self.matrices)
-        self.copy_of = [i for i, p in enumerate(self.params) if p in copies]
-        self.copies = [copies[self.params[i]] for i in self.copy_of]
         rows = len(adamw.param_groups) + 1
         self.scalars = torch.empty(rows, len(scalars_row()), device=self.params[0].device)
         self.read_state()
@@ -100,14 +96,15 @@ class FusedStep:
         """One update from the gradients, whose norm is `norm` (0-d).
 
         `averages` are fp32, one for each of `params`; they move by `average_rate` towards them.
+        If the norm is not finite nothing moves, but the host's count of steps, from which AdamW's
+        bias corrections follow: the host does not know yet, and ends the run when it does.
         """
         self.count += 1
         self._write_scalars(average_rate)
         directions = self._directions(grads, norm) if self.matrices else []
         param_update(
             self.params, [*(grads[p] for p in self.others), *directions], self.exp_avgs,
-            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.copies, self.copy_of,
-            self.ops["param_update"],
+            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.ops["param_update"],
         )  # fmt: skip
 
     def _directions(self, grads: Mapping[nn.Parameter, Tensor], norm: Tensor) -> list[Tensor]:

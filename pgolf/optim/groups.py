@@ -82,7 +82,7 @@ class Optimizers:
         self.base_lr = [[g["lr"] for g in o.param_groups] for o in (self.muon, self.adamw)]
         self.fused, self.averages = None, []
         if fuses(ops):
-            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops, {})
+            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops)
             by_param = {named[n]: t for n, t in (averages or {}).items()}
             self.averages = [by_param[p] for p in self.fused.params] if by_param else []
         elif averages:
@@ -105,6 +105,8 @@ class Optimizers:
             momentum: Muon's.
             average_rate: how far averages move towards the new parameters; 0 leaves them alone.
 
+        If the norm is not finite, parameters, momenta, moments and averages stay as they were.
+
         Raises:
             ValueError: a parameter has no gradient.
         """
@@ -126,6 +128,8 @@ class Optimizers:
             p.grad = grads[p].to(p.dtype)
         limit = self.config.grad_clip or float("inf")
         torch.nn.utils.clip_grads_with_norm_(self.params, limit, norm)
+        # On the device: the host, which does not wait, hears of it two steps later.
+        self.muon.found_inf = self.adamw.found_inf = norm.isfinite().logical_not().float()
         self.muon.step()
         self.adamw.step()
         self.muon.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ Matrices of one shape are a batch, and the batches go through the iteration toge
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Muon(torch.optim.Optimizer):
         ns_steps, ns_coefficients, ns_row_norm: the iteration, see `newton_schulz` and its `preset`.
         ns_dtype: of the iteration.
         ns_impl: implementation of `newton_schulz`.
+
+    Attributes:
+        found_inf: one number on the device, fp32, as torch's fused optimisers have it: where it is
+            1 a step changes neither parameters nor momenta; None is 0. The host does not read it.
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -51,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(list(params), defaults)
         self.nesterov, self.ns_dtype = nesterov, ns_dtype
+        self.found_inf: Tensor | None = None
         coefficients, safety = preset(ns_coefficients, ns_steps)
         self.ns_options = {
             "coefficients": coefficients,
@@ -101,10 +106,11 @@ class Muon(torch.optim.Optimizer):
             found = newton_schulz_all(stacks, **self.ns_options) if stacks else []
             for (shape, params), updates in zip(shapes.items(), found, strict=True):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                moved = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(
-                    params, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
+                    moved, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
                 )
+                self._store(params, moved)
         return loss
 
     def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
@@ -113,5 +119,13 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(p.grad)
-        return p.grad.add(buffer, alpha=group["momentum"]) if self.nesterov else buffer
+        moved = buffer.mul(group["momentum"]).add_(p.grad)
+        self._store([buffer], [moved])
+        return p.grad.add(moved, alpha=group["momentum"]) if self.nesterov else moved
+
+    def _store(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """targets <- values, unless `found_inf` says that a gradient was not finite."""
+        if self.found_inf is not None:
+            skip = self.found_inf != 0
+            values = [torch.where(skip, t, v) for t, v in zip(targets, values, strict=True)]
+        torch._foreach_copy_(targets, values)

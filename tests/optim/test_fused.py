@@ -11,9 +11,11 @@ from pgolf.model import GPT
 from pgolf.ops.choose import choose
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.operator import OPERATORS
+from pgolf.ops.testing import bits_of
 from pgolf.optim import fused
 from pgolf.optim.groups import Optimizers
 
+from ..ops.cases import implementations
 from .test_groups import gradients, model
 
 CPP = dict.fromkeys(fused.OPERATORS, "cpu")
@@ -93,6 +95,38 @@ def test_averages_follow() -> None:
             torch.testing.assert_close(averages[n].double(), exact[n], rtol=1e-5, atol=1e-6)
 
 
+def bits(optimisers: Optimizers) -> list[torch.Tensor]:
+    """Of weights, momenta and moments."""
+    states = [s for o in (optimisers.muon, optimisers.adamw) for s in o.state.values()]
+    kept = [t for s in states for name, t in s.items() if name != "step"]
+    return [bits_of(t) for t in (*optimisers.params, *kept)]
+
+
+@pytest.mark.parametrize(("bad", "which", "clip"), [("nan", 0, 2.0), ("inf", -1, 0.0)])
+@pytest.mark.parametrize("impl", [*implementations(OPERATORS["param_update"]), "torch"])
+def test_a_gradient_that_is_not_finite_is_as_no_step(impl, bad, which, clip) -> None:
+    """One of Muon's or of AdamW's leaves all of them as they were, and they go on from there."""
+    ops = {} if impl == "torch" else dict.fromkeys(fused.OPERATORS, impl)
+    config = OptimConfig(ns_dtype="fp32", grad_clip=clip)
+    hit, twin = (Optimizers(model(), config, ops) for _ in range(2))
+    assert bool(hit.fused) == bool(ops)
+    for optimisers in (hit, twin):
+        run(optimisers, range(2))
+    before = bits(hit)
+    grads, _ = gradients(hit, 2)
+    grads[hit.params[which]].view(-1)[0] = float(bad)
+    hit.step(grads, grad_norm(list(grads.values()), "reference")[0], 1.0, 0.9)
+    assert all(map(torch.equal, bits(hit), before))
+    if hit.fused:  # The host does not know, and counts the step: only AdamW's biases tell of it.
+        assert hit.fused.count == 3
+        hit.fused.count = 2
+    for optimisers in (hit, twin):
+        run(optimisers, range(3, 5))
+    after = bits(hit)
+    assert all(map(torch.equal, after, bits(twin)))
+    assert not any(map(torch.equal, after, before))
+
+
 def test_a_parameter_without_gradient_is_named() -> None:
     _, optimisers = pair({"grad_norm": "reference", "param_update": "cpu"})
     grads, norm = gradients(optimisers, 0)
@@ -126,7 +160,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 def test_all_of_pr1473_is_three_calls(recorder: Recorder, monkeypatch) -> None:
     """Two launches for the norm, two for the momentum, one for the update: all fits one list.
 
-    (csrc/cuda/multi_tensor.cuh holds 369 parameters in the arguments of a launch, 507 matrices.)
+    (csrc/cuda/multi_tensor.cuh holds 406 parameters in the arguments of a launch, 507 matrices.)
     """
     config = recipes.get("pr1473").config()
     choose.cache_clear()
@@ -138,5 +172,5 @@ def test_all_of_pr1473_is_three_calls(recorder: Recorder, monkeypatch) -> None:
     optimisers.step(grads, norm, 1.0, 0.9)
     assert [name for name, _ in recorder.calls] == [f"{name}_cuda" for name in fused.OPERATORS]
     (gradients, *_), (matrices, *_), (params, *_) = (args for _, args in recorder.calls)
-    assert len(gradients) == len(params) == len(optimisers.params) <= 369
+    assert len(gradients) == len(params) == len(optimisers.params) <= 406
     assert len(matrices) == 66

@@ -166,6 +166,22 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     assert len(optimiser.state) == 2
 
 
+def test_found_inf_of_1_changes_nothing_and_of_0_is_as_none() -> None:
+    plain, watched = weights(), weights()
+    optimisers = muon(plain), muon(watched)
+    run(optimisers[0], plain)
+    optimisers[1].found_inf = torch.tensor([0.0])
+    run(optimisers[1], watched)
+    optimisers[1].found_inf.fill_(1.0)
+    for p in watched.values():
+        p.grad = torch.full_like(p, float("nan"))
+    optimisers[1].step()
+    for name in SHAPES:
+        states = (o.state[w[name]]["momentum_buffer"]
+                  for o, w in zip(optimisers, (plain, watched), strict=True))  # fmt: skip
+        assert torch.equal(plain[name], watched[name]) and torch.equal(*states), name
+
+
 def test_what_is_no_matrix_is_refused_in_words() -> None:
     matrix = torch.nn.Parameter(torch.zeros(3, 4))
     for shape in ((4,), (), (2, 3, 4), (0, 4)):
