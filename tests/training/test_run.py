@@ -26,7 +26,7 @@ from pgolf.model import GPT
 from pgolf.scoring.job import Score, ScoreJob
 from pgolf.scoring.windows import Sums
 from pgolf.submission.script import build_script
-from pgolf.training import run
+from pgolf.training.finish import stopped_after_training
 from pgolf.training.repack import settings
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import Session
@@ -211,7 +211,7 @@ def test_stopped_while_scoring(finished, tmp_path, monkeypatch, capsys):
     assert json.loads((out / "result.json").read_text())["steps"] == 20
     shutil.rmtree(out / "checkpoints")
     session = Session(Config(), None, None, RunFolder(out))
-    stop = run.stopped_after_training(session, KeyboardInterrupt())
+    stop = stopped_after_training(session, KeyboardInterrupt())
     assert "no checkpoint was kept" in str(stop) and stop.exit_code == 130
 
 
