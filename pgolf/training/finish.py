@@ -73,14 +73,16 @@ def finish(
         )
     live = None
     if config.eval.score_live:
-        live = trainer.score(config.eval.stride, "scoring live")
+        with session.phases("live_scoring"):
+            live = trainer.score(config.eval.stride, "scoring live")
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
     job = ScoreJob.of(
         folder.artifact, session.dataset, config.eval, ranks, model.compute_dtype,
         "scoring decoded",
     )  # fmt: skip
-    decoded = job.ask().sums.over(ranks)
+    with session.phases("scoring"):
+        decoded = job.ask().sums.over(ranks)
     result = None
     if packed is not None:
         result = write_result(session, trainer, packed, decoded, live, exported)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pgolf import roles
+from pgolf import recipes, roles
 from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import dtype_name
@@ -16,6 +16,7 @@ from pgolf.files import atomic_write
 from pgolf.quant.budget import Fit
 from pgolf.scoring.windows import Sums
 from pgolf.training.export import Export
+from pgolf.training.phases import limits
 from pgolf.training.provenance import provenance
 from pgolf.training.session import Session
 from pgolf.training.trainer import Trainer
@@ -109,6 +110,9 @@ def write_result(
         "steps": clock.step,
         "tokens": clock.tokens,
         "train_seconds": clock.seconds,
+        "phases": session.phases.ledger(
+            clock.seconds, limits(config, recipes.get(config.recipe).contest)
+        ),
         "ms_per_step": 1000 * clock.seconds / max(clock.step, 1),
         "tokens_per_second": clock.tokens / clock.seconds if clock.seconds else None,
         "parameters": sum(q.data.numel() for q in packed.model.tensors.values()),

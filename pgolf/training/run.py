@@ -25,6 +25,7 @@ from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.interrupt import Interrupt, resume_command
 from pgolf.training.pace import frozen_objects
+from pgolf.training.phases import Phases
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
 from pgolf.training.trainer import Trainer, compiles
@@ -124,11 +125,13 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
         if config.run.resume:
             resume(trainer, folder)
         else:
-            trainer.warm_up()
+            with session.phases("warm_up"):
+                trainer.warm_up()
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt, frozen_objects():
-            trainer.train(interrupt)
+            with session.phases("training"):
+                trainer.train(interrupt)
     except BaseException as e:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
@@ -150,9 +153,11 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")
     if not trainer.schedule.finished(Clock(**state["clock"])):
-        trainer.warm_up()
+        with trainer.session.phases("warm_up"):
+            trainer.warm_up()
     state, path = folder.load(trainer.session.ranks.device)
     trainer.load_state_dict(state)
+    trainer.session.phases.add(state.get("phases", {}))
     folder.forget_after(trainer.clock.step)
     qat = ", late QAT is on" if trainer.qat.on else ""
     trainer.session.say(f"going on from {path}{qat}")
@@ -171,12 +176,12 @@ def run(
         any_vocabulary: as for `open_session`.
         build_script: what makes the code that is counted, of the settings.
     """
-    started = time.perf_counter()
+    started, phases = time.perf_counter(), Phases()
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
         with claimed_folder(config, ranks) as folder:
-            session = open_session(config, ranks, folder, any_vocabulary)
+            session = open_session(config, ranks, folder, any_vocabulary, phases)
             trainer = train(session, recipes.title(session.config), note)
             try:
                 result = finish(session, trainer, build_script)

@@ -130,10 +130,11 @@ class Trainer:
         started = time.perf_counter()
         if self.compiled:
             self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
-            for _ in range(self.config.run.compile_warmup):
-                began = self._now()
-                self.step(0.0, self.config.optim.momentum_start)
-                self.step_seconds = self._now() - began
+            for n in range(self.config.run.compile_warmup):
+                with self.session.phases("warm_up" if n else "compile"):
+                    began = self._now()
+                    self.step(0.0, self.config.optim.momentum_start)
+                    self.step_seconds = self._now() - began
             self.pass_seconds = self.step_seconds / self.accum
         else:
             self._passes(1)
@@ -273,9 +274,11 @@ class Trainer:
         """Validate, write a checkpoint: whatever is due."""
         validate, save = self._due()
         if validate:
-            self.validate()
+            with self.session.phases("validation"):
+                self.validate()
         if save:
-            self.checkpoint()
+            with self.session.phases("checkpoints"):
+                self.checkpoint()
 
     def synchronize(self) -> None:
         """Wait until all that was queued is done."""
@@ -365,6 +368,7 @@ class Trainer:
             "averager": self.averager.state_dict(),
             "loader": self.loader.state_dict(),
             "clock": vars(self.clock),
+            "phases": self.session.phases.seconds,
         }
 
     def take_export(self) -> str:

@@ -46,6 +46,13 @@ def test_run_folder(finished):
     assert result["corpus"] == "words" and result["recipe"] == "demo" and result["seed"] == 1337
     for key in ("commit", "torch", "triton", "driver", "device", "cpu_flags"):
         assert key in result["provenance"]
+    phases = {name: row["seconds"] for name, row in result["phases"].items()}
+    assert phases["training"] == result["train_seconds"]
+    assert phases.pop("total") == pytest.approx(sum(phases.values()))
+    assert phases.pop("compile") == 0 and min(phases.values()) > 0
+    assert phases["calibration"] + phases["quantisation"] == pytest.approx(
+        result["quantise_seconds"], abs=0.01
+    )
     config = json.loads((finished / "config.json").read_text())
     assert config["model"]["layers"] == 3
     assert result["bytes_code"] == len(build_script(from_dict(config)).data)
