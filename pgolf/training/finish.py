@@ -15,6 +15,7 @@ from pgolf.recipes.recipe import CONTEST_BYTES
 from pgolf.report.html import report_line
 from pgolf.report.table import result_table
 from pgolf.scoring.job import ScoreJob
+from pgolf.training.audit import Audit
 from pgolf.training.export import export
 from pgolf.training.interrupt import Interrupted, resume_command
 from pgolf.training.result import write_result
@@ -58,7 +59,11 @@ def finish(
 ) -> dict[str, Any] | None:
     """Pack, score the live weights and the decoded bytes, write, show and return the result."""
     config, ranks, folder = session.config, session.ranks, session.folder
+    audit = Audit(trainer) if ranks.first else None
     exported = trainer.take_export()
+    idle = audit.found(exported) if audit else []
+    for line in idle:
+        session.say(f"warning: {line}")
     model = trainer.model
     script = ranks.on_first(lambda: build_script(config))
     try:
@@ -85,7 +90,7 @@ def finish(
         decoded = job.ask().sums.over(ranks)
     result = None
     if packed is not None:
-        result = write_result(session, trainer, packed, decoded, live, exported)
+        result = write_result(session, trainer, packed, decoded, live, exported, idle)
         print(result_table(result | {"recipe": recipes.run_name(config)}))
         print(f"\n{report_line(folder.path)}")
     return result

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -81,6 +82,7 @@ def write_result(
     decoded: Sums,
     live: Sums | None,
     exported: str,
+    idle: Sequence[str],
 ) -> dict[str, Any]:
     """Assemble and write result.json.
 
@@ -88,6 +90,7 @@ def write_result(
         decoded: the score of the artifact.
         live: that of the weights before they were quantised, if it was asked for.
         exported: what the exported weights are, in words.
+        idle: what an audit found.
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     clock, model = trainer.clock, trainer.model
@@ -127,6 +130,7 @@ def write_result(
         "val_targets": decoded.targets,
         "val_bytes": decoded.bytes,
         "exported_weights": exported,
+        "audit": list(idle),
         "compute_dtype": dtype,
         "scored_by": {"ranks": ranks.world, "device": ranks.device.type, "dtype": dtype},
         "ops": dict(trainer.ops),

@@ -46,6 +46,7 @@ def test_run_folder(finished):
     assert result["corpus"] == "words" and result["recipe"] == "demo" and result["seed"] == 1337
     for key in ("commit", "torch", "triton", "driver", "device", "cpu_flags"):
         assert key in result["provenance"]
+    assert result["audit"] == [], "every setting of the tiny model did something"
     phases = {name: row["seconds"] for name, row in result["phases"].items()}
     assert phases["training"] == result["train_seconds"]
     assert phases.pop("total") == pytest.approx(sum(phases.values()))
