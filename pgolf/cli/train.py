@@ -18,6 +18,9 @@ def main(argv: list[str]) -> int:
         "quick=true tries a recipe out: fewer validation tokens (65536), a stride of "
         "half a sequence, no validation while training, no score of the live weights, 16 sequences "
         "to calibrate; what is given wins, and max_tokens=N shortens training. "
+        "A row of metrics.jsonl has the loss and the rates of a step, tokens_per_second since the "
+        "last row, wait_ms that the host waited for the GPU meanwhile, and on a GPU memory, the "
+        "most bytes of tensors so far. "
         "example: pgolf train demo layers=6 max_tokens=2e6 out=runs/six",
     )
     parser.add_argument("recipe", help="name of a recipe, such as demo")

@@ -187,7 +187,7 @@ class Trainer:
             with pace.between_steps():
                 for step in over:
                     if self._logs(step.clock):
-                        self.log_step(step)
+                        self.log_step(step, pace.since_logged(step.clock))
                 if not pace:
                     with self.ranks.patient(self.clock.step):
                         self._between_steps()
@@ -317,8 +317,8 @@ class Trainer:
         self.say(f"step:{step} {text}")
         self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
 
-    def log_step(self, step: Step) -> None:
-        """The contest's console line, and a line of metrics."""
+    def log_step(self, step: Step, since: Mapping[str, float]) -> None:
+        """The contest's console line, and a line of metrics; `since` is more for that."""
         c = step.clock
         ms = 1000 * c.seconds / c.step
         left = self.schedule.steps_left(c)
@@ -335,6 +335,7 @@ class Trainer:
             lr_scale=step.lr_scale,
             momentum=step.momentum,
             ms_per_step=ms,
+            **since,
         )
 
     def score(self, stride: int, label: str = "") -> Sums:

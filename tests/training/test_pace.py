@@ -92,6 +92,11 @@ def test_steps_are_queued_ahead_and_the_clock_is_that_of_the_gpu(on_gpu):
     assert [m["seconds"] for m in lines] == pytest.approx([2.0 * n + 0.1 for n in range(1, 31)])
     assert trainer.clock.seconds == pytest.approx(60.1)
     assert longest == [module.RUN_AHEAD + 1]
+    # the host queues a step in 0.1 s and waits for the rest of each; three at the end at once
+    assert [m["wait_ms"] for m in lines[3:27]] == pytest.approx([1900.0] * 24)
+    assert sum(m["wait_ms"] for m in lines) == pytest.approx(1000 * (60.1 - 30 * 0.1))
+    assert [m["tokens_per_second"] for m in lines[1:]] == pytest.approx([128.0] * 29)
+    assert all(m["memory"] >= 0 for m in lines)
 
 
 def test_what_looks_at_the_weights_waits_for_all_steps_and_is_off_the_clock(on_gpu):
