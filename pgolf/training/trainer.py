@@ -27,6 +27,7 @@ from pgolf.training.estimate import pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
+from pgolf.training.profile import Profile
 from pgolf.training.session import Session
 
 
@@ -85,6 +86,7 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
+        self.profile = Profile(session) if config.run.profile else None
         self.qat = LateQat(model, config, ranks.device)
         self.averager = Averager(model, self.schedule, fuses(ops))
         self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
@@ -176,6 +178,8 @@ class Trainer:
         """
         self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
         self.synchronize()
+        if self.profile:
+            self.profile.at(self.clock.step)
         pace = Pace(self.ranks.device, self.clock)
         patience = max(self.config.run.patience, 4 * self.step_seconds)
         while not self.schedule.finished(self.clock):
@@ -193,6 +197,8 @@ class Trainer:
                         self._between_steps()
                 if stop:
                     self._stop(interrupt, stop)
+        if self.profile:
+            self.profile.close(self.clock.step)
         stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))
         if stop:  # while the last step was looked at
             self._stop(interrupt, stop)
@@ -256,14 +262,15 @@ class Trainer:
         error.quiet = not self.ranks.first
         raise error
 
-    def _due(self) -> tuple[bool, bool]:
-        """Whether a validation and a checkpoint are due after the last step that was queued."""
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether a validation, a checkpoint and an end of a trace are due after the last step."""
         every, keep = self.config.eval.val_every, self.config.run.checkpoint_every
         finished, step = self.schedule.finished(self.clock), self.clock.step
         # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
         return (
             finished or bool(every and step % every == 0),
             bool(keep and (finished or step % keep == 0)),
+            bool(self.profile and self.profile.due(step)),
         )
 
     def _logs(self, clock: Clock) -> bool:
@@ -272,7 +279,9 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Validate, write a checkpoint: whatever is due."""
-        validate, save = self._due()
+        validate, save, trace = self._due()
+        if trace:
+            self.profile.at(self.clock.step)
         if validate:
             with self.session.phases("validation"):
                 self.validate()

@@ -112,6 +112,23 @@ def test_what_looks_at_the_weights_waits_for_all_steps_and_is_off_the_clock(on_g
     assert clock.now == pytest.approx(50.0 + 40.4 + 3 * 500.0 + 2 * 1000.0)
 
 
+def test_a_trace_begins_and_ends_with_no_step_on_its_way_and_off_the_clock(on_gpu, monkeypatch):
+    words = ("max_seconds=0", "max_steps=20", "val_every=0", "checkpoint_every=0", "profile=5:7")
+    trainer, folder, clock, _ = on_gpu(forever(2.0), *words)
+    called = []
+
+    def at(step):
+        called.append((step, clock.now - 50.0))
+        clock.now += 1000.0
+
+    monkeypatch.setattr(trainer.profile, "at", at)
+    trainer.train(unasked())
+    # the host waits for the step before; it then has 0.1 s to itself
+    assert [step for step, _ in called] == [0, 4, 7]
+    assert [now for _, now in called] == pytest.approx([0.0, 1008.1, 2014.2])
+    assert trainer.clock.seconds == pytest.approx(20 * 2.0 + 3 * 0.1)
+
+
 @pytest.mark.parametrize("jump", [0.2, 10.0])
 @pytest.mark.parametrize("at", [3, 17, 26])
 def test_the_budget_holds_when_steps_change(on_gpu, jump, at):
