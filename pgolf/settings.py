@@ -301,6 +301,7 @@ class RunConfig:
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0
     )
     profile: str = opt("", "steps, as 10:13, whose trace goes to profile.json.gz; '' = none")
+    log: str = opt("", "metrics go there too: tensorboard, trackio; pip install 'pgolf[log]'")
 
 
 def profiled_steps(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         epilog="`pgolf recipes` lists recipes, `pgolf recipes --keys` every key. The contest's "
         "environment names (SEED, DATA_PATH, MAX_WALLCLOCK_SECONDS, ...) work too; the command "
         "line wins. resume=true goes on with the run in out= as its config.json has it: eval.*, "
-        "log_every, checkpoint_every and device may be given anew, nothing else. "
+        "log_every, checkpoint_every, profile, log and device may be given anew, nothing else. "
         "quick=true tries a recipe out: fewer validation tokens (65536), a stride of "
         "half a sequence, no validation while training, no score of the live weights, 16 sequences "
         "to calibrate; what is given wins, and max_tokens=N shortens training. "

@@ -122,7 +122,7 @@ def _settings(config: Config) -> str:
 
     # Where and how this machine ran is no part of a submission.
     here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto",
-            "profile": ""}  # fmt: skip
+            "profile": "", "log": ""}  # fmt: skip
     values = to_dict(with_overrides(config, here))
     return repr(difference(values, to_dict(Config())))
 

@@ -24,6 +24,7 @@ from pgolf.scoring.bpb import ByteTable
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.interrupt import Interrupt, resume_command
+from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
 from pgolf.training.phases import Phases
 from pgolf.training.run_folder import RunFolder
@@ -180,7 +181,7 @@ def run(
     ranks = Ranks.start(config.run.device)
     try:
         note = ", ".join(f"{k}={v}" for k, v in environment.items())
-        with claimed_folder(config, ranks) as folder:
+        with claimed_folder(config, ranks) as folder, mirrored(config, ranks, folder):
             session = open_session(config, ranks, folder, any_vocabulary, phases)
             trainer = train(session, recipes.title(session.config), note)
             try:
