@@ -18,7 +18,7 @@ class Profile:
     """Records on the first rank from the start of one step to the end of another.
 
     It begins and ends where no step is on its way, which is off the training clock; the steps that
-    it records are slower, and are on it.
+    it records are slower, and are on it. The other ranks wait while it is written.
     """
 
     def __init__(self, session: Session):
@@ -34,14 +34,15 @@ class Profile:
         return step in (self.first - 1, self.last)
 
     def at(self, step: int) -> None:
-        """Begin or end, by the number of the last step; the device has nothing to do."""
-        if self.first - 1 <= step < self.last:
-            self._begin(step)
-        else:
-            self._end(step)
+        """Begin or end, by the number of the last step; on every rank."""
+        on = self.first - 1 <= step < self.last
+        self.session.ranks.on_first(lambda: self._begin(step) if on else self._end(step))
 
     def close(self, step: int) -> None:
-        """Training is over: keep what there is."""
+        """Training is over: keep what there is; on every rank."""
+        self.session.ranks.on_first(lambda: self._close(step))
+
+    def _close(self, step: int) -> None:
         self._end(step)
         if not self._recorded:
             self.session.say(
@@ -49,7 +50,7 @@ class Profile:
             )
 
     def _begin(self, step: int) -> None:
-        if self.session.ranks.first and self._profiler is None:
+        if self._profiler is None:
             on_gpu = self.session.ranks.device.type == "cuda"
             seen = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
             self._profiler = torch.profiler.profile(activities=seen)

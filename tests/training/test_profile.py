@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +77,17 @@ def test_bad_values(text):
 def test_good_values():
     assert profiled_steps("10:13") == (10, 13)
     assert with_overrides(Config(), {"profile": ""}).run.profile == ""
+
+
+def test_other_ranks_wait_while_the_first_begins_and_writes():
+    asked = []
+    session = SimpleNamespace(
+        config=with_overrides(Config(), {"profile": "3:5"}),
+        ranks=SimpleNamespace(on_first=asked.append),
+    )
+    profile = module.Profile(session)
+    for step in range(7):
+        if profile.due(step):
+            profile.at(step)
+    profile.close(7)
+    assert len(asked) == 3
