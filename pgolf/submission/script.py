@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.training.phases": "phases.py",
     "pgolf.training.run_data": "run_data.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
@@ -49,8 +50,9 @@ TRAINING = (
     "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.stop",
     "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
-    "pgolf.training.run", "pgolf.training.run_data", "pgolf.training.run_folder",
-    "pgolf.training.session", "pgolf.training.trainer", "pgolf.triton_kernels.*",
+    "pgolf.training.phases", "pgolf.training.run", "pgolf.training.run_data",
+    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
+    "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {
@@ -119,7 +121,8 @@ def _settings(config: Config) -> str:
         }
 
     # Where and how this machine ran is no part of a submission.
-    here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto"}
+    here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto",
+            "profile": "", "log": ""}  # fmt: skip
     values = to_dict(with_overrides(config, here))
     return repr(difference(values, to_dict(Config())))
 

@@ -28,6 +28,7 @@ from pgolf.training.estimate import pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
+from pgolf.training.profile import Profile
 from pgolf.training.session import Session
 
 
@@ -86,6 +87,7 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
+        self.profile = Profile(session) if config.run.profile else None
         self.qat = LateQat(model, config, ranks.device)
         self.exchange = Exchange(model, ranks, self.accum, ops.get("grad_norm", "reference"))
         self.averager = Averager(model, self.schedule, fuses(ops), self.exchange.held)
@@ -146,10 +148,11 @@ class Trainer:
         started = time.perf_counter()
         if self.compiled:
             self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
-            for _ in range(self.config.run.compile_warmup):
-                began = self._now()
-                self.step(0.0, self.config.optim.momentum_start)
-                self.step_seconds = self._now() - began
+            for n in range(self.config.run.compile_warmup):
+                with self.session.phases("warm_up" if n else "compile"):
+                    began = self._now()
+                    self.step(0.0, self.config.optim.momentum_start)
+                    self.step_seconds = self._now() - began
             self.pass_seconds = self.step_seconds / self.accum
         else:
             self._passes(1)
@@ -189,6 +192,8 @@ class Trainer:
         """
         self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
         self.synchronize()
+        if self.profile:
+            self.profile.at(self.clock.step)
         pace = Pace(self.ranks.device, self.clock)
         patience = max(self.config.run.patience, 4 * self.step_seconds)
         while not self.schedule.finished(self.clock):
@@ -200,12 +205,14 @@ class Trainer:
             with pace.between_steps():
                 for step in over:
                     if self._logs(step.clock):
-                        self.log_step(step)
+                        self.log_step(step, pace.since_logged(step.clock))
                 if not pace:
                     with self.ranks.patient(self.clock.step):
                         self._between_steps()
                 if stop:
                     self._stop(interrupt, stop)
+        if self.profile:
+            self.profile.close(self.clock.step)
         stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))
         if stop:  # while the last step was looked at
             self._stop(interrupt, stop)
@@ -271,14 +278,15 @@ class Trainer:
         error.quiet = not self.ranks.first
         raise error
 
-    def _due(self) -> tuple[bool, bool]:
-        """Whether a validation and a checkpoint are due after the last step that was queued."""
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether a validation, a checkpoint and an end of a trace are due after the last step."""
         every, keep = self.config.eval.val_every, self.config.run.checkpoint_every
         finished, step = self.schedule.finished(self.clock), self.clock.step
         # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
         return (
             finished or bool(every and step % every == 0),
             bool(keep and (finished or step % keep == 0)),
+            bool(self.profile and self.profile.due(step)),
         )
 
     def _logs(self, clock: Clock) -> bool:
@@ -287,11 +295,15 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Validate, write a checkpoint: whatever is due."""
-        validate, save = self._due()
+        validate, save, trace = self._due()
+        if trace:
+            self.profile.at(self.clock.step)
         if validate:
-            self.validate()
+            with self.session.phases("validation"):
+                self.validate()
         if save:
-            self.checkpoint()
+            with self.session.phases("checkpoints"):
+                self.checkpoint()
 
     def synchronize(self) -> None:
         """Wait until all that was queued is done."""
@@ -330,8 +342,8 @@ class Trainer:
         self.say(f"step:{step} {text}")
         self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
 
-    def log_step(self, step: Step) -> None:
-        """The contest's console line, and a line of metrics."""
+    def log_step(self, step: Step, since: Mapping[str, float]) -> None:
+        """The contest's console line, and a line of metrics; `since` is more for that."""
         c = step.clock
         ms = 1000 * c.seconds / c.step
         left = self.schedule.steps_left(c)
@@ -348,6 +360,7 @@ class Trainer:
             lr_scale=step.lr_scale,
             momentum=step.momentum,
             ms_per_step=ms,
+            **since,
         )
 
     def score(self, stride: int, label: str = "") -> Sums:
@@ -386,6 +399,7 @@ class Trainer:
             "averager": averager,
             "loader": self.loader.state_dict(),
             "clock": vars(self.clock),
+            "phases": self.session.phases.seconds,
         }
 
     def take_export(self) -> str:
