@@ -21,12 +21,11 @@ class Audit:
     """Looks at a trainer before `take_export` and after it.
 
     Args:
-        trainer: that has trained, late QAT still as it was in the last step.
+        trainer: that has trained, late QAT still as it was in the last step; its weights gathered.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.config = trainer, trainer.config
-        # On several ranks some may be old: then they differ from what is exported all the more.
         self.last = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
         self._late_qat = self._qat()
 

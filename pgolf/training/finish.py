@@ -59,6 +59,7 @@ def finish(
 ) -> dict[str, Any] | None:
     """Pack, score the live weights and the decoded bytes, write, show and return the result."""
     config, ranks, folder = session.config, session.ranks, session.folder
+    trainer.exchange.gather_weights()
     audit = Audit(trainer) if ranks.first else None
     exported = trainer.take_export()
     idle = audit.found(exported) if audit else []

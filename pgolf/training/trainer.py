@@ -14,7 +14,7 @@ import torch
 
 from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
-from pgolf.errors import ConfigError, StorageError, TrainingError
+from pgolf.errors import StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
@@ -24,29 +24,12 @@ from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
-from pgolf.training.estimate import pass_limit, time_line
+from pgolf.training.estimate import micro_steps, pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
 from pgolf.training.profile import Profile
 from pgolf.training.session import Session
-
-
-def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
-    """Least number of micro-steps that shares a batch out evenly in whole sequences.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    sequences, ragged = divmod(batch_tokens, seq_len * world)
-    if not ragged:
-        for count in range(1, sequences + 1):
-            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
-                return count
-    raise ConfigError(
-        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
-        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
-    )
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -15,8 +15,9 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.ranks import Ranks
 from pgolf.training import trainer as module
+from pgolf.training.estimate import micro_steps
 from pgolf.training.session import Session
-from pgolf.training.trainer import Trainer, micro_steps
+from pgolf.training.trainer import Trainer
 
 from .tiny import TINY, replaced
 
