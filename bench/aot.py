@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         table = _table(args.table)
         if args.model:
             return _model(args.only or "")
-        return _gate(args, table) if args.only is None else _executed(args.only, table)
+        return _gate(args, table) if args.only is None else _executed(args.only, table, args.table)
     except PgolfError as e:
         print(f"python -m bench aot: {e}", file=sys.stderr)
         return e.exit_code
@@ -101,16 +101,21 @@ def _table(path: Path) -> Table:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _executed(prefix: str, table: Table) -> int:
-    """The gate for executed instructions alone."""
+def _executed(prefix: str, table: Table, path: Path) -> int:
+    """The gate for executed instructions alone; `path` is the table's file."""
     from bench import aot_cuda, aot_items
 
-    recorded = aot_items.by_kernel(table.get(aot_cuda.versions(), {}))
+    versions = aot_cuda.versions()
+    recorded = aot_items.by_kernel(table.get(versions, {}))
     rows, failures = aot_cuda.executed(prefix)
-    now = {kernel: _part(row) for kernel, row in aot_items.by_kernel(rows).items()}
-    before = {kernel: _part(recorded[kernel]) for kernel in now if kernel in recorded}
-    failures += differences({kernel: now[kernel] for kernel in before}, before)
-    print("\n".join([*aot_items.lines(rows, recorded), *(f"FAILED {text}" for text in failures)]))
+    lines = [*aot_items.lines(rows, recorded)]
+    if versions in table:
+        now = {kernel: _part(row) for kernel, row in aot_items.by_kernel(rows).items()}
+        before = {kernel: _part(recorded[kernel]) for kernel in now if kernel in recorded}
+        failures += differences(now, before)
+    else:
+        lines.append(f"{versions} not in {path.name}: nothing was compared")
+    print("\n".join([*lines, *(f"FAILED {text}" for text in failures)]))
     return 1 if failures else 0
 
 

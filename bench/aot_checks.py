@@ -63,7 +63,7 @@ REQUIRED = {
     "residual_norm_backward_rows": ROWS,
     "embed_smear_forward": EMBED,
     "embed_smear_chunks": EMBED,
-    "embed_smear_order": Required(),
+    "token_order_blocks": Required(),
     "embed_smear_rows": Required(("LDG.128",), vector=1),
     "softcap_cross_entropy_rows": ROWS,
     "leaky_relu2_words": ROWS,

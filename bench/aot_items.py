@@ -52,7 +52,7 @@ _HEAD = SIZE * 2
 _ROW = WIDTH * 2
 # Kernels that a step spends no time in to speak of: sums of sums, and rows that a cache still has.
 SMALL = (
-    "sum_rows_kernel", "grad_norm_finish", "embed_smear_order", "embed_smear_rows",
+    "sum_rows_kernel", "grad_norm_finish", "token_order_blocks", "embed_smear_rows",
     "muon_momentum_scale",
 )  # fmt: skip
 ITEMS: Mapping[str, Item] = {
@@ -115,8 +115,8 @@ ITEMS: Mapping[str, Item] = {
         "a row of 512 in fp32", (), WIDTH * 4 * 2, WIDTH * 4 * 2, (1, 4, *(0,) * 8), ROWS
     ),
     "param_update_chunks": Item(
-        "512 elements in fp32 by AdamW, with an average and a copy", (), CHUNK * 5 * 4,
-        CHUNK * (4 * 4 + 2), (1, 4, 0), MATRICES // CHUNK,
+        "512 elements in fp32 by AdamW, with an average", (), CHUNK * 5 * 4, CHUNK * 4 * 4,
+        (1, 4, 0), MATRICES // CHUNK,
     ),
 }  # fmt: skip
 

@@ -43,9 +43,9 @@ def bounds(kernel: str, instructions: float, gpu: Gpu) -> tuple[float, float]:
 
 def measured(kernel: str, gpu: Gpu, lines: Iterable[Mapping]) -> float | None:
     """Microseconds of a launch, by profiles of `bench step` on such a GPU; the least of several."""
-    name, found = re.compile(rf"\b{kernel}\b"), []
+    name, device, found = re.compile(rf"\b{kernel}\b"), re.compile(rf"\b{gpu.name}\b"), []
     for line in lines:
-        if gpu.name in line.get("device", "") and line.get("profile"):
+        if device.search(line.get("device", "")) and line.get("profile"):
             mine = [row for row in line["profile"]["kernels"] if name.search(row["name"])]
             calls = sum(row["calls"] for row in mine)
             found += [sum(row["us"] for row in mine) / calls] if calls else []
@@ -53,10 +53,10 @@ def measured(kernel: str, gpu: Gpu, lines: Iterable[Mapping]) -> float | None:
 
 
 def results(folder: Path) -> list[Mapping]:
-    """The lines of all committed results."""
+    """The lines of all results, also in the folders that `bench gpu` makes for each device."""
     return [
         json.loads(line)
-        for path in sorted(folder.glob("*.jsonl"))
+        for path in sorted(folder.rglob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
 

@@ -1,6 +1,7 @@
 """`python -m bench bundle`: what a machine without a network needs beside a checkout and torch."""
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import tempfile
 from pathlib import Path
 
 from pgolf.errors import ConfigError, PgolfError
-from pgolf.files import atomic_folder, atomic_write
+from pgolf.files import atomic_folder, atomic_write, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "build" / "bundle"  # which git ignores
+SOURCES = "sources.sha256"  # of which its extension is made
 # What of pgolf's libraries machines with torch tend not to have; none of them needs another.
 LIBRARIES = ("zstandard>=0.22", "brotli>=1.2", "python-minifier>=2.11")
 # Older than what any machine with a GPU has; manylinux names that pip does not derive.
@@ -26,7 +28,8 @@ in pgolf/ the extension, built for it and for one generation of GPUs. An interpr
 has to be here, with its headers, and nvcc; this machine needs a network and no GPU.
 """
 EPILOG = """\
-Copy the checkout with build/bundle to the other machine; `python3 -m bench gpu` finds it there.
+Copy the checkout with build/bundle to the other machine; `python3 -m bench gpu` finds it there,
+and takes its extension if csrc/ and setup.py are still what that was made of.
 Exit code: 0 done, 2 something could not be had or built; an older bundle is then as it was.
 
 examples:
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> int:
         with atomic_folder(BUNDLE) as folder:
             version = _libraries(args.python, folder / "site")
             if not args.no_extension:
+                atomic_write(folder / SOURCES, sources())  # before they may change
                 _extension(args.python, args.arch, folder / "pgolf")
     except PgolfError as e:
         print(f"python -m bench bundle: {e}", file=sys.stderr)
@@ -110,9 +114,30 @@ def _checked(command: list[str], what: str, remedy: str) -> str:
     return done.stdout
 
 
-def adopt(bundle: Path, package: Path = ROOT / "pgolf") -> None:
-    """Put a bundle's extension into the checkout, if it is for this Python and there is none."""
+def sources(root: Path = ROOT) -> str:
+    """Hex sha256 of what a checkout's extension is made of: names and contents."""
+    files = [root / "setup.py", *(file for file in (root / "csrc").rglob("*") if file.is_file())]
+    lines = sorted(f"{file.relative_to(root)} {sha256_of(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def adopt(bundle: Path, root: Path = ROOT) -> bool | None:
+    """Put a bundle's extension into a checkout, if it is for this Python and of its sources.
+
+    Contents decide and no times, which a copied checkout has anew.
+
+    Returns:
+        Whether the checkout's extension is of its sources; None if it is not the bundle's.
+    """
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if (bundle / "pgolf" / name).is_file() and not (package / name).exists():
-        atomic_write(package / name, (bundle / "pgolf" / name).read_bytes())
-        print(f"{package / name} is from {bundle}", flush=True)
+    brought, here, stated = bundle / "pgolf" / name, root / "pgolf" / name, bundle / SOURCES
+    if not brought.is_file():
+        return None
+    fits = stated.is_file() and stated.read_text(encoding="utf-8") == sources(root)
+    same = here.is_file() and sha256_of(here) == sha256_of(brought)
+    if not fits:
+        print(f"{brought} is of other sources: run `python -m bench bundle` again", flush=True)
+    elif not same:
+        atomic_write(here, brought.read_bytes())
+        print(f"{here} is from {bundle}", flush=True)
+    return fits if fits or same else None

@@ -9,14 +9,15 @@ import re
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import gpu_parts, parts
 from bench.bundle import BUNDLE, adopt
-from pgolf.errors import PgolfError
+from pgolf.errors import DataError, PgolfError
 from pgolf.files import atomic_write
 from pgolf.stop import Stopped, stoppable
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     add("--out", type=Path, metavar="DIR",
         help="folder of logs and JSON (bench/results/DEVICE; with --rehearse build/rehearsal)")
     add("--parts", nargs="+", default=[], metavar="NAME", choices=gpu_parts.NAMES,
-        help=f"some of {', '.join(gpu_parts.NAMES)} (all)")
+        help=f"some of {', '.join(gpu_parts.NAMES)} (all); of the others stays what is there")
     add("--rehearse", action="store_true",
         help="without a GPU: shows that each part starts and ends; no figure means anything")
     args = parser.parse_args(argv)
@@ -75,13 +76,14 @@ def _run(args: argparse.Namespace) -> int:
         parts.ROOT / "build" / "rehearsal" if args.rehearse else RESULTS / _device_name()
     )
     out = out.resolve()
-    adopt(BUNDLE)
+    # A rehearsal leaves the extension of the machine that has made the bundle.
+    adopted = None if args.rehearse else adopt(BUNDLE)
     site = [str(BUNDLE / "site")] if (BUNDLE / "site").is_dir() else []
     search = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.update(PYTHONPATH=search, PYTHONUNBUFFERED="1", OMP_WAIT_POLICY="PASSIVE")
     with tempfile.TemporaryDirectory() as scratch:
         sizes = gpu_parts.TINY if args.rehearse else gpu_parts.RECORD
-        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes))
+        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes, adopted))
         wanted = {*(args.parts or gpu_parts.NAMES), "build"}
         wanted |= {"data"} if wanted & {"step", "train"} else set()
         return measure([part for part in found if part.name in wanted], args.seconds, out)
@@ -90,17 +92,29 @@ def _run(args: argparse.Namespace) -> int:
 def measure(chosen: Sequence[parts.Part], seconds: float, out: Path) -> int:
     """Run parts and show the summary, last of all and also when it is interrupted.
 
+    What an earlier call has left of these parts is removed; of others it stays, also in the kept
+    summary.
+
     Returns:
         0, or 1 if a part is not good.
+
+    Raises:
+        DataError: an earlier summary cannot be read.
     """
     machine = _machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[parts.Outcome] = []
+    earlier = _earlier(out / "summary.json", machine, {part.name for part in chosen})
+    for part in chosen:  # what an earlier call has left would be taken for this one's
+        for file in parts.results(out, part.name):
+            file.unlink()
+    places = {name: place for place, name in enumerate(gpu_parts.NAMES)}
 
     def keep(so_far: list[parts.Outcome]) -> None:
         outcomes[:] = so_far
-        lines = [dataclasses.asdict(outcome) for outcome in so_far]
+        lines = earlier + [dataclasses.asdict(outcome) for outcome in so_far]
+        lines.sort(key=lambda line: places.get(line["name"], len(places)))
         text = json.dumps({**machine, "parts": lines}, indent=1)
         atomic_write(out / "summary.json", text + "\n")
 
@@ -109,6 +123,19 @@ def measure(chosen: Sequence[parts.Part], seconds: float, out: Path) -> int:
     finally:
         print(_table(outcomes, out), flush=True)
     return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def _earlier(
+    file: Path, machine: Mapping[str, str], now: Collection[str]
+) -> list[dict[str, Any]]:
+    """What a summary says of parts that do not run now; nothing if it is of another machine."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not all(kept.get(name) == value for name, value in machine.items()):
+            return []
+        return [part for part in kept["parts"] if part["name"] not in now]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{file} is no summary of `bench gpu`: move it away ({e!r})") from e
 
 
 def _table(outcomes: Sequence[parts.Outcome], out: Path) -> str:

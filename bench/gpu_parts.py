@@ -3,17 +3,18 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import losses
+from bench import losses, parts
 from bench.parts import ROOT, Command, Part
-from bench.sanitizer import complaint, sanitizer
 from pgolf import extension
 from pgolf.errors import DataError
 
@@ -23,11 +24,11 @@ NAMES = (
 )  # fmt: skip
 PYTHON = (sys.executable, "-m")
 TESTS = ("tests/ops/test_gpu.py",)
-TEST_SECONDS = 90
+TEST_SECONDS = 30  # of one test
 
 ATTENTION = ("fa3", "fa4", "fa2")  # beside torch's own
 
-# The first two are timed in any case; then kernels alone, then all but one.
+# The first is timed in any case, then each beside it: all kernels, one alone, all but one.
 # Attention is the same in all of them.
 PLAIN = "reference,attention=auto"
 CHOICES = (
@@ -39,8 +40,11 @@ CHOICES = (
 )  # fmt: skip
 OPERATORS = (
     "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
-    "embed_smear", "param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant",
+    "embed_smear",
 )  # fmt: skip
+# Of weights, gradients and states, which the record has in fp32.
+FP32_OPERATORS = ("param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant")
+TUNED = ("leaky_relu2_mlp", "newton_schulz")
 SAMPLES = ("98304", "bank", "matrices", "pr1473", "1536x512", "512x1536", "512x512")
 
 
@@ -51,25 +55,27 @@ class Sizes(NamedTuple):
         gpu: whether there is one; else its place is taken by what runs without.
         settings: of the recipe.
         steps: of a run of `pgolf train`.
-        step, ops, attention: words of commands of bench.
+        step: words of `bench step`.
+        ops, attention: words of commands of `bench ops`, by the names of the files they write.
     """
 
     gpu: bool
     settings: tuple[str, ...]
     steps: int
     step: Command
-    ops: Command
-    attention: Command
+    ops: Mapping[str, Command]
+    attention: Mapping[str, Command]
 
 
+TIMED = ("--sample", *SAMPLES, "--mode", "forward", "backward", "--seconds", "1")
+OURS = ("--providers", "eager", "triton", "cuda", "peers", *TIMED)
 # One GPU's share of the record's batch on eight.
 RECORD = Sizes(
     gpu=True, settings=("batch_tokens=98304",), steps=20,
     step=("--ops", *CHOICES, "--compile", "on", "--rounds", "20", "--profile", "3"),
-    ops=("--op", *OPERATORS, "--providers", "eager", "triton", "cuda", "peers", "--sample",
-         *SAMPLES, "--mode", "forward", "backward", "--seconds", "1"),
-    attention=("--sample", "98304", "--mode", "forward", "backward", "--seconds", "1",
-               "--providers", "eager", *ATTENTION),
+    ops={"ops": ("--op", *OPERATORS, "--dtype", "bf16", *OURS),
+         "ops-fp32": ("--op", *FP32_OPERATORS, "--dtype", "fp32", *OURS)},
+    attention={"attention": ("--op", "attention", "--providers", "eager", *ATTENTION, *TIMED)},
 )  # fmt: skip
 TINY = Sizes(
     gpu=False,
@@ -81,19 +87,20 @@ TINY = Sizes(
     ),
     steps=3,
     step=("--ops", "reference", "auto", "--compile", "off", "--rounds", "2", "--profile", "1"),
-    ops=("--op", "xsa", "--providers", "eager", "cpu", "--sample", "1024 tokens", "--mode",
-         "forward", "--rounds", "3", "--device", "cpu"),
-    attention=("--sample", "1024", "--mode", "forward", "--rounds", "3", "--device", "cpu",
-               "--providers", "eager", *ATTENTION),
+    ops={"ops": ("--op", "xsa", "--providers", "eager", "cpu", "--sample", "1024 tokens",
+                 "--mode", "forward", "--rounds", "3", "--device", "cpu")},
+    attention={"attention": ("--op", "attention", "--providers", "eager", *ATTENTION, "--sample",
+                             "1024", "--mode", "forward", "--rounds", "3", "--device", "cpu")},
 )  # fmt: skip
 
 
 class Place(NamedTuple):
-    """Where results, and what they are made from, lie."""
+    """Where results, and what they are made from, lie; `adopted`: as bench.bundle.adopt says."""
 
     out: Path
     scratch: Path
     sizes: Sizes
+    adopted: bool | None = None
 
     @property
     def data(self) -> str:
@@ -101,19 +108,17 @@ class Place(NamedTuple):
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """A part's JSON lines; none if it has not come to them."""
-        file = self.out / f"{name}.jsonl"
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
+        texts = [file.read_text(encoding="utf-8") for file in parts.results(self.out, name)]
+        return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def all_parts(place: Place) -> list[Part]:
     """Every part that applies here."""
-    gpu = [_build(), *_sanitized(place), _tune(place)] if place.sizes.gpu else [_emulated(place)]
-    parts = [_data(place), _tests(place), _attention(place), _step(place), _ops(place),
-             _train(place), *gpu]  # fmt: skip
-    for part in parts:  # what an earlier call has left would be taken for this one's
-        (place.out / f"{part.name}.jsonl").unlink(missing_ok=True)
-    return sorted(parts, key=lambda part: NAMES.index(part.name))
+    sizes = place.sizes
+    gpu = [_build(place), *_sanitized(place), _tune(place)] if sizes.gpu else [_emulated(place)]
+    found = [_data(place), _tests(place), _ops(place, "attention", sizes.attention, 15),
+             _step(place), _ops(place, "ops", sizes.ops, 70), _train(place), *gpu]  # fmt: skip
+    return sorted(found, key=lambda part: NAMES.index(part.name))
 
 
 def _file(place: Place, name: str) -> Command:
@@ -122,22 +127,25 @@ def _file(place: Place, name: str) -> Command:
 
 def _data(place: Place) -> Part:
     folder = str(place.scratch / "data")
-    return Part("data", 10, lambda _: [(*PYTHON, "bench.synthetic", folder)])
+    return Part("data", 10, lambda _: [(*PYTHON, "bench.synthetic", folder)], needed=True)
 
 
-def _build() -> Part:
-    """Compile the extension, if there is none with code for this GPU, or an older one."""
+def _build(place: Place) -> Part:
+    """Compile the extension, if there is none with code for this GPU, or one of older sources."""
     capability = torch.cuda.get_device_capability()
     module = extension.cuda()
-    needed = (
+    outdated = (
         module is None
         or extension.no_code_for(capability, extension.driver_cuda())
-        or _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime
-    )
+        or place.adopted is False
+        or (place.adopted is None
+            and _changed(ROOT / "csrc") > Path(module.__file__).stat().st_mtime)
+    )  # fmt: skip
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     arch = f"{capability[0]}.{capability[1]}" + "a" * (capability == (9, 0))
     env = {"PGOLF_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
-    return Part("build", 60 if needed else 1, lambda _: [command] if needed else [], env=env)
+    commands = [command] if outdated else []
+    return Part("build", 60 if outdated else 1, lambda _: commands, env=env, needed=True)
 
 
 def _changed(folder: Path) -> float:
@@ -173,13 +181,6 @@ def _tests(place: Place) -> Part:
     return Part("tests", 90, lambda _: [command], says, missing=missing)
 
 
-def _attention(place: Place) -> Part:
-    """What of a step is no kernel of pgolf, and differs between machines."""
-    command = (*PYTHON, "bench", "ops", "--op", "attention", *place.sizes.attention,
-               *_file(place, "attention"))  # fmt: skip
-    return Part("attention", 15, lambda _: [command], lambda: _ops_lines(place, "attention"))
-
-
 def _step(place: Place) -> Part:
     def commands(seconds: float) -> list[Command]:
         words = ("pr1473", place.data, *place.sizes.settings, *place.sizes.step)
@@ -199,34 +200,48 @@ def _step_line(line: dict[str, Any]) -> str:
     host = sum(phase["host_ms"] for phase in line["phases"].values())
     peak = f", {line['peak_bytes'] / 1e9:.1f} GB" if line["peak_bytes"] else ""
     profile = line["profile"]
-    idle = f", idle {100 * profile['idle_us'] / profile['step_us']:.0f} %" if profile else ""
+    seen = profile and profile["step_us"]  # 0 where the profiler saw no kernel
+    idle = f", idle {100 * profile['idle_us'] / profile['step_us']:.0f} %" if seen else ""
     speed = line["first_ms"] / line["median_ms"]
+    loss = "; ITS LOSS IS NOT FINITE" if line["loss"] is None else ""
     return (
         f"{line['ops']}: {line['median_ms']:.1f} ms, {speed:.3f}x ({times}, host {host:.1f}{peak}"
-        f"{idle})"
+        f"{idle}){loss}"
     )
 
 
-def _ops(place: Place) -> Part:
-    command = (*PYTHON, "bench", "ops", *place.sizes.ops, *_file(place, "ops"))
+def _ops(place: Place, name: str, words: Mapping[str, Command], share: float) -> Part:
+    """Operators alone; attention is no kernel of pgolf, and differs between machines."""
+    commands = [(*PYTHON, "bench", "ops", *each, *_file(place, file))
+                for file, each in words.items()]  # fmt: skip
 
-    return Part("ops", 70, lambda _: [command], lambda: _ops_lines(place, "ops"))
+    def says() -> list[str]:
+        """For each operator, sample and mode, the share of the floor that is reached."""
+        rows: dict[str, list[str]] = {}
+        for line in place.lines(name):
+            what = f"{line['operator']} {line['sample']} {line['mode']}"
+            rows.setdefault(what, []).append(
+                f"{line['provider']} {line['median_ms']:.3g} ms {line['percent_of_floor']:.0f}%"
+            )
+        return [f"{what}: {', '.join(cells)}" for what, cells in rows.items()]
+
+    return Part(name, share, lambda _: commands, says)
 
 
-def _ops_lines(place: Place, name: str) -> list[str]:
-    """A line for each operator, sample and mode, with the share of the floor that is reached."""
-    rows: dict[str, list[str]] = {}
-    for line in place.lines(name):
-        what = f"{line['operator']} {line['sample']} {line['mode']}"
-        rows.setdefault(what, []).append(
-            f"{line['provider']} {line['median_ms']:.3g} ms {line['percent_of_floor']:.0f}%"
-        )
-    return [f"{what}: {', '.join(cells)}" for what, cells in rows.items()]
+def _sanitizer() -> str | None:
+    """compute-sanitizer, where it is."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
 
 
 def _sanitized(place: Place) -> list[Part]:
+    program = _sanitizer()
+    missing = "no compute-sanitizer on PATH or in $CUDA_HOME/bin: it comes with the CUDA toolkit"
+
     def part(tool: str, share: float, *words: str) -> Part:
-        program = (*sanitizer(tool), *PYTHON, "bench.gpu_kernels", *words, *_file(place, tool))
+        command = (program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
+                   "--target-processes", "all", *PYTHON, "bench.gpu_kernels", *words,
+                   *_file(place, tool))  # fmt: skip
 
         def says() -> list[str]:
             log = place.out / f"{tool}.log"
@@ -236,7 +251,7 @@ def _sanitized(place: Place) -> list[Part]:
 
         # Tensors that share a block of the caching allocator may overrun into each other unseen.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, share, lambda _: [program], says, env, complaint())
+        return Part(tool, share, lambda _: [command], says, env, "" if program else missing)
 
     # Triton's reductions write the same word from several warps, which racecheck calls a hazard.
     return [part("memcheck", 45), part("synccheck", 20), part("racecheck", 20, "--impl", "cuda")]
@@ -257,19 +272,26 @@ def _emulated(place: Place) -> Part:
 def _train(place: Place) -> Part:
     runs = {ops: place.scratch / f"run-{ops}" for ops in ("reference", "auto")}
     torchrun = (*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node=1")
-    settings = (place.data, *place.sizes.settings, f"max_steps={place.sizes.steps}", "log_every=1",
+    steps = place.sizes.steps
+    settings = (place.data, *place.sizes.settings, f"max_steps={steps}", "log_every=1",
                 "quick=true")  # fmt: skip
     device = ("--device", "cuda" if place.sizes.gpu else "cpu")
     packed = str(place.scratch / "packed")
+    # A run counts the bytes of its code at its end, by which it has logged its losses.
+    packs = importlib.util.find_spec("python_minifier") is not None
     commands = [
         (*torchrun, "-m", "pgolf", "train", "pr1473", *settings, f"ops={ops}", f"out={run}")
         for ops, run in runs.items()
     ] + [
-        (*PYTHON, "bench.losses", *map(str, runs.values()), *_file(place, "train")),
-        (*PYTHON, "pgolf", "pack", str(runs["auto"]), "--out", packed, *device),
-        (*PYTHON, "pgolf", "verify", packed),
-        (*PYTHON, "pgolf", "eval", packed, "--data", str(place.scratch / "data"), *device),
-    ]
+        (*PYTHON, "bench.losses", *map(str, runs.values()), "--steps", str(steps),
+         *_file(place, "train")),
+    ]  # fmt: skip
+    if packs:
+        commands += [
+            (*PYTHON, "pgolf", "pack", str(runs["auto"]), "--out", packed, *device),
+            (*PYTHON, "pgolf", "verify", packed),
+            (*PYTHON, "pgolf", "eval", packed, "--data", str(place.scratch / "data"), *device),
+        ]
 
     def says() -> list[str]:
         with suppress(DataError):  # of a part that was cut off before it compared them
@@ -277,15 +299,20 @@ def _train(place: Place) -> Part:
         return [
             f"step {line['step']}: reference {line['losses'][0]:.4f}, auto {line['losses'][1]:.4f}"
             for line in place.lines("train")
-            if line["step"] in (1, 2, 5, 10, place.sizes.steps)
-        ]
+            if line["step"] in (1, 2, 5, 10, steps)
+        ] + ["not packed: pip install python-minifier"] * (not packs)
 
-    return Part("train", 100, lambda _: commands, says)
+    # Each run may take half, so that the packing of one takes no time of the other.
+    return Part("train", 100, lambda _: commands, says, until=(0.45, 0.9),
+                unjudged=0 if packs else len(runs))  # fmt: skip
 
 
 def _tune(place: Place) -> Part:
-    command = (*PYTHON, "bench", "tune", "leaky_relu2_mlp", "newton_schulz", "--dry-run",
-               *_file(place, "tune"))  # fmt: skip
+    commands = [
+        (*PYTHON, "bench", "tune", name, "--dry-run", "--sample", *SAMPLES,
+         *_file(place, f"tune-{name}"))
+        for name in TUNED
+    ]  # fmt: skip
 
     def says() -> list[str]:
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -301,4 +328,5 @@ def _tune(place: Place) -> Part:
             )
         return said
 
-    return Part("tune", 20, lambda _: [command], says, endless=True)
+    until = [(i + 1) / len(TUNED) for i in range(len(TUNED))]
+    return Part("tune", 20, lambda _: commands, says, endless=True, until=until)

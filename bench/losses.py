@@ -1,6 +1,8 @@
 """The losses of two runs side by side, step by step.
 
     python -m bench.losses RUN OTHER --json FILE    (exit code 1: they differ by more than 2 %)
+
+With --steps N both have to have the losses of N steps.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.losses", description=__doc__)
     parser.add_argument("runs", type=Path, nargs=2)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1, metavar="N", help="at least (1)")
     args = parser.parse_args(argv)
     try:
         both = compare(args.runs, args.json)
@@ -61,7 +64,9 @@ def main(argv: list[str]) -> int:
     for line in both:
         print(f"step {line['step']}: {line['losses'][0]:.5f} {line['losses'][1]:.5f}")
     print(f"WRONG: more than {SAME:.0%} apart at steps {apart}" if apart else "alike")
-    return 1 if apart or not both else 0
+    if len(both) < args.steps:
+        print(f"WRONG: {len(both)} steps of both runs, not {args.steps}")
+    return 1 if apart or len(both) < args.steps else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cases, peers, plot, products, providers, schema, timing
+from bench import cases, peers, plot, products, providers, restart, schema, timing
 from pgolf.device import pick_device
 from pgolf.errors import PgolfError
 from pgolf.ops.operator import OPERATORS, Operator, Sample
@@ -59,13 +60,15 @@ class Options(NamedTuple):
     seconds: float
     cold: bool
     setting: schema.Setting
+    argv: list[str]
+    failed: list[str]  # cases, or their providers, that cannot run; it grows
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        return _run(args, shlex.join(["python", "-m", "bench", "ops", *argv]))
+        return _run(args, argv)
     except PgolfError as e:
         print(f"python -m bench ops: {e}", file=sys.stderr)
         return e.exit_code
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the figures there as well, as JSON lines")
     add("--plot", type=Path, metavar="PATH",
         help="write a plot of each operator: a folder, or NAME.png for one operator")
+    restart.add_option(parser)
     return parser  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _run(args: argparse.Namespace, command: str) -> int:
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
     operators = _operators(args.op)
     names = providers.expand(args.providers)
     device = pick_device(args.device)
@@ -119,9 +123,10 @@ def _run(args: argparse.Namespace, command: str) -> int:
     malloc = args.malloc
     if device.type == "cuda" or (malloc == "kept" and not timing.keep_freed_memory()):
         malloc = "default"
-    setting = schema.setting(device, command, malloc)
+    setting = schema.setting(device, shlex.join(["python", "-m", "bench", "ops", *argv]), malloc)
     options = Options(
-        device, names, args.mode, args.rounds, args.seconds, args.cold, setting
+        device, names, args.mode, args.rounds, args.seconds, args.cold, setting, argv,
+        list(args.failed),
     )
     print(_opening(options))
     chosen, left_out = _choose(operators, dtypes, args.sample, device, args.all)
@@ -129,16 +134,26 @@ def _run(args: argparse.Namespace, command: str) -> int:
         raise PgolfError("no sample is left: " + ("; ".join(left_out) or "see --sample"))
     for line in left_out:
         print(line)
-    lines: list[schema.Timing] = []
-    correct = True
-    tables = len(chosen) * len(args.mode)
+    lines = schema.read_jsonl(args.json, schema.Timing) if args.failed else []
+    done = {*args.failed, *(_name(line.operator, line.sample, line.dtype) for line in lines)}
+    todo = [case for case in chosen if _name(case[0].name, case[1].label, case[2]) not in done]
+    correct = not args.failed
+    tables = len(todo) * len(args.mode)
     with Progress("timing", tables * args.rounds, "rounds") as progress:
-        for operator, sample, dtype in chosen:
-            progress.note = f"{operator.name} {sample.label} {dtype}"
-            case = cases.build(operator, sample, device, dtype)
-            found, fine = _checked(case, options)
+        for operator, sample, dtype in todo:
+            name = progress.note = _name(operator.name, sample.label, dtype)
+            try:
+                case = cases.build(operator, sample, device, dtype)
+                found, fine = _checked(case, options)
+                timed = _timed(case, found, options, progress)
+            except PgolfError:
+                raise
+            except Exception:  # no memory for it, say: the others may run
+                traceback.print_exc()
+                print(f"  FAILED: {name}; why stands above")
+                _note(name, options)
+                fine, timed = False, []
             correct &= fine
-            timed = _timed(case, found, options, progress)
             lines += timed
             if args.json:
                 schema.write_jsonl(args.json, lines)
@@ -148,6 +163,18 @@ def _run(args: argparse.Namespace, command: str) -> int:
             plot.draw(drawn, path)
             print(f"plot: {path}")
     return 0 if correct else 1
+
+
+def _name(operator: str, sample: str, dtype: str) -> str:
+    """Of a case; a provider's follows it."""
+    return f"{operator} {sample} {dtype}"
+
+
+def _note(name: str, options: Options) -> None:
+    """A case or a provider has failed; if it has spoilt the GPU, a new process does the others."""
+    options.failed.append(name)
+    if restart.spoilt(options.device):
+        restart.go_on("ops", options.argv, options.failed)
 
 
 def _operators(names: Sequence[str]) -> list[Operator]:
@@ -196,20 +223,25 @@ def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Functi
     print(f"\n{case.operator.name}, {case.sample.label}, {case.dtype}")
     found, fine = {}, True
     for name in options.providers:
-        if not providers.applies(name, case.operator):
+        full_name = f"{_name(case.operator.name, case.sample.label, case.dtype)} {name}"
+        if not providers.applies(name, case.operator) or full_name in options.failed:
             continue
         try:
             function = providers.find(name, case)
         except providers.Unavailable as e:
             print(f"  {name:<10} not here: {e}")
             continue
+        raised = False
         try:
             problem = case.call.problem(function)
         except Exception as e:  # one provider's failure must not end the others' run
             problem = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+            raised = True
         if problem:
             print(f"  {name:<10} WRONG, not timed: {problem}")
             fine = False
+            if raised:
+                _note(full_name, options)
         else:
             found[name] = function
     return found, fine

@@ -35,6 +35,10 @@ class Part:
         env: beside the environment.
         missing: why it cannot run; '' if it can.
         endless: it goes on as long as it may, so that being cut off is no fault.
+        needed: others depend on it, so that it may take all the time that is left.
+        until: of its time, when each command is ended at the latest, the last ones at its end; it
+            is no fault to be ended before the part's end: what follows judges what is there.
+        unjudged: so many commands, the first ones, may fail: those after them judge.
     """
 
     name: str
@@ -44,6 +48,15 @@ class Part:
     env: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""
     endless: bool = False
+    needed: bool = False
+    until: Sequence[float] = ()
+    unjudged: int = 0
+
+
+def results(out: Path, name: str) -> list[Path]:
+    """The files of JSON lines that a part has written: NAME.jsonl and NAME-*.jsonl."""
+    found = [*out.glob(f"{name}.jsonl"), *out.glob(f"{name}-*.jsonl")]
+    return sorted(found, key=lambda file: file.stem)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def run(
     end, outcomes = time.monotonic() + seconds, []
     for i, part in enumerate(parts):
         left = end - time.monotonic()
-        may = left * part.share / sum(p.share for p in parts[i:])
+        may = left if part.needed else left * part.share / sum(p.share for p in parts[i:])
         began = time.monotonic()
         try:
             print(f"== {part.name}: up to {may:.0f} s, {out / part.name}.log", flush=True)
@@ -103,15 +116,19 @@ def _run(part: Part, seconds: float, out: Path) -> tuple[str, bool]:
         return f"left out: {part.missing}", False
     if seconds < LEAST:
         return "no time was left", False
-    end, failed = time.monotonic() + seconds, []
+    began, failed = time.monotonic(), []
     with storage_errors(out), open(out / f"{part.name}.log", "wb") as log:
-        for command in part.commands(seconds):
+        for i, command in enumerate(part.commands(seconds)):
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
-            code = _in_time(command, end - time.monotonic(), log.fileno(), part.env)
-            if code is None:
+            until = part.until[i] if i < len(part.until) else 1.0
+            left = began + until * seconds - time.monotonic()
+            code = _in_time(command, left, log.fileno(), part.env)
+            if code is None and until == 1.0:
                 return f"cut off after {seconds:.0f} s", part.endless and not failed
-            if code:
+            if code is None:
+                log.write(f"ended after {until:.0%} of the time\n".encode())
+            elif code and i >= part.unjudged:
                 failed.append(code)
     return (f"FAILED, code {failed[0]}", False) if failed else ("passed", True)
 
@@ -129,8 +146,7 @@ def _in_time(
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
-            _end(process)
+        _end(process)  # also if it has ended by itself: what it has started may run on
 
 
 def _end(process: subprocess.Popen) -> None:

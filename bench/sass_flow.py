@@ -15,111 +15,11 @@ a predicate and under its opposite, those of fewer bytes are taken for switched 
 a branch that lanes of one warp take apart, only one counts.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
-_LABEL = re.compile(r"^([.$\w]+):\s*$")
-_LINE = re.compile(
-    r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*([^;]*);"
-)
-_TARGET = re.compile(r"`\(([.$\w]+)\)")
-_REGISTER = re.compile(r"\bR(\d+)\b")
-_GLOBAL = ("LDG", "STG")
-# What has no destination: every register that it names is read.
-_STORES = ("STG", "STS", "STL", "ST", "RED", "BAR", "BRA", "EXIT", "CALL", "RET", "WARPSYNC")
-_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # of others: 4
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line: predicate ('' for none), opcode with its modifiers, what follows it.
-
-    `off`: it is taken for switched off by its predicate.
-    """
-
-    guard: str
-    opcode: str
-    operands: str
-    off: bool = False
-
-    @cached_property
-    def base(self) -> str:
-        return self.opcode.partition(".")[0]
-
-    @property
-    def bytes(self) -> int:
-        """That a lane moves to or from global memory."""
-        return 0 if self.off else self.width
-
-    @property
-    def width(self) -> int:
-        if self.base not in _GLOBAL:
-            return 0
-        return next((_WIDTHS[m] for m in self.opcode.split(".")[1:] if m in _WIDTHS), 4)
-
-    @property
-    def target(self) -> str | None:
-        found = _TARGET.search(self.operands)
-        return found[1] if found else None
-
-    @property
-    def leaves(self) -> bool:
-        """Whether a block ends here."""
-        return self.opcode != "BRA.DIV" and self.base in ("BRA", "EXIT", "RET", "JMP", "BRX")
-
-    @property
-    def conditional(self) -> bool:
-        """Whether what follows may be reached, too."""
-        return bool(self.guard) or (self.base == "BRA" and not self.operands.startswith("`"))
-
-    @cached_property
-    def registers(self) -> tuple[list[int], list[int]]:
-        """(written, read) numbers of registers; of what is read, the first of each operand."""
-        named = [int(n) for n in _REGISTER.findall(self.operands)]
-        first = self.operands.partition(",")[0]
-        if self.base in _STORES or not _REGISTER.fullmatch(first.strip()):
-            return [], named
-        return [named[0] + i for i in range(max(1, self.width // 4))], named[1:]
-
-
-def _opposite(guard: str) -> str:
-    return guard[1:] if guard.startswith("!") else f"!{guard}"
-
-
-@dataclass
-class Block:
-    """Instructions that are executed together, and the blocks that may come next."""
-
-    instructions: list[Instruction]
-    after: list[int] = field(default_factory=list)
-    target: int | None = None  # of the branch at its end
-
-    @property
-    def slow(self) -> int:
-        """How many subroutines it calls."""
-        return sum(i.base == "CALL" or i.opcode == "WARPSYNC.COLLECTIVE" for i in self.instructions)
-
-    def off_before(self, to: int | None) -> set[int]:
-        """Places of instructions that the predicate of the branch at the end switches off.
-
-        Args:
-            to: the block that comes next.
-        """
-        guard = self.instructions[-1].guard
-        if not guard or self.target is None or len(self.after) < 2:
-            return set()
-        name = guard.removeprefix("!")
-        off = _opposite(guard) if to == self.target else guard
-        places: set[int] = set()
-        for n, i in enumerate(self.instructions[:-1]):
-            if i.guard == off:
-                places.add(n)
-            elif i.operands.startswith(f"{name},") or f" {name}," in i.operands[:12]:
-                places.clear()  # it is another predicate from here on
-        return places
+from bench.sass import Instruction, basic_blocks
 
 
 @dataclass
@@ -175,7 +75,7 @@ class Flow:
     """
 
     def __init__(self, sass: str) -> None:
-        self.blocks = _blocks(sass)
+        self.blocks = basic_blocks(sass)
         self.loops = self._find_loops()
 
     def executed(
@@ -350,59 +250,6 @@ def _linear(pieces: Any) -> list[int]:
         pieces, piece = pieces
         reverse.append([piece] if isinstance(piece, int) else _linear(piece[0]) * piece[1])
     return [block for part in reversed(reverse) for block in part]
-
-
-def _blocks(sass: str) -> list[Block]:
-    """The blocks of a function and of its subroutines, which nothing but CALL leads to."""
-    blocks, at, current = [], {}, []
-
-    def close() -> None:
-        nonlocal current
-        if current:
-            blocks.append(Block(_switched(current)))
-            current = []
-
-    for line in sass.splitlines():
-        if label := _LABEL.match(line):
-            close()
-            at[label[1]] = len(blocks)
-        elif found := _LINE.match(line):
-            current.append(Instruction(found[1] or "", found[2], found[3].strip()))
-            if current[-1].leaves or current[-1].base in ("BSYNC", "CALL"):
-                close()
-    close()
-    joins: dict[str, str | None] = {}
-    for i, block in enumerate(blocks):
-        last = block.instructions[-1]
-        for inside in block.instructions:
-            if inside.base == "BSSY":
-                joins[inside.operands.partition(",")[0]] = inside.target
-        falls_through = not last.leaves or last.conditional
-        if last.base == "BSYNC" and (join := joins.get(last.operands.strip())):
-            block.after = [at[join]]
-            falls_through = False
-        if last.leaves and last.base in ("JMP", "BRX"):
-            raise ValueError(f"{last.opcode} jumps through a register")
-        if falls_through and i + 1 < len(blocks):
-            block.after.append(i + 1)
-        if last.base == "BRA" and last.leaves:
-            block.target = at[last.target]
-            if block.target not in block.after:
-                block.after.append(block.target)
-    return blocks
-
-
-def _switched(block: Sequence[Instruction]) -> list[Instruction]:
-    """With `off` where a predicate lets more bytes be moved as it is not."""
-    moved: dict[str, int] = {}
-    for i in block:
-        moved[i.guard] = moved.get(i.guard, 0) + i.width
-    off = {
-        guard
-        for guard, size in moved.items()
-        if guard and size < moved.get(_opposite(guard), 0)
-    }
-    return [replace(i, off=True) if i.guard in off else i for i in block]
 
 
 def loads_in_flight(executed: Sequence[Instruction]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,9 @@ class Setting:
     date: str  # UTC, ISO 8601
     command: str
     malloc: str  # 'kept': freed memory stays with the process; 'default'
+
+
+Line = TypeVar("Line", bound=Setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class StepTiming(Setting):
     p20_ms: float
     p80_ms: float
     tokens_per_second: float
-    loss: float  # of the first step, the same tokens for every choice
+    loss: float | None  # of the first step, the same tokens for every choice; None: not finite
     first_ms: float  # median of the first choice in the same rounds
     phases: dict[str, dict[str, float | None]]  # as bench.phases gives them
     peak_bytes: int | None  # that a step takes beyond weights and states; None on a CPU
@@ -168,3 +171,9 @@ def write_jsonl(path: Path, lines: Iterable[Setting]) -> None:
     """
     texts = [json.dumps(dataclasses.asdict(line), allow_nan=False) for line in lines]
     atomic_write(path, "".join(text + "\n" for text in texts))
+
+
+def read_jsonl(path: Path | None, kind: type[Line]) -> list[Line]:
+    """The lines of a file as they were written; none if there is no file."""
+    text = path.read_text(encoding="utf-8") if path and path.exists() else ""
+    return [kind(**json.loads(line)) for line in text.splitlines()]

@@ -2,19 +2,21 @@
 
 import argparse
 import contextlib
+import gc
 import io
+import math
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import profiling, schema, timing
+from bench import profiling, restart, schema, timing
 from bench.phases import Phases
 from pgolf.config import Config, parse_overrides
 from pgolf.device import dtype_name, pick_dtype
@@ -82,21 +84,22 @@ def main(argv: list[str]) -> int:
     add("--compile", nargs="+", default=["off", "on"], choices=("off", "on"))
     add("--rounds", type=int, default=20, metavar="N", help="steps of each that count (20)")
     add("--seconds", type=float, default=float("inf"), metavar="S",
-        help="time the first two, then each further choice beside the first, while there is time")
+        help="time the first, then each further choice beside it, while there is time")
     add("--profile", type=int, default=0, metavar="N",
         help="profile N steps of each: operators, kernels, and how long nothing runs")
     add("--malloc", default="default", choices=("kept", "default"),
         help="kept: glibc keeps freed memory (default: as in a run)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well, as JSON lines")
+    restart.add_option(parser)
     args = parser.parse_intermixed_args(argv)
     try:
-        return _run(args, shlex.join(["python", "-m", "bench", "step", *argv]))
+        return _run(args, argv)
     except PgolfError as e:
         print(f"python -m bench step: {e}", file=sys.stderr)
         return e.exit_code
 
 
-def _run(args: argparse.Namespace, command: str) -> int:
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for name, least in (("rounds", 1), ("profile", 0)):
         if getattr(args, name) < least:
             raise PgolfError(f"--{name} {getattr(args, name)}: it has to be {least} or more")
@@ -108,6 +111,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     config = recipe.config(overrides)
     ranks = Ranks.start(config.run.device)
     kept = args.malloc == "kept" and timing.keep_freed_memory()
+    command = shlex.join(["python", "-m", "bench", "step", *argv])
     setting = schema.setting(ranks.device, command, "kept" if kept else "default")
     ops = args.ops or ["reference", "triton" if ranks.device.type == "cuda" else "cpu", "auto"]
     choices = [Choice(text, compiled == "on") for compiled in args.compile for text in ops]
@@ -119,15 +123,26 @@ def _run(args: argparse.Namespace, command: str) -> int:
     bench = Bench(recipe, config, overrides, ranks, setting, args.rounds, args.profile)
     if "on" in args.compile:  # each choice is a compiled model more, all of one class
         torch._dynamo.config.recompile_limit = max(8, 2 * len(choices))
-    lines, failed = _all(bench, choices, args.seconds, args.json)
-    apart = [
-        line for line in lines if not abs(line.loss - lines[0].loss) <= SAME_LOSS * lines[0].loss
-    ]
-    for line in apart:
-        print(f"WRONG: {_name(line)} has another loss than {_name(lines[0])}")
-    for choice in failed:
-        print(f"FAILED: {choice.name}; why stands above")
-    return 1 if apart or failed else 0
+    series = Series(bench, argv, args.seconds, args.json, args.failed)
+    series.run(choices)
+    if not series.lines:
+        raise PgolfError("no choice of operators runs: what they fail with stands above")
+    print(_fastest(series.lines))
+    wrong = _wrong(series.lines)
+    for text in (*wrong, *series.failures()):
+        print(text)
+    return 1 if wrong or series.failed else 0
+
+
+def _wrong(lines: Sequence[schema.StepTiming]) -> list[str]:
+    """A line on each choice whose loss is not that of the first."""
+    first, found = lines[0].loss, []
+    for line in lines:
+        if line.loss is None:
+            found.append(f"WRONG: {_name(line)} has a loss that is not finite")
+        elif first is None or not abs(line.loss - first) <= SAME_LOSS * first:
+            found.append(f"WRONG: {_name(line)} has another loss than {_name(lines[0])}")
+    return found
 
 
 class Bench(NamedTuple):
@@ -142,70 +157,103 @@ class Bench(NamedTuple):
     profile: int  # steps
 
 
-def _all(
-    bench: Bench, choices: Sequence[Choice], seconds: float, file: Path | None
-) -> tuple[list[schema.StepTiming], list[Choice]]:
-    """A line for each choice that runs, and the choices that do not.
+class Series:
+    """Choices that are timed one after another, and the first of them beside each other one.
 
-    Without a limit of time all take turns. With one the first two do, then each further one and the
-    first, as long as another one has time; `file` has what is measured so far.
+    Attributes:
+        lines: of those that ran; `file` has them as well, as they come.
+        failed: the names of those that did not, also in a process that this one goes on for.
     """
-    groups = [choices]
-    if seconds < float("inf"):
-        groups = [choices[:2], *([c] for c in choices[2:])]
-    began, longest = time.monotonic(), 0.0
-    lines, failed, first = [], [], None
-    for i, group in enumerate(groups):
-        if lines and time.monotonic() - began + longest > seconds:
-            print(f"  no time is left for {', '.join(c.name for g in groups[i:] for c in g)}")
-            break
-        started = time.monotonic()
-        variants = [v for choice in group if (v := _variant(bench, choice))]
-        failed += [c for c in group if c not in [v.choice for v in variants]]
+
+    def __init__(
+        self, bench: Bench, argv: Sequence[str], seconds: float, file: Path | None,
+        failed: Sequence[str],
+    ):  # fmt: skip
+        self.bench, self.argv, self.file, self.first = bench, argv, file, None
+        self.limited, self.end = seconds < float("inf"), time.monotonic() + seconds
+        self.lines = schema.read_jsonl(file, schema.StepTiming) if failed else []
+        self.failed, self.known = list(failed), len(failed)
+
+    def run(self, choices: Sequence[Choice]) -> None:
+        """Time choices; a restart of the process leaves out those that are done.
+
+        Without a limit of time all take turns. With one each takes turns with the first, as long as
+        there is time for another one.
+        """
+        done = {*self.failed, *map(_name, self.lines)}
+        width = max(len(choice.ops) for choice in choices)
+        if self.lines:
+            known = [choice for choice in choices if choice.name == _name(self.lines[0])]
+            self.first = next(iter(self._ready(known)), None)
+        todo = [choice for choice in choices if choice.name not in done]
+        groups, longest = [[choice] for choice in todo] if self.limited else [todo], 0.0
+        print(_header(width))
+        for i, group in enumerate(groups):
+            if self.lines and time.monotonic() + longest > self.end:
+                print(f"  no time is left for {', '.join(c.name for g in groups[i:] for c in g)}")
+                break
+            started = time.monotonic()
+            self._time(group, width)
+            gc.collect()  # models are parts of cycles
+            if self.bench.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            longest = max(longest, (time.monotonic() - started) / max(1, len(group)))
+
+    def failures(self) -> list[str]:
+        """A line on each choice that failed in this process."""
+        return [f"FAILED: {name}; why stands above" for name in self.failed[self.known :]]
+
+    def _ready(self, group: Sequence[Choice]) -> list[Variant]:
+        """Those of some choices that can be prepared."""
+        variants = []
+        for choice in group:
+            print(f"preparing {choice.name} ...", file=sys.stderr, flush=True)
+            with self._others_go_on([choice]):
+                variants.append(_prepared(self.bench, choice))
+        return variants
+
+    def _time(self, group: Sequence[Choice], width: int) -> None:
+        variants = self._ready(group)
         if not variants:
-            continue
-        first = first or variants[0]
-        lines += _timed(bench, first, variants)
-        _show(lines[-len(variants) :], choices, header=len(lines) == len(variants))
-        _keep(file, lines)
-        if bench.profile:
-            _add_profiles(bench, lines, variants)
-            _keep(file, lines)
-        del variants
-        if bench.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-        longest = max(longest, (time.monotonic() - started) / len(group))
-    if not lines:
-        raise PgolfError("no choice of operators runs: what they fail with stands above")
-    print(_fastest(lines))
-    return lines, failed
+            return
+        with self._others_go_on([v.choice for v in variants]):
+            lines = _timed(self.bench, self.first or variants[0], variants)
+            self.first = self.first or variants[0]
+            self.lines += lines
+            self._keep()
+            for line in lines:
+                print(_row(line, width), flush=True)
+            if self.bench.profile:
+                self._add_profiles(variants)
 
+    def _add_profiles(self, variants: Sequence[Variant]) -> None:
+        """Put the profiles of these into their lines, the last ones."""
+        for at, variant in enumerate(variants, len(self.lines) - len(variants)):
+            step, device = variant.phases.step, self.bench.ranks.device
+            found = profiling.profiled(step, self.bench.profile, device)
+            self.lines[at] = replace(self.lines[at], profile=found)
+            self._keep()
+            print(f"  {variant.choice.name}\n{profiling.shown(found)}", flush=True)
 
-def _keep(file: Path | None, lines: Sequence[schema.StepTiming]) -> None:
-    if file:
-        schema.write_jsonl(file, lines)
+    def _keep(self) -> None:
+        if self.file:
+            schema.write_jsonl(self.file, self.lines)
 
-
-def _add_profiles(
-    bench: Bench, lines: list[schema.StepTiming], variants: Sequence[Variant]
-) -> None:
-    """Put the profiles of these into their lines, the last ones."""
-    for at, variant in enumerate(variants, len(lines) - len(variants)):
-        found = profiling.profiled(variant.phases.step, bench.profile, bench.ranks.device)
-        lines[at] = replace(lines[at], profile=found)
-        print(f"  {variant.choice.name}\n{profiling.shown(found)}", flush=True)
-
-
-def _variant(bench: Bench, choice: Choice) -> Variant | None:
-    """A choice ready to be timed; None, with a traceback, if it fails: the others may run."""
-    print(f"preparing {choice.name} ...", file=sys.stderr, flush=True)
-    try:
-        return _prepared(bench, choice)
-    except PgolfError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        return None
+    @contextlib.contextmanager
+    def _others_go_on(self, choices: Sequence[Choice]) -> Iterator[None]:
+        """Note some choices that fail; if they spoil the GPU, a new process does the others."""
+        try:
+            yield
+        except PgolfError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            self.failed += [choice.name for choice in choices]
+            if restart.spoilt(self.bench.ranks.device):
+                print("\n".join(self.failures()))
+                left = f"{self.end - time.monotonic():.0f}"
+                limit = ("--seconds", left) if self.limited else ()
+                restart.go_on("step", self.argv, self.failed, *limit)
 
 
 def _prepared(bench: Bench, choice: Choice) -> Variant:
@@ -248,7 +296,8 @@ def _timed(
             dtype=dtype_name(v.trainer.model.compute_dtype), tokens=tokens, rounds=bench.rounds,
             median_ms=spent[v.choice].median, p20_ms=spent[v.choice].p20,
             p80_ms=spent[v.choice].p80,
-            tokens_per_second=1e3 * tokens / spent[v.choice].median, loss=v.loss,
+            tokens_per_second=1e3 * tokens / spent[v.choice].median,
+            loss=v.loss if math.isfinite(v.loss) else None,
             first_ms=spent[first.choice].median, phases=v.phases.medians(bench.rounds),
             peak_bytes=v.phases.peak_bytes(), profile=None,
         )
@@ -260,16 +309,11 @@ def _name(line: schema.StepTiming) -> str:
     return Choice(line.ops, line.compile).name
 
 
-def _show(lines: Sequence[schema.StepTiming], choices: Sequence[Choice], header: bool) -> None:
-    """Rows of the table."""
-    width = max(len(choice.ops) for choice in choices)
-    if header:
-        print(
-            f"  {'ops':<{width}} compile median ms     20%     80%  tokens/s  speed "
-            "forward backward optimizer   host  peak GB      loss"
-        )
-    for line in lines:
-        print(_row(line, width), flush=True)
+def _header(width: int) -> str:
+    return (
+        f"  {'ops':<{width}} compile median ms     20%     80%  tokens/s  speed "
+        "forward backward optimizer   host  peak GB      loss"
+    )
 
 
 def _row(line: schema.StepTiming, width: int) -> str:
@@ -278,11 +322,12 @@ def _row(line: schema.StepTiming, width: int) -> str:
     times = [p["host_ms"] if p["gpu_ms"] is None else p["gpu_ms"] for p in phases]
     host = sum(p["host_ms"] for p in line.phases.values())
     peak = "-" if line.peak_bytes is None else f"{line.peak_bytes / 1e9:.2f}"
+    loss = "not finite" if line.loss is None else f"{line.loss:.5f}"
     return (
         f"  {line.ops:<{width}} {'on' if line.compile else 'off':<7} {line.median_ms:>9.1f} "
         f"{line.p20_ms:>7.1f} {line.p80_ms:>7.1f} {line.tokens_per_second:>9,.0f} "
         f"{line.first_ms / line.median_ms:>5.2f}x {times[0]:>7.1f} {times[1]:>8.1f} "
-        f"{times[2]:>9.1f} {host:>6.1f} {peak:>8} {line.loss:>9.5f}"
+        f"{times[2]:>9.1f} {host:>6.1f} {peak:>8} {loss:>9}"
     )
 
 

@@ -1,7 +1,7 @@
 """torch's own optimiser step, for comparison with param_update.
 
 What training scripts do with torch alone: torch.optim.AdamW, fused or foreach, Muon's update, the
-moving average and the bf16 copies by foreach operations, after the gradients have been clipped.
+moving average by foreach operations, after the gradients have been clipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,8 +72,6 @@ def _step(
     scalars: Tensor,
     groups: Sequence[int],
     averages: Sequence[Tensor] = (),
-    copies: Sequence[Tensor] = (),
-    copy_of: Sequence[int] = (),
 ) -> Step:
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in scalars.tolist()]
     count = len(exp_avgs)
@@ -97,7 +95,5 @@ def _step(
         if averages:
             wide = [p.float() for p in params]
             torch._foreach_lerp_(list(averages), wide, rows[0]["average_rate"])
-        if copies:
-            torch._foreach_copy_(list(copies), [params[i] for i in copy_of])
 
     return torch.no_grad()(step)

@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("operators", nargs="+", metavar="OPERATOR")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(cases.DTYPES))
+    parser.add_argument("--sample", nargs="+", default=[], metavar="TEXT",
+                        help="only benchmark sizes with this in the label")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="write each configuration that is tried, as JSON lines")
     parser.add_argument("--dry-run", action="store_true", help="say what is faster, write nothing")
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> int:
         name = torch.cuda.get_device_name(device)
         log = Log(args.json, device, shlex.join(["python", "-m", "bench", "tune", *argv]))
         timer = gpu_timer(device)
-        return tune(args.operators, args.dtype, device, name, timer, args.dry_run, log)
+        return tune(args.operators, args.dtype, device, name, timer, args.dry_run, log, args.sample)
     except PgolfError as e:
         print(f"python -m bench tune: {e}", file=sys.stderr)
         return e.exit_code
@@ -96,25 +98,27 @@ def tune(
     timer: Timer,
     dry_run: bool = False,
     log: "Log | None" = None,
+    words: Sequence[str] = (),
 ) -> int:
     """Tune the kernels of some operators, and write the table if a row became faster.
 
     Args:
         log: takes each configuration that is tried.
+        words: of sizes with one of these in the label; () for all.
 
     Raises:
-        PgolfError: an operator that is unknown, or has no Triton kernel.
+        PgolfError: an operator that is unknown, has no Triton kernel, or no such size.
         StorageError: the table cannot be written.
     """
     for name in names:
         if name not in OPERATORS or "triton" not in OPERATORS[name].implementations:
             with_kernels = [n for n, o in OPERATORS.items() if "triton" in o.implementations]
             raise PgolfError(f"no Triton kernel for {name!r}; there are {', '.join(with_kernels)}")
+    samples = {name: _samples(name, words) for name in names}
     found = []
     for name in names:
         for dtype in dtypes:
-            samples = [sample for sample in OPERATORS[name].samples() if sample.bench]
-            built = [_checked(name, sample, device, dtype) for sample in samples]
+            built = [_checked(name, sample, device, dtype) for sample in samples[name]]
             with own_table() as table:
                 faster = walk_all(table, built, timer, log)
             _write(faster, device_name, dry_run)
@@ -122,6 +126,16 @@ def tune(
     if not found:
         print(f"nothing is faster: {launches.TABLE.name} is as it was")
     return 0
+
+
+def _samples(name: str, words: Sequence[str]) -> list[Sample]:
+    """An operator's benchmark sizes with one of these words in their labels."""
+    there = [sample for sample in OPERATORS[name].samples() if sample.bench]
+    found = [s for s in there if not words or any(word in s.label for word in words)]
+    if not found:
+        labels = ", ".join(sample.label for sample in there)
+        raise PgolfError(f"--sample {' '.join(words)}: no size of {name}; there are {labels}")
+    return found
 
 
 @contextlib.contextmanager

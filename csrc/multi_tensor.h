@@ -10,6 +10,9 @@
 
 namespace pgolf {
 
+// Whether a number is neither infinite nor NaN.
+PGOLF_HOST_DEVICE static inline bool is_finite(float x) { return x - x == 0; }
+
 // Of grad_norm; contiguous, fp32 or bf16, as those of the other passes are.
 struct GradientTensor {
   const void* data;

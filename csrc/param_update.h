@@ -6,6 +6,7 @@
 
 #include "host_device.h"
 #include "kernels.h"
+#include "multi_tensor.h"
 
 namespace pgolf {
 
@@ -50,7 +51,6 @@ struct UpdateTensor {
   const void* source;         // AdamW: the gradient; Muon: the orthogonalised direction
   void *exp_avg, *exp_avg_sq;  // AdamW: the moments; Muon: null
   float* average;              // or null
-  bf16* copy;                  // of the new parameter, or null
   int64_t count;
   int64_t first_item;  // chunks
   float scale;         // Muon: of the direction
@@ -100,12 +100,22 @@ PGOLF_HOST_DEVICE static inline float muon_update(const MuonStep& s, float param
   return (param - s.decay * param) - s.size * x;
 }
 
+// What is the same for all matrices. Momenta are stored only where the norm is finite.
+struct MomentumStep {
+  float clip, momentum;
+  bool stores;
+};
+
+PGOLF_HOST_DEVICE static inline MomentumStep momentum_step(const UpdateScalars& s, float norm) {
+  return {clip_factor(s.max_norm, norm), s.momentum, is_finite(norm)};
+}
+
 // Nesterov's direction, or the momentum itself, after the gradient went into the momentum.
-PGOLF_HOST_DEVICE static inline float muon_direction(float grad, float clip, float momentum,
+PGOLF_HOST_DEVICE static inline float muon_direction(const MomentumStep& s, float grad,
                                                      bool nesterov, float& buffer) {
-  const float g = grad * clip;
-  buffer = momentum * buffer + g;
-  return nesterov ? g + momentum * buffer : buffer;
+  const float g = grad * s.clip;
+  buffer = s.momentum * buffer + g;
+  return nesterov ? g + s.momentum * buffer : buffer;
 }
 
 // The average, moved towards the new parameter; at rate 1 it becomes the parameter, whatever it was.

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "parts.h"
 #include "rms_norm.h"
 
 namespace pgolf {
@@ -39,22 +40,10 @@ struct QkRopeGradients {
 
 constexpr int64_t kMaxRopeSize = 256;  // of a head
 
-// Sums for d_gain are taken over this many tokens by themselves, or over more, so that there are no
-// more than kMaxRopeBlocks, then over those sums: the result depends neither on threads nor on the
-// size of a GPU.
-constexpr int64_t kRopeTokensPerBlock = 64, kMaxRopeBlocks = 1024;
-constexpr int64_t rope_tokens_per_block(int64_t tokens) {
-  const int64_t least = tokens / kMaxRopeBlocks + (tokens % kMaxRopeBlocks != 0);
-  return least < kRopeTokensPerBlock ? kRopeTokensPerBlock : least;
-}
-constexpr int64_t rope_blocks(int64_t tokens) {
-  const int64_t each = rope_tokens_per_block(tokens);
-  return tokens / each + (tokens % each != 0);
-}
-
-template <typename F>
-PGOLF_HOST_DEVICE static inline F rope_rstd(F squares, int64_t size, F eps, bool norm) {
-  return norm ? rms_rstd(squares, size, eps) : F(1);
+// Of the sums for d_gain: a part is so many tokens in a row, which a block takes.
+constexpr int64_t kRopeMinPart = 64, kRopeMaxParts = 1024;
+constexpr Parts rope_parts(int64_t tokens) {
+  return parts_of(tokens, kRopeMinPart, kRopeMaxParts);
 }
 
 // dx = of_w w + of_x x. Without norm x has no part in it: it must not be multiplied by zero, as it

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "parts.h"
 #include "rms_norm.h"
 
 namespace pgolf {
@@ -41,24 +42,19 @@ struct ResidualNormUpstream {
 };
 
 // (T, D), null where there is none: dbranch and dskip only where they differ from dx. parameters
-// (P, D) and partials (residual_blocks(T), P, D) are float, or double for double.
+// (P, D) and partials (parts, P, D) are float, or double for double.
 struct ResidualNormGradients {
   void *dx, *dbranch, *dskip, *dx0, *parameters, *partials;
 };
 
 constexpr int64_t kMaxResidualWidth = 4096;  // D
 
-// Gradients of a, w and mix are summed over parts of the tokens by themselves, then over those sums:
-// the result depends neither on threads nor on the size of a GPU. A part has this many tokens, or so
-// many that there are at most so many parts, four for each of the 132 multiprocessors of an H100.
-constexpr int64_t kResidualRowsPerBlock = 64, kResidualMostBlocks = 528;
-constexpr int64_t residual_rows_per_block(int64_t rows) {
-  const int64_t even = rows / kResidualMostBlocks + (rows % kResidualMostBlocks != 0);
-  return even < kResidualRowsPerBlock ? kResidualRowsPerBlock : even;
-}
-constexpr int64_t residual_blocks(int64_t rows) {
-  const int64_t per_block = residual_rows_per_block(rows);
-  return rows / per_block + (rows % per_block != 0);
+// Of the sums for a, w and mix: at most four parts for each of the 132 multiprocessors of an H100. On
+// a CPU a part is so many tokens in a row; on a GPU it is what a block comes to: each of its groups
+// of lanes, 8 warps or the whole block, takes every (parts x groups)-th token.
+constexpr int64_t kResidualMinPart = 64, kResidualMaxParts = 528;
+constexpr Parts residual_parts(int64_t rows) {
+  return parts_of(rows, kResidualMinPart, kResidualMaxParts);
 }
 
 // Rows of gradients of parameters, in this order: of a, of w, two of mix (where total is there).

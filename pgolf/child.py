@@ -5,11 +5,15 @@ place, and the copy of pgolf that runs here has to run there, wherever it was fo
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from pgolf.stop import handled
 
 # Runs with `python -c`, which puts '' in front of the search path: the working directory. (-P would
 # leave it out, from Python 3.11 on.) On Linux the child is sent SIGTERM when its parent ends,
@@ -33,6 +37,7 @@ for name, file in {packages!r}:
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 """
+_MODULE = "runpy.run_module({!r}, run_name='__main__', alter_sys=True)\n"
 
 
 def search_path() -> list[str]:
@@ -40,10 +45,13 @@ def search_path() -> list[str]:
     return [os.path.abspath(p) for p in sys.path if p not in ("", ".", os.getcwd())]
 
 
-def _run(code: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+def _command(code: str, *words: str) -> list[str]:
     start = _START.format(path=search_path(), parent=os.getpid())
-    command = [sys.executable, "-c", start + code, *words]
-    return subprocess.run(command, encoding="utf-8", errors="replace", **how)
+    return [sys.executable, "-c", start + code, *words]
+
+
+def _run(code: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(code, *words), encoding="utf-8", errors="replace", **how)
 
 
 def run_code(
@@ -56,15 +64,42 @@ def run_code(
         packages: those that have to be the ones of this process, which has imported them.
         how: more arguments of `subprocess.run`; output is text in UTF-8.
     """
+    return _run(_imports(packages) + code, *words, **how)
+
+
+def _imports(packages: tuple[str, ...]) -> str:
     files = [(name, sys.modules[name].__file__) for name in packages]
-    return _run(_PACKAGES.format(packages=files) + code, *words, **how)
+    return _PACKAGES.format(packages=files)
 
 
 def run_module(module: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run a module of pgolf, or of another package that is imported here, as `run_code` does."""
-    code = f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
     packages = tuple(sorted({"pgolf", module.partition(".")[0]}))
-    return run_code(code, *words, packages=packages, **how)
+    return run_code(_MODULE.format(module), *words, packages=packages, **how)
+
+
+def run_forwarding(module: str, *words: str) -> tuple[int, list[int]]:
+    """Run a module of pgolf as `run_module` does, and send it the signals that come here.
+
+    It is in a session of its own, where Ctrl-C does not reach it twice.
+
+    Returns:
+        Its exit code as a shell has it, and these signals.
+    """
+    sent, process = [], None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        sent.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with handled(forward, signal.SIGINT):
+        command = _command(_imports(("pgolf",)) + _MODULE.format(module), *words)
+        process = subprocess.Popen(command, start_new_session=True)
+        for number in sent:  # before it was there
+            process.send_signal(number)
+        code = process.wait()
+    return code if code >= 0 else 128 - code, sent
 
 
 def run_script(

@@ -22,6 +22,7 @@ from pgolf.settings import (
     QuantConfig,
     RunConfig,
     ScheduleConfig,
+    profiled_steps,
     resolve_layers,
 )
 
@@ -190,6 +191,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"stride={config.eval.stride} must be at most seq_len={d.seq_len}")
     if config.recipe and not (s.max_seconds or s.max_tokens or s.max_steps):
         raise ConfigError("no budget: set max_seconds, max_tokens or max_steps")
+    if config.run.profile:
+        profiled_steps(config.run.profile)
     if s.max_seconds and s.reserve_s >= s.max_seconds:
         raise ConfigError(
             f"reserve_s={s.reserve_s:g} leaves nothing of max_seconds={s.max_seconds:g} to train"

@@ -30,6 +30,17 @@ def matplotlib() -> ModuleType:
     return library
 
 
+def tensorboard() -> ModuleType:
+    """torch.utils.tensorboard, whose files the package tensorboard writes."""
+    need = "log=tensorboard needs the library tensorboard"
+    return _loaded("torch.utils.tensorboard", need, "pip install 'pgolf[log]'")
+
+
+def trackio() -> ModuleType:
+    """trackio, which keeps the numbers of runs on this machine or on the Hugging Face Hub."""
+    return _loaded("trackio", "log=trackio needs the library trackio", "pip install 'pgolf[log]'")
+
+
 def _loaded(module: str, need: str, remedy: str) -> ModuleType:
     try:
         return import_module(module)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pgolf.device import pick_device
 from pgolf.errors import LostRank, PgolfError, TrainingError
@@ -21,6 +21,9 @@ from pgolf.stop import handled
 T = TypeVar("T")
 # Rank 0 packs while the others wait: minutes for a large model, a slow codec and pruning.
 TIMEOUT = timedelta(minutes=30)
+# torch < 2.14 has them under the second name alone.
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 END = 20  # seconds until a process ends that lost the others, whatever holds it
 
 
@@ -182,20 +185,23 @@ class Ranks:
             for p in params:
                 dist.broadcast(p.detach(), 0)
 
-    def average_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over ranks: one all-reduce of one fp32 buffer."""
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        """The sum over ranks of this one's part of `whole`, which has one a rank."""
         if self.world == 1:
-            return
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = torch.cat([g.reshape(-1).float() for g in grads])
-        dist.all_reduce(flat)
-        flat /= self.world
-        means = flat.split([g.numel() for g in grads])
-        means = [m.view_as(g) for m, g in zip(means, grads, strict=True)]
-        # torch copies many in one launch where they are of one dtype.
-        for dtype in dict.fromkeys(g.dtype for g in grads):
-            alike = [i for i, g in enumerate(grads) if g.dtype == dtype]
-            torch._foreach_copy_([grads[i] for i in alike], [means[i] for i in alike])
+            return whole
+        own = whole.new_empty(whole.numel() // self.world)
+        _REDUCE_SCATTER(own, whole)
+        return own
+
+    def all_gather(self, whole: Tensor) -> None:
+        """Fill in the parts of other ranks; this one's is there."""
+        if self.world > 1:
+            _ALL_GATHER(whole, whole[self.part(whole.numel())])
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over ranks in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # one process, for what asks for nothing but its number

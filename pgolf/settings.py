@@ -300,6 +300,20 @@ class RunConfig:
     checkpoint_every: int = opt(
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0
     )
+    profile: str = opt("", "steps, as 10:13, whose trace goes to profile.json.gz; '' = none")
+    log: str = opt("", "metrics go there too: tensorboard, trackio; pip install 'pgolf[log]'")
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The first and the last step of '10:13'.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise ConfigError(f"profile={text}: expected steps FIRST:LAST from 1 on, such as 10:13")
+    return int(first), int(last)
 
 
 def resolve_layers(key: str, text: str, layers: int) -> tuple[int, ...]:

@@ -27,8 +27,6 @@ from bench.counting.worker import Request, build_model
 STEPS = 10_000  # of the run, whose last ones go round: weights are averaged by then
 TURNS = 14
 COUNTED = (6, 7)  # two in the middle, which have to be alike
-COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor",
-               "all_gather_into_tensor")  # fmt: skip
 # The wait for the step before the last but one: it keeps the host from running away, and on a GPU
 # that is the bottleneck it is what the host does all day.
 PACING = "cudaEventSynchronize"
@@ -67,11 +65,9 @@ def _ranks(world: int, device: Any) -> Iterator[Any]:
     import torch
     import torch.distributed as dist
 
-    from pgolf.ranks import Ranks
+    from pgolf import ranks
 
-    def noted(name: str) -> Callable:
-        function = getattr(dist, name)
-
+    def noted(name: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             # the first tensor on the GPU is the whole that is exchanged; the host's go over gloo
             tensors = [t for t in args if isinstance(t, torch.Tensor)]
@@ -87,9 +83,13 @@ def _ranks(world: int, device: Any) -> Iterator[Any]:
 
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
             stack.callback(dist.destroy_process_group)
-            for name in COLLECTIVES:
-                stack.enter_context(mock.patch.object(dist, name, noted(name)))
-        yield Ranks(0, world, torch.device("cuda"))
+            places = [(dist, name, name) for name in ("all_reduce", "all_gather", "broadcast")]
+            ours = ("reduce_scatter", "all_gather")
+            places += [(ranks, f"_{name.upper()}", name) for name in ours]
+            for module, attribute, name in places:
+                call = noted(name, getattr(module, attribute))
+                stack.enter_context(mock.patch.object(module, attribute, call))
+        yield ranks.Ranks(0, world, torch.device("cuda"))
 
 
 def _trainer(request: Request, folder: Path, ranks: Any) -> Any:

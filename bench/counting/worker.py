@@ -98,17 +98,25 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     import torch
 
     from pgolf.ops.compile import compile_graph
+    from pgolf.optim.exchange import Exchange
     from pgolf.optim.groups import Optimizers
+    from pgolf.ranks import Ranks
 
     config, model, choices = build_model(request)
+    exchange = Exchange(model, Ranks(0, 1, torch.device("cuda")), 1, choices["grad_norm"])
     optimizers = Optimizers(model, config.optim, choices)
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
     step = compile_graph(model, model.ops, ids.device) if request.compiled else model
     kept = {}  # a loss lives until the next one, as in the trainer's loop
+
+    def update() -> None:
+        optimizers.step(*exchange.reduce(), 1.0, 0.9)
+        exchange.publish()
+
     return {
         "forward": lambda: kept.update(loss=step(ids, ids)),
         "backward": lambda: kept["loss"].backward(),
-        "optimizer": lambda: optimizers.step(1.0, 0.9),
+        "optimizer": update,
     }, {}
 
 

@@ -15,11 +15,11 @@ struct Updates {
 // An address of 0 says that a tensor has no such companion.
 Updates checked_updates(const Addresses& params, const Addresses& sources,
                         const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
-                        const Addresses& averages, const Addresses& copies, const Sizes& counts,
-                        const Codes& param_dtypes, const Codes& source_dtypes,
-                        const Codes& state_dtypes, const std::vector<float>& scales,
-                        const Codes& groups, Address scalars, int rows, Address norm) {
-  for (const Addresses* column : {&sources, &exp_avgs, &exp_avg_sqs, &averages, &copies}) {
+                        const Addresses& averages, const Sizes& counts, const Codes& param_dtypes,
+                        const Codes& source_dtypes, const Codes& state_dtypes,
+                        const std::vector<float>& scales, const Codes& groups, Address scalars,
+                        int rows, Address norm) {
+  for (const Addresses* column : {&sources, &exp_avgs, &exp_avg_sqs, &averages}) {
     check_length("a column of addresses", *column, params.size());
   }
   for (const Codes* column : {&param_dtypes, &source_dtypes, &state_dtypes, &groups}) {
@@ -41,34 +41,33 @@ Updates checked_updates(const Addresses& params, const Addresses& sources,
       checked_element("exp_avg_sqs", exp_avg_sqs[i], count, state_dtypes[i]);
     }
     if (averages[i]) checked_element("averages", averages[i], count, 0);
-    if (copies[i]) checked_element("copies", copies[i], count, 1);
     if (groups[i] < 0 || groups[i] >= rows) {
       refuse("groups", groups[i], "scalars has " + std::to_string(rows) + " rows");
     }
     list.tensors.push_back({params[i], sources[i],
                             exp_avgs[i], exp_avg_sqs[i],
-                            averages[i], copies[i], count, first,
-                            scales[i], groups[i], param_dtype, source_dtype, state_dtype});
+                            averages[i], count, first, scales[i], groups[i],
+                            param_dtype, source_dtype, state_dtype});
   }
   return list;
 }
 
 template <typename On>
 void param_update(const Addresses& params, const Addresses& sources, const Addresses& exp_avgs,
-                  const Addresses& exp_avg_sqs, const Addresses& averages, const Addresses& copies,
-                  const Sizes& counts, const Codes& param_dtypes, const Codes& source_dtypes,
-                  const Codes& state_dtypes, const std::vector<float>& scales, const Codes& groups,
-                  Address scalars, int rows, Address norm, On on) {
-  const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, copies,
-                                       counts, param_dtypes, source_dtypes, state_dtypes, scales,
-                                       groups, scalars, rows, norm);
+                  const Addresses& exp_avg_sqs, const Addresses& averages, const Sizes& counts,
+                  const Codes& param_dtypes, const Codes& source_dtypes, const Codes& state_dtypes,
+                  const std::vector<float>& scales, const Codes& groups, Address scalars, int rows,
+                  Address norm, On on) {
+  const Updates list = checked_updates(params, sources, exp_avgs, exp_avg_sqs, averages, counts,
+                                       param_dtypes, source_dtypes, state_dtypes, scales, groups,
+                                       scalars, rows, norm);
   launch::param_update(on, list.tensors.data(), list.count(), list.chunks,
                               scalars, norm);
 }
 
 const Functions functions = {
     {PGOLF_BOTH(param_update,
-                "params sources exp_avgs exp_avg_sqs averages copies counts param_dtypes "
+                "params sources exp_avgs exp_avg_sqs averages counts param_dtypes "
                 "source_dtypes state_dtypes scales groups scalars rows norm")},
     {
 #define PGOLF_COLUMN(name)                                                              \

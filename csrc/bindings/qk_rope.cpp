@@ -56,12 +56,12 @@ Heads checked_gradient(const std::string& name, const QkRopeShape& shape, int64_
 
 void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address partials,
                             int64_t partial_rows, Address d_gain) {
-  const int64_t blocks = rope_blocks(tokens_of(shape));
-  if (partial_rows != blocks) {
-    refuse("partial_rows", partial_rows, "it has to be " + std::to_string(blocks));
+  const int64_t parts = rope_parts(tokens_of(shape)).count;
+  if (partial_rows != parts) {
+    refuse("partial_rows", partial_rows, "it has to be " + std::to_string(parts));
   }
   check_pointer("dqkv", dqkv, packed_count(shape));
-  check_pointer("partials", partials, blocks * shape.heads);
+  check_pointer("partials", partials, parts * shape.heads);
   check_pointer("d_gain", d_gain, shape.heads);
 }
 
@@ -100,8 +100,8 @@ const Functions functions = {
     },
     {
         {"qk_rope.SIZE_LIMITS.cuda", kMaxRopeSize},
-        {"qk_rope.TOKENS_PER_BLOCK", kRopeTokensPerBlock},
-        {"qk_rope.MAX_BLOCKS", kMaxRopeBlocks},
+        {"qk_rope.MIN_PART", kRopeMinPart},
+        {"qk_rope.MAX_PARTS", kRopeMaxParts},
     }};
 
 }  // namespace

@@ -49,17 +49,17 @@ ResidualNormGradients checked_gradients(const ResidualNormShape& shape,
                                         const ResidualNormInputs& in, Address dx, Address dbranch,
                                         Address dskip, Address dx0, Address parameters,
                                         Address partials, int64_t partial_rows) {
-  const int64_t count = shape.rows * shape.width, blocks = residual_blocks(shape.rows);
+  const int64_t count = shape.rows * shape.width, parts = residual_parts(shape.rows).count;
   const int64_t numbers = residual_parameters(in) * shape.width;
-  if (partial_rows != blocks) {
-    refuse("partial_rows", partial_rows, "it has to be " + std::to_string(blocks));
+  if (partial_rows != parts) {
+    refuse("partial_rows", partial_rows, "it has to be " + std::to_string(parts));
   }
   check_pointer("dx", dx, count);
   if (in.branch_scale) check_pointer("dbranch", dbranch, count);
   if (in.skip_weight) check_pointer("dskip", dskip, count);
   if (in.mix) check_pointer("dx0", dx0, count);
   check_pointer("parameters", parameters, numbers);
-  check_pointer("partials", partials, blocks * numbers);
+  check_pointer("partials", partials, parts * numbers);
   return {dx,  dbranch,    dskip,
           dx0, parameters, partials};
 }
@@ -102,8 +102,8 @@ const Functions functions = {
     },
     {
         {"residual_norm.WIDTH_LIMITS.cuda", kMaxResidualWidth},
-        {"residual_norm.ROWS_PER_BLOCK", kResidualRowsPerBlock},
-        {"residual_norm.MOST_BLOCKS", kResidualMostBlocks},
+        {"residual_norm_kernels.MIN_PART", kResidualMinPart},
+        {"residual_norm_kernels.MAX_PARTS", kResidualMaxParts},
     }};
 
 }  // namespace

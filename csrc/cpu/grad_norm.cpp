@@ -12,7 +12,7 @@ namespace {
 
 int64_t not_finite(const float* x, int64_t count) {
   int bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad += !(x[i] - x[i] == 0);
+  for (int64_t i = 0; i < count; ++i) bad += !is_finite(x[i]);
   return bad;
 }
 

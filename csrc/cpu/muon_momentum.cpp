@@ -12,8 +12,8 @@ namespace pgolf::cpu::PGOLF_ISA {
 namespace {
 
 // Writes the row's direction and new momentum; the sum of the direction's squares.
-double direct_row(const MuonMomentumShape& shape, const MomentumMatrix& t, float clip,
-                  float momentum, int64_t row) {
+double direct_row(const MuonMomentumShape& shape, const MomentumMatrix& t,
+                  const MomentumStep& step, int64_t row) {
   double squares = 0;
   for (int64_t at = row * t.cols, end = at + t.cols; at < end; at += kRun) {
     const int64_t count = std::min(kRun, end - at);
@@ -21,9 +21,9 @@ double direct_row(const MuonMomentumShape& shape, const MomentumMatrix& t, float
     load_run(t.grad, t.grad_dtype, at, count, x);
     load_run(t.momentum, t.momentum_dtype, at, count, buffer);
     for (int64_t i = 0; i < count; ++i) {
-      x[i] = muon_direction(x[i], clip, momentum, shape.nesterov, buffer[i]);
+      x[i] = muon_direction(step, x[i], shape.nesterov, buffer[i]);
     }
-    store_run(buffer, t.momentum, t.momentum_dtype, at, count);
+    if (step.stores) store_run(buffer, t.momentum, t.momentum_dtype, at, count);
     store_run(x, t.x, shape.x_dtype, at, count);
     squares += sum_of_squares(x, count);
   }
@@ -46,7 +46,7 @@ void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrice
                    const UpdateScalars* scalars, const float* norm, double* squares, int threads) {
   if (shape.rows == 0) return;
   const int count = static_cast<int>(shape.matrices);
-  const float clip = clip_factor(scalars->max_norm, *norm), momentum = scalars->momentum;
+  const MomentumStep step = momentum_step(*scalars, *norm);
   const int64_t bytes = matrices[0].cols * 16;  // about: the matrices differ
   const auto each_row = [&](const auto& body) {
     parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
@@ -57,7 +57,7 @@ void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrice
     });
   };
   each_row([&](const MomentumMatrix& t, int64_t row, double& sum) {
-    sum = direct_row(shape, t, clip, momentum, row);
+    sum = direct_row(shape, t, step, row);
   });
   for (int i = 0; i < count; ++i) {
     squares_to_factors(squares + matrices[i].first_item, matrices[i].rows, shape.row_norm,

@@ -28,11 +28,10 @@ void update_muon(const UpdateTensor& t, const MuonStep& step, int64_t at, int64_
   for (int64_t i = 0; i < count; ++i) param[i] = muon_update(step, param[i], x[i]);
 }
 
-// Averages and copies hold the parameter as it is stored.
+// An average follows the parameter as it is stored.
 void follow(const UpdateTensor& t, float rate, int64_t at, int64_t count, float* param) {
-  if (t.param_dtype == Dtype::bf16) load_run(t.param, t.param_dtype, at, count, param);
-  if (t.copy) store_run(param, t.copy, Dtype::bf16, at, count);
   if (!t.average || rate == 0) return;
+  if (t.param_dtype == Dtype::bf16) load_run(t.param, t.param_dtype, at, count, param);
   float* average = t.average + at;
   for (int64_t i = 0; i < count; ++i) average[i] = moved_average(average[i], param[i], rate);
 }
@@ -59,6 +58,7 @@ void update_chunk(const UpdateTensor& t, const UpdateScalars& scalars, float nor
 
 void param_update(const UpdateTensor* tensors, int count, int64_t chunks,
                   const UpdateScalars* scalars, const float* norm, int threads) {
+  if (!is_finite(*norm)) return;
   constexpr int64_t kBytes = kChunk * 9 * int64_t{sizeof(float)};
   parallel_for(chunks, kBytes, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {

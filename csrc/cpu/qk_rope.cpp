@@ -10,6 +10,7 @@
 #include "heads.h"
 #include "host/parallel.h"
 #include "kernels.h"
+#include "rms_norm.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {
@@ -156,7 +157,7 @@ struct Operator {
     return {cos + first, sin + first, half()};
   }
   F rstd(F squares) const {
-    return rope_rstd(squares, size(), static_cast<F>(shape.eps), shape.norm);
+    return shape.norm ? rms_rstd(squares, size(), static_cast<F>(shape.eps)) : F(1);
   }
 
   void forward(int64_t token, const T* value, const HeadOutput<T>& q, const HeadOutput<T>& k,
@@ -270,15 +271,15 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     using F = compute_t<T>;
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
     const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
-    const int64_t blocks = rope_blocks(op.tokens()), each = rope_tokens_per_block(op.tokens());
+    const Parts parts = rope_parts(op.tokens());
     F* const sums = static_cast<F*>(partials);
-    const int64_t bytes = 3 * op.token_bytes() * each;
-    parallel_for(blocks, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        F* const gains = sums + block * shape.heads;
+    const int64_t bytes = 3 * op.token_bytes() * parts.each;
+    parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        F* const gains = sums + part * shape.heads;
         std::fill(gains, gains + shape.heads, F(0));
-        const int64_t first = block * each;
-        const int64_t last = std::min(first + each, op.tokens());
+        const int64_t first = part * parts.each;
+        const int64_t last = std::min(first + parts.each, op.tokens());
         for (int64_t token = first; token < last; ++token) {
           op.backward(token, dq, dk, dv, to, gains);
         }
@@ -287,7 +288,7 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     });
     for (int64_t h = 0; h < shape.heads; ++h) {
       double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += sums[block * shape.heads + h];
+      for (int64_t part = 0; part < parts.count; ++part) sum += sums[part * shape.heads + h];
       static_cast<F*>(d_gain)[h] = static_cast<F>(sum);
     }
   });

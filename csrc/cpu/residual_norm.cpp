@@ -161,24 +161,23 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
     using T = decltype(element);
     using F = compute_t<T>;
     const Backward<T> op(shape, in, upstream, out);
-    const int64_t blocks = residual_blocks(shape.rows);
-    const int64_t per_block = residual_rows_per_block(shape.rows);
+    const Parts parts = residual_parts(shape.rows);
     const int64_t numbers = residual_parameters(in) * shape.width;
     F* const partials = static_cast<F*>(out.partials);
-    const int64_t bytes = 5 * per_block * shape.width * int64_t{sizeof(T)};
-    parallel_for(blocks, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        F* const sums = partials + block * numbers;
+    const int64_t bytes = 5 * parts.each * shape.width * int64_t{sizeof(T)};
+    parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        F* const sums = partials + part * numbers;
         std::fill(sums, sums + numbers, F(0));
-        const int64_t first = block * per_block;
-        const int64_t last = std::min(first + per_block, shape.rows);
+        const int64_t first = part * parts.each;
+        const int64_t last = std::min(first + parts.each, shape.rows);
         for (int64_t row = first; row < last; ++row) op.row(row, sums);
       }
       end_streaming();
     });
     for (int64_t i = 0; i < numbers; ++i) {
       double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += partials[block * numbers + i];
+      for (int64_t part = 0; part < parts.count; ++part) sum += partials[part * numbers + i];
       static_cast<F*>(out.parameters)[i] = static_cast<F>(sum);
     }
   });

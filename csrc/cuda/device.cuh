@@ -78,43 +78,38 @@ __device__ inline unsigned group_mask() {
   return kAll << (this_lane() - group_lane<kLanes>());
 }
 
-// The sum of what the kWarps warps of a block have, the same bits in each of its threads.
-template <int kWarps, typename F>
-__device__ inline F sum_of_warps(F x) {
-  __shared__ F sums[kWarps];
-  __syncthreads();  // the sums before these have been read
-  if (this_lane() == 0) sums[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  F sum = sums[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) sum += sums[i];
-  return sum;
-}
-
-// The sum over a group, the same bits in each of its lanes. `kTogether`: all lanes of the warp are
-// here, whichever groups they are of.
-template <int kLanes, bool kTogether = false, typename F>
-__device__ inline F group_sum(F x) {
+// combine(x, y) over what the lanes of a group have, the same bits in each of them. `kTogether`: all
+// lanes of the warp are here, whichever groups they are of.
+template <int kLanes, bool kTogether, typename F, typename Combine>
+__device__ inline F over_group(F x, const Combine& combine) {
   if constexpr (kLanes > kWarp) {
-    return sum_of_warps<kLanes / kWarp>(group_sum<kWarp>(x));
+    __shared__ F of_warps[kLanes / kWarp];
+    x = over_group<kWarp, true>(x, combine);
+    __syncthreads();  // those before these have been read
+    if (this_lane() == 0) of_warps[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = of_warps[0];
+#pragma unroll
+    for (int i = 1; i < kLanes / kWarp; ++i) x = combine(x, of_warps[i]);
   } else {
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) {
-      x += __shfl_xor_sync(kTogether ? ~0u : group_mask<kLanes>(), x, step, kLanes);
+      const unsigned lanes = kTogether ? ~0u : group_mask<kLanes>();
+      x = combine(x, __shfl_xor_sync(lanes, x, step, kLanes));
     }
-    return x;
-  }
-}
-
-// The greatest of a group; NaN if there is one.
-template <int kLanes, typename F>
-__device__ inline F group_max(F x) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    const F other = __shfl_xor_sync(group_mask<kLanes>(), x, step, kLanes);
-    x = other > x || other != other ? other : x;
   }
   return x;
+}
+
+template <int kLanes, bool kTogether = false, typename F>
+__device__ inline F group_sum(F x) {
+  return over_group<kLanes, kTogether>(x, [](F a, F b) { return a + b; });
+}
+
+// NaN if there is one.
+template <int kLanes, typename F>
+__device__ inline F group_max(F x) {
+  return over_group<kLanes, false>(x, [](F a, F b) { return b > a || b != b ? b : a; });
 }
 
 // The numbers of one row that a lane of the group holds, in the type that T computes in. Those

@@ -8,103 +8,12 @@
 #include <cuda_runtime.h>
 
 #include "cuda/device.cuh"
-#include "cuda/head_lanes.h"
+#include "cuda/embed_smear.cuh"
 #include "cuda/launch.h"
-#include "cuda/packed.cuh"
 #include "cuda/token_order.cuh"
 
 namespace pgolf::cuda {
 namespace {
-
-constexpr int kBlock = 128;  // few threads, as each holds several rows in registers
-constexpr int kWarps = kBlock / kWarp;
-constexpr int64_t kRun = 8;  // tokens in a row
-static_assert(kWarps == kSmearChunksPerBlock && kWarp == kSmearChunk);
-
-__device__ inline int64_t this_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-}
-
-// Table elements are T, those of x and of bigrams X.
-template <typename T, typename X>
-struct Inputs {
-  EmbedSmearShape shape;
-  const int64_t* ids;
-  const T* table;
-  const X* bigram;
-  const float *scale_at, *gate;
-  const bool* starts;
-
-  __device__ int64_t tokens() const { return shape.batch * shape.time; }
-  __device__ int width() const { return static_cast<int>(shape.width); }
-  __device__ float scale() const { return bigram && scale_at ? *scale_at : 1.0f; }
-  // The row of the table for an id; one too many for an id that it does not have.
-  __device__ int64_t row(int64_t id) const {
-    return id >= 0 && id < shape.vocab ? id : shape.vocab;
-  }
-  // Whether a token, which may be one too many, sees the one before it.
-  __device__ bool joined(int64_t token) const {
-    return gate && token < tokens() && divide(token, shape.time).rest != 0 &&
-           !(starts && starts[token]);
-  }
-};
-
-// Rows as a warp holds them.
-template <typename T, typename X, int kVector, int kChunks>
-struct Rows {
-  using Lanes = Row<X, kVector, kWarp, kChunks>;
-  using TableLanes = Row<T, kVector, kWarp, kChunks>;
-  using Floats = Row<float, kVector, kWarp, kChunks>;
-  static constexpr int kCount = Lanes::kCount;
-  static constexpr int kWidth = kCount * kWarp;  // the most that fits
-
-  // What makes e of a token.
-  struct Fetched {
-    Packed<T, kVector, kChunks> table;
-    Packed<X, kVector, kChunks> bigram;
-    bool known;
-  };
-  // Where its bigram and its row of the table begin, if that has one.
-  __device__ static Fetched fetch(const Inputs<T, X>& args, int64_t bigram, int64_t row,
-                                  bool known) {
-    const int width = args.width();
-    return {Packed<T, kVector, kChunks>::load(args.table + row, width, known),
-            Packed<X, kVector, kChunks>::load(args.bigram + bigram, width, args.bigram), known};
-  }
-
-  // e, of rows that are zero where the token has none.
-  __device__ static Lanes embedding(const TableLanes& table, float scale, const Lanes& bigram) {
-    Lanes e;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) e.at[i] = table.at[i] + scale * bigram.at[i];
-    return e;
-  }
-
-  // The gate's g; it has no alignment to rely on.
-  __device__ static Floats gate(const Inputs<T, X>& args) {
-    Floats g = Floats::zero();
-    if (args.gate == nullptr) return g;
-    const auto each = [&](const auto& body) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int place = Floats::place(i / kVector) + i % kVector;
-        if (place < args.width()) body(g.at[i], place);
-      }
-    };
-    each([&](float& x, int place) { x = args.gate[place]; });  // all on their way
-    each([&](float& x, int) { x = sigmoid(x); });
-    return g;
-  }
-};
-
-// Rounds a row of sums to the elements of a table.
-template <typename T, int kVector, int kChunks>
-__device__ inline void store_as(const Row<float, kVector, kWarp, kChunks>& sum, T* to, int size) {
-  Row<T, kVector, kWarp, kChunks> row;
-#pragma unroll
-  for (int i = 0; i < kVector * kChunks; ++i) row.at[i] = sum.at[i];
-  row.store(to, size);
-}
 
 template <typename T, typename X, int kVector, int kChunks>
 __global__ void __launch_bounds__(kBlock, 2)
@@ -161,14 +70,31 @@ __global__ void __launch_bounds__(kBlock, 2)
 
 // Registers for the rows that a position needs, as they lie in memory.
 template <typename T, typename X, int kVector, int kChunks>
-constexpr int kRowWords =
-    kChunks * (Packed<T, kVector, kChunks>::kWords + 3 * Packed<X, kVector, kChunks>::kWords);
+constexpr int kRowWords = kChunks * (Rows<T, X, kVector, kChunks>::OfTable::kWords +
+                                     3 * Rows<T, X, kVector, kChunks>::OfX::kWords);
 // 3 blocks an SM leave 168 a thread, 2 leave 255: so many that nothing is spilled. The next
 // position's rows are on their way beside those at hand unless even 255 are too few.
 template <typename T, typename X, int kVector, int kChunks>
 constexpr int kBlocksPerSm = kRowWords<T, X, kVector, kChunks> > 40 ? 2 : 3;
 template <typename T, typename X, int kVector, int kChunks>
 constexpr bool kFetchAhead = kRowWords<T, X, kVector, kChunks> <= 64;
+
+// The row of partials for the block: its sums for the gate and, last, for the scale, each over its
+// warps in order.
+template <int kWidth>
+__device__ inline void write_sums(const float (&gate_sums)[kWarps][kWidth], float scale_sum,
+                                  const float* gates, int width, float* partials) {
+  __shared__ float scale_sums[kWarps];
+  scale_sum = group_sum<kWarp>(scale_sum);
+  if (this_lane() == 0) scale_sums[threadIdx.x / kWarp] = scale_sum;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i <= width; i += kBlock) {
+    float total = 0;
+    for (int w = 0; w < kWarps; ++w) total += i < width ? gate_sums[w][i] : scale_sums[w];
+    if (i < width) total *= gates[i] * (1.0f - gates[i]);
+    partials[static_cast<int64_t>(blockIdx.x) * (width + 1) + i] = total;
+  }
+}
 
 // A warp a chunk; csrc/embed_smear.h says where pieces go.
 template <typename T, typename X, int kVector, int kChunks>
@@ -183,51 +109,28 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
   using Floats = typename R::Floats;
-  using Upstream = Packed<X, kVector, kChunks>;
   const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
   alignas(32) __shared__ float gates[R::kWidth];
   alignas(32) __shared__ float gate_sums[kWarps][R::kWidth];
-  __shared__ float scale_sums[kWarps];
   const int width = args.width(), warp = static_cast<int>(threadIdx.x) / kWarp;
-  // What a lane knows of its position; no load of a row waits for another.
-  const int64_t chunk = this_warp(), begin = chunk * kSmearChunk, left = args.tokens() - begin;
-  const int count = static_cast<int>(left < kWarp ? left : kWarp);
-  const bool here = this_lane() < count;
-  const int64_t token = here ? order[begin + this_lane()] : 0;
-  const int64_t row = here ? args.row(ids[token]) : shape.vocab;
-  const float own_rstd = here ? rstds[token] : 0.0f;
-  const unsigned seen = __ballot_sync(~0u, here && args.joined(token + 1));  // by the next
-  const unsigned known = __ballot_sync(~0u, row < shape.vocab);
-  const int64_t row_after = __shfl_down_sync(~0u, row, 1);
-  const unsigned ends = __ballot_sync(~0u, this_lane() + 1 < count && row != row_after);
-  const int64_t own_place = token * width, own_row_place = row * width;
+  const int64_t chunk = this_warp();
+  const Positions<T, X> at(args, order, rstds, chunk * kSmearChunk);
   for (int i = static_cast<int>(threadIdx.x); i < R::kWidth; i += kBlock) {
     gates[i] = gate && i < width ? sigmoid(gate[i]) : 0.0f;
   }
   __syncthreads();
 
-  struct Position {
-    typename R::Fetched e;
-    Upstream own, next;
-  };
-  const auto fetch = [&](int i) {
-    const int64_t place = __shfl_sync(~0u, own_place, i);
-    return Position{
-        R::fetch(args, place, __shfl_sync(~0u, own_row_place, i), known >> i & 1),
-        Upstream::load(dx + place, width, true),
-        Upstream::load(dx + place + width, width, seen >> i & 1)};
-  };
   const float factor = args.scale(), one_by_width = 1.0f / static_cast<float>(width);
   Floats sum = Floats::zero(), gate_sum = Floats::zero();
   float scale_sum = 0;
   bool first = true;
   constexpr bool kAhead = kFetchAhead<T, X, kVector, kChunks>;
   if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
-  Position ahead = {};
-  if (kAhead && count > 0) ahead = fetch(0);
-  for (int i = 0; i < count; ++i) {
-    const Position now = kAhead ? ahead : fetch(i);
-    const float rstd = __shfl_sync(~0u, own_rstd, i);
+  Position<R> ahead = {};
+  if (kAhead && at.count > 0) ahead = fetch<R>(args, at, dx, 0);
+  for (int i = 0; i < at.count; ++i) {
+    const Position<R> now = kAhead ? ahead : fetch<R>(args, at, dx, i);
+    const float rstd = at.rstd(i);
     const Lanes added = now.e.bigram.unpacked();
     const Lanes e = R::embedding(now.e.table.unpacked(), factor, added);
     const Lanes n = Lanes::zero().plus(rstd, e);
@@ -243,7 +146,7 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
     }
     if (!kAhead) gate_sum.store(gate_sums[warp], R::kWidth);
     // The registers of this position's rows are free.
-    if (kAhead && i + 1 < count) ahead = fetch(i + 1);
+    if (kAhead && i + 1 < at.count) ahead = fetch<R>(args, at, dx, i + 1);
     const float mean = dn.dot(n) * one_by_width;
     Lanes dadded;
     float along_bigram = 0;
@@ -255,31 +158,21 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
       dadded.at[j] = factor * de;
     }
     scale_sum += along_bigram;
-    if (dbigram) dadded.store(dbigram + __shfl_sync(~0u, own_place, i), width);
-    if (ends >> i & 1) {
-      const int64_t place = __shfl_sync(~0u, own_row_place, i);
+    if (dbigram) dadded.store(dbigram + at.place(i), width);
+    if (at.ends >> i & 1) {
+      const int64_t place = at.row_place(i);
       if (first) {
         sum.store(pieces + 2 * chunk * width, width);
-      } else if (known >> i & 1) {
+      } else if (at.known >> i & 1) {
         store_as(sum, dtable + place, width);
       }
       first = false;
       sum = Floats::zero();
     }
   }
-  if (count > 0) sum.store(pieces + (2 * chunk + (first ? 0 : 1)) * width, width);
-
-  // The block's sums for the gate and the scale, its warps in order.
+  if (at.count > 0) sum.store(pieces + (2 * chunk + (first ? 0 : 1)) * width, width);
   gate_sum.store(gate_sums[warp], R::kWidth);
-  scale_sum = group_sum<kWarp>(scale_sum);
-  if (this_lane() == 0) scale_sums[warp] = scale_sum;
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i <= width; i += kBlock) {
-    float total = 0;
-    for (int w = 0; w < kWarps; ++w) total += i < width ? gate_sums[w][i] : scale_sums[w];
-    if (i < width) total *= gates[i] * (1.0f - gates[i]);
-    partials[static_cast<int64_t>(blockIdx.x) * (width + 1) + i] = total;
-  }
+  write_sums(gate_sums, scale_sum, gates, width, partials);
 }
 
 // The sum of the first `size` columns of rows 0 to count - 1, which place(i) gives, in the lanes of
@@ -381,7 +274,7 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
 const char* token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order,
                         int64_t* bounds, void* stream) {
   const int64_t keys = vocab + 1, per_block = blocks_for(keys, kOrderBlocks);
-  return launch(embed_smear_order, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
+  return launch(token_order_blocks, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
                 static_cast<int>(count), static_cast<int>(vocab), static_cast<int>(per_block),
                 order, bounds);
 }

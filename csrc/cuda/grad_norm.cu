@@ -8,7 +8,8 @@
 namespace pgolf::cuda {
 namespace {
 
-// Both sums over a block, in its first thread: within warps, then the warps' in their order.
+// Both sums over a block, in its first thread: within warps, then the warps' in their order. Once in
+// a kernel: nothing keeps a second call from writing over what the first thread has yet to read.
 template <typename Count>
 __device__ inline void sum_in_first(double& squares, Count& bad) {
   constexpr int kWarps = kThreads / kWarp;
@@ -29,8 +30,6 @@ __device__ inline void sum_in_first(double& squares, Count& bad) {
   }
 }
 
-__device__ inline bool finite(float x) { return x - x == 0; }
-
 __global__ void __launch_bounds__(kThreads)
     grad_norm_chunks(TensorList<GradientTensor> list, int64_t chunks, double* partials) {
   const int64_t item = list.first_item + blockIdx.x;
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   for_values([&](float value) { squares += value * value; });
   // A sum that is finite has nothing else in it; one that is not may only be too large.
   int bad = 0;
-  if (!finite(squares)) for_values([&](float value) { bad += finite(value) ? 0 : 1; });
+  if (!is_finite(squares)) for_values([&](float value) { bad += is_finite(value) ? 0 : 1; });
   double sum = squares;
   sum_in_first(sum, bad);
   if (threadIdx.x == 0) {

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t item = list.first_item + static_cast<int64_t>(blockIdx.x) * kWarps + this_warp();
   if (item >= list.end_item) return;
   const MomentumMatrix t = list.tensors[tensor_of(list.tensors, list.count, item)];
-  const float clip = clip_factor(scalars->max_norm, *norm), momentum = scalars->momentum;
+  const MomentumStep step = momentum_step(*scalars, *norm);
   const int64_t begin = (item - t.first_item) * t.cols;
   const bool wide = all_aligned(t.grad, t.momentum, t.x) && t.cols % kWide == 0;
   float sum = 0;
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kThreads)
     load_floats(t.momentum, t.momentum_dtype, at, buffer);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x[i] = muon_direction(x[i], clip, momentum, shape.nesterov, buffer[i]);
+      x[i] = muon_direction(step, x[i], shape.nesterov, buffer[i]);
       sum += x[i] * x[i];
     }
-    store_floats(buffer, t.momentum, t.momentum_dtype, at);
+    if (step.stores) store_floats(buffer, t.momentum, t.momentum_dtype, at);
     store_floats(x, t.x, shape.x_dtype, at);
   });
   sum = group_sum<kWarp>(sum);

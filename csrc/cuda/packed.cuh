@@ -1,4 +1,5 @@
-// Rows of a warp as they lie in memory.
+// Rows of a group of lanes as they lie in memory, until they are needed: bf16 take half of the
+// registers of floats.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,25 +11,46 @@
 
 namespace pgolf::cuda {
 
-// A row that is needed later, as it lies in memory: bf16 take half of the registers of floats.
-template <typename T, int kVector, int kChunks>
+// Element i of some that lie in words, in the type that T computes in. Of two bf16 in a word the
+// first is in its lower half, and each becomes the upper half of a float.
+template <typename T, typename Word, int kWords>
+__device__ inline compute_t<T> widened(const Vector<Word, kWords>& words, int i) {
+  if constexpr (sizeof(T) == sizeof(Word)) {
+    return widen(bit_cast<T>(words.at[i]));
+  } else {
+    const uint32_t two = words.at[i / 2];
+    return bit_cast<float>(i % 2 ? two & 0xFFFF0000u : two << 16);
+  }
+}
+
+template <typename T, int kVector, int kLanes, int kChunks>
 struct Packed {
-  using Lanes = Row<T, kVector, kWarp, kChunks>;
+  using Lanes = Row<T, kVector, kLanes, kChunks>;
   // Registers hold words; elements that come from branches would be taken apart.
   using Word = std::conditional_t<sizeof(T) * kVector % 4 == 0, uint32_t, T>;
   static constexpr int kWords = sizeof(T) * kVector / sizeof(Word);
-  Vector<Word, kWords> chunks[kChunks];
+  using Chunk = Vector<Word, kWords>;
+  Chunk chunks[kChunks];
 
   // Zeros where `there` is false, and beyond `size`.
   __device__ static Packed load(const T* from, int size, bool there) {
+    Packed packed = {};
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int place = Lanes::place(i);
+      if (there && place < size) packed.chunks[i] = *reinterpret_cast<const Chunk*>(from + place);
+    }
+    return packed;
+  }
+
+  __device__ static Packed rounded(const Lanes& row) {
     Packed packed;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      packed.chunks[i] = {};
-      const int place = Lanes::place(i);
-      if (there && place < size) {
-        packed.chunks[i] = *reinterpret_cast<const Vector<Word, kWords>*>(from + place);
-      }
+      Vector<T, kVector> elements;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) elements.at[j] = narrow<T>(row.at[i * kVector + j]);
+      packed.chunks[i] = bit_cast<Chunk>(elements);
     }
     return packed;
   }
@@ -36,19 +58,18 @@ struct Packed {
   __device__ Lanes unpacked() const {
     Lanes row;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) row.at[i * kVector + j] = widen(element(chunks[i], j));
+    for (int i = 0; i < Lanes::kCount; ++i) {
+      row.at[i] = widened<T>(chunks[i / kVector], i % kVector);
     }
     return row;
   }
 
-  // (By shifts, which widen() makes one instruction of.)
-  __device__ static T element(const Vector<Word, kWords>& chunk, int i) {
-    if constexpr (sizeof(T) == sizeof(Word)) {
-      return bit_cast<T>(chunk.at[i]);
-    } else {
-      return {static_cast<uint16_t>(chunk.at[i / 2] >> (i % 2 * 16))};
+  // To global memory, by one instruction a chunk.
+  __device__ void store(T* to, int size) const {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int place = Lanes::place(i);
+      if (place < size) store_global(chunks[i], reinterpret_cast<Word*>(to + place));
     }
   }
 };

@@ -14,7 +14,7 @@ struct Steps {
   float average_rate;
 };
 
-// The new parameters as they are stored, which averages and copies hold, too.
+// The new parameters as they are stored, which averages hold, too.
 template <int kCount>
 __device__ inline void store_param(const UpdateTensor& t, int64_t at, float (&param)[kCount]) {
   if (t.param_dtype == Dtype::bf16) {
@@ -22,7 +22,6 @@ __device__ inline void store_param(const UpdateTensor& t, int64_t at, float (&pa
     for (float& value : param) value = widen(round_to_bf16(value));
   }
   store_floats(param, t.param, t.param_dtype, at);
-  if (t.copy) store_floats(param, t.copy, Dtype::bf16, at);
 }
 
 // Everything is loaded before anything is stored: as far as the compiler knows, a store may be to
@@ -73,16 +72,16 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t item = list.first_item + blockIdx.x;
   UpdateTensor t = list.tensors[tensor_of(list.tensors, list.count, item)];
   const UpdateScalars s = scalars[t.group];
-  const Steps steps = {adamw_step(s, *norm), muon_step(s, t.scale), s.average_rate};
-  const bool wide =
-      all_aligned(t.param, t.source, t.exp_avg, t.exp_avg_sq, t.average, t.copy);
+  const float length = *norm;
+  if (!is_finite(length)) return;
+  const Steps steps = {adamw_step(s, length), muon_step(s, t.scale), s.average_rate};
+  const bool wide = all_aligned(t.param, t.source, t.exp_avg, t.exp_avg_sq, t.average);
   const int64_t begin = (item - t.first_item) * kChunk, left = t.count - begin;
   t.param = element(t.param, t.param_dtype, begin);
   t.source = element(t.source, t.source_dtype, begin);
   t.exp_avg = element(t.exp_avg, t.state_dtype, begin);
   t.exp_avg_sq = element(t.exp_avg_sq, t.state_dtype, begin);
   t.average = element(t.average, Dtype::fp32, begin);
-  t.copy = element(t.copy, Dtype::bf16, begin);
   for_elements(0, static_cast<int>(left < kChunk ? left : kChunk), wide,
                static_cast<int>(threadIdx.x), kThreads,
                [&](auto elements, int at) { update<decltype(elements)::count>(t, steps, at); });

@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
         const Of head(shape, first + i * Of::kGroups);
         Own y = x[i];
         if (head.turns) {
-          const float scale = gains[i] * head_rstd<T>(shape, x[i].widened());
+          const float scale = gains[i] * head_rstd<T>(shape, x[i].unpacked());
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        if (head.is_value && value) y = Own::rounded(x[i].widened().plus(1, added[i].widened()));
+        if (head.is_value && value) y = Own::rounded(x[i].unpacked().plus(1, added[i].unpacked()));
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
         Own dx = dy[i];
         if (head.turns) {
           const auto w = turn.of(dy[i], from[i].head, from[i].given);
-          const auto wide = x[i].widened();
+          const auto wide = x[i].unpacked();
           const float along = w.template dot<true>(wide);
           const float rstd = head_rstd<T>(shape, wide);
           const auto factors = rope_gradient(along, rstd, gains[i], shape.size);
@@ -205,8 +205,8 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              const QkRopeGradients& gradients, void* dqkv, void* partials,
                              void* d_gain, void* stream) {
   const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
-  const int64_t tokens = shape.batch * shape.time, blocks = rope_blocks(tokens);
-  const Span span(shape, rope_tokens_per_block(tokens));
+  const Parts parts = rope_parts(shape.batch * shape.time);
+  const Span span(shape, parts.each);
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const bool vectors = aligned_heads<T>(shape, in) &&
@@ -218,7 +218,7 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
       const auto kernel = qk_rope_backward_blocks<T, decltype(vector)::value,
                                                   decltype(lanes)::value, decltype(chunks)::value,
                                                   decltype(known)>;
-      return launch(kernel, blocks, kThreads, stream, known, span, static_cast<const T*>(in.qkv),
+      return launch(kernel, parts.count, kThreads, stream, known, span, static_cast<const T*>(in.qkv),
                     static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
                     static_cast<const float*>(in.gain), Upstream<T>(dq, span),
                     Upstream<T>(dk, span), Upstream<T>(dv, span), static_cast<T*>(dqkv),
@@ -226,7 +226,7 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     });
   });
   if (error) return error;
-  return sum_rows<1>(static_cast<const float*>(partials), blocks, shape.heads,
+  return sum_rows<1>(static_cast<const float*>(partials), parts.count, shape.heads,
                   static_cast<float*>(d_gain), stream);
 }
 

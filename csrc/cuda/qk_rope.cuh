@@ -5,14 +5,15 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
+#include "cuda/packed.cuh"
 #include "heads.h"
 #include "qk_rope.h"
 
 namespace pgolf::cuda {
+namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 
@@ -161,61 +162,6 @@ struct Walk {
   }
 };
 
-// A lane's numbers of a head, as memory has them.
-template <typename T, int kVector, int kLanes, int kChunks>
-struct Packed {
-  using Lanes = Row<T, kVector, kLanes, kChunks>;
-  using Numbers = Vector<T, kVector>;
-  static constexpr bool kWords = sizeof(Numbers) == kAccessBytes;
-  // (As words they stay whole registers; nvcc takes bf16 apart.)
-  using Unit = std::conditional_t<kWords, uint32_t, T>;
-  using Piece = Vector<Unit, sizeof(Numbers) / sizeof(Unit)>;
-  Piece at[kChunks];
-
-  // Zeros where they are not wanted and beyond the head's size.
-  __device__ static Packed load(const T* head, int size, bool wanted) {
-    Packed x = {};
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int place = Lanes::place(chunk);
-      if (wanted && place < size) x.at[chunk] = *reinterpret_cast<const Piece*>(head + place);
-    }
-    return x;
-  }
-  __device__ static Packed rounded(const Lanes& x) {
-    Packed y;
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      Numbers numbers;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) numbers.at[i] = narrow<T>(x.at[chunk * kVector + i]);
-      y.at[chunk] = bit_cast<Piece>(numbers);
-    }
-    return y;
-  }
-  __device__ Lanes widened() const {
-    Lanes x;
-#pragma unroll
-    for (int i = 0; i < Lanes::kCount; ++i) {
-      const Piece& piece = at[i / kVector];
-      if constexpr (kWords && sizeof(T) == sizeof(bf16)) {
-        const uint32_t two = piece.at[i % kVector / 2];  // the first one in the lower half
-        x.at[i] = bit_cast<float>(i % 2 ? two & 0xFFFF0000u : two << 16);
-      } else {
-        x.at[i] = widen(bit_cast<Numbers>(piece).at[i % kVector]);
-      }
-    }
-    return x;
-  }
-  __device__ void store(T* head, int size) const {
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int place = Lanes::place(chunk);
-      if (place < size) store_global(at[chunk], reinterpret_cast<Unit*>(head + place));
-    }
-  }
-};
-
 // The rotation R of one token, or with sign -1 its inverse, for the numbers of this lane:
 // x cos + partner sin, where sin has its sign; where nothing turns the partner is 0 and cos 1.
 template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
@@ -223,7 +169,7 @@ struct Turn {
   using Own = Packed<T, kVector, kLanes, kChunks>;
   using Lanes = typename Own::Lanes;
   // Whether what is paired stands in two lanes at the same places: `half` is whole vectors then.
-  static constexpr bool kShuffles = kChunks == 1 && Own::kWords;
+  static constexpr bool kShuffles = kChunks == 1 && sizeof(typename Own::Chunk) == kAccessBytes;
   float cos[Lanes::kCount], sin[Lanes::kCount];
   int half;
 
@@ -256,7 +202,7 @@ struct Turn {
 
   // For all lanes of the warp. x is also in memory at `head`, if it is wanted.
   __device__ Lanes of(const Own& x, const T* head, bool wanted) const {
-    const Lanes own = x.widened(), partner = partners(x, head, wanted).widened();
+    const Lanes own = x.unpacked(), partner = partners(x, head, wanted).unpacked();
     Lanes turned;
 #pragma unroll
     for (int i = 0; i < Lanes::kCount; ++i) {
@@ -273,8 +219,8 @@ struct Turn {
       const int from = lane < apart ? lane + apart : lane - apart;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t word = __shfl_sync(~0u, x.at[0].at[i], from, kLanes);
-        partner.at[0].at[i] = lane < 2 * apart ? word : 0;
+        const uint32_t word = __shfl_sync(~0u, x.chunks[0].at[i], from, kLanes);
+        partner.chunks[0].at[i] = lane < 2 * apart ? word : 0;
       }
     } else {
 #pragma unroll
@@ -282,7 +228,7 @@ struct Turn {
         const int place = Lanes::place(chunk);
         if (wanted && place < 2 * half) {
           const T* const from = head + (place < half ? place + half : place - half);
-          partner.at[chunk] = *reinterpret_cast<const typename Own::Piece*>(from);
+          partner.chunks[chunk] = *reinterpret_cast<const typename Own::Chunk*>(from);
         }
       }
     }
@@ -290,4 +236,5 @@ struct Turn {
   }
 };
 
+}  // namespace
 }  // namespace pgolf::cuda

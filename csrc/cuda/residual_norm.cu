@@ -1,5 +1,6 @@
 // residual_norm on a GPU: the formulas of residual_norm.h. A warp takes a row of up to 512 elements, a
-// block a longer one, and keeps it in registers: every tensor comes from memory once.
+// block a longer one, and keeps it in registers: every tensor comes from memory once. Only where the
+// gradient is for any operands are dh and x_in read twice: to keep them, too, registers are spilled.
 #include "residual_norm.h"
 
 #include <cuda_runtime.h>
@@ -318,7 +319,7 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                        (in.mix ? kMix : 0) | (in.mix && in.x ? kLearned : 0) |
                        (upstream.d_total ? kTotal : 0) | (upstream.d_x_in ? kXIn : 0) |
                        (upstream.dh ? kH : 0);
-  const int64_t partial_rows = residual_blocks(shape.rows), parameters = residual_parameters(in);
+  const int64_t parts = residual_parts(shape.rows).count, parameters = residual_parameters(in);
   float* const partials = static_cast<float*>(out.partials);
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
@@ -331,13 +332,13 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
       using For = Kernels<T, decltype(vector)::value, decltype(lanes)::value,
                           decltype(chunks)::value>;
       const int64_t blocks =
-          parameters ? partial_rows : stepping_blocks(shape.rows, per_block(lanes.value));
+          parameters ? parts : stepping_blocks(shape.rows, per_block(lanes.value));
       return launch(For::backward(set), blocks, kThreads, stream, inputs, Upstream<T>(upstream),
                     Gradients<T>(out), parameters, partials);
     });
   });
   if (error || parameters == 0) return error;
-  return sum_rows(partials, partial_rows, parameters * shape.width,
+  return sum_rows(partials, parts, parameters * shape.width,
                   static_cast<float*>(out.parameters), stream);
 }
 

@@ -9,8 +9,10 @@
 
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
+#include "cuda/packed.cuh"
 
 namespace pgolf::cuda {
+namespace {
 
 // What a call may have, or wants: what it has is a set of these.
 enum Operand : unsigned {
@@ -24,7 +26,8 @@ enum Operand : unsigned {
   kH = 1 << 7,       // its gradient
   kLearned = 1 << 8  // the gradient of mix
 };
-// Whose gradients are sums over tokens: these leave room for half as many warps.
+// Parameters, whose gradients are sums over tokens. Sums take registers from rows, so one of the two
+// gradients for any operands has none of these.
 constexpr unsigned kSums = kBranchScale | kSkipWeight | kLearned;
 // Kernels are made for the sets that the layers of a transformer ask for. Those for everything else
 // have sets with this mark, and ask each pointer of such a set whether it is there.
@@ -128,9 +131,8 @@ class Source {
     if constexpr (L::kAhead) {
       typename L::Part part;
 #pragma unroll
-      for (int i = 0; i < L::Part::kCount; ++i) {  // two in a word, each the upper half of a float
-        const uint32_t word = words_[index].at[i / 2];
-        part.at[i] = bit_cast<float>(i % 2 ? word & 0xFFFF0000u : word << 16);
+      for (int i = 0; i < L::Part::kCount; ++i) {
+        part.at[i] = widened<typename L::Element>(words_[index], i);
       }
       return part;
     } else {
@@ -196,4 +198,5 @@ struct Sum {
   }
 };
 
+}  // namespace
 }  // namespace pgolf::cuda

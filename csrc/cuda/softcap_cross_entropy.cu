@@ -14,18 +14,6 @@ constexpr int kColumns = 1024;  // of a warp
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kMaxLossColumns == kColumns * kWarps);
 
-// The value of combine(x, y) over the warps of a block, the same in all threads.
-template <typename Combine>
-__device__ float over_warps(float x, float* shared, const Combine& combine) {
-  __syncthreads();  // what was in `shared` is not needed any more
-  if (this_lane() == 0) shared[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  x = shared[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) x = combine(x, shared[warp]);
-  return x;
-}
-
 // 2^x and 1 / x by an instruction each, which may be off by 2 units in the last place, and by 1.
 __device__ inline float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -87,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     softcap_cross_entropy_rows(LossShape shape, Curve curve, T* z, const int64_t* targets,
                                float* losses) {
   using Lanes = Row<T, kVector, kWarp, kColumns / kWarp / kVector>;
-  __shared__ float shared[kWarps];
+  constexpr int kGroup = kBlock ? kThreads : kWarp;  // that takes a row
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t row = kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (row >= shape.rows) return;  // a whole warp, and never one of several that share a row
@@ -111,11 +99,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < Lanes::kCount; ++i) {
       if (Lanes::place(i / kVector) < size && !(lanes.at[i] <= greatest)) greatest = lanes.at[i];
     }
-    greatest = group_max<kWarp>(greatest);
-    if (kBlock) {
-      greatest = over_warps(greatest, shared, [](float x, float y) { return y <= x ? x : y; });
-    }
-    origin = curve.place(greatest);
+    origin = curve.place(group_max<kGroup>(greatest));
   }
 
   float sum = 0;
@@ -125,10 +109,9 @@ __global__ void __launch_bounds__(kThreads)
     if (Lanes::place(i / kVector) < size) sum += power;
     lanes.at[i] = power * curve.slope(place);
   }
-  sum = group_sum<kWarp>(sum);
-  if (kBlock) sum = over_warps(sum, shared, [](float x, float y) { return x + y; });
+  sum = group_sum<kGroup>(sum);
 
-  const int thread = static_cast<int>(threadIdx.x) % (kBlock ? kThreads : kWarp);
+  const int thread = group_lane<kGroup>();
   LossRow<float> result = loss_row(origin, sum, target_place, factor);
   if (ignored) result.loss = 0;
   if (!inside && !ignored) result.loss = result.scale = NAN;

@@ -16,22 +16,24 @@ constexpr int kOrderBlocks = 128;  // at most, each with ids of its own
 constexpr int kOrderIds = kMaxOrderVocab / kOrderBlocks + 1;
 constexpr int kOrderAhead = 8;  // loads that a thread waits for at once
 
-// body(token, key) for the tokens [begin, end), in their order and a warp's at once: the key is the
-// id, `vocab` for one that the table does not have, and more than that in lanes beyond the end.
+// body(token, key) for `count` tokens from `begin` on, in their order and a warp's at once: the key
+// is the id, `vocab` for one that the table does not have, and more than that in lanes beyond the
+// end, whose token may be more than an int holds.
 template <typename Body>
-__device__ inline void for_keys(const int64_t* ids, int begin, int end, int vocab,
+__device__ inline void for_keys(const int64_t* ids, int begin, int count, int vocab,
                                 const Body& body) {
-  for (int at = begin; at < end; at += kOrderAhead * kWarp) {
-    const int left = end - at - this_lane();
+  for (int done = 0; done < count; done += kOrderAhead * kWarp) {
+    const int left = count - done - this_lane();
+    const int64_t first = int64_t{begin} + done + this_lane();
     int keys[kOrderAhead];
 #pragma unroll
     for (int i = 0; i < kOrderAhead; ++i) {
       const bool there = i * kWarp < left;
-      const auto id = static_cast<uint64_t>(there ? ids[at + this_lane() + i * kWarp] : 0);
+      const auto id = static_cast<uint64_t>(there ? ids[first + i * kWarp] : 0);
       keys[i] = !there ? INT32_MAX : id < vocab ? static_cast<int>(id) : vocab;
     }
 #pragma unroll
-    for (int i = 0; i < kOrderAhead; ++i) body(at + this_lane() + i * kWarp, keys[i]);
+    for (int i = 0; i < kOrderAhead; ++i) body(first + i * kWarp, keys[i]);
   }
 }
 
@@ -48,24 +50,25 @@ __device__ inline void for_equal_keys(unsigned key, unsigned keys, const Body& b
 }
 
 // A counting sort in one launch: a block reads all ids and writes the tokens of `per_block` of
-// them, which makes up for the launches of one that reads them once. Each of its warps has a part
-// of the tokens; from how many of an id each has found follows where it puts its own.
+// them. (embed_smear's backward has three launches by it instead of 27; not timed.) Each of its
+// warps has a part of the tokens; from how many of an id each has found follows where it puts its
+// own.
 static __global__ void __launch_bounds__(kOrderThreads, 1)
-    embed_smear_order(const int64_t* __restrict__ ids, int count, int vocab, int per_block,
-                      int64_t* __restrict__ order, int64_t* __restrict__ bounds) {
+    token_order_blocks(const int64_t* __restrict__ ids, int count, int vocab, int per_block,
+                       int64_t* __restrict__ order, int64_t* __restrict__ bounds) {
   __shared__ int places[kOrderWarps][kOrderIds];  // what a warp found of an id, then where it goes
   __shared__ int totals[kOrderIds], smaller[kOrderWarps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   // Parts of whole warps' tokens, the last of which may be less or nothing.
   const int part = (count / kOrderThreads + (count % kOrderThreads != 0)) * kWarp;
   const int begin = warp * int64_t{part} < count ? warp * part : count;
-  const int end = part < count - begin ? begin + part : count;
+  const int own = part < count - begin ? part : count - begin;
   for (int first = blockIdx.x * per_block; first <= vocab; first += gridDim.x * per_block) {
     const int keys = per_block < vocab + 1 - first ? per_block : vocab + 1 - first;
     for (int i = this_lane(); i < keys; i += kWarp) places[warp][i] = 0;
     __syncwarp();
     int found_smaller = 0;
-    for_keys(ids, begin, end, vocab, [&](int, int key) {
+    for_keys(ids, begin, own, vocab, [&](int64_t, int key) {
       found_smaller += key < first;
       for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
         if (this_lane() == 0) places[warp][which] += __popc(lanes);
@@ -92,7 +95,7 @@ static __global__ void __launch_bounds__(kOrderThreads, 1)
       }
     }
     __syncthreads();
-    for_keys(ids, begin, end, vocab, [&](int token, int key) {
+    for_keys(ids, begin, own, vocab, [&](int64_t token, int key) {
       for_equal_keys(key - first, keys, [&](unsigned which, unsigned lanes) {
         const int place = places[warp][which];
         const unsigned before = lanes & ((1u << this_lane()) - 1);

@@ -38,5 +38,5 @@ def frozen_copy(
     copy.rope_cos, copy.rope_sin = model.rope_cos, model.rope_sin
     copy.requires_grad_(False)
     for block in copy.blocks:
-        block.frozen = block.weights(dtype)
+        block.published = block.weights(dtype)
     return copy

@@ -211,7 +211,7 @@ class Block(nn.Module):
     Where `weight_cast` is a kernel, a and b are folded into the rows of the matrices that the
     branches end in: their gradients then cost no pass over the tokens.
 
-    `frozen` is None, or what `weights` gave once, for passes that train nothing.
+    `published` is None, or weights that are read instead of what `weights` makes in every pass.
     """
 
     def __init__(self, config: ModelConfig, layer: int, exclusive: bool, ops: Mapping[str, str]):
@@ -222,7 +222,7 @@ class Block(nn.Module):
             "impl": ops["residual_norm"],
         }
         self.ops = ops
-        self.frozen: BlockWeights | None = None
+        self.published: BlockWeights | None = None
         self.attn = Attention(config, exclusive, ops)
         self.mlp = MLP(config, ops)
         self.attn_scale = nn.Parameter(torch.empty(config.dim))
@@ -232,15 +232,25 @@ class Block(nn.Module):
             None if config.resid_mix == "off" else nn.Parameter(torch.empty(2, config.dim)),
         )
 
+    def matrices(self) -> list[Matrix]:
+        """Queries, keys, values, output, up, down."""
+        return [*self.attn.matrices(), *self.mlp.matrices()]
+
+    def fold(self) -> Fold | None:
+        """How scales go into the rows of `matrices`; None where they do not."""
+        impl = self.ops["weight_cast"]
+        scales = [None, None, None, self.attn_scale, None, self.mlp_scale]
+        return None if impl == "reference" else Fold(impl, scales)
+
+    def packed(self, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor) -> BlockWeights:
+        """Cast matrices, into which scales are folded as `fold` says, with what is left of them."""
+        left = (None, None) if self.fold() else (self.attn_scale, self.mlp_scale)
+        return BlockWeights(qkv, out, up, down, *left)
+
     def weights(self, dtype: torch.dtype) -> BlockWeights:
         """The matrices in `dtype`, fake-quantised in late QAT; whether scales are folded in."""
-        left, fold = (self.attn_scale, self.mlp_scale), None
-        if (impl := self.ops["weight_cast"]) != "reference":
-            fold = Fold(impl, [None, None, None, self.attn_scale, None, self.mlp_scale])
-            left = None, None
-        matrices = [*self.attn.matrices(), *self.mlp.matrices()]
-        *qkv, out, up, down = cast_all(matrices, dtype, fold)
-        return BlockWeights(torch.cat(qkv), out, up, down, *left)
+        *qkv, out, up, down = cast_all(self.matrices(), dtype, self.fold())
+        return self.packed(torch.cat(qkv), out, up, down)
 
     def forward(
         self,
@@ -257,7 +267,7 @@ class Block(nn.Module):
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
         # its skip. Scales that `weights` folded in, by the same condition, are not applied again.
         x, branch, scale = stream
-        weights = self.frozen or self.weights(x.dtype)
+        weights = self.published or self.weights(x.dtype)
         skipped, weight = skip or (None, None)
         total, x, h = residual_norm(
             x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,

@@ -55,6 +55,15 @@ def clip_factor(max_norm: Tensor, norm: Tensor) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def store(target: Tensor, value: Tensor, finite: Tensor) -> None:
+    """target <- value where `finite` (0-d) says that the norm is; else target keeps its bits.
+
+    Without a look from the host, which hears of a gradient that is not finite two steps later: what
+    is in memory is then still the last that was good.
+    """
+    target.copy_(torch.where(finite, value, target))
+
+
 def widened(t: Tensor) -> Tensor:
     """t in the dtype that it is computed in: float32, or float64 for float64."""
     return t.to(compute_dtype(t.dtype))

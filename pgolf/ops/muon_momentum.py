@@ -5,7 +5,9 @@
 
 Matrices of any shapes in two launches: momentum and direction with each row's sum of squares, then
 the scale of each matrix from the sums in their order. X is what `newton_schulz(normalized=True)`
-starts from; it is rounded to its dtype twice, before and after it is scaled.
+starts from; it is rounded to its dtype twice, before and after it is scaled. Where the norm is
+infinite or NaN the momenta stay as they are, for the reason that `param_update` has, and X says
+nothing.
 Shapes: gradients and momenta (R, C), X (B, R, C) for each run of neighbours of one shape.
 """
 
@@ -29,6 +31,7 @@ from pgolf.ops.multi_tensor import (
     codes,
     named,
     scalars_row,
+    store,
     widened,
 )
 from pgolf.ops.newton_schulz import normalize
@@ -59,11 +62,12 @@ def reference(
     """`muon_momentum` in plain torch."""
     row = named(scalars)
     clip, momentum = clip_factor(row["max_norm"], norm), row["momentum"]
+    finite = norm.isfinite()
     directions = []
     for grad, buffer in zip(grads, momenta, strict=True):
         g = widened(grad) * clip
         m = momentum * widened(buffer) + g
-        buffer.copy_(m)
+        store(buffer, m, finite)
         directions.append(g + momentum * m if nesterov else m)
     rest = iter(directions)
     stacks = [torch.stack([next(rest) for _ in range(b)]) for b, _, _ in batches(grads)]
@@ -91,7 +95,7 @@ def muon_momentum(
 
     Args:
         grads: (R, C) fp32 or bf16, of any shapes; those that are not contiguous are copied.
-        momenta: one for each gradient, contiguous; updated.
+        momenta: one for each gradient, contiguous; updated, unless the norm is infinite or NaN.
         norm: 0-d, of all gradients, from `grad_norm`.
         scalars: (10,) row of numbers of the step (`multi_tensor.COLUMNS`): momentum, max_norm.
         dtype: of the result, fp32 or bf16.
@@ -99,7 +103,9 @@ def muon_momentum(
         impl: 'auto', 'reference', 'cpu' (C++) or 'cuda'.
 
     Returns:
-        (B, R, C) for each run of neighbours of one shape.
+        (B, R, C) for each run of neighbours of one shape. Every element is written, whatever the
+        norm; if that is not finite, with any numbers, NaN too, which `newton_schulz` takes as it
+        takes others and `param_update` does not look at.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; says which and what would.

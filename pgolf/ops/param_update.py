@@ -1,4 +1,4 @@
-"""One optimiser step of all parameters in one pass: AdamW and Muon, averages, bf16 copies.
+"""One optimiser step of all parameters in one pass: AdamW and Muon, and their averages.
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, as torch.optim.AdamW), g the clipped gradient:
 
@@ -9,9 +9,13 @@ Muon, X the direction that `newton_schulz` made of an (R, C) parameter:
 
     p <- p (1 - lr wd) - lr sqrt(max(1, R / C)) X
 
-Then the average follows, a <- a + rate (p - a), and p is copied to bf16 for the next forward pass.
-Every tensor is read once and written once. Learning rates and all else that changes from step to
-step are rows of `scalars`, on the device; at rate 0 averages are neither read nor written.
+Then the average follows, a <- a + rate (p - a). Every tensor is read once and written once.
+Learning rates and all else that changes from step to step are rows of `scalars`, on the device; at
+rate 0 averages are neither read nor written.
+
+Where the norm of the gradients is infinite or NaN nothing changes, whatever max_norm is. The device
+sees to that: the host, which does not wait for it, hears of such a step two steps later, and what
+is in memory then are still the last good weights, moments and averages.
 Shapes: parameters of any shapes, Muon's (R, C); scalars (groups, 10).
 """
 
@@ -36,6 +40,7 @@ from pgolf.ops.multi_tensor import (
     named,
     scalars_row,
     sizes,
+    store,
     widened,
 )
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -56,11 +61,9 @@ def reference(
     scalars: Tensor,
     groups: Sequence[int],
     averages: Tensors = (),
-    copies: Tensors = (),
-    copy_of: Sequence[int] = (),
 ) -> None:
     """`param_update` in plain torch."""
-    rows = [named(row) for row in scalars.unbind(0)]
+    rows, finite = [named(row) for row in scalars.unbind(0)], norm.isfinite()
     for i, (param, source) in enumerate(zip(params, sources, strict=True)):
         s, p, x = rows[groups[i]], widened(param), widened(source)
         decayed = p * (1 - s["lr"] * s["weight_decay"])
@@ -69,18 +72,16 @@ def reference(
             m, v = widened(exp_avgs[i]), widened(exp_avg_sqs[i])
             m = m + s["rate1"] * (g - m)
             v = (1 - s["rate2"]) * v + s["rate2"] * g * g
-            exp_avgs[i].copy_(m)
-            exp_avg_sqs[i].copy_(v)
+            store(exp_avgs[i], m, finite)
+            store(exp_avg_sqs[i], v, finite)
             divisor = v.sqrt() / s["bias2"].sqrt() + s["eps"]
-            param.copy_(decayed - s["lr"] / s["bias1"] * m / divisor)
+            store(param, decayed - s["lr"] / s["bias1"] * m / divisor, finite)
         else:
-            param.copy_(decayed - s["lr"] * muon_scale(param) * x)
+            store(param, decayed - s["lr"] * muon_scale(param) * x, finite)
         if averages:
             rate, p, average = s["average_rate"], widened(param), averages[i]
             moved = torch.where(rate == 1, p, average + rate * (p - average))
-            average.copy_(torch.where(rate == 0, average, moved))
-    for i, copy in zip(copy_of, copies, strict=True):
-        copy.copy_(params[i])
+            store(average, moved, finite & (rate != 0))
 
 
 def _check(
@@ -91,13 +92,11 @@ def _check(
     scalars: Tensor,
     groups: Sequence[int],
     averages: Tensors,
-    copies: Tensors,
-    copy_of: Sequence[int],
 ) -> None:
     name = "param_update"
     check_lists(
         name, params=params, sources=sources, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
-        averages=averages, copies=copies,
+        averages=averages,
     )  # fmt: skip
     check_same_shapes(name, ("params", "sources"), params, sources)
     check_same_shapes(name, ("params", "exp_avgs"), params[: len(exp_avgs)], exp_avgs)
@@ -109,16 +108,10 @@ def _check(
             f"{name}: groups is {list(groups)}: one of the {scalars.size(0)} rows of scalars for "
             f"each of {len(params)} params"
         )
-    if not all(0 <= i < len(params) for i in copy_of) or len(set(copy_of)) < len(copy_of):
-        raise ValueError(f"{name}: copy_of is {list(copy_of)}: each a param, and another one")
-    check_same_shapes(name, ("copied params", "copies"), [params[i] for i in copy_of], copies)
     wide = params[0].dtype == torch.float64
     for i, t in enumerate(averages):
         if t.dtype != (torch.float64 if wide else torch.float32):
             raise ValueError(f"{name}: averages[{i}] is {t.dtype}: it has to be float32")
-    for i, t in enumerate(copies):
-        if t.dtype != (torch.float64 if wide else torch.bfloat16):
-            raise ValueError(f"{name}: copies[{i}] is {t.dtype}: it has to be bfloat16")
     for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
         if m.dtype != v.dtype:
             raise ValueError(f"{name}: exp_avgs[{i}] is {m.dtype}, exp_avg_sqs[{i}] {v.dtype}")
@@ -139,21 +132,18 @@ def param_update(
     scalars: Tensor,
     groups: Sequence[int],
     averages: Tensors = (),
-    copies: Tensors = (),
-    copy_of: Sequence[int] = (),
     impl: str = "auto",
 ) -> None:
-    """Update parameters, moments, averages and copies in place.
+    """Update parameters, moments and averages in place.
 
     Args:
         params: fp32 or bf16; those of AdamW first, as many as there are moments, then Muon's.
         sources: gradients of the first, directions X of the others; of either dtype.
         exp_avgs, exp_avg_sqs: AdamW's moments, fp32 or bf16.
-        norm: 0-d, of all gradients, from `grad_norm`.
+        norm: 0-d, of all gradients, from `grad_norm`; infinite or NaN: nothing is written.
         scalars: (groups, 10) numbers of the step, see `multi_tensor.COLUMNS`.
         groups: row of `scalars` of each parameter.
         averages: fp32, one for each parameter, or none.
-        copies: bf16, for the parameters whose indices are in `copy_of`.
         impl: 'auto', 'reference', 'cpu' (C++) or 'cuda'.
 
     Raises:
@@ -163,27 +153,22 @@ def param_update(
     for name, tensors in (("params", params), ("sources", sources), ("exp_avgs", exp_avgs)):
         check_tensors("param_update", name, tensors)
     sources = contiguous(*sources)
-    lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages, copies)]
-    params, exp_avgs, exp_avg_sqs, averages, copies = lists
-    _check(
-        params, sources, exp_avgs, exp_avg_sqs, scalars, groups, averages, copies, copy_of
-    )
+    lists = [list(t) for t in (params, exp_avgs, exp_avg_sqs, averages)]
+    params, exp_avgs, exp_avg_sqs, averages = lists
+    _check(params, sources, exp_avgs, exp_avg_sqs, scalars, groups, averages)
     check_numbers("param_update", params[0], True, scalars, norm)
     impl = resolve("param_update", impl, params[0])
     if impl == "reference":
-        reference(
-            params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages, copies, copy_of
-        )
+        reference(params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages)
     else:
         _update(
-            params, sources, exp_avgs, exp_avg_sqs, norm, scalars, list(groups), averages, copies,
-            list(copy_of), impl,
+            params, sources, exp_avgs, exp_avg_sqs, norm, scalars, list(groups), averages, impl
         )  # fmt: skip
 
 
 @torch.library.custom_op(
     "pgolf::param_update",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages", "copies"),
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages"),
 )
 def _update(
     params: list[Tensor],
@@ -194,12 +179,10 @@ def _update(
     scalars: Tensor,
     groups: list[int],
     averages: list[Tensor],
-    copies: list[Tensor],
-    copy_of: list[int],
     impl: str,
 ) -> None:
     launcher("param_update", impl, "forward")(
-        params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages, copies, copy_of
+        params, sources, exp_avgs, exp_avg_sqs, norm, scalars, groups, averages
     )
 
 
@@ -218,18 +201,13 @@ def _launchers(run: Run) -> dict[str, Callable]:
         scalars: Tensor,
         groups: Sequence[int],
         averages: Tensors,
-        copies: Tensors,
-        copy_of: Sequence[int],
     ) -> None:
         muon = [0] * (len(params) - len(exp_avgs))
-        copied = [0] * len(params)
-        for i, copy in zip(copy_of, copies, strict=True):
-            copied[i] = copy.data_ptr()
         scales = [0.0] * len(exp_avgs) + [muon_scale(p) for p in params[len(exp_avgs) :]]
         run(
             "param_update", params[0], addresses(*params), addresses(*sources),
             addresses(*exp_avgs) + muon, addresses(*exp_avg_sqs) + muon,
-            addresses(*averages) or [0] * len(params), copied, sizes(params), codes(params),
+            addresses(*averages) or [0] * len(params), sizes(params), codes(params),
             codes(sources), codes(exp_avgs) + muon, scales, groups, scalars.data_ptr(),
             scalars.size(0), norm.data_ptr(),
         )  # fmt: skip
@@ -243,10 +221,7 @@ Shapes = Sequence[tuple[int, ...]]
 def _sample(
     adamw: Shapes, muon: Shapes, rate: float, state: torch.dtype | None = None, norm: float = 5.0
 ):
-    """Arguments for parameters of these shapes, of which every other one has a bf16 copy.
-
-    Gradients are clipped to a norm of 3.
-    """
+    """Arguments for parameters of these shapes; gradients are clipped to a norm of 3."""
 
     def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
         g = torch.Generator().manual_seed(len(adamw) + len(muon))
@@ -260,9 +235,6 @@ def _sample(
         moments = random(adamw, state or dtype, 0.1)
         squares = [t.abs() for t in random(adamw, state or dtype, 0.01)]
         averages = random([*adamw, *muon], wide) if rate else []
-        copy_of = list(range(0, len(params), 2))
-        copied = torch.float64 if dtype == torch.float64 else torch.bfloat16
-        copies = [torch.zeros_like(params[i], dtype=copied) for i in copy_of]
         common = {"weight_decay": 0.1, "average_rate": rate, "max_norm": 3.0}
         rows = [
             adamw_row(3, 0.02, (0.9, 0.95), 1e-8, **common),
@@ -272,11 +244,8 @@ def _sample(
         groups = [i % 2 for i in range(len(adamw))] + [2] * len(muon)
         scalars = torch.tensor(rows, dtype=wide, device=device)
         length = torch.tensor(norm, dtype=wide, device=device)
-        return (params, sources, moments, squares, length, scalars, groups), {
-            "averages": averages,
-            "copies": copies,
-            "copy_of": copy_of,
-        }
+        args = (params, sources, moments, squares, length, scalars, groups)
+        return args, {"averages": averages}
 
     return build
 
@@ -304,12 +273,10 @@ def cost(
     scalars: Tensor,
     groups: Sequence[int],
     averages: Tensors = (),
-    copies: Tensors = (),
-    copy_of: Sequence[int] = (),
 ) -> tuple[Work, Work]:
-    """Sources are read, copies written, the rest read and written."""
+    """Sources are read, the rest read and written."""
     both = nbytes(*params, *exp_avgs, *exp_avg_sqs, *averages)
-    return Work(0, both + nbytes(*sources), both + nbytes(*copies)), Work(0, 0, 0)
+    return Work(0, both + nbytes(*sources), both), Work(0, 0, 0)
 
 
 OPERATOR = register(
@@ -325,6 +292,6 @@ OPERATOR = register(
         },
         samples=samples,
         cost=cost,
-        mutates=("params", "exp_avgs", "exp_avg_sqs", "averages", "copies"),
+        mutates=("params", "exp_avgs", "exp_avg_sqs", "averages"),
     )
 )

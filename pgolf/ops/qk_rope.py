@@ -25,12 +25,19 @@ from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
-from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
+from pgolf.ops.tensors import (
+    addresses,
+    check_alike,
+    compute_dtype,
+    contiguous,
+    nbytes,
+    parts_of,
+    unit_stride,
+)
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
-# The kernels sum d_gain over so many tokens by themselves, or over more that leave so many sums;
-# csrc/qk_rope.h
-TOKENS_PER_BLOCK, MAX_BLOCKS = 64, 1024
+# Kernels sum d_gain over parts of the tokens, of so many at least; csrc/qk_rope.h
+MIN_PART, MAX_PARTS = 64, 1024
 _INPUTS = Inputs(
     "qk_rope", ("qkv", "cos", "sin", "gain", "value"), alike=("qkv", "value"),
     wide=("cos", "sin", "gain"), optional=("value",),
@@ -241,14 +248,13 @@ def _launchers(run: Run) -> dict[str, Callable]:
 
     def backward(dq, dk, dv, qkv, cos, sin, gain, heads, kv_heads, eps, norm):
         dqkv, d_gain = qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
-        tokens = qkv.shape[:2].numel()
-        blocks = -(-tokens // max(TOKENS_PER_BLOCK, -(-tokens // MAX_BLOCKS)))
-        partials = gain.new_empty((blocks, heads))
+        parts = parts_of(qkv.shape[:2].numel(), MIN_PART, MAX_PARTS)
+        partials = gain.new_empty((parts, heads))
         gradients = (dq, dk, dv)
         run(
             "qk_rope_backward", qkv, *(t.data_ptr() for t in (qkv, cos, sin, gain)),
             *addresses(*gradients),
-            dqkv.data_ptr(), partials.data_ptr(), blocks, d_gain.data_ptr(),
+            dqkv.data_ptr(), partials.data_ptr(), parts, d_gain.data_ptr(),
             *_shape(qkv, cos, heads, kv_heads), eps, norm,
             *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
         )  # fmt: skip

@@ -79,6 +79,15 @@ def addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def parts_of(count: int, least: int, most: int) -> int:
+    """Into how many parts kernels take so many items, to sum each up by itself; csrc/parts.h.
+
+    Args:
+        least: items of a part, unless there would be more than `most` parts so.
+    """
+    return -(-count // max(least, -(-count // most)))
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements of these tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -3,6 +3,8 @@
 SWA: Izmailov et al. 2018, arXiv 1803.05407.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,19 @@ class Averager:
 
     Args:
         fused: whether the optimiser step moves the EMA, by `ema_rate`, in the tensors `averages`.
+        held: names of the parameters to follow, which need not be all; None: all.
     """
 
-    def __init__(self, model: GPT, schedule: Schedule, fused: bool = False):
+    def __init__(
+        self,
+        model: GPT,
+        schedule: Schedule,
+        fused: bool = False,
+        held: Collection[str] | None = None,
+    ):
         self.kind = schedule.config.average.averaging
         self.schedule = schedule
-        self.params = dict(model.named_parameters())
+        self.params = {n: p for n, p in model.named_parameters() if held is None or n in held}
         # With schedule=iterations the EMA starts from the initial weights, as published.
         start_now = "ema" in self.kind and not schedule.by_share
         self.fused = fused and "ema" in self.kind
@@ -84,7 +93,10 @@ class Averager:
         return {"ema": self.ema, "swa": self.swa, "snapshots": self.snapshots}
 
     def load_state_dict(self, state: dict) -> None:
-        self.ema, self.swa, self.snapshots = state["ema"], state["swa"], state["snapshots"]
+        self.ema, self.swa = (
+            {n: t for n, t in state[kind].items() if n in self.params} for kind in ("ema", "swa")
+        )
+        self.snapshots = state["snapshots"]
         if self.fused and self.ema:
             for name, average in self.averages.items():
                 average.copy_(self.ema[name])

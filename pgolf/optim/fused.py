@@ -1,8 +1,7 @@
-"""The optimiser step through the operators: clip, Muon, AdamW, average and copies in few launches.
+"""The optimiser step through the operators: clip, Muon, AdamW and average in few launches.
 
-    norm  <- grad_norm(all gradients)
     X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
-    param_update(AdamW's parameters and gradients, Muon's parameters and X, averages, copies)
+    param_update(AdamW's parameters and gradients, Muon's parameters and X, averages)
 
 What changes from step to step is written to one small tensor on the device, once a step.
 """
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.config import OptimConfig
-from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.multi_tensor import adamw_row, scalars_row
 from pgolf.ops.muon_momentum import muon_momentum
+from pgolf.ops.newton_schulz import newton_schulz_all
 from pgolf.ops.param_update import param_update
 from pgolf.optim.muon import Muon
 
@@ -27,7 +26,6 @@ class FusedStep:
 
     Args:
         ops: operator -> implementation.
-        copies: bf16 tensors that follow some of the parameters.
     """
 
     def __init__(
@@ -36,7 +34,6 @@ class FusedStep:
         adamw: torch.optim.AdamW,
         config: OptimConfig,
         ops: Mapping[str, str],
-        copies: Mapping[nn.Parameter, Tensor],
     ):
         self.muon, self.adamw = muon, adamw
         self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops)
@@ -49,8 +46,6 @@ class FusedStep:
         self.params = [*self.others, *self.matrices]
         self.groups = [i for i, g in enumerate(adamw.param_groups) for _ in g["params"]]
         self.groups += [len(adamw.param_groups)] * len(self.matrices)
-        self.copy_of = [i for i, p in enumerate(self.params) if p in copies]
-        self.copies = [copies[self.params[i]] for i in self.copy_of]
         rows = len(adamw.param_groups) + 1
         self.scalars = torch.empty(rows, len(scalars_row()), device=self.params[0].device)
         self.read_state()
@@ -91,31 +86,34 @@ class FusedStep:
         self.scalars.copy_(sent, non_blocking=True)
 
     @torch.no_grad()
-    def step(self, averages: Sequence[Tensor] = (), average_rate: float = 0.0) -> Tensor:
-        """One update from the gradients; returns their norm (0-d).
+    def step(
+        self,
+        grads: Mapping[nn.Parameter, Tensor],
+        norm: Tensor,
+        averages: Sequence[Tensor] = (),
+        average_rate: float = 0.0,
+    ) -> None:
+        """One update from the gradients, whose norm is `norm` (0-d).
 
         `averages` are fp32, one for each of `params`; they move by `average_rate` towards them.
+        If the norm is not finite nothing moves, but the host's count of steps, from which AdamW's
+        bias corrections follow: the host does not know yet, and ends the run when it does.
         """
         self.count += 1
         self._write_scalars(average_rate)
-        missing = sum(p.grad is None for p in self.params)
-        if missing:
-            raise ValueError(f"{missing} parameters have no gradient: run a backward pass first")
-        norm, _ = grad_norm([p.grad for p in self.params], self.ops["grad_norm"])
-        directions = self._directions(norm) if self.matrices else []
+        directions = self._directions(grads, norm) if self.matrices else []
         param_update(
-            self.params, [*(p.grad for p in self.others), *directions], self.exp_avgs,
-            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.copies, self.copy_of,
-            self.ops["param_update"],
+            self.params, [*(grads[p] for p in self.others), *directions], self.exp_avgs,
+            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.ops["param_update"],
         )  # fmt: skip
-        return norm
 
-    def _directions(self, norm: Tensor) -> list[Tensor]:
+    def _directions(self, grads: Mapping[nn.Parameter, Tensor], norm: Tensor) -> list[Tensor]:
         """Orthogonalised, one a matrix."""
         options = self.muon.ns_options
         stacks = muon_momentum(
-            [p.grad for p in self.matrices], self.momenta, norm, self.scalars[-1],
+            [grads[p] for p in self.matrices], self.momenta, norm, self.scalars[-1],
             self.muon.nesterov, options["dtype"], options["row_norm"], options["safety"],
             self.ops["muon_momentum"],
         )  # fmt: skip
-        return [x for stack in self.muon.orthogonal(stacks, normalized=True) for x in stack]
+        found = newton_schulz_all(stacks, **options, normalized=True)
+        return [x for stack in found for x in stack]

@@ -1,13 +1,15 @@
 """Which parameter goes to which optimiser."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgolf import roles
 from pgolf.config import OptimConfig
 from pgolf.device import pick_dtype
+from pgolf.errors import TrainingError
 from pgolf.model.gpt import GPT
 from pgolf.optim import fused
 from pgolf.optim.muon import Muon
@@ -34,7 +36,7 @@ class Optimizers:
     Args:
         ops: operator -> implementation; the reference where none is named.
         averages: by parameter name, fp32: moving averages that a step through the operators moves.
-        copies: by parameter name, bf16: what such a step copies parameters to.
+        held: names of the parameters to step, which need not be all; None: all.
     """
 
     def __init__(
@@ -43,16 +45,17 @@ class Optimizers:
         config: OptimConfig,
         ops: Mapping[str, str] | None = None,
         averages: Mapping[str, Tensor] | None = None,
-        copies: Mapping[str, Tensor] | None = None,
+        held: Collection[str] | None = None,
     ):
         self.config, ops = config, ops or {}
-        named = dict(model.named_parameters())
+        named = {n: p for n, p in model.named_parameters() if held is None or n in held}
+        self.names = {p: name for name, p in named.items()}
         groups: dict[str, list] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in named.items():
             groups[kind_of(name, config.side_proj_optimizer)].append(p)
         self.params = [p for group in groups.values() for p in group]
         self.muon = Muon(
-            groups["matrix"],
+            [{"params": groups["matrix"]}],  # a rank may own none
             lr=config.matrix_lr,
             momentum=config.momentum,
             weight_decay=config.matrix_wd,
@@ -79,41 +82,95 @@ class Optimizers:
         self.base_lr = [[g["lr"] for g in o.param_groups] for o in (self.muon, self.adamw)]
         self.fused, self.averages = None, []
         if fuses(ops):
-            followers = {named[n]: t for n, t in (copies or {}).items()}
-            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops, followers)
+            self.fused = fused.FusedStep(self.muon, self.adamw, config, ops)
             by_param = {named[n]: t for n, t in (averages or {}).items()}
             self.averages = [by_param[p] for p in self.fused.params] if by_param else []
-        elif averages or copies:
-            raise ValueError("averages and copies need a kernel for param_update")
+        elif averages:
+            raise ValueError("averages need a kernel for param_update")
 
-    def step(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> Tensor:
-        """Clip the global gradient norm, update, drop the gradients; returns the norm (0-d).
+    def step(
+        self,
+        grads: Mapping[nn.Parameter, Tensor],
+        norm: Tensor,
+        lr_scale: float,
+        momentum: float,
+        average_rate: float = 0.0,
+    ) -> None:
+        """Clip the global gradient norm and update.
 
-        Averages move by `average_rate` towards the new parameters; 0 leaves them alone.
+        Args:
+            grads: of each parameter, fp32 or bf16; may be scaled in place.
+            norm: 0-d, of all gradients, those of parameters that others step among them.
+            lr_scale: factor of every learning rate.
+            momentum: Muon's.
+            average_rate: how far averages move towards the new parameters; 0 leaves them alone.
+
+        If the norm is not finite, parameters, momenta, moments and averages stay as they were.
+
+        Raises:
+            ValueError: a parameter has no gradient.
         """
+        missing = [name for p, name in self.names.items() if p not in grads]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} parameters have no gradient, {missing[0]} among them: run a "
+                "backward pass first"
+            )
         for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * lr_scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
         if self.fused:
-            norm = self.fused.step(self.averages, average_rate)
-        else:
-            limit = self.config.grad_clip or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
-            self.muon.step()
-            self.adamw.step()
+            self.fused.step(grads, norm, self.averages, average_rate)
+            return
+        for p in self.params:
+            p.grad = grads[p].to(p.dtype)
+        limit = self.config.grad_clip or float("inf")
+        torch.nn.utils.clip_grads_with_norm_(self.params, limit, norm)
+        # On the device: the host, which does not wait, hears of it two steps later.
+        self.muon.found_inf = self.adamw.found_inf = norm.isfinite().logical_not().float()
+        self.muon.step()
+        self.adamw.step()
         self.muon.zero_grad(set_to_none=True)
         self.adamw.zero_grad(set_to_none=True)
-        return norm
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Momenta and moments by parameter, and AdamW's number of steps."""
         if self.fused:
             self.fused.write_state()
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+        def of(optimizer: torch.optim.Optimizer, key: str) -> dict[str, Tensor]:
+            return {self.names[p]: s[key] for p, s in optimizer.state.items() if key in s}
+
+        steps = of(self.adamw, "step").values()
+        return {
+            "momentum": of(self.muon, "momentum_buffer"),
+            "exp_avg": of(self.adamw, "exp_avg"),
+            "exp_avg_sq": of(self.adamw, "exp_avg_sq"),
+            "steps": int(next(iter(steps), 0)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave, of these parameters and perhaps of others.
+
+        Raises:
+            TrainingError: it is from a version that kept it otherwise.
+        """
+        if "momentum" not in state:
+            raise TrainingError(
+                "the optimiser's state in this checkpoint is of an older version: train anew, or "
+                "go on with that version"
+            )
+        for p in self.muon.param_groups[0]["params"]:
+            if (momentum := state["momentum"].get(self.names[p])) is not None:
+                self.muon.state[p] = {"momentum_buffer": momentum.clone()}
+        for p in (p for group in self.adamw.param_groups for p in group["params"]):
+            if (name := self.names[p]) in state["exp_avg"]:
+                self.adamw.state[p] = {
+                    "step": torch.tensor(float(state["steps"]), device=p.device),
+                    "exp_avg": state["exp_avg"][name].clone(),
+                    "exp_avg_sq": state["exp_avg_sq"][name].clone(),
+                }
         if self.fused:
             self.fused.read_state()

@@ -5,16 +5,13 @@ Jordan et al. 2024, kellerjordan.github.io/posts/muon:
     buf <- mu buf + G;   U = G + mu buf (Nesterov) or buf;   X = newton_schulz(U)
     W <- W (1 - lr wd) - lr sqrt(max(1, rows / cols)) X
 
-Matrices of one shape are a batch, and the batches go through the iteration together. On several
-ranks, which must hold the same gradients, each rank orthogonalises every world-th matrix and the
-results are summed: each entry comes from one rank, so nothing is rounded.
+Matrices of one shape are a batch, and the batches go through the iteration together.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgolf.ops.newton_schulz import newton_schulz_all, preset
@@ -32,6 +29,10 @@ class Muon(torch.optim.Optimizer):
         ns_steps, ns_coefficients, ns_row_norm: the iteration, see `newton_schulz` and its `preset`.
         ns_dtype: of the iteration.
         ns_impl: implementation of `newton_schulz`.
+
+    Attributes:
+        found_inf: one number on the device, fp32, as torch's fused optimisers have it: where it is
+            1 a step changes neither parameters nor momenta; None is 0. The host does not read it.
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -54,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(list(params), defaults)
         self.nesterov, self.ns_dtype = nesterov, ns_dtype
+        self.found_inf: Tensor | None = None
         coefficients, safety = preset(ns_coefficients, ns_steps)
         self.ns_options = {
             "coefficients": coefficients,
@@ -101,13 +103,14 @@ class Muon(torch.optim.Optimizer):
             stacks = [
                 torch.stack([self._direction(p, group) for p in alike]) for alike in shapes.values()
             ]
-            found = self.orthogonal(stacks) if stacks else []
+            found = newton_schulz_all(stacks, **self.ns_options) if stacks else []
             for (shape, params), updates in zip(shapes.items(), found, strict=True):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                moved = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(
-                    params, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
+                    moved, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
                 )
+                self._store(params, moved)
         return loss
 
     def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
@@ -116,26 +119,13 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(p.grad)
-        return p.grad.add(buffer, alpha=group["momentum"]) if self.nesterov else buffer
+        moved = buffer.mul(group["momentum"]).add_(p.grad)
+        self._store([buffer], [moved])
+        return p.grad.add(moved, alpha=group["momentum"]) if self.nesterov else moved
 
-    def orthogonal(self, stacks: Sequence[Tensor], normalized: bool = False) -> list[Tensor]:
-        """Newton-Schulz of each (B, R, C), shared out over the ranks.
-
-        `normalized`: its first step is done, by `muon_momentum`.
-        """
-        options = {**self.ns_options, "normalized": normalized}
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return newton_schulz_all(stacks, **options)
-        rank = dist.get_rank()
-        sizes = [s.numel() for s in stacks]
-        flat = torch.zeros(sum(sizes), dtype=self.ns_dtype, device=stacks[0].device)
-        outs = [part.view(s.shape) for part, s in zip(flat.split(sizes), stacks, strict=True)]
-        mine = [(s[rank::world], out) for s, out in zip(stacks, outs, strict=True) if rank < len(s)]
-        if mine:
-            found = newton_schulz_all([share for share, _ in mine], **options)
-            for x, (_, out) in zip(found, mine, strict=True):
-                out[rank::world] = x
-        dist.all_reduce(flat)
-        return outs
+    def _store(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """targets <- values, unless `found_inf` says that a gradient was not finite."""
+        if self.found_inf is not None:
+            skip = self.found_inf != 0
+            values = [torch.where(skip, t, v) for t, v in zip(targets, values, strict=True)]
+        torch._foreach_copy_(targets, values)

@@ -157,7 +157,7 @@ def _matrices(model: GPT) -> dict[str, Tensor]:
     """Name -> weight as a frozen model multiplies by it; q, k and v are one."""
     names, found = ("attn.c_q", "attn.proj", "mlp.fc", "mlp.proj"), {}
     for i, block in enumerate(model.blocks):
-        for name, weight in zip(names, block.frozen[: len(names)], strict=True):
+        for name, weight in zip(names, block.published[: len(names)], strict=True):
             found[f"blocks.{i}.{name}.weight"] = weight
     for name in ("bigram", "ve_shared"):
         side = getattr(model, name, None)

@@ -12,6 +12,7 @@ from pgolf.config import Config, with_overrides
 from pgolf.errors import ConfigError
 
 CONTEST_BYTES = 16_000_000
+CONTEST_SCORING_S = 600.0  # for the decoded artifact, beside the 600 s of training
 
 
 @dataclass(frozen=True)

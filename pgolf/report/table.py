@@ -77,6 +77,22 @@ def _run_rows(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _phase_rows(result: dict[str, Any]) -> list[str]:
+    """What each phase took, where that is known, and the limit that it counts against."""
+    rows = []
+    for name, row in mapping(result.get("phases")).items():
+        row = mapping(row)
+        seconds, limit = number(row.get("seconds")), number(row.get("limit_seconds"))
+        if not seconds:
+            continue
+        note = "on the clock" if row.get("on_clock") else ""
+        if limit is not None:
+            note = f"of {decimal(limit, 0)} s"
+        rows.append(_row(name.replace("_", " "), f"{decimal(seconds, 1)} s", note))
+    rule = "-" * WIDTH
+    return ["time, and what limits it", *rows, rule] if rows else []
+
+
 def result_table(result: dict[str, Any]) -> str:
     """The table that ends a run.
 
@@ -106,6 +122,7 @@ def result_table(result: dict[str, Any]) -> str:
         "training",
         *_run_rows(result),
         rule,
+        *_phase_rows(result),
         *textwrap.wrap(f"Scored: {scope} {NOT_COMPARABLE}", WIDTH),
     ]
     return "\n".join(lines) + "\n"

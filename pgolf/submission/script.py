@@ -30,6 +30,7 @@ REPLACED = {
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
     "pgolf.training.handshake": "handshake.py",
+    "pgolf.training.phases": "phases.py",
     "pgolf.training.run_data": "run_data.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
@@ -50,8 +51,9 @@ TRAINING = (
     "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.training.added_loss",
     "pgolf.training.estimate", "pgolf.training.export", "pgolf.training.handshake",
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
-    "pgolf.training.run", "pgolf.training.run_data", "pgolf.training.run_folder",
-    "pgolf.training.session", "pgolf.training.trainer", "pgolf.triton_kernels.*",
+    "pgolf.training.phases", "pgolf.training.run", "pgolf.training.run_data",
+    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
+    "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {
@@ -120,7 +122,8 @@ def _settings(config: Config) -> str:
         }
 
     # Where and how this machine ran is no part of a submission.
-    here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto"}
+    here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto",
+            "profile": "", "log": ""}  # fmt: skip
     values = to_dict(with_overrides(config, here))
     return repr(difference(values, to_dict(Config())))
 
@@ -165,6 +168,15 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def _without_help(source: str) -> str:
+    """The settings without what `--help` says of each: nobody asks a script."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "opt":
+            node.args[1] = ast.Constant("")
+    return ast.unparse(tree)
+
+
 @functools.cache
 def minified(source: str, name: str) -> str:
     """A module without comments, docstrings, blanks and long names of locals.
@@ -173,6 +185,8 @@ def minified(source: str, name: str) -> str:
     kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
+    if name == "pgolf.settings":
+        source = _without_help(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return extras.python_minifier().minify(

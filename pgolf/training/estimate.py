@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pgolf.config import Config
+from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.groups import kind_of
 from pgolf.optim.schedule import Clock, Schedule
@@ -38,6 +39,23 @@ def pass_limit(config: Config, device: torch.device) -> int:
     if device.type == "cpu" and config.model.table_dtype == "fp32":
         return min(d.micro_tokens, max(CPU_TOKENS, d.seq_len))
     return d.micro_tokens
+
+
+def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
+    """Least number of micro-steps that shares a batch out evenly in whole sequences.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    sequences, ragged = divmod(batch_tokens, seq_len * world)
+    if not ragged:
+        for count in range(1, sequences + 1):
+            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
+                return count
+    raise ConfigError(
+        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
+        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
+    )
 
 
 def memory(model: GPT, config: Config, tokens: int) -> float:

@@ -103,7 +103,8 @@ def export(session: Session, model: GPT, script: Script | None, path: Path) -> E
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        quantized, found = _quantized(session, model, state, meta, script)
+        with session.phases("quantisation"):
+            quantized, found = _quantized(session, model, state, meta, script)
     finally:
         torch.set_float32_matmul_precision(precision)
     seconds = time.perf_counter() - started
@@ -118,7 +119,8 @@ def export(session: Session, model: GPT, script: Script | None, path: Path) -> E
             session.say(added.line())
         return Export(packed, report, script, pruned, found, added, seconds)
 
-    return session.ranks.on_first(write)
+    with session.phases("packing"):
+        return session.ranks.on_first(write)
 
 
 def rounded_line(model: QuantizedModel) -> str:
@@ -143,7 +145,8 @@ def _quantized(
 ) -> tuple[QuantizedModel, Fit | None]:
     """The quantised model, and how it was fitted if it was."""
     config, ranks = session.config, session.ranks
-    statistics = calibrate(session, model)
+    with session.phases("calibration"):
+        statistics = calibrate(session, model)
     if statistics is None:
         return quantize(state, config.quant, ranks.first, ranks=ranks), None
     factors = Factors(statistics.hessians, config.quant.damping)

@@ -71,6 +71,7 @@ class Pace:
         # A slot is written again only after it was read: one more than may be on their way.
         self._slots = torch.zeros(RUN_AHEAD + 1, 2, pin_memory=self._on_gpu)
         self._pushed = 0
+        self._logged, self._waited = self.done, 0.0
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -102,11 +103,31 @@ class Pace:
     def pull(self) -> Step:
         """The oldest one, once it is over; its seconds are this process's."""
         step, slot, event = self._queue.popleft()
+        began = time.perf_counter()
         if event is not None:
             event.synchronize()
         loss, norm = slot.tolist()
-        clock = replace(step.clock, seconds=time.perf_counter() - self._started)
+        now = time.perf_counter()
+        self._waited += now - began
+        clock = replace(step.clock, seconds=now - self._started)
         return replace(step, clock=clock, loss=loss, norm=norm)
+
+    def since_logged(self, clock: Clock) -> dict[str, float]:
+        """What a line of metrics says of the steps since the last one.
+
+        Args:
+            clock: after the step that is logged.
+
+        Returns:
+            tokens_per_second, of all ranks; wait_ms, in which the host waited for the GPU; memory,
+            the most bytes of tensors on this GPU so far, where there is one.
+        """
+        tokens, seconds = clock.tokens - self._logged.tokens, clock.seconds - self._logged.seconds
+        row = {"tokens_per_second": tokens / max(seconds, 1e-9), "wait_ms": 1000 * self._waited}
+        if self._on_gpu:
+            row["memory"] = torch.cuda.max_memory_allocated()
+        self._logged, self._waited = clock, 0.0
+        return row
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:

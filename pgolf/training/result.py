@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import lzma
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from pgolf import roles
+from pgolf import recipes, roles
 from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import dtype_name
@@ -16,6 +17,7 @@ from pgolf.files import atomic_write
 from pgolf.quant.budget import Fit
 from pgolf.scoring.windows import Sums
 from pgolf.training.export import Export
+from pgolf.training.phases import limits
 from pgolf.training.provenance import provenance
 from pgolf.training.session import Session
 from pgolf.training.trainer import Trainer
@@ -80,6 +82,7 @@ def write_result(
     decoded: Sums,
     live: Sums | None,
     exported: str,
+    idle: Sequence[str],
 ) -> dict[str, Any]:
     """Assemble and write result.json.
 
@@ -87,6 +90,7 @@ def write_result(
         decoded: the score of the artifact.
         live: that of the weights before they were quantised, if it was asked for.
         exported: what the exported weights are, in words.
+        idle: what an audit found.
     """
     config, ranks, dataset = session.config, session.ranks, session.dataset
     clock, model = trainer.clock, trainer.model
@@ -109,6 +113,9 @@ def write_result(
         "steps": clock.step,
         "tokens": clock.tokens,
         "train_seconds": clock.seconds,
+        "phases": session.phases.ledger(
+            clock.seconds, limits(config, recipes.get(config.recipe).contest)
+        ),
         "ms_per_step": 1000 * clock.seconds / max(clock.step, 1),
         "tokens_per_second": clock.tokens / clock.seconds if clock.seconds else None,
         "parameters": sum(q.data.numel() for q in packed.model.tensors.values()),
@@ -123,6 +130,7 @@ def write_result(
         "val_targets": decoded.targets,
         "val_bytes": decoded.bytes,
         "exported_weights": exported,
+        "audit": list(idle),
         "compute_dtype": dtype,
         "scored_by": {"ranks": ranks.world, "device": ranks.device.type, "dtype": dtype},
         "ops": dict(trainer.ops),

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from shlex import quote
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from pgolf.data.loader import SequentialLoader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
-from pgolf.errors import BudgetError, ConfigError
+from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.gpt import operator_sizes
 from pgolf.model.init import init_weights
@@ -21,19 +20,16 @@ from pgolf.ops.choose import choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.ranks import Ranks
-from pgolf.recipes.recipe import CONTEST_BYTES
-from pgolf.report.html import report_line
-from pgolf.report.table import result_table
 from pgolf.scoring.bpb import ByteTable
-from pgolf.scoring.job import ScoreJob
 from pgolf.training import facts
 from pgolf.training.estimate import free_memory, memory_line
-from pgolf.training.export import export
+from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.handshake import alike
-from pgolf.training.interrupt import Interrupt, Interrupted, resume_command
+from pgolf.training.interrupt import Interrupt
 from pgolf.training.last_words import last_words
+from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
-from pgolf.training.result import write_result
+from pgolf.training.phases import Phases
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
 from pgolf.training.trainer import Trainer, compiles
@@ -147,11 +143,13 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
         if config.run.resume:
             resume(trainer, folder)
         else:
-            trainer.warm_up()
+            with session.phases("warm_up"):
+                trainer.warm_up()
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
         with Interrupt(folder.path, config.recipe) as interrupt, frozen_objects():
-            trainer.train(interrupt)
+            with session.phases("training"):
+                trainer.train(interrupt)
     except BaseException:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
@@ -171,9 +169,11 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")
     if not trainer.schedule.finished(Clock(**state["clock"])):
-        trainer.warm_up()
+        with trainer.session.phases("warm_up"):
+            trainer.warm_up()
     state, path = folder.load(trainer.session.ranks.device)
     trainer.load_state_dict(state)
+    trainer.session.phases.add(state.get("phases", {}))
     folder.forget_after(trainer.clock.step)
     qat = ", late QAT is on" if trainer.qat.on else ""
     trainer.session.say(f"going on from {path}{qat}")
@@ -192,15 +192,17 @@ def run(
         any_vocabulary: as for `open_session`.
         build_script: what makes the code that is counted, of the settings.
     """
-    started = time.perf_counter()
+    started, phases = time.perf_counter(), Phases()
     ranks = Ranks.start(config.run.device)
     note = ", ".join(f"{k}={v}" for k, v in environment.items())
     with last_words(ranks, config.recipe) as folders:
         alike(ranks, lambda: config, facts.software)
-        with claimed_folder(config, ranks) as folder:
+        with claimed_folder(config, ranks) as folder, mirrored(config, ranks, folder):
             folders.append(folder)
             session = alike(
-                ranks, lambda: open_session(config, ranks, folder, any_vocabulary), facts.data
+                ranks,
+                lambda: open_session(config, ranks, folder, any_vocabulary, phases),
+                facts.data,
             )
             trainer = train(session, recipes.title(session.config), note)
             try:
@@ -210,71 +212,4 @@ def run(
                 raise stopped_after_training(session, e) from e
             folder.check()
             session.say(f"done in {format_seconds(time.perf_counter() - started)}")
-    return result
-
-
-def stopped_after_training(session: Session, stop: KeyboardInterrupt) -> Interrupted:
-    """What a run says that is stopped while it packs or scores."""
-    folder = session.folder
-    if folder.checkpoints():
-        remedy = (
-            "training is done and kept; to pack and score it, "
-            f"`{resume_command(session.config.recipe, folder.path)}`"
-        )
-    else:
-        remedy = "no checkpoint was kept (checkpoint_every=0): train again"
-    return Interrupted(f"stopped after training: {remedy}", getattr(stop, "exit_code", 130))
-
-
-def packing_again(session: Session, excess: int) -> str:
-    """What is left of a run that is `excess` bytes over its budget, and how to pack that."""
-    config, folder = session.config, session.folder
-    if not folder.checkpoints():
-        return "No checkpoint was kept (checkpoint_every=0): train again"
-    line = f"pgolf pack {quote(str(folder.path))} --out {quote(str(folder.artifact))}"
-    # A little more than is needed: settings are in the code, whose size counts.
-    enough = -(-(config.artifact.budget_bytes + excess) * 101 // 100_000) * 1000
-    if recipes.get(config.recipe).contest and enough > CONTEST_BYTES:
-        if config.artifact.fit_to_budget:
-            return f"The weights are safe in {folder.checkpoints()[-1]}"
-        line, enough = f"{line} grid=uniform quantizer=gptq", CONTEST_BYTES
-    return (
-        f"The weights are safe in {folder.checkpoints()[-1]}: pack them with `{line} "
-        f"budget={enough}`"
-    )
-
-
-def finish(
-    session: Session, trainer: Trainer, build_script: BuildScript
-) -> dict[str, Any] | None:
-    """Pack, score the live weights and the decoded bytes, write, show and return the result."""
-    config, ranks, folder = session.config, session.ranks, session.folder
-    exported = trainer.take_export()
-    model = trainer.model
-    script = ranks.on_first(lambda: build_script(config))
-    try:
-        packed = export(session, model, script, folder.artifact)
-    except BudgetError as e:
-        raise BudgetError(f"{e}. {packing_again(session, e.excess)}", e.excess) from e
-    reserve = config.schedule.reserve_s
-    if packed is not None and 0 < reserve < packed.seconds:
-        session.say(
-            f"calibration and quantisation took {format_seconds(packed.seconds)}: raise "
-            f"reserve_s={reserve:g} for them to be within max_seconds"
-        )
-    live = None
-    if config.eval.score_live:
-        live = trainer.score(config.eval.stride, "scoring live")
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()  # what training has cached is not free to the scoring process
-    job = ScoreJob.of(
-        folder.artifact, session.dataset, config.eval, ranks, model.compute_dtype,
-        "scoring decoded",
-    )  # fmt: skip
-    decoded = job.ask().sums.over(ranks)
-    result = None
-    if packed is not None:
-        result = write_result(session, trainer, packed, decoded, live, exported)
-        print(result_table(result | {"recipe": recipes.run_name(config)}))
-        print(f"\n{report_line(folder.path)}")
     return result

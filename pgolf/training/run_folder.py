@@ -30,7 +30,8 @@ KEEP = 2
 # What may differ between the first part of a run and its continuation. Data are compared by hash.
 FREE_KEYS = {
     "run.resume", "run.out", "run.device", "run.patience", "run.log_every", "run.checkpoint_every",
-    "data.data", "data.tokenizer", *(f"eval.{f.name}" for f in fields(EvalConfig)),
+    "run.profile", "run.log", "data.data", "data.tokenizer",
+    *(f"eval.{f.name}" for f in fields(EvalConfig)),
 }  # fmt: skip
 
 
@@ -105,6 +106,7 @@ class RunFolder:
 
     Attributes:
         failed: the last write that training has gone on without, None if none failed.
+        mirrors: what takes the lines of metrics.jsonl too (`write`).
     """
 
     def __init__(self, path: Path, writes: bool = True):
@@ -113,6 +115,7 @@ class RunFolder:
         self.result = path / "result.json"
         self.metrics = path / "metrics.jsonl"
         self.failed: StorageError | None = None
+        self.mirrors = []
 
     @classmethod
     @contextmanager
@@ -194,6 +197,8 @@ class RunFolder:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except StorageError as e:
                 self.warn(e)
+            for mirror in self.mirrors:
+                mirror.write(line)
 
     def warn(self, error: StorageError) -> None:
         """Note that something is not on disk; said once, and by `check` at the end."""

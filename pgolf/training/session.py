@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from pgolf.data.corpus import ensure_default_dataset
 from pgolf.data.manifest import Dataset
 from pgolf.errors import ConfigError, DataError, StorageError
 from pgolf.ranks import Ranks
+from pgolf.training.phases import Phases
 from pgolf.training.run_data import find_dataset
 from pgolf.training.run_folder import RunFolder, read_config
 
@@ -40,6 +41,7 @@ class Session:
     ranks: Ranks
     dataset: Dataset
     folder: RunFolder
+    phases: Phases = field(default_factory=Phases)
 
     def say(self, text: str) -> None:
         """Print a line, on the first rank alone."""
@@ -48,13 +50,18 @@ class Session:
 
 
 def open_session(
-    config: Config, ranks: Ranks, folder: RunFolder, any_vocabulary: bool = False
+    config: Config,
+    ranks: Ranks,
+    folder: RunFolder,
+    any_vocabulary: bool = False,
+    phases: Phases | None = None,
 ) -> Session:
     """Find the data and fit the settings to them.
 
     Args:
         folder: from `claimed_folder`.
         any_vocabulary: nobody asked for a vocab_size: the model takes the data's.
+        phases: what the run has counted already.
 
     Raises:
         DataError: shards or tokenizer are missing, damaged or mixed up.
@@ -63,7 +70,7 @@ def open_session(
     going_on = config.run.resume
     dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
     config = with_dataset(fit_vocabulary(config, dataset, any_vocabulary), dataset)
-    return Session(config, ranks, dataset, folder)
+    return Session(config, ranks, dataset, folder, phases or Phases())
 
 
 @contextmanager

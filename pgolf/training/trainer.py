@@ -14,37 +14,22 @@ import torch
 
 from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
-from pgolf.errors import ConfigError, StorageError, TrainingError
+from pgolf.errors import StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.ops.compile import compile_graph
 from pgolf.optim.averaging import Averager
+from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers, fuses
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
-from pgolf.training.estimate import pass_limit, time_line
+from pgolf.training.estimate import micro_steps, pass_limit, time_line
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
+from pgolf.training.profile import Profile
 from pgolf.training.session import Session
-
-
-def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
-    """Least number of micro-steps that shares a batch out evenly in whole sequences.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    sequences, ragged = divmod(batch_tokens, seq_len * world)
-    if not ragged:
-        for count in range(1, sequences + 1):
-            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
-                return count
-    raise ConfigError(
-        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
-        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
-    )
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -85,12 +70,20 @@ class Trainer:
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
+        self.profile = Profile(session) if config.run.profile else None
         self.qat = LateQat(model, config, ranks.device)
-        self.averager = Averager(model, self.schedule, fuses(ops))
-        self.optimizers = Optimizers(model, config.optim, ops, self.averager.averages)
+        self.exchange = Exchange(model, ranks, self.accum, ops.get("grad_norm", "reference"))
+        self.averager = Averager(model, self.schedule, fuses(ops), self.exchange.held)
+        self.optimizers = self._new_optimizers()
         self.compiled = compiles(config, ranks.device)
         self.forward = (
             compile_graph(model, model.ops, ranks.device) if self.compiled else model
+        )
+
+    def _new_optimizers(self) -> Optimizers:
+        """Without a state."""
+        return Optimizers(
+            self.model, self.config.optim, self.ops, self.averager.averages, self.exchange.held
         )
 
     # --- steps --------------------------------------------------------------------------------
@@ -100,8 +93,14 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
         total = self._passes(self.accum)
-        self.ranks.average_gradients(self.optimizers.params)
-        return total, self.optimizers.step(lr_scale, momentum, average_rate)
+        return total, self._update(lr_scale, momentum, average_rate)
+
+    def _update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
+        """What ends a step after its passes; the norm of its gradient."""
+        grads, norm = self.exchange.reduce()
+        self.optimizers.step(grads, norm, lr_scale, momentum, average_rate)
+        self.exchange.publish()
+        return norm
 
     def _passes(self, count: int) -> torch.Tensor:
         """Forward and backward of `count` micro-steps; what they add to the mean loss."""
@@ -109,7 +108,9 @@ class Trainer:
         for _ in range(count):
             x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
             loss = self.forward(x, y)
-            (loss / self.accum).backward()
+            # Ranks' gradients are summed: a mean, then, without a pass that divides.
+            (loss / (self.accum * self.ranks.world)).backward()
+            self.exchange.collect()
             total += loss.detach() / self.accum
         return total
 
@@ -130,24 +131,23 @@ class Trainer:
         started = time.perf_counter()
         if self.compiled:
             self.say(f"compiling: {self.config.run.compile_warmup} steps off the clock ...")
-            for _ in range(self.config.run.compile_warmup):
-                began = self._now()
-                self.step(0.0, self.config.optim.momentum_start)
-                self.step_seconds = self._now() - began
+            for n in range(self.config.run.compile_warmup):
+                with self.session.phases("warm_up" if n else "compile"):
+                    began = self._now()
+                    self.step(0.0, self.config.optim.momentum_start)
+                    self.step_seconds = self._now() - began
             self.pass_seconds = self.step_seconds / self.accum
         else:
             self._passes(1)
             passed = self._now()
             self.pass_seconds = passed - started
-            self.ranks.average_gradients(self.optimizers.params)
-            self.optimizers.step(0.0, self.config.optim.momentum_start)
+            self._update(0.0, self.config.optim.momentum_start)
             self.step_seconds = self.accum * self.pass_seconds + self._now() - passed
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        self.optimizers = Optimizers(
-            self.model, self.config.optim, self.ops, self.averager.averages
-        )
+        self.exchange.publish()
+        self.optimizers = self._new_optimizers()
         self.loader.load_state_dict(cursor)
         if self.compiled:
             self.say(f"compiled in {format_seconds(time.perf_counter() - started)}")
@@ -175,6 +175,8 @@ class Trainer:
         """
         self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
         self.synchronize()
+        if self.profile:
+            self.profile.at(self.clock.step)
         pace = Pace(self.ranks.device, self.clock)
         patience = max(self.config.run.patience, 4 * self.step_seconds)
         while not self.schedule.finished(self.clock):
@@ -186,11 +188,13 @@ class Trainer:
             with pace.between_steps():
                 for step in over:
                     if self._logs(step.clock):
-                        self.log_step(step)
+                        self.log_step(step, pace.since_logged(step.clock))
                 if not pace:
                     self._between_steps()
                 if stop:
                     self._stop(interrupt, stop)
+        if self.profile:
+            self.profile.close(self.clock.step)
         stop = self._asked_to_stop(self.ranks.gather([interrupt.number]))
         if stop:  # while the last step was looked at
             self._stop(interrupt, stop)
@@ -198,7 +202,9 @@ class Trainer:
     def _queue_step(self, pace: Pace, before: Clock) -> None:
         """Start a step and count it as done; its end is not waited for."""
         if self.schedule.qat(before) and not self.qat.on:
+            self.exchange.gather_weights()
             self.qat.turn_on()
+            self.exchange.publish()
             self.event(f"late QAT on for {len(self.qat.plans)} matrices")
         lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
         # Before the step, which moves the EMA in the pass that updates the weights if it is
@@ -254,14 +260,15 @@ class Trainer:
         error.quiet = not self.ranks.first
         raise error
 
-    def _due(self) -> tuple[bool, bool]:
-        """Whether a validation and a checkpoint are due after the last step that was queued."""
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether a validation, a checkpoint and an end of a trace are due after the last step."""
         every, keep = self.config.eval.val_every, self.config.run.checkpoint_every
         finished, step = self.schedule.finished(self.clock), self.clock.step
         # The end is kept too: it is what `pgolf pack` needs, and all if packing fails.
         return (
             finished or bool(every and step % every == 0),
             bool(keep and (finished or step % keep == 0)),
+            bool(self.profile and self.profile.due(step)),
         )
 
     def _logs(self, clock: Clock) -> bool:
@@ -270,12 +277,16 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Validate, write a checkpoint: whatever is due."""
-        validate, save = self._due()
+        validate, save, trace = self._due()
+        step = self.clock.step
+        if trace:
+            with self.ranks.patient(step, phase="trace"):
+                self.profile.at(step)
         if validate:
-            with self.ranks.patient(self.clock.step, phase="validation"):
+            with self.ranks.patient(step, phase="validation"), self.session.phases("validation"):
                 self.validate()
         if save:
-            with self.ranks.patient(self.clock.step, phase="checkpoint"):
+            with self.ranks.patient(step, phase="checkpoint"), self.session.phases("checkpoints"):
                 self.checkpoint()
 
     def synchronize(self) -> None:
@@ -315,8 +326,8 @@ class Trainer:
         self.say(f"step:{step} {text}")
         self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
 
-    def log_step(self, step: Step) -> None:
-        """The contest's console line, and a line of metrics."""
+    def log_step(self, step: Step, since: Mapping[str, float]) -> None:
+        """The contest's console line, and a line of metrics; `since` is more for that."""
         c = step.clock
         ms = 1000 * c.seconds / c.step
         left = self.schedule.steps_left(c)
@@ -333,6 +344,7 @@ class Trainer:
             lr_scale=step.lr_scale,
             momentum=step.momentum,
             ms_per_step=ms,
+            **since,
         )
 
     def score(self, stride: int, label: str = "") -> Sums:
@@ -360,21 +372,29 @@ class Trainer:
         self.folder.log(kind="val", **vars(c), loss=sums.loss, bpb=sums.bpb)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that goes on, the same on every rank and for any number of them."""
+        self.exchange.gather_weights()
+        optimizers, averager = self.optimizers.state_dict(), self.averager.state_dict()
+        optimizers["momentum"] = self.exchange.gather(optimizers["momentum"])
+        averager |= {kind: self.exchange.gather(averager[kind]) for kind in ("ema", "swa")}
         return {
             "model": self.model.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-            "averager": self.averager.state_dict(),
+            "optimizers": optimizers,
+            "averager": averager,
             "loader": self.loader.state_dict(),
             "clock": vars(self.clock),
+            "phases": self.session.phases.seconds,
         }
 
     def take_export(self) -> str:
         """Put the weights that are exported into the model, late QAT off; returns their name."""
         state, description = self.averager.export()
+        state = self.exchange.gather(state)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state[name])
         self.qat.turn_off()
+        self.exchange.publish()
         self.say(f"exporting {description}")
         return description
 
@@ -383,14 +403,16 @@ class Trainer:
         self.qat.loaded()
         self.optimizers.load_state_dict(state["optimizers"])
         self.averager.load_state_dict(state["averager"])
+        self.exchange.publish()
         self.loader.load_state_dict(state["loader"])
         self.clock = Clock(**state["clock"])
         self.kept = self.clock.step
 
     def checkpoint(self) -> None:
-        """Write a checkpoint (rank 0; every rank holds the same state), if there is room for it."""
+        """Write a checkpoint (rank 0, of what all gather), if there is room for it."""
+        state = self.state_dict()
         try:
-            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, self.state_dict()))
+            path = self.ranks.on_first(lambda: self.folder.save(self.clock.step, state))
         except StorageError as e:  # on every rank
             self.folder.failed = e
             self.say(f"step:{self.clock.step} warning: no checkpoint: {e}; training goes on")

@@ -259,18 +259,26 @@ def test_executed_instructions_may_be_fewer_or_5_percent_more(
 @needs_nvcc
 def test_executed_instructions_of_one_kernel_are_compared(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    versions = aot_cuda.versions()
-    recorded = json.loads(aot.TABLE.read_text()).get(versions)
-    if recorded is None:
-        pytest.skip(f"the table does not know {versions}")
-    assert aot.main(["--only", "grad_norm"]) == 0
-    assert re.search(r"^grad_norm_chunks +\d+ -> \d+ ", capsys.readouterr().out, re.M)
-    name = "grad_norm_chunks: grad_norm.cu sm_90a"
-    recorded[name]["instructions"] //= 2
     table = tmp_path / "aot.json"
-    table.write_text(json.dumps({versions: recorded}))
-    assert aot.main(["--only", "grad_norm", "--table", str(table)]) == 1
+    only = ["--only", "grad_norm", "--table", str(table)]
+    versions = aot_cuda.versions()
+    table.write_text(json.dumps({"nvcc 1.0": {}}))
+    assert aot.main(only) == 0
+    assert f"{versions} not in aot.json: nothing was compared\n" in capsys.readouterr().out
+    rows, _ = aot_cuda.executed("grad_norm")
+    (name,) = rows
+    assert name == "grad_norm_chunks: grad_norm.cu sm_90a"
+    table.write_text(json.dumps({versions: rows}))
+    assert aot.main(only) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^grad_norm_chunks +\d+ -> \d+ ", out, re.M) and "nothing" not in out
+    rows[name]["instructions"] //= 2
+    table.write_text(json.dumps({versions: rows}))
+    assert aot.main(only) == 1
     assert "FAILED grad_norm_chunks: instructions was" in capsys.readouterr().out
+    table.write_text(json.dumps({versions: {}}))
+    assert aot.main(only) == 1
+    assert "FAILED grad_norm_chunks: not in the table\n" in capsys.readouterr().out
     assert aot.main(["--only", "nothing"]) == 2
     assert "begins with 'nothing'; there are qk_rope_forward" in capsys.readouterr().err
 

@@ -1,12 +1,15 @@
 """`python -m bench bundle`: what it calls, what it leaves, and what a checkout takes of it."""
 
+import os
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import bundle
+from bench import bundle, gpu, gpu_parts
+from pgolf import extension
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -35,7 +38,7 @@ def test_it_has_the_libraries_and_the_extension(calls, tmp_path, capsys) -> None
     assert bundle.main(["--python", "python3.12", "--arch", "10.0a"]) == 0
     made = tmp_path / "bundle"
     files = [str(f.relative_to(made)) for f in made.rglob("*") if f.is_file()]
-    assert sorted(files) == ["pgolf/_C.so", "site/zstandard.py"]
+    assert sorted(files) == ["pgolf/_C.so", "site/zstandard.py", "sources.sha256"]
     asked, install, venv, tools, build = calls
     assert asked[0] == venv[0] == "python3.12" and "--no-deps" in install
     assert install[install.index("--python-version") + 1] == "3.12"
@@ -62,17 +65,51 @@ def test_the_libraries_are_those_that_pgolf_asks_for() -> None:
         assert f'"{name}"' in project
 
 
-def test_a_checkout_takes_the_extension_if_it_has_none(tmp_path) -> None:
-    package, made = tmp_path / "pgolf", tmp_path / "bundle"
-    (made / "pgolf").mkdir(parents=True)
-    package.mkdir()
-    (made / "pgolf" / "_C.of-another-python.so").write_bytes(b"another's")
-    bundle.adopt(made, package)
-    assert list(package.iterdir()) == []
-    (made / "pgolf" / f"_C{SUFFIX}").write_bytes(b"ours")
-    bundle.adopt(made, package)
-    bundle.adopt(tmp_path / "none", package)
-    assert (package / f"_C{SUFFIX}").read_bytes() == b"ours"
-    (made / "pgolf" / f"_C{SUFFIX}").write_bytes(b"older")
-    bundle.adopt(made, package)
-    assert (package / f"_C{SUFFIX}").read_bytes() == b"ours"
+def test_a_checkout_takes_an_extension_that_is_of_its_sources(tmp_path, capsys) -> None:
+    made, module = tmp_path / "bundle", tmp_path / "pgolf" / f"_C{SUFFIX}"
+    for name in ("setup.py", "csrc/cuda/a.cu", "pgolf/a.py", "bundle/pgolf/_C.other.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (made / bundle.SOURCES).write_text(bundle.sources(tmp_path))
+    assert bundle.adopt(tmp_path / "none", tmp_path) is bundle.adopt(made, tmp_path) is None
+    assert [f.name for f in module.parent.iterdir()] == ["a.py"], "that is of another Python"
+    (made / "pgolf" / module.name).write_bytes(b"ours")
+    for there in (None, b"older", b"ours"):
+        if there:
+            module.write_bytes(there)
+        os.utime(tmp_path / "csrc" / "cuda" / "a.cu")  # as a copy of the checkout does
+        assert bundle.adopt(made, tmp_path) is True and module.read_bytes() == b"ours"
+    assert capsys.readouterr().out.count(f"{module} is from {made}\n") == 2
+    (tmp_path / "csrc" / "cuda" / "a.cu").write_text("changed")
+    assert bundle.adopt(made, tmp_path) is False, "it was adopted before"
+    module.write_bytes(b"compiled here")
+    assert bundle.adopt(made, tmp_path) is None and module.read_bytes() == b"compiled here"
+    assert capsys.readouterr().out.count("is of other sources: run `python -m bench bundle`") == 2
+
+
+@pytest.mark.parametrize("written", ["before", "after"])
+def test_times_decide_on_what_is_not_adopted_alone(monkeypatch, tmp_path, written) -> None:
+    module = tmp_path / "_C.so"
+    module.touch()
+    os.utime(module, (0, 0 if written == "before" else 2**33))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(extension, "cuda", lambda: SimpleNamespace(__file__=str(module)))
+    monkeypatch.setattr(extension, "no_code_for", lambda *how: "")
+    compiled = {
+        adopted: bool(gpu_parts._build(
+            gpu_parts.Place(tmp_path, tmp_path, gpu_parts.RECORD, adopted)
+        ).commands(1.0))
+        for adopted in (True, False, None)
+    }  # fmt: skip
+    assert compiled == {True: False, False: True, None: written == "before"}
+
+
+def test_a_rehearsal_leaves_the_extension_that_is_there(monkeypatch, tmp_path) -> None:
+    adopted: list[Path] = []
+    monkeypatch.setattr(gpu, "adopt", adopted.append)
+    monkeypatch.setattr(gpu, "measure", lambda chosen, seconds, out: len(adopted))
+    monkeypatch.setattr(gpu.gpu_parts, "all_parts", lambda place: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.os, "environ", {**os.environ})
+    assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--out", str(tmp_path)]) == 1 and adopted == [bundle.BUNDLE]

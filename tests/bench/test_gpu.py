@@ -1,6 +1,8 @@
 """`python -m bench gpu`: without a GPU, a network, and packages that may be missing."""
 
 import ast
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -14,8 +16,9 @@ import torch
 from bench import gpu, gpu_kernels, gpu_parts, losses, peers
 from bench.outcomes import Outcomes
 from bench.parts import ROOT, Part
+from pgolf.errors import DataError
 from pgolf.ops.choose import parse
-from pgolf.ops.operator import OPERATORS
+from pgolf.ops.operator import OPERATORS, Implementation
 
 # What a machine with torch for GPUs may well not have.
 MISSING = ("zstandard", "brotli", "python_minifier", "ruff", "huggingface_hub", "wordfreq",
@@ -56,6 +59,28 @@ def test_the_summary_comes_last_and_is_kept_as_it_grows(tmp_path, capsys) -> Non
     ]  # fmt: skip
     assert gpu.measure(chosen[:1], 60, tmp_path) == 0
     assert capsys.readouterr().out.endswith("all passed\n")
+
+
+def test_a_part_that_is_run_alone_leaves_what_the_others_have(tmp_path, capsys) -> None:
+    def chosen(*names: str) -> list[Part]:
+        return [Part(name, 1, lambda _: []) for name in names]
+
+    assert gpu.measure(chosen("step", "ops"), 60, tmp_path) == 0
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("step", "ops", "ops-fp32", "train")}
+    for file in files.values():
+        file.write_text("{}\n")
+    assert gpu.measure(chosen("ops"), 60, tmp_path) == 0
+    assert {name for name, file in files.items() if file.exists()} == {"step", "train"}
+    file = tmp_path / "summary.json"
+    assert [part["name"] for part in json.loads(file.read_text())["parts"]] == ["step", "ops"]
+    assert capsys.readouterr().out.count("== step") == 1
+    kept = json.loads(file.read_text()) | {"torch": "another"}
+    file.write_text(json.dumps(kept))
+    gpu.measure(chosen("ops"), 60, tmp_path)
+    assert [part["name"] for part in json.loads(file.read_text())["parts"]] == ["ops"]
+    file.write_text("[1")
+    with pytest.raises(DataError, match=r"summary.json is no summary of `bench gpu`: move it"):
+        gpu.measure(chosen("ops"), 60, tmp_path)
 
 
 def without_packages(folder: Path) -> dict[str, str]:
@@ -139,8 +164,9 @@ def test_all_of_it_runs_without_packages_that_may_be_missing(tmp_path) -> None:
     kept = {p["name"]: p for p in json.loads((out / "summary.json").read_text())["parts"]}
     bad = [name for name, part in kept.items() if not part["good"]]
     emulated = bool(os.environ.get("PGOLF_CUDA_MODULE"))
-    assert bad == ["memcheck"] * (not emulated) + ["train"], done.stdout
+    assert bad == ["memcheck"] * (not emulated), done.stdout
     assert "pip install python-minifier" in (out / "train.log").read_text()
+    assert kept["train"]["says"][-1] == "not packed: pip install python-minifier"
     assert [line["step"] for line in map(json.loads, (out / "train.jsonl").open())] == [1, 2, 3]
     outcomes = [json.loads(line)["outcome"] for line in (out / "tests.jsonl").open()]
     assert len(outcomes) > 100 and set(outcomes) == {"skipped"}
@@ -163,6 +189,9 @@ def test_parts_have_their_order_and_every_one_its_share(record) -> None:
             module = command[command.index("-m") + 1] if "-m" in command else "setup.py"
             assert module.partition(".")[0] in ("bench", "pgolf", "pytest", "torch", "setup")
         assert 0 < part.share < 200 and isinstance(part.says(), list)
+        assert part.needed == (name in ("data", "build"))
+    total = sum(part.share for part in record.values())
+    assert gpu_parts.TEST_SECONDS < 540 * record["tests"].share / total / 2
     build = record["build"]
     assert build.env["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     for tool in ("memcheck", "synccheck", "racecheck"):
@@ -173,7 +202,8 @@ def test_parts_have_their_order_and_every_one_its_share(record) -> None:
 
 
 def test_each_operator_is_timed_at_the_record_s_sizes() -> None:
-    assert set(gpu_parts.OPERATORS) == set(OPERATORS) - {"attention"}
+    timed = (*gpu_parts.OPERATORS, *gpu_parts.FP32_OPERATORS)
+    assert sorted(timed) == sorted(OPERATORS.keys() - {"attention"})
     assert set(gpu_parts.ATTENTION) == set(OPERATORS["attention"].implementations)
     for operator in OPERATORS.values():
         found = [
@@ -188,6 +218,69 @@ def test_each_operator_is_timed_at_the_record_s_sizes() -> None:
     assert all(c.keys() | {"attention"} == OPERATORS.keys() for c in chosen)
     plain, auto = (set(c.values()) for c in chosen[:2])
     assert plain == {"reference", "auto"} and auto == {"auto"}
+
+
+def words_of(command: tuple, option: str) -> list[str]:
+    """What follows an option of a command."""
+    after = command[command.index(option) + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+
+
+def test_operators_are_timed_in_the_record_s_dtypes(record) -> None:
+    commands = record["ops"].commands(1.0)
+    assert [words_of(command, "--dtype") for command in commands] == [["bf16"], ["fp32"]]
+    assert words_of(commands[1], "--op") == [
+        "param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant"
+    ]  # fmt: skip
+    files = [Path(*words_of(command, "--json")) for command in commands]
+    assert [file.name for file in files] == ["ops.jsonl", "ops-fp32.jsonl"]
+    for file in files:
+        line = {"operator": file.stem, "sample": "s", "mode": "forward", "provider": "cuda",
+                "median_ms": 1.0, "percent_of_floor": 50.0}  # fmt: skip
+        file.write_text(json.dumps(line) + "\n")
+    assert record["ops"].says() == [
+        "ops s forward: cuda 1 ms 50%", "ops-fp32 s forward: cuda 1 ms 50%"
+    ]  # fmt: skip
+
+
+def test_each_operator_is_tuned_at_the_record_s_sizes_in_its_own_time(record) -> None:
+    part = record["tune"]
+    commands = part.commands(1.0)
+    assert [command[4] for command in commands] == list(gpu_parts.TUNED)
+    assert len({*words_of(commands[0], "--json"), *words_of(commands[1], "--json")}) == 2
+    assert part.endless and part.until == [0.5, 1.0]
+    for command in commands:
+        assert words_of(command, "--sample") == list(gpu_parts.SAMPLES)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_losses_are_the_verdict_where_nothing_can_be_packed(there, record, monkeypatch) -> None:
+    original = gpu_parts.importlib.util.find_spec
+    found = lambda name: there if name == "python_minifier" else original(name)  # noqa: E731
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: found(name) or None)
+    place = gpu_parts.Place(Path("out"), Path("scratch"), gpu_parts.RECORD)
+    part = gpu_parts._train(place)
+    commands = part.commands(1.0)
+    assert [words_of(command, "-m")[0] for command in commands[:2]] == ["torch.distributed.run"] * 2
+    assert commands[2][1:3] == ("-m", "bench.losses") and len(commands) == (6 if there else 3)
+    assert words_of(commands[2], "--steps") == ["20"]
+    assert part.until == (0.45, 0.9) and part.unjudged == (0 if there else 2)
+    assert part.says() == [] if there else ["not packed: pip install python-minifier"]
+
+
+def test_a_profile_without_kernels_can_be_told() -> None:
+    phase = {"host_ms": 1.0, "gpu_ms": 2.0}
+    line = {
+        "ops": "auto", "median_ms": 2.0, "first_ms": 3.0, "peak_bytes": None, "loss": None,
+        "phases": {name: phase for name in ("forward", "backward", "optimizer")},
+        "profile": {"step_us": 0.0, "idle_us": 0.0},
+    }  # fmt: skip
+    assert gpu_parts._step_line(line) == (
+        "auto: 2.0 ms, 1.500x (forward 2.0, backward 2.0, optimizer 2.0, host 3.0); "
+        "ITS LOSS IS NOT FINITE"
+    )
+    line |= {"profile": {"step_us": 10.0, "idle_us": 1.0}, "loss": 7.0}
+    assert gpu_parts._step_line(line).endswith("host 3.0, idle 10 %)")
 
 
 def test_tests_for_a_gpu_are_named_by_their_files() -> None:
@@ -228,31 +321,71 @@ def test_losses_of_two_runs_stand_side_by_side(tmp_path, capsys) -> None:
     assert (tmp_path / "f.jsonl").read_text() == (
         '{"step": 1, "losses": [7.0, 7.01]}\n{"step": 2, "losses": [6.0, 6.02]}\n'
     )
+    assert losses.main([str(first), str(near), *json_to, "--steps", "2"]) == 0
+    assert losses.main([str(first), str(near), *json_to, "--steps", "3"]) == 1
+    assert "WRONG: 2 steps of both runs, not 3" in capsys.readouterr().out
     assert losses.main([str(first), str(far), *json_to]) == 1
     assert "WRONG: more than 2% apart at steps [2]" in capsys.readouterr().out
     assert losses.main([str(first), str(tmp_path / "none"), *json_to]) == 2
     assert "the folder of a run that has begun?" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    any(impl.missing() for op in gpu_kernels.OPERATORS.values()
-        for impl in op.implementations.values() if not impl.package),
-    reason="not every implementation is here",
-)
 def test_every_kernel_is_launched(monkeypatch, tmp_path) -> None:
-    ran = []
+    """Each that is here; without a GPU as if there were one, with arguments alone."""
+    ran, texts = [], []
     monkeypatch.setattr(gpu_kernels.Call, "run", lambda call, function: ran.append(function))
     monkeypatch.setattr(gpu_kernels, "atomic_write", lambda file, text: texts.append(text))
-    texts: list[str] = []
-    assert gpu_kernels.run_all("cpu", file=tmp_path / "f") == len(ran) == len(texts)
-    assert {(f.func, f.keywords["impl"]) for f in ran} == {
-        (operator.call, impl)
-        for operator in gpu_kernels.OPERATORS.values()
+    monkeypatch.setattr(Implementation, "runs_on", lambda self, device: True)
+    ours = {
+        (operator.call, impl): implementation.missing()
+        for operator in OPERATORS.values()
         for impl, implementation in operator.implementations.items()
         if implementation.device == "cuda" and not implementation.package
     }
-    lines = [json.loads(line) for line in texts[-1].splitlines()]
-    assert len(lines) == len(ran) and set(lines[0]) == {"operator", "impl", "sample", "dtype"}
+    calls, wrong = gpu_kernels.run_all("cpu", file=tmp_path / "f")
+    assert calls == len(ran) == len(texts)
+    here = {key for key, missing in ours.items() if not missing}
+    assert {(f.func, f.keywords["impl"]) for f in ran} == here
+    assert len(wrong) == len(ours) - len(here)
+    lines = [json.loads(line) for line in "".join(texts[-1:]).splitlines()]
+    assert len(lines) == len(ran)
+    assert all(set(line) == {"operator", "impl", "sample", "dtype"} for line in lines)
+
+
+def test_a_kernel_that_is_missing_or_fails_leaves_the_others_to_run(monkeypatch, capsys) -> None:
+    """The sanitizers see those that are here; what is not is told, and the exit code is 1."""
+    names = ("xsa", "fake_quant", "grad_norm")
+    for name in names:
+        known = OPERATORS[name]
+        found = {
+            impl: dataclasses.replace(each, missing=lambda: "")
+            for impl, each in known.implementations.items()
+        }
+        if name == "xsa":
+            found["cuda"] = dataclasses.replace(found["cuda"], missing=lambda: "not built")
+        monkeypatch.setitem(OPERATORS, name, dataclasses.replace(known, implementations=found))
+    called = {OPERATORS[name].call: name for name in names}
+    ran: list[tuple[str, str]] = []
+
+    def run(call, function) -> None:
+        ran.append((called[function.func], function.keywords["impl"]))
+        if ran[-1] == ("fake_quant", "triton"):
+            raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(gpu_kernels.Call, "run", run)
+    monkeypatch.setattr(Implementation, "runs_on", lambda self, device: self.device == "cuda")
+    assert gpu_kernels.main(["--device", "cpu", "--op", *names]) == 1
+    assert set(ran) == {
+        ("xsa", "triton"), ("fake_quant", "cuda"), ("fake_quant", "triton"), ("grad_norm", "cuda")
+    }  # fmt: skip
+    captured = capsys.readouterr()
+    assert "WRONG: xsa=cuda: not built\n" in captured.out
+    assert "RuntimeError: does not compile" in captured.err
+    assert gpu_kernels.main(["--device", "cpu", "--op", "grad_norm"]) == 0
     ran.clear()
-    gpu_kernels.run_all("cpu", ["xsa"], ["cuda"])
-    assert {(f.func, f.keywords["impl"]) for f in ran} == {(OPERATORS["xsa"].call, "cuda")}
+    calls, wrong = gpu_kernels.run_all("cpu", ["fake_quant", "xsa"], ["cuda"])
+    assert set(ran) == {("fake_quant", "cuda")} and calls == len(ran) and len(wrong) == 1
+    ran.clear()
+    monkeypatch.setattr(gpu_kernels.restart, "spoilt", lambda device: True)
+    assert gpu_kernels.main(["--device", "cpu", "--op", "fake_quant", "--impl", "triton"]) == 1
+    assert len(ran) == 1 and "no more was run" in capsys.readouterr().out

@@ -58,6 +58,51 @@ def test_time_that_is_left_goes_to_those_that_follow(tmp_path, monkeypatch) -> N
     assert all(o.good for o in outcomes)
 
 
+def test_what_others_need_may_take_all_the_time_that_is_left(tmp_path, monkeypatch) -> None:
+    now, may = [0.0], []
+    monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
+    given = lambda seconds: may.append(seconds) or []  # noqa: E731
+    made = [Part("data", 1, given, needed=True), Part("b", 3, given), Part("c", 1, given)]
+    parts.run(made, 100, tmp_path)
+    assert may == [100, 75, 100]
+
+
+def test_a_command_may_be_ended_before_the_part(tmp_path, monkeypatch) -> None:
+    """It takes no time of those after it, which judge what it has left."""
+    monkeypatch.setattr(parts, "GRACE", 0.1)
+    endless = "print('begun', flush=True); import time; time.sleep(60)"
+    judge = "print('judged')"
+    halves = part("a", endless, judge, until=(0.2,))
+    failing = part("b", "raise SystemExit(3)", "pass", unjudged=1)
+    wrong = part("c", "raise SystemExit(3)", "raise SystemExit(4)", unjudged=1)
+    outcomes = parts.run([halves, failing, wrong], 15, tmp_path)
+    assert [(o.verdict, o.good) for o in outcomes] == [
+        ("passed", True), ("passed", True), ("FAILED, code 4", False)
+    ]  # fmt: skip
+    log = (tmp_path / "a.log").read_text()
+    assert "begun\nended after 20% of the time\n$ " in log and log.endswith("judged\n")
+
+
+def test_what_a_command_leaves_running_is_ended(tmp_path) -> None:
+    file = tmp_path / "pid"
+    leaves = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(file)!r}, 'w').write(str(child.pid))"
+    )
+    (outcome,) = parts.run([part("a", leaves)], 60, tmp_path)
+    assert outcome.verdict == "passed"
+    assert ended(int(file.read_text()))
+
+
+def ended(pid: int) -> bool:
+    """Whether a process ends, within ten seconds."""
+    deadline = time.monotonic() + 10
+    while (found := parts._stat(pid)) and found[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not found or found[0] == "Z"
+
+
 STUBBORN = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -85,11 +130,7 @@ def test_what_is_cut_off_keeps_what_it_has_and_leaves_no_process(
     assert time.monotonic() - began < 20 and seen == [1]
     assert outcome.verdict == "cut off after 1 s" and outcome.good == endless
     assert outcome.says[0].startswith("kept ")
-    child = int(outcome.says[0].split()[1])
-    deadline = time.monotonic() + 10
-    while (found := parts._stat(child)) and found[0] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not found or found[0] == "Z"
+    assert ended(int(outcome.says[0].split()[1]))
     assert not (Path(parts.ROOT) / "never").exists()
 
 

@@ -1,13 +1,14 @@
 """Executed instructions: of SASS that is written here, and of kernels whose counts are known."""
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from bench import aot_cuda, aot_items, aot_model
-from bench.sass import Function
-from bench.sass_flow import Flow, Instruction, loads_in_flight
+from bench.sass import Function, Instruction
+from bench.sass_flow import Flow, loads_in_flight
 from tests.bench.test_aot import needs_nvcc, needs_triton
 
 COUNTED = Path(__file__).parent / "counted.cu"
@@ -228,3 +229,17 @@ def test_the_model_takes_the_larger_bound_and_shows_what_was_measured() -> None:
     _, of_h100, of_h200 = text[-1].split("|")
     assert of_h100.split() == ["280", "134", "280", "350"]
     assert of_h200.split() == ["280", "93", "280", "-"]
+
+
+def test_what_was_measured_is_found_in_the_folder_of_its_device(tmp_path) -> None:
+    kernels = [{"name": "xsa_forward_rows<float>", "calls": 2.0, "us": 30.0}]
+    for folder, device in (("nvidia-h200", "NVIDIA H200"), ("gh200", "NVIDIA GH200 480GB")):
+        (tmp_path / folder).mkdir()
+        kernels[0]["us"] /= 2
+        line = {"device": device, "profile": {"kernels": kernels}}
+        (tmp_path / folder / "step.jsonl").write_text(json.dumps(line) + "\n")
+    lines = aot_model.results(tmp_path)
+    assert len(lines) == 2
+    h100, h200 = aot_model.GPUS
+    assert aot_model.measured("xsa_forward_rows", h200, lines) == 7.5
+    assert aot_model.measured("xsa_forward_rows", h100, lines) is None

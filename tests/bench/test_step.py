@@ -1,13 +1,16 @@
 """`python -m bench step` on a tiny recipe."""
 
 import dataclasses
+import gc
 import json
+import math
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import profiling, schema, step
+from bench import profiling, restart, schema, step
 from bench.synthetic import Words
 from pgolf.data.prepare import prepare
 from pgolf.training.run import build
@@ -99,6 +102,80 @@ def test_within_a_limit_of_time_what_runs_is_kept(shards, monkeypatch, capsys) -
         assert "pgolf::xsa " in captured.out
 
 
+def test_the_first_choice_is_kept_before_the_second_is_prepared(shards, monkeypatch) -> None:
+    """And one is gone with its memory before the next comes: cycles would keep it."""
+    kept, trainers = [], []
+
+    def watched(session, title):
+        file = Path("f.jsonl")
+        kept.append(len(file.read_text().splitlines()) if file.exists() else 0)
+        assert not [alive for t in trainers[1:] if (alive := t())]
+        trainer = build(session, title)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr(step, "build", watched)
+    gc.disable()
+    try:
+        ops = ["reference", "xsa=reference", "qk_rope=reference"]
+        assert run(shards, "--ops", *ops, "--compile", "off", "--seconds", "1e6", "--json",
+                   "f.jsonl", "--rounds", "1") == 0  # fmt: skip
+    finally:
+        gc.enable()
+    assert kept == [0, 1, 2]
+
+
+class Replaced(BaseException):
+    """Instead of a new process."""
+
+
+@pytest.mark.parametrize("where", ["build", "_timed"])
+def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
+    where, shards, monkeypatch, capsys
+) -> None:
+    words, built = [], []
+    original = getattr(step, where)
+
+    def failing(first, *others):
+        ops = first.config.run.ops if where == "build" else others[1][0].choice.ops
+        built.append(ops)
+        if ops == "xsa=reference":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return original(first, *others)
+
+    def replaced(program: str, argv: list[str]) -> None:
+        words[:] = argv
+        raise Replaced
+
+    monkeypatch.setattr(step, where, failing)
+    monkeypatch.setattr(restart, "spoilt", lambda device: True)
+    monkeypatch.setattr(restart.os, "execv", replaced)
+    with pytest.raises(Replaced):
+        run(shards, "--ops", "reference", "xsa=reference", "auto", "--compile", "off", "--seconds",
+            "1e6", "--json", "f.jsonl", "--rounds", "1")  # fmt: skip
+    assert "FAILED: xsa=reference eager; why stands above\n" in capsys.readouterr().out
+    assert words[1:4] == ["-m", "bench", "step"]
+    assert words[-4:-1] == ["--failed", "xsa=reference eager", "--seconds"]
+    assert 0 < float(words[-1]) <= 1e6
+    built.clear()
+    assert step.main(words[4:]) == 1
+    lines = [json.loads(text) for text in Path("f.jsonl").read_text().splitlines()]
+    assert [line["ops"] for line in lines] == ["reference", "auto"]
+    assert built == (["reference", "auto"] if where == "build" else ["auto"])
+    assert lines[1]["first_ms"] != lines[1]["median_ms"], "it took turns with the first"
+
+
+def test_a_gpu_is_spoilt_if_it_cannot_be_waited_for(monkeypatch) -> None:
+    def fails(device) -> None:
+        raise RuntimeError("CUDA error")
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not restart.spoilt(gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert restart.spoilt(gpu) and not restart.spoilt(torch.device("cpu"))
+
+
 def test_a_profile_adds_up() -> None:
     spans = [profiling.Span("a", 0, 4), profiling.Span("b", 3, 6), profiling.Span("a", 8, 10)]
     kernels = [(s.name, s.end - s.start) for s in spans]
@@ -128,6 +205,26 @@ def test_losses_that_differ_are_wrong(shards, monkeypatch, capsys) -> None:
     assert run(shards, "--ops", "reference", "xsa=reference", "--compile", "off") == 1
     wrong = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WRONG")]
     assert wrong == ["WRONG: xsa=reference eager has another loss than reference eager"]
+
+
+@pytest.mark.parametrize("spoilt", ["reference", "xsa=reference"])
+def test_a_loss_that_is_not_finite_is_wrong_and_its_line_is_kept(
+    spoilt, shards, monkeypatch, capsys
+) -> None:
+    def broken(session, title):
+        trainer = build(session, title)
+        if session.config.run.ops == spoilt:
+            with torch.no_grad():
+                trainer.model.tok_emb.weight.fill_(math.nan)
+        return trainer
+
+    monkeypatch.setattr(step, "build", broken)
+    assert run(shards, "--ops", "reference", "xsa=reference", "--compile", "off", "--json",
+               "f.jsonl", "--rounds", "1") == 1  # fmt: skip
+    lines = [json.loads(text) for text in Path("f.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in lines] == [line["ops"] == spoilt for line in lines]
+    out = capsys.readouterr().out
+    assert f"WRONG: {spoilt} eager has a loss that is not finite\n" in out
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if not interpreting():
     pytest.skip("Triton kernels are not interpreted here", allow_module_level=True)
 
-from bench import tune  # noqa: E402
+from bench import gpu_parts, tune  # noqa: E402
 from pgolf.ops.testing import Call  # noqa: E402
 from pgolf.triton_kernels import launch as launches  # noqa: E402
 from pgolf.triton_kernels.launch import Launch  # noqa: E402
@@ -170,3 +170,15 @@ def test_without_a_gpu_nothing_is_written(table, monkeypatch, capsys) -> None:
     assert tune.main(["xsa"]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
     assert table.read_bytes() == before
+
+
+def test_only_sizes_that_are_asked_for_are_tuned(table) -> None:
+    labels = {
+        name: [sample.label for sample in tune._samples(name, gpu_parts.SAMPLES)]
+        for name in gpu_parts.TUNED
+    }
+    assert labels == {
+        "leaky_relu2_mlp": ["98304 512-1536"], "newton_schulz": ["qo bank", "kv bank", "up bank"]
+    }  # fmt: skip
+    with pytest.raises(PgolfError, match=r"--sample none: no size of xsa; there are small$"):
+        tune.tune(["xsa"], ["fp32"], CPU, "", best_at(4, 8), words=["none"])

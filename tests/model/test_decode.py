@@ -138,7 +138,7 @@ def test_frozen_copies_cast_once_and_leave_late_qat_out() -> None:
     doubled = {name: p * 2 for name, p in model.export_state().items()}
     assert not torch.allclose(whole(frozen_copy(model, doubled), ids), expected, atol=0.1)
     half = frozen_copy(model, dtype=torch.bfloat16)
-    assert half.blocks[0].frozen.qkv.dtype == half.tok_emb.weight.dtype == torch.bfloat16
+    assert half.blocks[0].published.qkv.dtype == half.tok_emb.weight.dtype == torch.bfloat16
     assert half.blocks[0].attn.q_gain.dtype == torch.float32
     torch.testing.assert_close(whole(half, ids), expected, rtol=0.1, atol=1.0)
 

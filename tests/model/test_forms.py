@@ -7,7 +7,9 @@ from pgolf.config import OptimConfig
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix
 from pgolf.ops.operator import OPERATORS
+from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers
+from pgolf.ranks import ALONE
 
 from ..triton.interpreter import repair
 from .published import PUBLISHED, small
@@ -87,13 +89,16 @@ def trained(model: GPT, steps: int) -> list[float]:
     """Losses of `steps` steps, with late QAT from the middle on."""
     switch = with_qat(model, model.ops["fake_quant"], True)
     optimizers = Optimizers(model, OptimConfig(ns_dtype="fp32"), model.ops)
+    exchange = Exchange(model, ALONE)
     losses = []
     for step in range(steps):
         if step == steps // 2:
             switch.fill_(1.0)
+            exchange.publish()
         loss = model(*batch(model.config))
         loss.backward()
-        optimizers.step(1.0, 0.95)
+        optimizers.step(*exchange.reduce(), 1.0, 0.95)
+        exchange.publish()
         losses.append(loss.item())
     return losses
 

@@ -30,7 +30,11 @@ def cuda_sources(kernel: str) -> tuple[str, ...]:
     """What a proof of a file of csrc/cuda depends on: it, its bindings and its operator."""
     stem = kernel.removesuffix(".cu")
     operator = {"leaky_relu2": "leaky_relu2_mlp"}.get(stem, stem)
-    return f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{operator}.py"
+    glue = f"pgolf/ops/{operator}_kernels.py"  # where the operator's own file has no room for it
+    return (
+        f"csrc/cuda/{kernel}", f"csrc/bindings/{stem}.cpp", f"pgolf/ops/{operator}.py",
+        *([glue] if (CSRC.parent / glue).exists() else []),
+    )  # fmt: skip
 
 
 @functools.cache

@@ -137,6 +137,12 @@ def tokens_by_id_in_any_order_of_threads() -> None:
 
 UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_aligned, "cuda")
 
+
+def norm_that_is_not_finite(name: str) -> Callable[[], None]:
+    test = test_multi_tensor.test_a_norm_that_is_not_finite_changes_nothing
+    return functools.partial(test, name, "cuda", torch.float32)
+
+
 # What an operator needs beside its samples.
 BESIDES: dict[str, list[Callable[[], None]]] = {
     "embed_smear": [
@@ -144,8 +150,10 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
         tokens_by_id_in_any_order_of_threads,
     ],
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
-    "muon_momentum": [UNALIGNED],
-    "param_update": [UNALIGNED, averages_follow_what_is_stored],
+    "muon_momentum": [UNALIGNED, norm_that_is_not_finite("muon_momentum")],
+    "param_update": [
+        UNALIGNED, averages_follow_what_is_stored, norm_that_is_not_finite("param_update"),
+    ],
     "qk_rope": [
         functools.partial(test_qk_rope.test_without_norm_a_nan_stays_in_its_pair, "cuda", size)
         for size in (16, 17)

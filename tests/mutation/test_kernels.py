@@ -55,6 +55,12 @@ def test_every_file_of_cuda_kernels_has_enough_mutants(kernel: str) -> None:
     assert f"cuda/{kernel}" in {m.module for m in found}
 
 
+def test_proofs_depend_on_all_files_of_an_operator() -> None:
+    named = {name for kernel in cuda_kernels() for name in cuda_sources(kernel)}
+    glue = {f"pgolf/ops/{path.name}" for path in (ROOT / "pgolf/ops").glob("*_kernels.py")}
+    assert glue and glue <= named
+
+
 def test_a_cuda_kernel_brings_the_device_code_that_it_calls() -> None:
     origins = {(m.module, m.function) for m in cuda_mutants("xsa.cu")}
     assert {("cuda/device.cuh", "group_sum"), ("xsa.h", "xsa_norm")} <= origins

@@ -6,8 +6,10 @@ import torch
 from pgolf.ops import grad_norm, muon_momentum, param_update
 from pgolf.ops.multi_tensor import COLUMNS, adamw_row, scalars_row
 from pgolf.ops.operator import OPERATORS
+from pgolf.ops.tensors import tensors_in
+from pgolf.ops.testing import Call, kernel, poisoned, same_bits
 
-from .cases import implementations
+from .cases import implementations, small
 
 KERNELS = implementations(OPERATORS["param_update"])
 NORM = torch.tensor(1.0)
@@ -48,6 +50,30 @@ def test_elements_that_are_not_finite_are_counted(impl: str) -> None:
     assert bad.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+@pytest.mark.parametrize("name", ["param_update", "muon_momentum"])
+def test_a_norm_that_is_not_finite_changes_nothing(name: str, impl: str, dtype) -> None:
+    """Not a bit, clipping or not; one that is finite changes every tensor."""
+    operator = OPERATORS[name]
+    call = Call.of(operator, small(operator)[0], dtype)
+    before = [t for n in call.changed for t in tensors_in(call.arguments[n])]
+    for t in before:
+        t.view(-1)[:1] = -0.0
+    for limit in (2.0, float("inf")):
+        scalars = call.arguments["scalars"].clone()
+        scalars[..., COLUMNS.index("max_norm")] = limit
+        for norm in (float("inf"), float("nan"), 3.0):
+            given = call.with_arguments({"scalars": scalars, "norm": torch.tensor(norm)})
+            with poisoned():
+                results = given.run(kernel(operator, impl))
+            directions, after = results[: -len(before)], results[-len(before) :]
+            kept = [same_bits(*pair) for pair in zip(before, after, strict=True)]
+            assert not any(kept) if norm == 3.0 else all(kept), (limit, norm, kept)
+            if norm == float("inf") and limit == 2.0:  # the clipped gradients are 0
+                assert all(x.isfinite().all() for x in directions), "written, each of them"
+
+
 def update(**changes: object) -> None:
     t = torch.ones(4)
     arguments = dict(
@@ -68,8 +94,6 @@ def update(**changes: object) -> None:
         ({"exp_avgs": [], "exp_avg_sqs": []}, "it is Muon's"),
         ({"exp_avg_sqs": [torch.ones(4).bfloat16()]}, "exp_avg_sqs"),
         ({"averages": [torch.ones(4).bfloat16()]}, "averages"),
-        ({"copies": [torch.ones(4)], "copy_of": [0]}, "copies"),
-        ({"copies": [torch.ones(4).bfloat16()], "copy_of": [2]}, "copy_of"),
         ({"params": [torch.ones(8)[::2]]}, "contiguous"),
         ({"sources": [torch.ones(4).double()]}, "float32 or bfloat16"),
     ],

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.operator import OPERATORS
-from pgolf.ops.residual_norm import MOST_BLOCKS, cost, partial_rows, residual_norm, rms_norm
-from pgolf.ops.tensors import nbytes
+from pgolf.ops.residual_norm import cost, residual_norm, rms_norm
+from pgolf.ops.residual_norm_kernels import MAX_PARTS, MIN_PART
+from pgolf.ops.tensors import nbytes, parts_of
 
 from .cases import implementations
 from .guards import GuardZones
@@ -240,12 +241,10 @@ def test_kernels_for_what_layers_have(layer: str, shape: tuple[int, int]) -> Non
 
 def test_sums_over_tokens_have_few_parts() -> None:
     """However many tokens there are: as many as the kernel expects, with the right sums."""
-    assert [partial_rows(rows) for rows in (0, 1, 64, 65, 64 * MOST_BLOCKS)] == [
-        0, 1, 1, 2, MOST_BLOCKS
-    ]  # fmt: skip
-    assert all(partial_rows(n) <= MOST_BLOCKS for n in (98304, 10**6, 10**9))
+    parts = {rows: parts_of(rows, 64, 528) for rows in (0, 1, 64, 65, 64 * 528, 98304, 10**9)}
+    assert list(parts.values()) == [0, 1, 1, 2, 528, 526, 528]
     if "cpu" in KERNELS:
-        close("cpu", arguments(64 * MOST_BLOCKS + 1, 2))
+        close("cpu", arguments(MIN_PART * MAX_PARTS + 1, 2))
 
 
 @every_kernel

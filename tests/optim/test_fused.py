@@ -9,11 +9,14 @@ from pgolf import extension, recipes
 from pgolf.config import OptimConfig
 from pgolf.model import GPT
 from pgolf.ops.choose import choose
+from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.operator import OPERATORS
+from pgolf.ops.testing import bits_of
 from pgolf.optim import fused
 from pgolf.optim.groups import Optimizers
 
-from .test_groups import model, randomise_gradients
+from ..ops.cases import implementations
+from .test_groups import gradients, model
 
 CPP = dict.fromkeys(fused.OPERATORS, "cpu")
 CONFIG = OptimConfig(ns_dtype="fp32", grad_clip=2.0)
@@ -32,9 +35,9 @@ def pair(ops: dict[str, str], **changes: object) -> tuple[GPT, Optimizers]:
 def run(optimisers: Optimizers, steps: range) -> list[float]:
     norms = []
     for step in steps:
-        randomise_gradients(optimisers, step, 0.1)
-        norms.append(optimisers.step(0.5 + step / 20, 0.9).item())
-        assert all(p.grad is None for p in optimisers.params)
+        grads, norm = gradients(optimisers, step, 0.1)
+        optimisers.step(grads, norm, 0.5 + step / 20, 0.9)
+        norms.append(norm.item())
     return norms
 
 
@@ -80,29 +83,56 @@ def test_state_goes_on(kinds: tuple[dict, dict]) -> None:
 
 
 @needs_cpp
-def test_averages_and_copies_follow() -> None:
+def test_averages_follow() -> None:
     net = model()
     averages = {n: torch.full(p.shape, 7.0) for n, p in net.named_parameters()}
-    copies = {
-        n: torch.zeros(p.shape, dtype=torch.bfloat16)
-        for n, p in net.named_parameters()
-        if p.dim() == 2
-    }
-    optimisers = Optimizers(net, CONFIG, CPP, averages, copies)
+    optimisers = Optimizers(net, CONFIG, CPP, averages)
     exact = {n: t.double() for n, t in averages.items()}
     for step, rate in enumerate((0.0, 1.0, 0.25)):
-        randomise_gradients(optimisers, step)
-        optimisers.step(1.0, 0.9, rate)
+        optimisers.step(*gradients(optimisers, step), 1.0, 0.9, rate)
         for n, p in net.named_parameters():
             exact[n] += rate * (p.detach().double() - exact[n])
             torch.testing.assert_close(averages[n].double(), exact[n], rtol=1e-5, atol=1e-6)
-            assert n not in copies or torch.equal(copies[n], p.detach().bfloat16()), n
+
+
+def bits(optimisers: Optimizers) -> list[torch.Tensor]:
+    """Of weights, momenta and moments."""
+    states = [s for o in (optimisers.muon, optimisers.adamw) for s in o.state.values()]
+    kept = [t for s in states for name, t in s.items() if name != "step"]
+    return [bits_of(t) for t in (*optimisers.params, *kept)]
+
+
+@pytest.mark.parametrize(("bad", "which", "clip"), [("nan", 0, 2.0), ("inf", -1, 0.0)])
+@pytest.mark.parametrize("impl", [*implementations(OPERATORS["param_update"]), "torch"])
+def test_a_gradient_that_is_not_finite_is_as_no_step(impl, bad, which, clip) -> None:
+    """One of Muon's or of AdamW's leaves all of them as they were, and they go on from there."""
+    ops = {} if impl == "torch" else dict.fromkeys(fused.OPERATORS, impl)
+    config = OptimConfig(ns_dtype="fp32", grad_clip=clip)
+    hit, twin = (Optimizers(model(), config, ops) for _ in range(2))
+    assert bool(hit.fused) == bool(ops)
+    for optimisers in (hit, twin):
+        run(optimisers, range(2))
+    before = bits(hit)
+    grads, _ = gradients(hit, 2)
+    grads[hit.params[which]].view(-1)[0] = float(bad)
+    hit.step(grads, grad_norm(list(grads.values()), "reference")[0], 1.0, 0.9)
+    assert all(map(torch.equal, bits(hit), before))
+    if hit.fused:  # The host does not know, and counts the step: only AdamW's biases tell of it.
+        assert hit.fused.count == 3
+        hit.fused.count = 2
+    for optimisers in (hit, twin):
+        run(optimisers, range(3, 5))
+    after = bits(hit)
+    assert all(map(torch.equal, after, bits(twin)))
+    assert not any(map(torch.equal, after, before))
 
 
 def test_a_parameter_without_gradient_is_named() -> None:
     _, optimisers = pair({"grad_norm": "reference", "param_update": "cpu"})
-    with pytest.raises(ValueError, match="no gradient"):
-        optimisers.step(1.0, 0.9)
+    grads, norm = gradients(optimisers, 0)
+    del grads[optimisers.params[3]]
+    with pytest.raises(ValueError, match="1 parameters .*, blocks.0.attn.c_k.weight among"):
+        optimisers.step(grads, norm, 1.0, 0.9)
 
 
 class Recorder:
@@ -127,20 +157,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
     choose.cache_clear()
 
 
-def test_all_of_pr1473_is_three_calls(recorder: Recorder) -> None:
+def test_all_of_pr1473_is_three_calls(recorder: Recorder, monkeypatch) -> None:
     """Two launches for the norm, two for the momentum, one for the update: all fits one list.
 
-    (csrc/cuda/multi_tensor.cuh holds 369 parameters in the arguments of a launch, 507 matrices.)
+    (csrc/cuda/multi_tensor.cuh holds 406 parameters in the arguments of a launch, 507 matrices.)
     """
     config = recipes.get("pr1473").config()
     choose.cache_clear()
     kernels = dict.fromkeys(fused.OPERATORS, "cuda")
     optimisers = Optimizers(GPT(config.model), config.optim, kernels)
-    optimisers.muon.orthogonal = lambda stack, normalized: stack
-    for p in optimisers.params:
-        p.grad = torch.empty_like(p)
-    optimisers.step(1.0, 0.9)
+    monkeypatch.setattr(fused, "newton_schulz_all", lambda stacks, **options: stacks)
+    grads = {p: torch.empty_like(p) for p in optimisers.params}
+    norm, _ = grad_norm(list(grads.values()), "cuda")
+    optimisers.step(grads, norm, 1.0, 0.9)
     assert [name for name, _ in recorder.calls] == [f"{name}_cuda" for name in fused.OPERATORS]
     (gradients, *_), (matrices, *_), (params, *_) = (args for _, args in recorder.calls)
-    assert len(gradients) == len(params) == len(optimisers.params) <= 369
+    assert len(gradients) == len(params) == len(optimisers.params) <= 406
     assert len(matrices) == 66

@@ -155,7 +155,7 @@ def test_the_model_is_left_alone() -> None:
     model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     collect(model, text(model), 64, progress=False)
-    assert all(block.frozen is None for block in model.blocks)
+    assert all(block.published is None for block in model.blocks)
     for name, p in model.named_parameters():
         assert p.requires_grad and p.grad is None and torch.equal(p, before[name]), name
 

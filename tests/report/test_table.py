@@ -42,6 +42,27 @@ def test_numbers(result):
     }
 
 
+def test_phases(result):
+    """Those that took time, and what each counts against."""
+    off = {"on_clock": False, "limit": None, "limit_seconds": None}
+    result["phases"] = {
+        "compile": off | {"seconds": 0.0},
+        "warm_up": off | {"seconds": 1.25},
+        "training": off | {"seconds": 75.0, "on_clock": True},
+        "scoring": off | {"seconds": 30.04, "limit": "evaluation", "limit_seconds": 600.0},
+        "total": off | {"seconds": 1106.29},
+        "damaged": 7,
+    }
+    table = result_table(result)
+    rows = rows_of(table[table.index("time, and what limits it") :])
+    assert rows == {
+        "warm up": ["1.2 s"],
+        "training": ["75.0 s", "on the clock"],
+        "scoring": ["30.0 s", "of 600 s"],
+        "total": ["1,106.3 s"],
+    }
+
+
 def test_scope_and_footnote(result):
     table = " ".join(result_table(result).split())
     assert table.startswith("demo, seed 1337, on wikipedia-leads-en")

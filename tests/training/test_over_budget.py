@@ -8,7 +8,7 @@ import pytest
 from pgolf.config import Config, find_key, from_dict, to_dict, with_overrides
 from pgolf.errors import BudgetError, ConfigError
 from pgolf.recipes import get
-from pgolf.training.run import packing_again
+from pgolf.training.finish import packing_again
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import Session
 

@@ -92,6 +92,11 @@ def test_steps_are_queued_ahead_and_the_clock_is_that_of_the_gpu(on_gpu):
     assert [m["seconds"] for m in lines] == pytest.approx([2.0 * n + 0.1 for n in range(1, 31)])
     assert trainer.clock.seconds == pytest.approx(60.1)
     assert longest == [module.RUN_AHEAD + 1]
+    # the host queues a step in 0.1 s and waits for the rest of each; three at the end at once
+    assert [m["wait_ms"] for m in lines[3:27]] == pytest.approx([1900.0] * 24)
+    assert sum(m["wait_ms"] for m in lines) == pytest.approx(1000 * (60.1 - 30 * 0.1))
+    assert [m["tokens_per_second"] for m in lines[1:]] == pytest.approx([128.0] * 29)
+    assert all(m["memory"] >= 0 for m in lines)
 
 
 def test_what_looks_at_the_weights_waits_for_all_steps_and_is_off_the_clock(on_gpu):
@@ -105,6 +110,23 @@ def test_what_looks_at_the_weights_waits_for_all_steps_and_is_off_the_clock(on_g
     # at each of these the GPU has nothing to do while the host queues the next step
     assert trainer.clock.seconds == pytest.approx(20 * 2.0 + 4 * 0.1)
     assert clock.now == pytest.approx(50.0 + 40.4 + 3 * 500.0 + 2 * 1000.0)
+
+
+def test_a_trace_begins_and_ends_with_no_step_on_its_way_and_off_the_clock(on_gpu, monkeypatch):
+    words = ("max_seconds=0", "max_steps=20", "val_every=0", "checkpoint_every=0", "profile=5:7")
+    trainer, folder, clock, _ = on_gpu(forever(2.0), *words)
+    called = []
+
+    def at(step):
+        called.append((step, clock.now - 50.0))
+        clock.now += 1000.0
+
+    monkeypatch.setattr(trainer.profile, "at", at)
+    trainer.train(unasked())
+    # the host waits for the step before; it then has 0.1 s to itself
+    assert [step for step, _ in called] == [0, 4, 7]
+    assert [now for _, now in called] == pytest.approx([0.0, 1008.1, 2014.2])
+    assert trainer.clock.seconds == pytest.approx(20 * 2.0 + 3 * 0.1)
 
 
 @pytest.mark.parametrize("jump", [0.2, 10.0])

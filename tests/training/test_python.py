@@ -20,7 +20,8 @@ def example() -> str:
 def test_the_example(scoring_here, shards, tmp_path, monkeypatch, capsys):
     """It trains, prints as the command does, returns result.json and loads the artifact."""
     code = example()
-    tiny = replaced(TINY, ("layers=2", "max_tokens=1024", "max_steps=4", "score_live=false"))
+    tiny = replaced(TINY, ("layers=2", "max_tokens=1024", "max_steps=4", "score_live=false",
+                          "qat_start=0.9"))  # fmt: skip
     settings = ", ".join("{}={!r}".format(*word.split("=")) for word in tiny)
     code = re.sub(r"layers=2, max_tokens=\S+", lambda _: f"{settings},", code)
     code = code.replace('"data/mine"', repr(str(shards)))
@@ -33,6 +34,9 @@ def test_the_example(scoring_here, shards, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "run folder      runs/two" in said and "decoded artifact" in said
     assert f"{names['result']['val_bpb']}" in said
+    (idle,) = names["result"]["audit"]
+    assert idle.startswith("late QAT (qat_start=0.9) never came on in 4 steps: lower it")
+    assert f"warning: {idle}\n" in said
     model = names["model"]
     assert model.config.layers == 2 and names["meta"]["corpus"] == "words"
     assert names["logits"].shape[-1] == model.config.vocab_size

@@ -26,7 +26,7 @@ from pgolf.model import GPT
 from pgolf.scoring.job import Score, ScoreJob
 from pgolf.scoring.windows import Sums
 from pgolf.submission.script import build_script
-from pgolf.training import run
+from pgolf.training.finish import stopped_after_training
 from pgolf.training.repack import settings
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import Session
@@ -46,6 +46,14 @@ def test_run_folder(finished):
     assert result["corpus"] == "words" and result["recipe"] == "demo" and result["seed"] == 1337
     for key in ("commit", "torch", "triton", "driver", "device", "cpu_flags"):
         assert key in result["provenance"]
+    assert result["audit"] == [], "every setting of the tiny model did something"
+    phases = {name: row["seconds"] for name, row in result["phases"].items()}
+    assert phases["training"] == result["train_seconds"]
+    assert phases.pop("total") == pytest.approx(sum(phases.values()))
+    assert phases.pop("compile") == 0 and min(phases.values()) > 0
+    assert phases["calibration"] + phases["quantisation"] == pytest.approx(
+        result["quantise_seconds"], abs=0.01
+    )
     config = json.loads((finished / "config.json").read_text())
     assert config["model"]["layers"] == 3
     assert result["bytes_code"] == len(build_script(from_dict(config)).data)
@@ -211,7 +219,7 @@ def test_stopped_while_scoring(finished, tmp_path, monkeypatch, capsys):
     assert json.loads((out / "result.json").read_text())["steps"] == 20
     shutil.rmtree(out / "checkpoints")
     session = Session(Config(), None, None, RunFolder(out))
-    stop = run.stopped_after_training(session, KeyboardInterrupt())
+    stop = stopped_after_training(session, KeyboardInterrupt())
     assert "no checkpoint was kept" in str(stop) and stop.exit_code == 130
 
 

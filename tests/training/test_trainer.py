@@ -15,8 +15,9 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.ranks import Ranks
 from pgolf.training import trainer as module
+from pgolf.training.estimate import micro_steps
 from pgolf.training.session import Session
-from pgolf.training.trainer import Trainer, micro_steps
+from pgolf.training.trainer import Trainer
 
 from .tiny import TINY, replaced
 
@@ -117,6 +118,11 @@ def test_validation_and_checkpoints_are_off_the_clock(monkeypatch):
     assert clock.now == 50.0 + 20.0 + 4 * 500.0 + 3 * 1000.0
     seconds = [m["seconds"] for m in folder.lines if m["kind"] == "train"]
     assert seconds == pytest.approx([2.0 * (i + 1) for i in range(10)])
+    lines = [m for m in folder.lines if m["kind"] == "train"]
+    assert [m["tokens_per_second"] for m in lines] == pytest.approx([128.0] * 10)
+    assert all(m["wait_ms"] == 0 and "memory" not in m for m in lines)
+    spent = trainer.session.phases.seconds
+    assert (spent["validation"], spent["checkpoints"]) == (2000.0, 3000.0)
 
 
 def test_a_full_disk_does_not_stop_training(monkeypatch, capsys):

@@ -27,4 +27,5 @@ def replaced(defaults: list[str], words: tuple[str, ...]) -> list[str]:
 def metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k not in ("seconds", "ms_per_step")} for m in lines]
+    timed = "seconds", "ms_per_step", "tokens_per_second", "wait_ms"
+    return [{k: v for k, v in m.items() if k not in timed} for m in lines]

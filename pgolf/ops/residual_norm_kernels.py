@@ -1,0 +1,177 @@
+"""How `residual_norm` runs in kernels: the opaque operator, its gradient, the compiled half.
+
+Tensors are as `residual_norm` takes them, None where there is none. What kernels make that is not
+wanted, or would be another tensor again, is empty: results of an operator can neither be None nor
+share memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of
+
+# Gradients of parameters are summed over parts of the rows, of so many at least;
+# csrc/residual_norm.h
+MIN_PART, MAX_PARTS = 64, 528
+
+
+def _or_empty(like: Tensor, there: bool) -> Tensor:
+    """Room for a result of this shape, or for none."""
+    return like.new_empty(like.shape if there else (0,))
+
+
+def _wide(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for numbers of the type that kernels compute in."""
+    return like.new_empty(shape, dtype=compute_dtype(like.dtype))
+
+
+def _results(
+    x: Tensor, branch: Tensor | None, skip: Tensor | None, mix: Tensor | None, stores_total: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for total, x_in, h and rstd; x_in is empty where it would be x."""
+    changes = any(t is not None for t in (branch, skip, mix))
+    return (
+        _or_empty(x, stores_total), _or_empty(x, changes), x.new_empty(x.shape),
+        _wide(x, x.shape[:-1]),
+    )  # fmt: skip
+
+
+def _gradients(
+    x_in: Tensor, total: Tensor | None, branch_scale: Tensor | None, skip_weight: Tensor | None,
+    mix: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for dx, dbranch, dskip, dx0 and the gradients of parameters.
+
+    dbranch and dskip are empty where they would be dx. Rows of the last: of branch_scale, of
+    skip_weight, two of mix, where these are (of mix, where total is).
+    """
+    scaled, weighted, mixed = (t is not None for t in (branch_scale, skip_weight, mix))
+    rows = scaled + weighted + 2 * (mixed and total is not None)
+    return (
+        x_in.new_empty(x_in.shape), _or_empty(x_in, scaled), _or_empty(x_in, weighted),
+        _or_empty(x_in, mixed), _wide(x_in, (rows, x_in.size(-1))),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("pgolf::residual_norm", mutates_args=())
+def forward(
+    x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
+    stores_total: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """total, if it `stores_total`, x_in, h and rstd (...,)."""
+    inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
+    return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, stores_total)
+
+
+@forward.register_fake
+def _(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl):
+    return _results(x, branch, skip, mix, stores_total)
+
+
+@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
+def _backward(
+    d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
+    total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = contiguous(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
+    )
+    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps)
+
+
+@_backward.register_fake
+def _(
+    d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+    scale, eps, impl,
+):  # fmt: skip
+    return _gradients(x_in, total, branch_scale, skip_weight, mix)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl = inputs
+    total, x_in, _, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.settings = scale, eps, impl
+    ctx.adds = branch is not None, skip is not None
+    # Kept are x_in, from which the backward kernel makes n = x_in rstd again, and rstd. The mix's
+    # gradient alone needs total: x where nothing is added, else stored only if the mix learns or a
+    # skip wants it anyway. branch and skip are kept only where they have a factor, whose gradient
+    # needs them: with a factor of 1 they get the gradient of x, and nobody reads them again.
+    changes = any(ctx.adds) or mix is not None
+    if not stores_total:
+        total = None if mix is None or any(ctx.adds) else x
+    ctx.save_for_backward(
+        x_in if changes else x, rstd, total,
+        None if branch_scale is None else branch, branch_scale,
+        None if skip_weight is None else skip, skip_weight, x0, mix,
+    )  # fmt: skip
+
+
+def _gradient(
+    ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
+) -> tuple:
+    x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix = ctx.saved_tensors
+    dx, dbranch, dskip, dx0, parameters = _backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        *ctx.settings,
+    )  # fmt: skip
+    d_branch_scale = None if branch_scale is None else parameters[0]
+    d_skip_weight = None if skip_weight is None else parameters[int(branch_scale is not None)]
+    d_mix = None if mix is None or total is None else parameters[-2:]
+    # What is added with a factor of 1 has the gradient of x: one tensor for all.
+    return (
+        dx,
+        (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
+        (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
+        None if mix is None else dx0, d_mix, None, None, None, None,
+    )  # fmt: skip
+
+
+register_gradient("residual_norm", forward, _gradient, _setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def launchers(run: Run) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
+
+    def shape(x: Tensor) -> tuple[int, int, int]:
+        return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1)
+
+    def forward(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total):
+        results = _results(x, branch, skip, mix, stores_total)
+        inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
+        run("residual_norm", x, *addresses(*inputs, *results), *shape(x), scale, eps)
+        return results
+
+    def backward(
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        scale, eps,
+    ):  # fmt: skip
+        gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
+        *_, parameters = gradients
+        parts = parts_of(rstd.numel(), MIN_PART, MAX_PARTS)
+        if not parts:  # an empty tensor has no address by which it could be known to be there
+            parameters.zero_()
+            return gradients
+        partials = parameters.new_empty((parts, *parameters.shape))
+        run(
+            "residual_norm_backward", x_in,
+            *addresses(
+                total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
+                d_x_in, dh, *gradients, partials,
+            ),
+            parts, *shape(x_in), scale, eps,
+        )  # fmt: skip
+        return gradients
+
+    return {"forward": forward, "backward": backward}

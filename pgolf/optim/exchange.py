@@ -1,0 +1,259 @@
+"""What ranks exchange in a step, and the weights as the forward pass reads them.
+
+One rank owns a matrix: it alone holds its momentum and average, and updates it. Tables, vectors and
+the projections beside the blocks are small: every rank holds and updates them alike.
+
+    exchange  <- gradients of the published weights            reduce-scatter, each rank its sums
+    own       <- gradients of the matrices behind them         through factor, grid and cast
+    small     <- all other gradients, squares of own           all-reduce: norm of everything
+    published <- own matrices: on their grid, scaled, cast     all-gather, after the update
+
+So no pass casts, packs or quantises a weight, and nothing but bf16 travels of the matrices. In a
+run of one rank the collectives are nothing, and the rest is the same.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.model.gpt import GPT
+from pgolf.model.layers import Fold, Matrix, cast_all
+from pgolf.ops.grad_norm import grad_norm
+from pgolf.ops.tensors import compute_dtype
+from pgolf.optim.layout import Layout
+from pgolf.ranks import Ranks
+
+
+class Exchange:
+    """Publishes a model's matrices to its blocks, and takes the gradients of a step back.
+
+    Args:
+        model: on its device, the same on every rank; its blocks read the published weights.
+        passes: forward and backward passes of a step.
+        norm_impl: implementation of `grad_norm`.
+
+    Attributes:
+        held: names of the parameters that this rank updates, in the model's order. Others are as
+            they were when `gather_weights` ran last.
+    """
+
+    def __init__(self, model: GPT, ranks: Ranks, passes: int = 1, norm_impl: str = "reference"):
+        self.ranks, self.norm_impl = ranks, norm_impl
+        self.dtype = model.compute_dtype
+        self.params = dict(model.named_parameters())
+        names = {p: name for name, p in self.params.items()}
+        units: list[list[str]] = []
+        matrices: dict[str, Matrix] = {}
+        scales: dict[str, nn.Parameter | None] = {}
+        for block in model.blocks:
+            of_block = {names[m.weight]: m for m in block.matrices()}
+            q, k, v, *others = of_block
+            units += [[q, k, v], *([name] for name in others)]
+            matrices |= of_block
+            fold = block.fold()
+            scales |= dict(zip(of_block, fold.scales if fold else [None] * 6, strict=True))
+        shapes = [{n: tuple(self.params[n].shape) for n in unit} for unit in units]
+        self.layout = Layout.of(shapes, ranks.world)
+        own = self.layout.owned(ranks.rank)
+        self.own = [matrices[name] for name in own]
+        impl = model.ops["weight_cast"]
+        self.fold = Fold(impl, [scales[n] for n in own]) if impl != "reference" else None
+        self.held = [n for n in self.params if n in own or n not in matrices]
+        self.small = [p for name, p in self.params.items() if name not in matrices]
+        self.zeros: dict[torch.dtype, Tensor] = {}
+        self.published = self._zeros(self.dtype)
+        self.gradients = self._zeros(self.dtype)
+        self.leaves = self._give_leaves(model, units)
+        # Gradients of several passes add up in fp32, which leaves of less do not.
+        several = passes > 1 and self.dtype.itemsize < 4
+        self.sums = self._zeros(torch.float32) if several else None
+        self.passes = 0
+        self.cast: list[Tensor] = []
+        self.publish()
+
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        whole = self.layout.part * self.layout.world
+        return torch.zeros(whole, dtype=dtype, device=self.ranks.device)
+
+    def _give_leaves(self, model: GPT, units: Sequence[Sequence[str]]) -> dict[int, Tensor]:
+        """Let the blocks read `published`; first element -> the view that gathers gradients."""
+        leaves, left = {}, iter(units)
+        for block in model.blocks:
+            taken = []
+            for unit in (next(left) for _ in range(4)):
+                start = self.layout.starts[unit[0]]
+                rows = sum(self.layout.shapes[name][0] for name in unit)
+                view = _views(self.published, [start], [(rows, self.layout.shapes[unit[0]][1])])[0]
+                leaves[start] = view.detach().requires_grad_()
+                taken.append(leaves[start])
+            block.published = block.packed(*taken)
+        return dict(sorted(leaves.items()))
+
+    # --- gradients ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the gradients of a pass that ended, where several have to add up."""
+        if self.sums is None:
+            return
+        self._flatten(self.gradients)
+        if self.passes:
+            self.sums += self.gradients
+        else:
+            self.sums.copy_(self.gradients)
+        self.passes += 1
+
+    def _fill(self, flat: Tensor, pieces: Mapping[int, Tensor]) -> None:
+        """Write tensors from first elements on, in their order; zeros between. One launch."""
+        ends = [start + t.numel() for start, t in pieces.items()]
+        gaps = [b - a for a, b in zip([0, *ends], [*pieces, flat.numel()], strict=True)]
+        written = [t.reshape(-1) for t in pieces.values()]
+        padded = [self._nothing(gaps[0], flat.dtype)]
+        for t, gap in zip(written, gaps[1:], strict=True):
+            padded += [t, self._nothing(gap, flat.dtype)]
+        torch.cat([t for t in padded if t.numel()], out=flat)
+
+    def _nothing(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many zeros, which are kept: filling them anew would be a launch each time."""
+        kept = self.zeros.get(dtype)
+        if kept is None or kept.numel() < count:
+            kept = self.zeros[dtype] = self.published.new_zeros(count, dtype=dtype)
+        return kept[:count]
+
+    def _flatten(self, out: Tensor) -> None:
+        """The gradients of the leaves, which are dropped."""
+        missing = sum(leaf.grad is None for leaf in self.leaves.values())
+        if missing:
+            raise ValueError(f"{missing} weights have no gradient: run a backward pass first")
+        grads = {start: leaf.grad for start, leaf in self.leaves.items()}
+        self._fill(out, grads)
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
+        """End the passes of a step.
+
+        Returns:
+            (gradient of each parameter of `held`, summed over ranks; the norm of all parameters'
+            gradients, 0-d). What was gathered is dropped.
+
+        Raises:
+            ValueError: there was no backward pass.
+        """
+        if self.sums is None:
+            self._flatten(self.gradients)
+        else:
+            self.gradients.copy_(self.sums)
+        self.passes = 0
+        grads = self._through_the_cast(self.ranks.reduce_scatter(self.gradients))
+        own = [grads[m.weight] for m in self.own]
+        for p in self.small:
+            if p.grad is not None:  # of a factor that is folded in, only its owner knows it
+                grads[p] = p.grad
+                p.grad = None
+        if self.ranks.world == 1:
+            return grads, self._norm(list(grads.values()))
+        return grads, self._sum_small(grads, own)
+
+    def _through_the_cast(self, reduced: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Gradients of own matrices and of the factors in their rows, from those of the published.
+
+        Through a cast, and a grid that lets all pass, they are the same.
+        """
+        # The graph of `publish` is still there: weights have not changed since.
+        found = _views(reduced, *self._places(-self.ranks.rank * self.layout.part))
+        grads = {m.weight: g for m, g in zip(self.own, found, strict=True)}
+        scales = self.fold.scales if self.fold else [None] * len(self.own)
+        kept = [
+            i
+            for i, (m, scale) in enumerate(zip(self.own, scales, strict=True))
+            if scale is not None or (m.grid or {}).get("clip_mask")
+        ]
+        if kept:
+            behind = [self.own[i].weight for i in kept]
+            behind += [scales[i] for i in kept if scales[i] is not None]
+            outs = [self.cast[i] for i in kept]
+            into = [grads[self.own[i].weight].to(self.dtype) for i in kept]
+            grads |= dict(zip(behind, torch.autograd.grad(outs, behind, into), strict=True))
+        self.cast = []
+        return grads
+
+    def _sum_small(self, grads: dict[nn.Parameter, Tensor], own: Sequence[Tensor]) -> Tensor:
+        """Sum what every rank holds over ranks; the norm of all gradients."""
+        pieces = [
+            grads[p].reshape(-1).float() if p in grads else self._nothing(p.numel(), torch.float32)
+            for p in self.small
+        ]
+        square = self._norm(own).square() if own else self._nothing(1, torch.float32)
+        flat = torch.cat([*pieces, square.reshape(1)])
+        self.ranks.all_reduce(flat)
+        sizes = [p.numel() for p in self.small]
+        *summed, square = flat.split([*sizes, 1])
+        for p, g in zip(self.small, summed, strict=True):
+            grads[p] = g.view_as(p)
+        return (self._norm([flat[:-1]]).square() + square.squeeze(0)).sqrt()
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        if self.norm_impl != "reference":
+            return grad_norm(grads, self.norm_impl)[0]
+        # In fewer launches than the operator's own reference takes.
+        wide = compute_dtype(grads[0].dtype)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
+
+    # --- weights ------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Let the model read the weights as they are now."""
+        with torch.enable_grad():
+            self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
+        starts = self._places()[0]
+        with torch.no_grad():
+            part = self.published[self.layout.of_rank(self.ranks.rank)]
+            offset = self.ranks.rank * self.layout.part
+            self._fill(part, {s - offset: w for s, w in zip(starts, self.cast, strict=True)})
+            self.ranks.all_gather(self.published)
+
+    def _places(self, offset: int = 0) -> tuple[list[int], list[tuple[int, ...]]]:
+        """(first elements, moved by `offset`; shapes) of own matrices."""
+        own = self.layout.owned(self.ranks.rank)
+        return [self.layout.starts[n] + offset for n in own], [self.layout.shapes[n] for n in own]
+
+    @torch.no_grad()
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """fp32 tensors of own matrices from all ranks, in the model's order.
+
+        Args:
+            tensors: by name, of parameters of `held`; of small ones any rank's are everyone's.
+        """
+        if self.ranks.world == 1 or not tensors:
+            return dict(tensors)
+        own = self.layout.owned(self.ranks.rank)
+        whole = self._zeros(torch.float32)
+        offset = self.ranks.rank * self.layout.part
+        part = whole[self.layout.of_rank(self.ranks.rank)]
+        self._fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own})
+        self.ranks.all_gather(whole)
+        places = self.layout.starts.values(), self.layout.shapes.values()
+        found = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {
+            n: t for n, t in tensors.items() if n not in self.layout.starts
+        }
+        return {n: found[n] for n in self.params if n in found}
+
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        """Bring the matrices of other ranks up to date."""
+        if self.ranks.world == 1:
+            return
+        weights = self.gather({n: self.params[n].detach() for n in self.held})
+        others = [n for n in self.layout.starts if n not in self.held]
+        torch._foreach_copy_([self.params[n] for n in others], [weights[n] for n in others])
+
+
+def _views(flat: Tensor, starts: Iterable[int], shapes: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Matrices in a flat buffer."""
+    return [
+        flat[start : start + rows * columns].view(rows, columns)
+        for start, (rows, columns) in zip(starts, shapes, strict=True)
+    ]

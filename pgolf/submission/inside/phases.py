@@ -1,0 +1,13 @@
+"""In place of pgolf.training.phases: a script keeps no ledger."""
+
+from contextlib import nullcontext
+
+
+class Phases:
+    """Any phase, unmeasured."""
+
+    seconds = {}
+
+    def __call__(self, name: str) -> nullcontext:
+        """Do no more than what is in it."""
+        return nullcontext()

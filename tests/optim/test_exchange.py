@@ -1,0 +1,183 @@
+"""What goes round between ranks: the same step for any number of them, and no factor forgotten."""
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pgolf.config import OptimConfig
+from pgolf.model import GPT
+from pgolf.ops.operator import OPERATORS
+from pgolf.optim.exchange import Exchange
+from pgolf.optim.groups import Optimizers
+from pgolf.ranks import ALONE, Ranks
+
+from ..model.published import PUBLISHED, small
+from ..model.test_forms import batch, fused, with_qat
+from ..model.test_gpt_spec import TIME, randomised
+
+CONFIG = OptimConfig(ns_dtype="fp32", grad_clip=1.0)
+needs_cpp = pytest.mark.skipif(
+    bool(OPERATORS["weight_cast"].implementations["cpu"].missing()), reason="no C++ kernels"
+)
+forms = pytest.mark.parametrize("form", ["plain", pytest.param("cpu", marks=needs_cpp)])
+
+
+class Group:
+    """Threads that stand for ranks: each hands in a tensor and reads those of all."""
+
+    def __init__(self, world: int):
+        self.world, self.barrier = world, threading.Barrier(world, timeout=60)
+        self.handed: dict[int, torch.Tensor] = {}
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.handed[rank] = tensor.clone()
+        self.barrier.wait()
+        found = [self.handed[r] for r in range(self.world)]
+        self.barrier.wait()
+        return found
+
+
+class Together(Ranks):
+    """One of them."""
+
+    group: Group
+
+    def reduce_scatter(self, whole: torch.Tensor) -> torch.Tensor:
+        return sum(self.group.exchange(self.rank, whole))[self.part(whole.numel())]
+
+    def all_gather(self, whole: torch.Tensor) -> None:
+        own = whole[self.part(whole.numel())]
+        whole.copy_(torch.cat(self.group.exchange(self.rank, own)))
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self.group.exchange(self.rank, tensor)))
+
+
+def on_ranks(world: int, work: Callable[[Ranks], object]) -> list:
+    """What `work` gives on each."""
+    group, results, errors = Group(world), [None] * world, []
+
+    def run(rank: int) -> None:
+        ranks = Together(rank, world, torch.device("cpu"))
+        object.__setattr__(ranks, "group", group)
+        try:
+            results[rank] = work(ranks)
+        except Exception as e:
+            errors.append(e)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        broken = threading.BrokenBarrierError  # what the others see then
+        raise next((e for e in errors if not isinstance(e, broken)), errors[0])
+    return results
+
+
+def of(recipe: str, form: str, dtype: torch.dtype = torch.float32) -> GPT:
+    model = randomised(small(PUBLISHED[recipe]), dtype)
+    return model if form == "plain" else fused(model, form)
+
+
+def backward(model: GPT, factor: float = 1.0) -> None:
+    (factor * model(*batch(model.config))).backward()
+
+
+@forms
+@pytest.mark.parametrize("clip_mask", [None, False, True])
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_gradients_are_those_through_factors_grid_and_cast(recipe, form, clip_mask) -> None:
+    """In float64, with late QAT and without, against autograd through the model's own casts."""
+    model = of(recipe, form, torch.float64)
+    if clip_mask is not None:
+        with_qat(model, model.ops["fake_quant"], clip_mask).fill_(1.0)
+    backward(model)
+    wanted = {p: p.grad.clone() for p in model.parameters()}
+    model.zero_grad(set_to_none=True)
+    exchange = Exchange(model, ALONE)
+    backward(model)
+    assert all(m.weight.grad is None for m in model.blocks[0].matrices()), "read as published"
+    grads, norm = exchange.reduce()
+    assert set(grads) == set(wanted) and not any(p.grad is not None for p in model.parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[p], wanted[p], rtol=1e-9, atol=1e-12, msg=name)
+    exact = torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt()
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+
+
+def train(ranks: Ranks, model: GPT, steps: int) -> dict[str, torch.Tensor]:
+    """Weights after steps in which every rank sees a batch of its own, and what all read last."""
+    model = copy.deepcopy(model)
+    exchange = Exchange(model, ranks)
+    optimizers = Optimizers(model, CONFIG, model.ops, held=exchange.held)
+    for step in range(steps):
+        for part in range(12)[ranks.part(12)]:  # of twelve, that all ranks see together
+            g = torch.Generator().manual_seed(99 * step + part)
+            ids = torch.randint(model.config.vocab_size, (2, TIME + 1), generator=g)
+            (model(ids[:, :-1], ids[:, 1:]) / 12).backward()
+            exchange.collect()
+        optimizers.step(*exchange.reduce(), 0.3, 0.9)
+        exchange.publish()
+    exchange.gather_weights()
+    momenta = exchange.gather(optimizers.state_dict()["momentum"])
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    published = {"published": exchange.published.clone()}
+    return weights | {f"momentum of {n}": t.clone() for n, t in momenta.items()} | published
+
+
+@forms
+@pytest.mark.parametrize(
+    ("recipe", "world"), [("pr1473", 2), ("pr1473", 3), ("pr531", 4), ("pr478", 12)]
+)
+def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
+    """Twelve have more ranks than some kinds of matrices; all hold bit-equal weights."""
+    model = of(recipe, form)
+    alone = train(ALONE, model, 3)
+    first, *others = on_ranks(world, lambda ranks: train(ranks, model, 3))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    for name, tensor in alone.items():
+        if name != "published":  # whose order the number of ranks decides
+            atol = 2e-5 * tensor.abs().max().item() + 1e-7
+            torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+@needs_cpp
+def test_who_owns_nothing_takes_part() -> None:
+    config = small(PUBLISHED["pr1473"], layers=1, ve_layers="0", xsa_layers="all")
+    model = fused(randomised(config, torch.float32), "cpu")
+    owned = on_ranks(6, lambda ranks: len(Exchange(copy.deepcopy(model), ranks).own))
+    assert sorted(owned) == [0, 0, 1, 1, 1, 3]
+    found = on_ranks(6, lambda ranks: train(ranks, model, 1))
+    alone = train(ALONE, model, 1)
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(found[-1][name], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_many_passes_add_up_in_fp32() -> None:
+    """In bf16 a hundredth of the sum would be lost in every pass after the first."""
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
+    model.compute_dtype = torch.bfloat16
+    exchange = Exchange(model, ALONE, passes=400)
+    assert exchange.gradients.dtype is torch.bfloat16
+    for number in range(400):
+        for leaf in exchange.leaves.values():
+            leaf.grad = torch.full_like(leaf, 1.0 if number == 0 else 2.0**-9)
+        exchange.collect()
+    for p in exchange.small:
+        p.grad = torch.zeros_like(p)
+    grads, _ = exchange.reduce()
+    for m in exchange.own:
+        assert (grads[m.weight].float() - (1 + 399 * 2.0**-9)).abs().max() < 2.0**-7
+
+
+def test_a_step_without_a_pass_is_refused() -> None:
+    exchange = Exchange(randomised(small(PUBLISHED["pr1473"]), torch.float32), ALONE)
+    with pytest.raises(ValueError, match="weights have no gradient: run a backward pass first"):
+        exchange.reduce()
