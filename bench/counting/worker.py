@@ -103,7 +103,7 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     from pgolf.ranks import Ranks
 
     config, model, choices = build_model(request)
-    exchange = Exchange(model, Ranks(0, 1, torch.device("cuda")), 1, choices["grad_norm"])
+    exchange = Exchange(model, Ranks(0, 1, torch.device("cuda")), 1, choices)
     optimizers = Optimizers(model, config.optim, choices)
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
     step = compile_graph(model, model.ops, ids.device) if request.compiled else model

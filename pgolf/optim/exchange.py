@@ -21,6 +21,7 @@ from pgolf.model.gpt import GPT
 from pgolf.model.layers import Fold, Matrix, cast_all
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.tensors import compute_dtype
+from pgolf.optim.groups import fuses
 from pgolf.optim.layout import Layout
 from pgolf.ranks import Ranks
 
@@ -31,15 +32,23 @@ class Exchange:
     Args:
         model: on its device, the same on every rank; its blocks read the published weights.
         passes: forward and backward passes of a step.
-        norm_impl: implementation of `grad_norm`.
+        ops: operator -> implementation, for the optimisers; the reference where none is named.
 
     Attributes:
         held: names of the parameters that this rank updates, in the model's order. Others are as
             they were when `gather_weights` ran last.
     """
 
-    def __init__(self, model: GPT, ranks: Ranks, passes: int = 1, norm_impl: str = "reference"):
-        self.ranks, self.norm_impl = ranks, norm_impl
+    def __init__(
+        self,
+        model: GPT,
+        ranks: Ranks,
+        passes: int = 1,
+        ops: Mapping[str, str] | None = None,
+    ):
+        self.ranks, self.norm_impl = ranks, (ops or {}).get("grad_norm", "reference")
+        # torch's optimisers take gradients in the parameters' dtype: one cast is for all of them.
+        self.wide = not fuses(ops or {})
         self.dtype = model.compute_dtype
         self.params = dict(model.named_parameters())
         names = {p: name for name, p in self.params.items()}
@@ -63,10 +72,11 @@ class Exchange:
         self.small = [p for name, p in self.params.items() if name not in matrices]
         self.zeros: dict[torch.dtype, Tensor] = {}
         self.published = self._zeros(self.dtype)
+        self._halved = self.dtype.itemsize < 4
         self.gradients = self._zeros(self.dtype)
         self.leaves = self._give_leaves(model, units)
         # Gradients of several passes add up in fp32, which leaves of less do not.
-        several = passes > 1 and self.dtype.itemsize < 4
+        several = passes > 1 and self._halved
         self.sums = self._zeros(torch.float32) if several else None
         self.passes = 0
         self.cast: list[Tensor] = []
@@ -147,7 +157,8 @@ class Exchange:
         else:
             self.gradients.copy_(self.sums)
         self.passes = 0
-        grads = self._through_the_cast(self.ranks.reduce_scatter(self.gradients))
+        reduced = self.ranks.reduce_scatter(self.gradients)
+        grads = self._through_the_cast(reduced.float() if self._halved and self.wide else reduced)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
             if p.grad is not None:  # of a factor that is folded in, only its owner knows it
@@ -204,16 +215,20 @@ class Exchange:
 
     # --- weights ------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def publish(self) -> None:
         """Let the model read the weights as they are now."""
-        with torch.enable_grad():
-            self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
-        starts = self._places()[0]
-        with torch.no_grad():
-            part = self.published[self.layout.of_rank(self.ranks.rank)]
-            offset = self.ranks.rank * self.layout.part
-            self._fill(part, {s - offset: w for s, w in zip(starts, self.cast, strict=True)})
-            self.ranks.all_gather(self.published)
+        part = self.published[self.layout.of_rank(self.ranks.rank)]
+        starts, _ = self._places(-self.ranks.rank * self.layout.part)
+        if self.fold is None and self._halved and not any(m.grid for m in self.own):
+            wide = torch.empty_like(part, dtype=torch.float32)
+            self._fill(wide, dict(zip(starts, [m.weight for m in self.own], strict=True)))
+            part.copy_(wide)  # all of them in one cast
+        else:
+            with torch.enable_grad():
+                self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
+            self._fill(part, dict(zip(starts, self.cast, strict=True)))
+        self.ranks.all_gather(self.published)
 
     def _places(self, offset: int = 0) -> tuple[list[int], list[tuple[int, ...]]]:
         """(first elements, moved by `offset`; shapes) of own matrices."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.ops.newton_schulz import newton_schulz_all, preset
+from pgolf.ops.tensors import compute_dtype
 
 
 class Muon(torch.optim.Optimizer):
@@ -100,32 +101,42 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes[p.shape].append(p)
-            stacks = [
-                torch.stack([self._direction(p, group) for p in alike]) for alike in shapes.values()
-            ]
+            stacks = [self._directions(alike, group) for alike in shapes.values()]
             found = newton_schulz_all(stacks, **self.ns_options) if stacks else []
             for (shape, params), updates in zip(shapes.items(), found, strict=True):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                moved = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(
-                    moved, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale
-                )
-                self._store(params, moved)
+                decay = self._or_one(1 - group["lr"] * group["weight_decay"], params[0])
+                torch._foreach_mul_(params, decay)
+                updates = self._or_zero(updates.to(params[0].dtype), 0.0)
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * scale)
         return loss
 
-    def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
-        """Momentum of one matrix, after adding its gradient."""
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
-        moved = buffer.mul(group["momentum"]).add_(p.grad)
-        self._store([buffer], [moved])
-        return p.grad.add(moved, alpha=group["momentum"]) if self.nesterov else moved
+    def _directions(self, params: Sequence[nn.Parameter], group: dict) -> Tensor:
+        """(B, R, C) momenta of matrices of one shape, after adding their gradients."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        # To which -0.0 is added stays as it is, -0.0 itself too.
+        grads = list(self._or_zero(torch.stack([p.grad for p in params]), -0.0))
+        torch._foreach_mul_(buffers, self._or_one(group["momentum"], buffers[0]))
+        torch._foreach_add_(buffers, grads)
+        if not self.nesterov:
+            return torch.stack(buffers)
+        return torch.stack(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
 
-    def _store(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """targets <- values, unless `found_inf` says that a gradient was not finite."""
-        if self.found_inf is not None:
-            skip = self.found_inf != 0
-            values = [torch.where(skip, t, v) for t, v in zip(targets, values, strict=True)]
-        torch._foreach_copy_(targets, values)
+    # What `found_inf` makes of a step is decided on the device: nobody waits for it, and a factor
+    # or a sum for all of a batch costs fewer launches than a choice for each matrix.
+
+    def _or_one(self, factor: float, like: Tensor) -> Tensor | float:
+        """The factor, but 1 where a gradient was not finite."""
+        if self.found_inf is None:
+            return factor
+        held = torch.full((), factor, dtype=compute_dtype(like.dtype), device=like.device)
+        return held.masked_fill_(self.found_inf.reshape(()) != 0, 1.0)
+
+    def _or_zero(self, batch: Tensor, zero: float) -> Tensor:
+        """The batch, but zeros where a gradient was not finite."""
+        if self.found_inf is None:
+            return batch
+        return batch.masked_fill(self.found_inf.reshape(()) != 0, zero)

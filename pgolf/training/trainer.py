@@ -72,7 +72,7 @@ class Trainer:
         self.step_seconds = self.pass_seconds = 0.0
         self.profile = Profile(session) if config.run.profile else None
         self.qat = LateQat(model, config, ranks.device)
-        self.exchange = Exchange(model, ranks, self.accum, ops.get("grad_norm", "reference"))
+        self.exchange = Exchange(model, ranks, self.accum, ops)
         self.averager = Averager(model, self.schedule, fuses(ops), self.exchange.held)
         self.optimizers = self._new_optimizers()
         self.compiled = compiles(config, ranks.device)

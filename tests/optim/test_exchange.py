@@ -181,3 +181,22 @@ def test_a_step_without_a_pass_is_refused() -> None:
     exchange = Exchange(randomised(small(PUBLISHED["pr1473"]), torch.float32), ALONE)
     with pytest.raises(ValueError, match="weights have no gradient: run a backward pass first"):
         exchange.reduce()
+
+
+@pytest.mark.parametrize("ops", [{}, {"param_update": "cpu"}])
+def test_weights_are_published_in_the_dtype_of_activations(ops: dict[str, str]) -> None:
+    """And for torch's optimisers gradients come back in that of the weights."""
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
+    model.compute_dtype = torch.bfloat16
+    exchange = Exchange(model, ALONE, ops=ops)
+    for block in model.blocks:
+        *qkv, out, up, down = (m.weight.bfloat16() for m in block.matrices())
+        for found, wanted in zip(block.published, [torch.cat(qkv), out, up, down], strict=False):
+            assert torch.equal(found, wanted)
+    for leaf in exchange.leaves.values():
+        leaf.grad = torch.ones_like(leaf)
+    for p in exchange.small:
+        p.grad = torch.zeros_like(p)
+    grads, _ = exchange.reduce()
+    dtypes = {grads[m.weight].dtype for m in exchange.own}
+    assert dtypes == {torch.bfloat16 if ops else torch.float32}
