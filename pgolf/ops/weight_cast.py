@@ -14,8 +14,8 @@ except, if asked, for weights whose code was clipped:
 
     dw = scale dout,   dscale = rowsum(dout Q(w))
 
-A model casts its weights anyway; the operators take the cast in, and several matrices in one
-launch: alone they would only add launches to what torch.compile fuses.
+Weights are cast anyway; the operators take the cast in, and several matrices in one launch: training
+publishes its weights through them, outside of the compiled graph.
 Shapes: w, out (R, C), scale, clip_factor, steps (R,); bits and on 0-d.
 """
 
@@ -336,7 +336,6 @@ OPERATOR = register(
         implementations=_COMPILED,
         preferred={
             "cpu": [("cpu", "C++, one pass where eager makes several (python -m bench ops)")],
-            "cpu compiled": [("reference", "torch.compile fuses it, as it does fake_quant")],
             "cuda": [("cuda", "one launch for all matrices, each read and written once")],
         },
         samples=samples,
@@ -356,7 +355,6 @@ FAKE_QUANT = register(
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cpu compiled": [("reference", "torch.compile fuses it with the cast to bf16")],
             "cuda": [("triton", "fewer launches than compiled (python -m bench count)")],
         },
         samples=grid_samples,
