@@ -14,8 +14,8 @@ except, if asked, for weights whose code was clipped:
 
     dw = scale dout,   dscale = rowsum(dout Q(w))
 
-Weights are cast anyway; the operators take the cast in, and several matrices in one launch: training
-publishes its weights through them, outside of the compiled graph.
+Weights are cast anyway; the operators take the cast in, and several matrices in one launch. What
+training publishes goes through them, outside of the compiled graph.
 Shapes: w, out (R, C), scale, clip_factor, steps (R,); bits and on 0-d.
 """
 
