@@ -86,7 +86,8 @@ def test_a_turn_of_the_loop(environment):
     assert turn["allocations"] == turn["pinned_allocations"] == 0
     assert turn["copies_to_device"] == turn["copies_to_host"] == 1
     assert turn["bytes_to_device"] == 2 * (TOKENS + 1)
-    assert turn["control"] == 1 and turn["collectives"].keys() == {"all_reduce"}
+    once = dict.fromkeys(("reduce_scatter", "all_reduce", "all_gather"), 1)
+    assert turn["control"] == 1 and turn["collectives"] == once
     assert turn["launches_forward"] > 4 * L and turn["launches_backward"] > 8 * L
     assert all(milliseconds > 0 for milliseconds in turn["host_ms"].values())
 
@@ -110,15 +111,16 @@ def test_launches_inside_our_operators(reference, ours):
         "calls": L, "launches": L, "bytes": L * (3 * y + 2 * v),
     }  # fmt: skip
     sides = [(D, D)] * 2 + [(KV, D)] * 2 + [(F, D), (D, F)]
-    # A weight in fp32 and out in bf16; clip factors and bits; one switch a block.
+    # A weight in fp32 and out in bf16; clip factors and bits; one switch a launch. They are
+    # published after the update, and no pass has any of it.
     quantised = L * (
         FP32 + sum((FP32 + BF16) * rows * columns + FP32 * (rows + 1) for rows, columns in sides)
     )
-    assert operators["pgolf::fake_quant"] == {"calls": L, "launches": L, "bytes": quantised}
+    assert operators["pgolf::fake_quant"] == {"calls": 1, "launches": L, "bytes": quantised}
     forward = ours["phases"]["forward"]
-    assert forward["launches"]["ours"] == 3 * L
+    assert forward["launches"]["ours"] == 2 * L
     up = L * (y + weights + hidden + bits)
-    assert forward["bytes"]["ours"] == L * (2 * y + v) + up + quantised
+    assert forward["bytes"]["ours"] == L * (2 * y + v) + up
     # The up-projection left cuBLAS, and so did the gradient of the down-projection's input.
     for phase, operations in (("forward", "TN"), ("backward", "NN")):
         shape = f"{operations} {F}x{TOKENS}x{D}"
