@@ -154,8 +154,10 @@ class Exchange:
         """
         if self.sums is None:
             self._flatten(self.gradients)
-        else:
+        elif self.passes:
             self.gradients.copy_(self.sums)
+        else:
+            raise ValueError("no gradients were collected: run a backward pass first")
         self.passes = 0
         reduced = self.ranks.reduce_scatter(self.gradients)
         grads = self._through_the_cast(reduced.float() if self._halved and self.wide else reduced)
@@ -240,15 +242,16 @@ class Exchange:
         """fp32 tensors of own matrices from all ranks, in the model's order.
 
         Args:
-            tensors: by name, of parameters of `held`; of small ones any rank's are everyone's.
+            tensors: by name, of parameters of `held`; of small ones any rank's are everyone's. A
+                matrix whose owner has none, as before the first step, is zero.
         """
-        if self.ranks.world == 1 or not tensors:
+        if self.ranks.world == 1:
             return dict(tensors)
         own = self.layout.owned(self.ranks.rank)
         whole = self._zeros(torch.float32)
         offset = self.ranks.rank * self.layout.part
         part = whole[self.layout.of_rank(self.ranks.rank)]
-        self._fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own})
+        self._fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own if n in tensors})
         self.ranks.all_gather(whole)
         places = self.layout.starts.values(), self.layout.shapes.values()
         found = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {

@@ -376,7 +376,8 @@ class Trainer:
         self.exchange.gather_weights()
         optimizers, averager = self.optimizers.state_dict(), self.averager.state_dict()
         optimizers["momentum"] = self.exchange.gather(optimizers["momentum"])
-        averager |= {kind: self.exchange.gather(averager[kind]) for kind in ("ema", "swa")}
+        for kind in ("ema", "swa"):  # on every rank or on none
+            averager[kind] = averager[kind] and self.exchange.gather(averager[kind])
         return {
             "model": self.model.state_dict(),
             "optimizers": optimizers,

@@ -181,6 +181,22 @@ def test_a_step_without_a_pass_is_refused() -> None:
     exchange = Exchange(randomised(small(PUBLISHED["pr1473"]), torch.float32), ALONE)
     with pytest.raises(ValueError, match="weights have no gradient: run a backward pass first"):
         exchange.reduce()
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
+    model.compute_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="no gradients were collected: run a backward pass"):
+        Exchange(model, ALONE, passes=2).reduce()
+
+
+def test_momenta_are_gathered_before_any_rank_has_them() -> None:
+    """Also by ranks that never have any: all come to the same collectives."""
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
+    names = [n for n, _ in model.named_parameters() if ".c_" in n or n.endswith("proj.weight")]
+
+    def gathered(ranks: Ranks) -> dict[str, torch.Tensor]:
+        return Exchange(copy.deepcopy(model), ranks).gather({})
+
+    for found in on_ranks(12, gathered):
+        assert all(not found[n].any() for n in names if n.startswith("blocks"))
 
 
 @pytest.mark.parametrize("ops", [{}, {"param_update": "cpu"}])
