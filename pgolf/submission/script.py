@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.training.estimate": "estimate.py",
     "pgolf.training.handshake": "handshake.py",
     "pgolf.training.phases": "phases.py",
     "pgolf.training.run_data": "run_data.py",
@@ -51,9 +52,9 @@ TRAINING = (
     "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*", "pgolf.training.added_loss",
     "pgolf.training.estimate", "pgolf.training.export", "pgolf.training.handshake",
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
-    "pgolf.training.phases", "pgolf.training.run", "pgolf.training.run_data",
-    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.trainer",
-    "pgolf.triton_kernels.*",
+    "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
+    "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
+    "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {

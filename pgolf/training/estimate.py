@@ -17,45 +17,16 @@ from pathlib import Path
 import torch
 
 from pgolf.config import Config
-from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.groups import kind_of
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.scoring.windows import windows
+from pgolf.training.passes import CPU_TOKENS
 
 LIBRARIES = 770e6
-CPU_TOKENS = 8192  # a larger pass is no faster on a CPU
 FORWARD = 1 / 3  # of the time of forward and backward
 SLOW = 30.0  # seconds of scoring above which what shortens it is said
-
-
-def pass_limit(config: Config, device: torch.device) -> int:
-    """Tokens that a pass may have at most: fewer on a CPU, where the sums stay the same.
-
-    Tables in bf16 add up their gradients in bf16: there more passes would round more often.
-    """
-    d = config.data
-    if device.type == "cpu" and config.model.table_dtype == "fp32":
-        return min(d.micro_tokens, max(CPU_TOKENS, d.seq_len))
-    return d.micro_tokens
-
-
-def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) -> int:
-    """Least number of micro-steps that shares a batch out evenly in whole sequences.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    sequences, ragged = divmod(batch_tokens, seq_len * world)
-    if not ragged:
-        for count in range(1, sequences + 1):
-            if sequences % count == 0 and sequences // count * seq_len <= micro_tokens:
-                return count
-    raise ConfigError(
-        f"batch_tokens={batch_tokens} cannot be split into sequences of {seq_len} over {world} "
-        f"ranks with at most micro_tokens={micro_tokens} a pass: change one of them"
-    )
 
 
 def memory(model: GPT, config: Config, tokens: int) -> float:

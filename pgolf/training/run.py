@@ -29,10 +29,11 @@ from pgolf.training.interrupt import Interrupt
 from pgolf.training.last_words import last_words
 from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
+from pgolf.training.passes import compiles
 from pgolf.training.phases import Phases
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
-from pgolf.training.trainer import Trainer, compiles
+from pgolf.training.trainer import Trainer
 
 
 def vocabulary_line(rows: int, pieces: int) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgolf.config import Config
 from pgolf.data.loader import SequentialLoader
 from pgolf.errors import StorageError, TrainingError
 from pgolf.model import GPT
@@ -24,18 +23,13 @@ from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.scoring.windows import Sums, evaluate
-from pgolf.training.estimate import micro_steps, pass_limit, time_line
+from pgolf.training.estimate import time_line
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.late_qat import LateQat
 from pgolf.training.pace import Pace, Step
+from pgolf.training.passes import compiles, micro_steps, pass_limit
 from pgolf.training.profile import Profile
 from pgolf.training.session import Session
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    """Whether the model of a run goes through torch.compile."""
-    wanted = config.run.compile
-    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
 
 
 class Trainer:

@@ -9,7 +9,8 @@ from pgolf.model import GPT
 from pgolf.optim.schedule import Clock
 from pgolf.recipes import get
 from pgolf.training import run
-from pgolf.training.estimate import memory, memory_line, pass_limit, time_line
+from pgolf.training.estimate import memory, memory_line, time_line
+from pgolf.training.passes import pass_limit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -15,7 +15,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.ranks import Ranks
 from pgolf.training import trainer as module
-from pgolf.training.estimate import micro_steps
+from pgolf.training.passes import micro_steps
 from pgolf.training.session import Session
 from pgolf.training.trainer import Trainer
 
