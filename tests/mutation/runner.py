@@ -86,17 +86,22 @@ def run_original(checks: Sequence[Callable[[], None]], limit: float) -> Outcome:
     return outcome
 
 
+BY_CHANCE = "by chance"
+
+
 def judge(results: Mapping[str, str], listed: Mapping[str, str], share: float) -> list[str]:
     """What is wrong with the results; one line each.
 
     Args:
         results: what noticed each mutant, empty where nothing did.
-        listed: the survivors that are known, each with its reason.
+        listed: the survivors that are known, each with its reason. One that starts with BY_CHANCE
+            may be caught: where memory ends behind a tensor, a read outside of it ends the process.
         share: of the mutants that has to be noticed.
     """
     survivors = [name for name, why in results.items() if not why]
     complaints = [f"survived, and is not listed: {n}" for n in survivors if n not in listed]
-    complaints += [f"listed as a survivor, but caught: {n}" for n in listed if results.get(n)]
+    sure = [n for n, reason in listed.items() if not reason.startswith(BY_CHANCE)]
+    complaints += [f"listed as a survivor, but caught: {n}" for n in sure if results.get(n)]
     caught = len(results) - len(survivors)
     if caught < share * len(results):
         complaints.append(f"{caught} of {len(results)} caught, fewer than {share:.0%}")

@@ -173,6 +173,7 @@ def test_the_runner_tells_what_became_of_each_mutant(monkeypatch) -> None:
         ({"a": "AssertionError: 1", "b": ""}, {}, ["survived, and is not listed: b"]),
         ({"a": "AssertionError: 1", "b": ""}, {"b": "the same thing"}, []),
         ({"a": "AssertionError: 1"}, {"a": "x"}, ["listed as a survivor, but caught: a"]),
+        ({"a": "AssertionError: 1"}, {"a": "by chance: x"}, []),
         ({"a": "AssertionError: 1"}, {"not run": "x"}, []),
         ({"a": "1", "b": "", "c": ""}, {"b": "x", "c": "x"}, ["1 of 3 caught, fewer than 50%"]),
     ],
