@@ -46,10 +46,11 @@ class Exchange:
         passes: int = 1,
         ops: Mapping[str, str] | None = None,
     ):
-        self.ranks, self.norm_impl = ranks, (ops or {}).get("grad_norm", "reference")
-        # torch's optimisers take gradients in the parameters' dtype: one cast is for all of them.
-        self.wide = not fuses(ops or {})
-        self.dtype = model.compute_dtype
+        self.ranks, self.dtype = ranks, model.compute_dtype
+        self.norm_impl = (ops or {}).get("grad_norm", "reference")
+        # Torch's optimisers take gradients in the parameters' dtype: one cast is for all of them.
+        narrow = self.dtype.itemsize < 4
+        self.widens = narrow and not fuses(ops or {})
         self.params = dict(model.named_parameters())
         names = {p: name for name, p in self.params.items()}
         units: list[list[str]] = []
@@ -64,27 +65,22 @@ class Exchange:
             scales |= dict(zip(of_block, fold.scales if fold else [None] * 6, strict=True))
         shapes = [{n: tuple(self.params[n].shape) for n in unit} for unit in units]
         self.layout = Layout.of(shapes, ranks.world)
-        own = self.layout.owned(ranks.rank)
-        self.own = [matrices[name] for name in own]
+        # Own matrices: name -> first element in this rank's part.
+        part = self.layout.of_rank(ranks.rank)
+        self.starts = {n: self.layout.starts[n] - part.start for n in self.layout.owned(ranks.rank)}
+        self.own = [matrices[name] for name in self.starts]
         impl = model.ops["weight_cast"]
-        self.fold = Fold(impl, [scales[n] for n in own]) if impl != "reference" else None
-        self.held = [n for n in self.params if n in own or n not in matrices]
+        self.fold = Fold(impl, [scales[n] for n in self.starts]) if impl != "reference" else None
+        self.held = [n for n in self.params if n in self.starts or n not in matrices]
         self.small = [p for name, p in self.params.items() if name not in matrices]
         self.zeros: dict[torch.dtype, Tensor] = {}
-        self.published = self._zeros(self.dtype)
-        self._halved = self.dtype.itemsize < 4
-        self.gradients = self._zeros(self.dtype)
+        self.published, self.gradients = self._buffer(self.dtype), self._buffer(self.dtype)
         self.leaves = self._give_leaves(model, units)
-        # Gradients of several passes add up in fp32, which leaves of less do not.
-        several = passes > 1 and self._halved
-        self.sums = self._zeros(torch.float32) if several else None
+        # Gradients of several passes add up in fp32, which narrow leaves do not.
+        self.sums = self._buffer(torch.float32) if passes > 1 and narrow else None
         self.passes = 0
         self.cast: list[Tensor] = []
         self.publish()
-
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
-        whole = self.layout.part * self.layout.world
-        return torch.zeros(whole, dtype=dtype, device=self.ranks.device)
 
     def _give_leaves(self, model: GPT, units: Sequence[Sequence[str]]) -> dict[int, Tensor]:
         """Let the blocks read `published`; first element -> the view that gathers gradients."""
@@ -113,23 +109,6 @@ class Exchange:
         else:
             self.sums.copy_(self.gradients)
         self.passes += 1
-
-    def _fill(self, flat: Tensor, pieces: Mapping[int, Tensor]) -> None:
-        """Write tensors from first elements on, in their order; zeros between. One launch."""
-        ends = [start + t.numel() for start, t in pieces.items()]
-        gaps = [b - a for a, b in zip([0, *ends], [*pieces, flat.numel()], strict=True)]
-        written = [t.reshape(-1) for t in pieces.values()]
-        padded = [self._nothing(gaps[0], flat.dtype)]
-        for t, gap in zip(written, gaps[1:], strict=True):
-            padded += [t, self._nothing(gap, flat.dtype)]
-        torch.cat([t for t in padded if t.numel()], out=flat)
-
-    def _nothing(self, count: int, dtype: torch.dtype) -> Tensor:
-        """So many zeros, which are kept: filling them anew would be a launch each time."""
-        kept = self.zeros.get(dtype)
-        if kept is None or kept.numel() < count:
-            kept = self.zeros[dtype] = self.published.new_zeros(count, dtype=dtype)
-        return kept[:count]
 
     def _flatten(self, out: Tensor) -> None:
         """The gradients of the leaves, which are dropped."""
@@ -160,7 +139,7 @@ class Exchange:
             raise ValueError("no gradients were collected: run a backward pass first")
         self.passes = 0
         reduced = self.ranks.reduce_scatter(self.gradients)
-        grads = self._through_the_cast(reduced.float() if self._halved and self.wide else reduced)
+        grads = self._through_the_cast(reduced.float() if self.widens else reduced)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
             if p.grad is not None:  # of a factor that is folded in, only its owner knows it
@@ -176,7 +155,7 @@ class Exchange:
         Through a cast, and a grid that lets all pass, they are the same.
         """
         # The graph of `publish` is still there: weights have not changed since.
-        found = _views(reduced, *self._places(-self.ranks.rank * self.layout.part))
+        found = _views(reduced, self.starts.values(), map(self.layout.shapes.get, self.starts))
         grads = {m.weight: g for m, g in zip(self.own, found, strict=True)}
         scales = self.fold.scales if self.fold else [None] * len(self.own)
         kept = [
@@ -196,10 +175,10 @@ class Exchange:
     def _sum_small(self, grads: dict[nn.Parameter, Tensor], own: Sequence[Tensor]) -> Tensor:
         """Sum what every rank holds over ranks; the norm of all gradients."""
         pieces = [
-            grads[p].reshape(-1).float() if p in grads else self._nothing(p.numel(), torch.float32)
+            grads[p].reshape(-1).float() if p in grads else self._zeros(p.numel(), torch.float32)
             for p in self.small
         ]
-        square = self._norm(own).square() if own else self._nothing(1, torch.float32)
+        square = self._norm(own).square() if own else self._zeros(1, torch.float32)
         flat = torch.cat([*pieces, square.reshape(1)])
         self.ranks.all_reduce(flat)
         sizes = [p.numel() for p in self.small]
@@ -221,21 +200,20 @@ class Exchange:
     def publish(self) -> None:
         """Let the model read the weights as they are now."""
         part = self.published[self.layout.of_rank(self.ranks.rank)]
-        starts, _ = self._places(-self.ranks.rank * self.layout.part)
-        if self.fold is None and self._halved and not any(m.grid for m in self.own):
+        narrow, plain = self.dtype.itemsize < 4, all(m.grid is None for m in self.own)
+        if narrow and plain and self.fold is None:
             wide = torch.empty_like(part, dtype=torch.float32)
-            self._fill(wide, dict(zip(starts, [m.weight for m in self.own], strict=True)))
+            self._fill(wide, self._placed(m.weight for m in self.own))
             part.copy_(wide)  # all of them in one cast
         else:
             with torch.enable_grad():
                 self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
-            self._fill(part, dict(zip(starts, self.cast, strict=True)))
+            self._fill(part, self._placed(self.cast))
         self.ranks.all_gather(self.published)
 
-    def _places(self, offset: int = 0) -> tuple[list[int], list[tuple[int, ...]]]:
-        """(first elements, moved by `offset`; shapes) of own matrices."""
-        own = self.layout.owned(self.ranks.rank)
-        return [self.layout.starts[n] + offset for n in own], [self.layout.shapes[n] for n in own]
+    def _placed(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+        """Of own matrices, by their first elements in this rank's part."""
+        return dict(zip(self.starts.values(), tensors, strict=True))
 
     @torch.no_grad()
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,11 +225,9 @@ class Exchange:
         """
         if self.ranks.world == 1:
             return dict(tensors)
-        own = self.layout.owned(self.ranks.rank)
-        whole = self._zeros(torch.float32)
-        offset = self.ranks.rank * self.layout.part
+        whole = self._buffer(torch.float32)
         part = whole[self.layout.of_rank(self.ranks.rank)]
-        self._fill(part, {self.layout.starts[n] - offset: tensors[n] for n in own if n in tensors})
+        self._fill(part, {start: tensors[n] for n, start in self.starts.items() if n in tensors})
         self.ranks.all_gather(whole)
         places = self.layout.starts.values(), self.layout.shapes.values()
         found = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {
@@ -267,6 +243,33 @@ class Exchange:
         weights = self.gather({n: self.params[n].detach() for n in self.held})
         others = [n for n in self.layout.starts if n not in self.held]
         torch._foreach_copy_([self.params[n] for n in others], [weights[n] for n in others])
+
+    # --- buffers ------------------------------------------------------------------------------
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        """A part for each rank, of zeros."""
+        whole = self.layout.part * self.layout.world
+        return torch.zeros(whole, dtype=dtype, device=self.ranks.device)
+
+    def _fill(self, flat: Tensor, pieces: Mapping[int, Tensor]) -> None:
+        """Write tensors from first elements on, in their order, and zeros between.
+
+        One launch, if all are of one dtype.
+        """
+        ends = [start + t.numel() for start, t in pieces.items()]
+        gaps = [b - a for a, b in zip([0, *ends], [*pieces, flat.numel()], strict=True)]
+        written = [t.reshape(-1) for t in pieces.values()]
+        padded = [self._zeros(gaps[0], flat.dtype)]
+        for t, gap in zip(written, gaps[1:], strict=True):
+            padded += [t, self._zeros(gap, flat.dtype)]
+        torch.cat([t for t in padded if t.numel()], out=flat)
+
+    def _zeros(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many zeros, which are kept: filling them anew would be a launch each time."""
+        kept = self.zeros.get(dtype)
+        if kept is None or kept.numel() < count:
+            kept = self.zeros[dtype] = self.gradients.new_zeros(count, dtype=dtype)
+        return kept[:count]
 
 
 def _views(flat: Tensor, starts: Iterable[int], shapes: Iterable[Sequence[int]]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from pgolf.training.pace import Pace, Step
 from pgolf.training.passes import compiles, micro_steps, pass_limit
 from pgolf.training.profile import Profile
 from pgolf.training.session import Session
+from pgolf.training.step_log import StepLog
 
 
 class Trainer:
@@ -56,6 +57,7 @@ class Trainer:
         self.model, self.loader, self.val, self.table = model, loader, val, table
         self.ops = ops
         self.schedule = Schedule(config)
+        self.log = StepLog(session, self.schedule)
         self.clock = Clock()
         self.kept = 0  # the step of the last checkpoint that could be written
         d = config.data
@@ -182,7 +184,7 @@ class Trainer:
             with pace.between_steps():
                 for step in over:
                     if self._logs(step.clock):
-                        self.log_step(step, pace.since_logged(step.clock))
+                        self.log.step(step, pace.since_logged(step.clock))
                 if not pace:
                     self._between_steps()
                 if stop:
@@ -199,7 +201,7 @@ class Trainer:
             self.exchange.gather_weights()
             self.qat.turn_on()
             self.exchange.publish()
-            self.event(f"late QAT on for {len(self.qat.plans)} matrices")
+            self.log.event(self.clock, f"late QAT on for {len(self.qat.plans)} matrices")
         lr_scale, momentum = self.schedule.lr_scale(before), self.schedule.momentum(before)
         # Before the step, which moves the EMA in the pass that updates the weights if it is
         # fused; `update` takes SWA's snapshots, and moves the EMA where it is not.
@@ -311,36 +313,6 @@ class Trainer:
 
     # --- looking and keeping ------------------------------------------------------------------
 
-    def event(self, text: str) -> None:
-        """A line in the log and in the metrics about the step that begins.
-
-        Under the number of that step: a run that is resumed before it writes the line again.
-        """
-        step = self.clock.step + 1
-        self.say(f"step:{step} {text}")
-        self.folder.log(kind="event", text=text, **{**vars(self.clock), "step": step})
-
-    def log_step(self, step: Step, since: Mapping[str, float]) -> None:
-        """The contest's console line, and a line of metrics; `since` is more for that."""
-        c = step.clock
-        ms = 1000 * c.seconds / c.step
-        left = self.schedule.steps_left(c)
-        self.say(
-            f"step:{c.step}/{c.step + left} train_loss:{step.loss:.4f} "
-            f"train_time:{1000 * c.seconds:.0f}ms step_avg:{ms:.2f}ms "
-            f"eta:{format_seconds(left * ms / 1000)}"
-        )
-        self.folder.log(
-            kind="train",
-            **vars(c),
-            loss=step.loss,
-            grad_norm=step.norm,
-            lr_scale=step.lr_scale,
-            momentum=step.momentum,
-            ms_per_step=ms,
-            **since,
-        )
-
     def score(self, stride: int, label: str = "") -> Sums:
         """Sums over the validation tokens with the model's present weights, all ranks together."""
         sums = evaluate(
@@ -358,12 +330,7 @@ class Trainer:
     def validate(self) -> None:
         """Non-overlapping score of the weights as they train: not averaged, late QAT included."""
         sums = self.score(self.config.data.seq_len)
-        c = self.clock
-        self.say(
-            f"step:{c.step}/{c.step + self.schedule.steps_left(c)} val_loss:{sums.loss:.4f} "
-            f"val_bpb:{sums.bpb:.4f} train_time:{1000 * c.seconds:.0f}ms"
-        )
-        self.folder.log(kind="val", **vars(c), loss=sums.loss, bpb=sums.bpb)
+        self.log.validation(self.clock, sums)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, the same on every rank and for any number of them."""
