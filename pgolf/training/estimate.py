@@ -2,14 +2,16 @@
 
 Memory of a rank, in bytes, is about
 
-    state + max(tokens x kept, state) + 0.77 GB
+    state + passing + max(tokens x kept, state) + 0.77 GB
 
-state: weights, gradients, Muon's momentum of matrices and AdamW's two of the rest, all in the
-parameter's dtype, and an fp32 copy for each average. tokens: those of one pass. kept, a token:
-layers x (8 dim + 7 kv + 1.2 hidden) + 10 dim activations of the compute dtype, and logits with
-their gradient in fp32. The second state is the checkpoint that is being written; 0.77 GB are torch
-and the libraries. kv = dim kv_heads / heads. The factors fit what the operators keep; plain torch
-(ops=reference) keeps a third more.
+state: weights, Muon's momentum of matrices and AdamW's two of the rest, all in the parameter's
+dtype, and an fp32 copy for each average; the second one is the checkpoint that is being written.
+passing: of a matrix the published weight, its gradient, and that in the buffer that ranks
+exchange, all in the compute dtype; of the rest a gradient. tokens: those of one pass. kept, a
+token: layers x (8 dim + 7 kv + 1.2 hidden) + 10 dim activations of the compute dtype, and logits
+with their gradient in fp32. 0.77 GB are torch and the libraries. kv = dim kv_heads / heads. The
+factors fit what the operators keep; plain torch (ops=reference) keeps a third more, and of
+several ranks each holds less.
 """
 
 from pathlib import Path
@@ -33,14 +35,15 @@ def memory(model: GPT, config: Config, tokens: int) -> float:
     """Bytes that training takes at most on a rank, about; see the module's formula."""
     m, side = config.model, config.optim.side_proj_optimizer
     copies = sum(a in config.average.averaging for a in ("ema", "swa"))
-    state = sum(
-        p.numel() * (p.element_size() * (3 if kind_of(n, side) == "matrix" else 4) + 4 * copies)
-        for n, p in model.named_parameters()
-    )
+    state = passing = 0
+    for name, p in model.named_parameters():
+        matrix = kind_of(name, side) == "matrix"
+        state += p.numel() * (p.element_size() * (2 if matrix else 3) + 4 * copies)
+        passing += p.numel() * (3 * model.compute_dtype.itemsize if matrix else p.element_size())
     kv = m.dim // m.heads * m.kv_heads
     kept = m.layers * (8 * m.dim + 7 * kv + 1.2 * m.mlp_hidden) + 10 * m.dim
     activations = tokens * (kept * model.compute_dtype.itemsize + 8 * m.vocab_size)
-    return state + max(activations, state) + LIBRARIES
+    return state + passing + max(activations, state) + LIBRARIES
 
 
 def free_memory(device: torch.device) -> float | None:
