@@ -203,7 +203,7 @@ def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
             yield f"  {'bytes of ' + name:22}{least:>16,}"
     for what in ("launches", "bytes"):
         total = total_of(result, what)
-        line = f"  {' + '.join(_compared(result))}: {total:,} {what}"
+        line = f"  {' + '.join(result['phases'])}: {total:,} {what}"
         if reference is not None:
             before = total_of(reference, what)
             line += f", {total - before:+,} ({100 * (total / before - 1):+.1f} %) to the reference"
@@ -237,14 +237,9 @@ def version_of(result: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
 
 
-def _compared(result: dict) -> list[str]:
-    """The phases that settings are compared by."""
-    return [phase for phase in result["phases"] if phase != "optimizer"]
-
-
 def total_of(result: dict, what: str) -> int:
-    """Launches or bytes of forward and backward, or of a decoded token."""
-    return sum(result["phases"][phase][what]["total"] for phase in _compared(result))
+    """Launches or bytes of a whole step, or of a decoded token."""
+    return sum(phase[what]["total"] for phase in result["phases"].values())
 
 
 def write(path: Path, found: dict[str, dict], request: Request, command: str) -> None:

@@ -24,15 +24,15 @@ class Phases:
 
     Phases are `forward`, `backward`, `optimizer` and `batch`, what comes before the first pass. A
     backward lasts until the next forward or the optimiser begins: it has the loading of a further
-    pass's tokens in it, and the averaging of gradients over ranks.
+    pass's tokens in it. The optimiser's phase has all that ends a step: what ranks exchange, and
+    the casts of the weights.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.steps = trainer, []
         self._on_gpu = trainer.ranks.device.type == "cuda"
         trainer.forward = self._marking("forward", trainer.forward, "backward")
-        optimizers = trainer.optimizers
-        optimizers.step = self._marking("optimizer", optimizers.step, "end")
+        trainer.update = self._marking("optimizer", trainer.update, "end")
 
     def step(self) -> Any:
         """A step that changes no weight, and its marks."""
@@ -80,7 +80,7 @@ class Phases:
         }
 
     def peak_bytes(self) -> int | None:
-        """Bytes that a step takes at its peak beyond what is there before; None on a CPU."""
+        """Bytes that a step takes at its peak beyond what stays between steps; None on a CPU."""
         if not self._on_gpu:
             return None
         torch.cuda.synchronize()

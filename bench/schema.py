@@ -77,7 +77,7 @@ class StepTiming(Setting):
     loss: float | None  # of the first step, the same tokens for every choice; None: not finite
     first_ms: float  # median of the first choice in the same rounds
     phases: dict[str, dict[str, float | None]]  # as bench.phases gives them
-    peak_bytes: int | None  # that a step takes beyond weights and states; None on a CPU
+    peak_bytes: int | None  # that a step takes beyond what stays; None on a CPU
     profile: dict[str, Any] | None  # as bench.profiling gives it, if it was asked for
 
 

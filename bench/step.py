@@ -38,7 +38,7 @@ operators, eager and compiled, all in one process and taking turns, step by step
 is 0: every model does its work on the same weights and tokens, and their first losses must agree.
 Beside the whole step, from an idle device to an idle device, stand its phases (on a GPU the time
 between events in its stream; `host` is what the host takes to queue all of them) and what it takes
-of the GPU's memory beyond weights and states.
+of the GPU's memory beyond what stays between steps.
 """
 EPILOG = """\
 Exit code: 0 all ran, 1 losses do not agree, 2 a bad argument.

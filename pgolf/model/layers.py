@@ -1,4 +1,4 @@
-"""The modules of the transformer: weights in fp32, cast where they are used.
+"""The modules of the transformer: weights in fp32, cast where they are used or before.
 
 Module and parameter names are those of the contest's public scripts that have a tensor a layer;
 `public_names` takes their checkpoints and those with banks. Shapes: x (N, T, D), ids (N, T); H

@@ -355,7 +355,7 @@ FAKE_QUANT = register(
         },
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("triton", "fewer launches than compiled (python -m bench count)")],
+            "cuda": [("triton", "a launch for many of eager's (python -m bench count)")],
         },
         samples=grid_samples,
         cost=cost,

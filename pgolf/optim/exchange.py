@@ -8,8 +8,8 @@ the projections beside the blocks are small: every rank holds and updates them a
     small     <- all other gradients, squares of own           all-reduce: norm of everything
     published <- own matrices: on their grid, scaled, cast     all-gather, after the update
 
-So no pass casts, packs or quantises a weight, and nothing but bf16 travels of the matrices. In a
-run of one rank the collectives are nothing, and the rest is the same.
+So no pass casts, packs or quantises a matrix of a block, and of those nothing but what the passes
+read travels. In a run of one rank the collectives are nothing, and the rest is the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -89,9 +89,9 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
         total = self._passes(self.accum)
-        return total, self._update(lr_scale, momentum, average_rate)
+        return total, self.update(lr_scale, momentum, average_rate)
 
-    def _update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
+    def update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
         """What ends a step after its passes; the norm of its gradient."""
         grads, norm = self.exchange.reduce()
         self.optimizers.step(grads, norm, lr_scale, momentum, average_rate)
@@ -137,7 +137,7 @@ class Trainer:
             self._passes(1)
             passed = self._now()
             self.pass_seconds = passed - started
-            self._update(0.0, self.config.optim.momentum_start)
+            self.update(0.0, self.config.optim.momentum_start)
             self.step_seconds = self.accum * self.pass_seconds + self._now() - passed
         with torch.no_grad():
             for name, p in self.model.named_parameters():

@@ -265,7 +265,7 @@ def test_losses_are_the_verdict_where_nothing_can_be_packed(there, record, monke
     assert commands[2][1:3] == ("-m", "bench.losses") and len(commands) == (6 if there else 3)
     assert words_of(commands[2], "--steps") == ["20"]
     assert part.until == (0.45, 0.9) and part.unjudged == (0 if there else 2)
-    assert part.says() == [] if there else ["not packed: pip install python-minifier"]
+    assert part.says() == ([] if there else ["not packed: pip install python-minifier"])
 
 
 def test_a_profile_without_kernels_can_be_told() -> None:

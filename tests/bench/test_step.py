@@ -13,6 +13,8 @@ import torch
 from bench import profiling, restart, schema, step
 from bench.synthetic import Words
 from pgolf.data.prepare import prepare
+from pgolf.ranks import Ranks
+from pgolf.recipes import get
 from pgolf.training.run import build
 
 from ..training.tiny import TINY
@@ -174,6 +176,28 @@ def test_a_gpu_is_spoilt_if_it_cannot_be_waited_for(monkeypatch) -> None:
     assert not restart.spoilt(gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     assert restart.spoilt(gpu) and not restart.spoilt(torch.device("cpu"))
+
+
+def test_all_that_ends_a_step_is_the_optimisers_phase(shards) -> None:
+    """What ranks exchange and the casts of weights too: phases add up to the step."""
+    settings = dict(word.split("=") for word in TINY) | {"data": str(shards)}
+    config = get("demo").config(settings)
+    ranks = Ranks.start("cpu")
+    bench = step.Bench(get("demo"), config, settings, ranks, None, 1, 0)
+    _, trainer, phases, _ = step._prepared(bench, step.Choice("reference", False))
+    seen = []
+    for name in ("reduce", "publish"):
+        original = getattr(trainer.exchange, name)
+
+        def noted(name=name, original=original):
+            seen.append((name, phases.steps[-1][-1].phase))
+            return original()
+
+        setattr(trainer.exchange, name, noted)
+    phases.step()
+    assert seen == [("reduce", "optimizer"), ("publish", "optimizer")]
+    passes = ["forward", "backward"] * trainer.accum
+    assert [mark.phase for mark in phases.steps[-1]] == ["batch", *passes, "optimizer", "end"]
 
 
 def test_a_profile_adds_up() -> None:
