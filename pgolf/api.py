@@ -88,7 +88,7 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # other ranks may wait for this one
             from pgolf.training.handshake import fail_together
 
-            fail_together(e, settings.get("device", "auto"))
+            fail_together(e, _device(settings))
         raise
     # Checked first: torch takes seconds to load.
     from pgolf.submission.script import build_script
@@ -101,7 +101,7 @@ def _settled(
     recipe: Recipe, settings: dict[str, Any]
 ) -> tuple[Config, Mapping[str, str], bool]:
     """(configuration, what the environment gave of it, whether nobody named a vocab_size)."""
-    presets = {key: _switch(key, settings.pop(key)) for key in PRESETS if key in settings}
+    presets = {key: switch(key, settings.pop(key)) for key in PRESETS if key in settings}
     given = {key: find_key(key)[1].name for key in settings}
     environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
     place = {key: settings[key] for key, field in given.items() if field in ("out", "resume")}
@@ -122,7 +122,25 @@ def _settled(
     return config, environment, not resuming and "vocab_size" not in given.values()
 
 
-def _switch(key: str, value: Any) -> bool:
+def _device(settings: Mapping[str, Any]) -> str:
+    """What a run was to compute on, as far as settings that may be wrong tell."""
+    given = {key.removeprefix("run."): str(value) for key, value in settings.items()}
+    if "device" in given or SWITCH.get(given.get("resume", "false").lower()) is not True:
+        return given.get("device", "auto")
+    from pgolf.training.run_folder import read_config
+
+    try:
+        return str(read_config(Path(given.get("out", "")))["run"]["device"])
+    except (PgolfError, KeyError, TypeError):
+        return "auto"
+
+
+def switch(key: str, value: Any) -> bool:
+    """Whether a preset is on.
+
+    Raises:
+        ConfigError: `value` is neither true nor false.
+    """
     on = SWITCH.get(str(value).lower())
     if on is None:
         raise ConfigError(f"{key}={value}: expected true or false")

@@ -179,6 +179,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"batch_tokens={d.batch_tokens} must be a multiple of seq_len={d.seq_len}"
         )
+    if d.tokenizer and not d.data:
+        raise ConfigError(
+            f"tokenizer={d.tokenizer} needs data=FOLDER, shards that it made: the embedded corpus "
+            "has a tokenizer of its own"
+        )
     q, a = config.quant, config.artifact
     if a.fit_to_budget and not fits_budgets(q):
         raise ConfigError(

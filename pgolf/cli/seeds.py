@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from pgolf.api import switch
 from pgolf.child import run_forwarding
 from pgolf.config import PRESETS, environment_overrides, find_key
 from pgolf.errors import ConfigError, PgolfError
@@ -40,8 +41,8 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
             "seeds= starts a process a run: under torchrun start each run with seed=N "
             "out=FOLDER-seedN, then compare them with seeds=... out=FOLDER resume=true alone"
         )
-    base = by_name.pop("out", "") or f"runs/{recipe}"
-    resume = _switch("resume", by_name.pop("resume", "false"))
+    base = Path(by_name.pop("out", "") or f"runs/{recipe}")
+    resume = switch("resume", by_name.pop("resume", "false"))
     _check(recipe, by_name)
     folders = {seed: Path(f"{base}-seed{seed}") for seed in seeds}
     begun = [seed for seed, folder in folders.items() if (folder / "config.json").is_file()]
@@ -64,13 +65,16 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
         code, signals = run_forwarding(
             "pgolf", "train", recipe, *(f"{k}={v}" for k, v in given.items())
         )
-        if signals and code:
-            error = PgolfError(f"stopped in seed {seed}; go on with `{again}`")
+        if signals:
+            where = f"in seed {seed}" if code else f"after seed {seed}"
+            error = PgolfError(f"stopped {where}; go on with `{again}`")
             error.exit_code = 128 + signals[0]
             raise error
         if code:
             failed.append(seed)
             print(f"seed {seed}: failed with exit code {code}, see above", flush=True)
+            if folder.is_dir() and not any(folder.glob("checkpoints/step-*")):
+                print(f"seed {seed}: no checkpoint to go on from: remove {folder}", flush=True)
     summary = summarise(
         recipe, {seed: f for seed, f in folders.items() if seed not in failed}, scores
     )
@@ -79,10 +83,6 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
     if failed:
         many = f"seed{'s' * (len(failed) > 1)} {', '.join(map(str, failed))}"
         raise PgolfError(f"{many} failed, see above; what is left to do: `{again}`")
-
-
-def _switch(key: str, text: str) -> bool:
-    return parse_value(key, find_key("resume")[1], text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -106,8 +106,8 @@ def _against(text: str) -> list[float]:
 def _check(recipe: str, settings: Mapping[str, str]) -> None:
     """Raise ConfigError for what every run would stop at."""
     known = {k: v for k, v in settings.items() if k not in PRESETS}
-    exact = _switch("as_published", settings.get("as_published", "false"))
-    _switch("quick", settings.get("quick", "false"))
+    exact = switch("as_published", settings.get("as_published", "false"))
+    switch("quick", settings.get("quick", "false"))
     get(recipe).config({**environment_overrides(), **known}, exact)
 
 
@@ -121,7 +121,7 @@ def _finished(recipe: str, given: Mapping[str, str], folder: Path) -> bool:
         return False
     from pgolf.training.run_folder import resumed_config
 
-    exact = _switch("as_published", given["as_published"]) if "as_published" in given else None
+    exact = switch("as_published", given["as_published"]) if "as_published" in given else None
     resumed_config(recipe, exact, {k: v for k, v in given.items() if k not in PRESETS}, folder)
     return True
 

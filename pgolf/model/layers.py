@@ -31,6 +31,7 @@ class Matrix(nn.Module):
     def __init__(self, out_features: int, in_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.published: Tensor | None = None  # as in `Block`, which has those of its matrices
         self.grid: dict | None = None
 
     def prepare_qat(self, bits: int, switch: Tensor, **grid: float | int | bool | str) -> None:
@@ -45,7 +46,8 @@ class Matrix(nn.Module):
         self.register_buffer("qat_on", switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *cast_all([self], x.dtype))
+        (weight,) = [self.published] if self.published is not None else cast_all([self], x.dtype)
+        return F.linear(x, weight)
 
 
 class Fold(NamedTuple):

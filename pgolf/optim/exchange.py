@@ -1,15 +1,15 @@
 """What ranks exchange in a step, and the weights as the forward pass reads them.
 
-One rank owns a matrix: it alone holds its momentum and average, and updates it. Tables, vectors and
-the projections beside the blocks are small: every rank holds and updates them alike.
+One rank owns a matrix: it alone holds its momentum and average, and updates it. Tables and vectors
+are small: every rank holds and updates them alike.
 
     exchange  <- gradients of the published weights            reduce-scatter, each rank its sums
     own       <- gradients of the matrices behind them         through factor, grid and cast
     small     <- all other gradients, squares of own           all-reduce: norm of everything
     published <- own matrices: on their grid, scaled, cast     all-gather, after the update
 
-So no pass casts, packs or quantises a matrix of a block, and of those nothing but what the passes
-read travels. In a run of one rank the collectives are nothing, and the rest is the same.
+So no pass casts, packs or quantises a matrix, and of those nothing but what the passes read
+travels. In a run of one rank the collectives are nothing, and the rest is the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +27,10 @@ from pgolf.ranks import Ranks
 
 
 class Exchange:
-    """Publishes a model's matrices to its blocks, and takes the gradients of a step back.
+    """Publishes a model's matrices to it, and takes the gradients of a step back.
 
     Args:
-        model: on its device, the same on every rank; its blocks read the published weights.
+        model: on its device, the same on every rank; from now on it reads the published weights.
         passes: forward and backward passes of a step.
         ops: operator -> implementation, for the optimisers; the reference where none is named.
 
@@ -53,16 +53,17 @@ class Exchange:
         self.widens = narrow and not fuses(ops or {})
         self.params = dict(model.named_parameters())
         names = {p: name for name, p in self.params.items()}
+        matrices = {names[m.weight]: m for m in model.modules() if isinstance(m, Matrix)}
+        scales: dict[str, nn.Parameter | None] = dict.fromkeys(matrices)
         units: list[list[str]] = []
-        matrices: dict[str, Matrix] = {}
-        scales: dict[str, nn.Parameter | None] = {}
         for block in model.blocks:
-            of_block = {names[m.weight]: m for m in block.matrices()}
+            of_block = [names[m.weight] for m in block.matrices()]
             q, k, v, *others = of_block
             units += [[q, k, v], *([name] for name in others)]
-            matrices |= of_block
-            fold = block.fold()
-            scales |= dict(zip(of_block, fold.scales if fold else [None] * 6, strict=True))
+            if fold := block.fold():
+                scales |= dict(zip(of_block, fold.scales, strict=True))
+        packed = {name for unit in units for name in unit}
+        units += [[name] for name in matrices if name not in packed]
         shapes = [{n: tuple(self.params[n].shape) for n in unit} for unit in units]
         self.layout = Layout.of(shapes, ranks.world)
         # Own matrices: name -> first element in this rank's part.
@@ -75,26 +76,34 @@ class Exchange:
         self.small = [p for name, p in self.params.items() if name not in matrices]
         self.zeros: dict[torch.dtype, Tensor] = {}
         self.published, self.gradients = self._buffer(self.dtype), self._buffer(self.dtype)
-        self.leaves = self._give_leaves(model, units)
+        self.leaves = self._give_leaves(model, matrices, units)
         # Gradients of several passes add up in fp32, which narrow leaves do not.
         self.sums = self._buffer(torch.float32) if passes > 1 and narrow else None
         self.passes = 0
         self.cast: list[Tensor] = []
         self.publish()
 
-    def _give_leaves(self, model: GPT, units: Sequence[Sequence[str]]) -> dict[int, Tensor]:
-        """Let the blocks read `published`; first element -> the view that gathers gradients."""
-        leaves, left = {}, iter(units)
+    def _give_leaves(
+        self, model: GPT, matrices: Mapping[str, Matrix], units: Sequence[Sequence[str]]
+    ) -> dict[int, Tensor]:
+        """Let the model read `published`; first element -> the view that gathers gradients.
+
+        Args:
+            units: four of each block, then single matrices.
+        """
+        leaves = []
+        for first, *others in units:
+            start, (rows, columns) = self.layout.starts[first], self.layout.shapes[first]
+            rows += sum(self.layout.shapes[name][0] for name in others)
+            (view,) = _views(self.published, [start], [(rows, columns)])
+            leaves.append(view.detach().requires_grad_())
+        left = iter(leaves)
         for block in model.blocks:
-            taken = []
-            for unit in (next(left) for _ in range(4)):
-                start = self.layout.starts[unit[0]]
-                rows = sum(self.layout.shapes[name][0] for name in unit)
-                view = _views(self.published, [start], [(rows, self.layout.shapes[unit[0]][1])])[0]
-                leaves[start] = view.detach().requires_grad_()
-                taken.append(leaves[start])
-            block.published = block.packed(*taken)
-        return dict(sorted(leaves.items()))
+            block.published = block.packed(*(next(left) for _ in range(4)))
+        for unit, leaf in zip(units[4 * len(model.blocks) :], left, strict=True):
+            matrices[unit[0]].published = leaf
+        starts = [self.layout.starts[unit[0]] for unit in units]
+        return dict(sorted(zip(starts, leaves, strict=True)))
 
     # --- gradients ----------------------------------------------------------------------------
 

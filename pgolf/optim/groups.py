@@ -105,7 +105,7 @@ class Optimizers:
             momentum: Muon's.
             average_rate: how far averages move towards the new parameters; 0 leaves them alone.
 
-        If the norm is not finite, parameters, momenta, moments and averages stay as they were.
+        If the norm is not finite, parameters, momenta, moments and `averages` stay as they were.
 
         Raises:
             ValueError: a parameter has no gradient.

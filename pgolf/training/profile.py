@@ -27,7 +27,7 @@ class Profile:
         self.first, self.last = profiled_steps(self.text)
         self._profiler: torch.profiler.profile | None = None
         self._began = 0
-        self._recorded = False
+        self._recorded = self._closed = False
 
     def due(self, step: int) -> bool:
         """Whether `at` has something to do once that step is over."""
@@ -39,8 +39,10 @@ class Profile:
         self.session.ranks.on_first(lambda: self._begin(step) if on else self._end(step))
 
     def close(self, step: int) -> None:
-        """Training is over: keep what there is; on every rank."""
-        self.session.ranks.on_first(lambda: self._close(step))
+        """Training is over, or stopped: keep what there is, once; on every rank."""
+        if not self._closed:
+            self._closed = True
+            self.session.ranks.on_first(lambda: self._close(step))
 
     def _close(self, step: int) -> None:
         self._end(step)

@@ -164,15 +164,21 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     Raises:
         DataError: no checkpoint is whole.
         ConfigError: nothing was trained.
+        TrainingError: ranks see different checkpoints as the newest that is whole.
     """
+    ranks = trainer.session.ranks
     # Looked at first, outside of the memory that compiling needs.
-    state, path = folder.load(torch.device("cpu"))
+    state, path = alike(
+        ranks,
+        lambda: folder.load(torch.device("cpu")),
+        lambda found: {"checkpoint": folder.described(found[1])},
+    )
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")
     if not trainer.schedule.finished(Clock(**state["clock"])):
         with trainer.session.phases("warm_up"):
             trainer.warm_up()
-    state, path = folder.load(trainer.session.ranks.device)
+    state, path = folder.load(ranks.device)
     trainer.load_state_dict(state)
     trainer.session.phases.add(state.get("phases", {}))
     folder.forget_after(trainer.clock.step)

@@ -244,6 +244,12 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
+    @staticmethod
+    def described(checkpoint: Path) -> str:
+        """Which one it is, whatever machine reads it."""
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        return f"the checkpoint {checkpoint.name} of sha256 {manifest['sha256'][:12]}..."
+
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path]:
         """The newest checkpoint that is whole.
 

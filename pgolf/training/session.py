@@ -65,7 +65,7 @@ def open_session(
 
     Raises:
         DataError: shards or tokenizer are missing, damaged or mixed up.
-        ConfigError: the vocabulary is too small, or a tokenizer is named without shards.
+        ConfigError: the vocabulary is too small.
     """
     going_on = config.run.resume
     dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
@@ -86,16 +86,10 @@ def open_data(config: Config, ranks: Ranks) -> Dataset:
 
     Raises:
         DataError: shards or tokenizer are missing, damaged or mixed up.
-        ConfigError: a tokenizer is named without shards.
     """
     if config.data.data:
         dataset = Dataset.open(config.data.data, config.data.tokenizer or None)
     else:
-        if config.data.tokenizer:
-            raise ConfigError(
-                f"tokenizer={config.data.tokenizer} needs data=FOLDER, shards that it made: the "
-                "embedded corpus has a tokenizer of its own"
-            )
         try:
             ranks.on_first(lambda: ensure_default_dataset(DEFAULT_DATA))
         except StorageError as e:  # out= does not help

@@ -169,7 +169,9 @@ class Trainer:
             Interrupted: Ctrl-C or the like, on any rank; a checkpoint was written.
             StorageError: likewise, and it could not be.
         """
-        self.ranks.gather([0.0])  # others may have compiled for longer than they are waited for
+        # Others may have compiled for longer than they are waited for. And one measure is for all:
+        # they have to agree on how many steps may be on their way.
+        (self.step_seconds,) = self.ranks.decide(self.step_seconds)
         self.synchronize()
         if self.profile:
             self.profile.at(self.clock.step)
@@ -248,6 +250,8 @@ class Trainer:
 
     def _stop(self, interrupt: Interrupt, number: int) -> None:
         """Keep this step, then raise Interrupted; StorageError if it could not be kept."""
+        if self.profile:
+            self.profile.close(self.clock.step)
         if self.kept != self.clock.step:
             self.checkpoint()
         if self.kept != self.clock.step:

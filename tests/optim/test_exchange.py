@@ -152,9 +152,9 @@ def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
 def test_who_owns_nothing_takes_part() -> None:
     config = small(PUBLISHED["pr1473"], layers=1, ve_layers="0", xsa_layers="all")
     model = fused(randomised(config, torch.float32), "cpu")
-    owned = on_ranks(6, lambda ranks: len(Exchange(copy.deepcopy(model), ranks).own))
-    assert sorted(owned) == [0, 0, 1, 1, 1, 3]
-    found = on_ranks(6, lambda ranks: train(ranks, model, 1))
+    owned = on_ranks(8, lambda ranks: len(Exchange(copy.deepcopy(model), ranks).own))
+    assert sorted(owned) == [0, 0, 1, 1, 1, 1, 1, 3]
+    found = on_ranks(8, lambda ranks: train(ranks, model, 1))
     alone = train(ALONE, model, 1)
     for name, _ in model.named_parameters():
         torch.testing.assert_close(found[-1][name], alone[name], rtol=1e-4, atol=1e-5)
@@ -209,6 +209,8 @@ def test_weights_are_published_in_the_dtype_of_activations(ops: dict[str, str]) 
         *qkv, out, up, down = (m.weight.bfloat16() for m in block.matrices())
         for found, wanted in zip(block.published, [torch.cat(qkv), out, up, down], strict=False):
             assert torch.equal(found, wanted)
+    for side in (model.bigram.proj, model.ve_shared.proj):
+        assert torch.equal(side.published, side.weight.bfloat16())
     for leaf in exchange.leaves.values():
         leaf.grad = torch.ones_like(leaf)
     for p in exchange.small:

@@ -1,16 +1,21 @@
 """What ranks compare before they train; threads stand for processes."""
 
+import json
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from pgolf.config import with_overrides
+from pgolf.api import start
+from pgolf.config import to_dict, with_overrides
 from pgolf.errors import DataError, PgolfError, TrainingError
 from pgolf.ranks import Ranks
 from pgolf.recipes import get
 from pgolf.training import facts, handshake
 from pgolf.training.handshake import SHOWN, alike, differences
+from pgolf.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -137,3 +142,43 @@ def test_hardware_names_implementations():
         "rank 1 has compute_dtype=bf16, rank 0 compute_dtype=fp32",
         "rank 1 has xsa=reference, rank 0 xsa=cpu",
     ]
+
+
+@pytest.mark.parametrize(
+    "settings, device",
+    [
+        ({}, "auto"),
+        ({"device": "cpu"}, "cpu"),
+        ({"run.device": "cpu"}, "cpu"),
+        ({"resume": "true", "out": "run"}, "cpu"),
+        ({"run.resume": True, "out": "run", "device": "cuda"}, "cuda"),
+        ({"resume": "maybe", "out": "run"}, "auto"),
+        ({"resume": "true", "out": "none"}, "auto"),
+    ],
+)
+def test_a_rank_that_cannot_begin_joins_on_the_device_of_the_run(
+    settings, device, monkeypatch, tmp_path
+):
+    """Wherever it is named; with another one its group would not be the others'."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Path("run").mkdir()
+    config = to_dict(with_overrides(get("demo").config({}, False), {"device": "cpu"}))
+    Path("run/config.json").write_text(json.dumps(config))
+    joined = []
+    monkeypatch.setattr(handshake, "fail_together", lambda error, device: joined.append(device))
+    with pytest.raises(PgolfError, match="matrix_lauers"):
+        start("demo", {**settings, "matrix_lauers": 3})
+    assert joined == [device]
+
+
+def test_ranks_go_on_from_the_same_checkpoint(together, tmp_path):
+    folders = [RunFolder(tmp_path / name) for name in "ab"]
+    for folder, step in zip(folders, (5, 6), strict=True):
+        folder.save(step, {})
+    one, other = ({"checkpoint": f.described(f.load("cpu")[1])} for f in folders)
+    error, _ = together(lambda: one, lambda: other)
+    assert re.search(
+        "rank 1 has the checkpoint step-0000006 of sha256 .*, rank 0 the checkpoint step-0000005",
+        str(error),
+    )

@@ -165,6 +165,7 @@ def test_two_ranks_give_the_result_of_one(train_alone, finished, tmp_path):
         assert one["kind"] == two["kind"] and one["step"] == two["step"]
         if one["kind"] == "train":
             assert abs(one["loss"] - two["loss"]) < 2e-3
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
     a, b = (json.loads((f / "result.json").read_text()) for f in (finished, out))
     assert abs(a["val_bpb"] - b["val_bpb"]) < 2e-3
     assert a["val_targets"] == b["val_targets"] and a["val_bytes"] == b["val_bytes"]

@@ -117,8 +117,8 @@ def test_what_is_there_is_not_taken_for_another_run(runs):
         ("against=1.5", "against=1.5 needs seeds=1,2,3"),
         ("seeds=1 layers=0", "layers=0: must be at least 1"),
         ("seeds=1 layer=4", "did you mean layers"),
-        ("seeds=1 resume=maybe", "resume=maybe: expected bool"),
-        ("seeds=1 as_published=maybe", "as_published=maybe: expected bool"),
+        ("seeds=1 resume=maybe", "resume=maybe: expected true or false"),
+        ("seeds=1 as_published=maybe", "as_published=maybe: expected true or false"),
     ],
 )
 def test_bad_words(runs, words, message):

@@ -198,3 +198,17 @@ def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
         assert [m[key] for m in ours] == pytest.approx(values, rel=1e-3), key
     for name, average in theirs.items():
         torch.testing.assert_close(mine[name], average, rtol=1e-2, atol=1e-4)
+
+
+def test_ranks_pace_themselves_by_the_first_ones_measure(monkeypatch):
+    """How many steps may be on their way is the same on all, or collectives do not meet."""
+    trainer, _, _ = build(monkeypatch)
+    trainer.step_seconds = 7.0
+    monkeypatch.setattr(Ranks, "decide", lambda self, *values: [0.25 for _ in values])
+
+    def first_step(*args):
+        raise KeyError(trainer.step_seconds)
+
+    monkeypatch.setattr(trainer, "_queue_step", first_step)
+    with pytest.raises(KeyError, match="0.25"):
+        trainer.train(unasked())
