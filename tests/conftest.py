@@ -57,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """A list of the tests builds nothing; otherwise this is done before workers are started."""
     config.stash[EMULATED] = emulate_cuda(build=not config.option.collectonly)
     if config.option.prove and not config.option.collectonly:
-        config.pluginmanager.register(Proofs(config.option.prove))
+        writes = not hasattr(config, "workerinput")
+        config.pluginmanager.register(Proofs(config.option.prove, writes=writes))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

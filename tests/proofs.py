@@ -7,8 +7,8 @@ A slow test says what that is, files and folders from the repository's root:
 Its own file counts, and what kernels include or import of csrc/ and triton_kernels/, and tests of
 tests/, bench/ and pgolf/ops/testing.py. tests/proved.json holds a hash of this for each proof, and
 the versions of torch and of what compiles. With `--prove changed` a proof is left out where both
-are those of the stamp, with `--prove all` none is. A run of either that passes writes what it
-proved or found proved. Without the option, as in a bare `pytest -m slow`, everything runs and
+are those of the stamp, with `--prove all` none is, and the stamp begins anew. Both write what they
+have proved, one by one. Without the option, as in a bare `pytest -m slow`, everything runs and
 nothing is written.
 """
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAMP = "tests/proved.json"
 SIDES = {"csrc": "kernels", "triton_kernels": "kernels", "tests": "harness", "bench": "harness"}
 RULE = "pgolf/ops/testing.py"  # what a harness judges by, though it is a part of the package
-PROVED, TO_PROVE = "proved", "to prove"  # names of the hash of a test that is left out, or runs
+TO_PROVE = "to prove"  # name of a test's hash among its properties
 
 
 def versions() -> dict[str, str]:
@@ -121,15 +121,25 @@ def _imported(source: bytes) -> list[tuple[int, str]]:
 
 
 class Proofs:
-    """The plugin behind `--prove`; of xdist, workers leave tests out, the controller writes."""
+    """The plugin behind `--prove`.
+
+    Args:
+        writes: to the stamp, at each proof, so that a run that fails or is ended later keeps it. Of
+            xdist that is the controller; workers leave tests out.
+    """
 
     def __init__(
-        self, mode: str, root: Path = ROOT, versions: Callable[[], dict[str, str]] = versions
+        self,
+        mode: str,
+        root: Path = ROOT,
+        versions: Callable[[], dict[str, str]] = versions,
+        writes: bool = True,
     ):
         self.sources, self.file, self.versions = Sources(root), root / STAMP, versions()
+        self.writes = writes
         stamp = json.loads(self.file.read_text()) if self.file.exists() else {}
         valid = mode == "changed" and stamp.get("versions") == self.versions
-        self.known, self.proved = stamp["proofs"] if valid else {}, {}
+        self.proved: dict[str, str] = stamp["proofs"] if valid else {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -138,17 +148,17 @@ class Proofs:
                 continue
             own = item.path.resolve().relative_to(self.sources.root)
             state = self.sources.state([*names, str(own)])
-            unchanged = self.known.get(item.nodeid) == state
-            item.user_properties.append((PROVED if unchanged else TO_PROVE, state))
-            if unchanged:
+            item.user_properties.append((TO_PROVE, state))
+            if self.proved.get(item.nodeid) == state:
                 item.add_marker(pytest.mark.skip(reason=f"unchanged since {STAMP}"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        of, passed = dict(report.user_properties), report.when == "call" and report.passed
-        if state := of.get(PROVED) or (passed and of.get(TO_PROVE)):
+        state = dict(report.user_properties).get(TO_PROVE)
+        if not self.writes or not state or not (report.failed or report.when == "call"):
+            return
+        if report.passed:
             self.proved[report.nodeid] = state
-
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == 0 and not hasattr(session.config, "workerinput"):
-            stamp = {"versions": self.versions, "proofs": self.proved}
-            atomic_write(self.file, json.dumps(stamp, indent=1, sort_keys=True) + "\n")
+        else:
+            self.proved.pop(report.nodeid, None)
+        stamp = {"versions": self.versions, "proofs": self.proved}
+        atomic_write(self.file, json.dumps(stamp, indent=1, sort_keys=True) + "\n")
