@@ -251,6 +251,12 @@ class DataConfig:
 
     data: str = opt("", "folder of shards; '' = prepare and use the embedded demo corpus")
     tokenizer: str = opt("", "SentencePiece model; '' = the one that belongs to the shards")
+    order: str = opt(
+        "sequential",
+        "of sequences: sequential = as shards have them; coprime = evenly from all shards; "
+        "shuffled = by chance from all shards",
+        choices=("sequential", "coprime", "shuffled"),
+    )
     seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
     batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)
     micro_tokens: int = opt(98_304, "tokens a forward pass and rank, at most", ge=8)
@@ -271,7 +277,7 @@ class EvalConfig:
 class RunConfig:
     """Where and how to run."""
 
-    seed: int = opt(1337, "seed of the initial weights", ge=0, le=2**31 - 1)
+    seed: int = opt(1337, "of the initial weights and the order of sequences", ge=0, le=2**31 - 1)
     out: str = opt("", "run folder; '' = runs/RECIPE-seedSEED, with -2, -3 ... if that exists")
     resume: bool = opt(False, "go on from the newest checkpoint in out=FOLDER")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))

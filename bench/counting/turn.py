@@ -97,7 +97,7 @@ def _trainer(request: Request, folder: Path, ranks: Any) -> Any:
     import numpy as np
 
     from pgolf.config import with_overrides
-    from pgolf.data.loader import SequentialLoader
+    from pgolf.data.loader import Loader
     from pgolf.data.shards import write_shard
     from pgolf.optim.schedule import Clock
     from pgolf.training.session import Session
@@ -115,7 +115,7 @@ def _trainer(request: Request, folder: Path, ranks: Any) -> Any:
     shard = folder / "counted_train_000000.bin"
     tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, 4 * passes + 4)
     write_shard(shard, tokens)
-    loader = SequentialLoader([shard], 0, ranks.world, config.model.vocab_size, ranks.device)
+    loader = Loader([shard], ranks, config.model.vocab_size, request.tokens, passes)
     run_folder = SimpleNamespace(log=lambda **line: None, checkpoints=lambda: [], path=folder)
     session = Session(config, ranks, None, run_folder)
     trainer = Trainer(session, model, loader, None, None, choices)

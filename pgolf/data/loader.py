@@ -1,104 +1,143 @@
-"""Training batches in the contest's order: one cursor that all ranks share and that wraps around.
+"""Training batches: sequences of an order that all ranks share, read ahead by a thread."""
 
-W = ranks, L = tokens of a rank's micro-step, T = sequence length.
-A micro-step takes W (L + 1) tokens in a row; rank r's are slice r of length L + 1, x its first L
-tokens and y the same shifted by one. Sequences run across documents and shards, nothing is masked.
-"""
-
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from pgolf.data.shards import open_shard, read_header
+from pgolf.data.order import order_of
+from pgolf.data.shards import check_tokens, open_shard, read_header
 from pgolf.errors import ConfigError, DataError
+from pgolf.ranks import Ranks
+
+AHEAD = 2  # micro-steps
 
 
-class SequentialLoader:
-    """Reads the shards in the order given, forever.
+class _Reading(NamedTuple):
+    """A batch that is being read: its first sequence, and (n, T + 1) tokens once that is done."""
 
-    Every world size sees the same tokens in the same order if its micro-steps are of one length.
+    first: int
+    tokens: torch.Tensor
+    done: Future[None]
+
+
+class Loader:
+    """Reads shards in an order, forever; sequences run across documents, nothing is masked.
+
+    A micro-step takes the next sequences of the order, W L / T of them for W ranks, L tokens of a
+    rank and sequences of T; rank r's are part r of W. So a step's tokens are the same for any
+    number of ranks and passes.
 
     Args:
         paths: the shards, usually `find_shards(folder, "train")`.
-        rank: this process, 0 <= rank < world.
-        world: number of processes that share the cursor.
-        vocab_size: every token must be smaller; a shard is checked when it is first read.
-        device: where batches go, in one copy of 16 bits a token that the host does not wait for.
+        ranks: this process and those that share the order. Batches go to its device, in one copy of
+            16 bits a token that the host does not wait for.
+        vocab_size: every token that is read must be smaller.
+        seq_len: tokens of a sequence, T.
+        slice_tokens: of the sequential order.
+        order: the name of one in `pgolf.data.order`.
+        seed: of that order.
 
     Raises:
         DataError: no shards, or a shard whose header is wrong.
-        ConfigError: a rank outside of the world.
+        ConfigError: the shards are too short for the order.
     """
 
     def __init__(
         self,
         paths: list[Path],
-        rank: int,
-        world: int,
+        ranks: Ranks,
         vocab_size: int,
-        device: torch.device | str = "cpu",
+        seq_len: int,
+        slice_tokens: int,
+        order: str = "sequential",
+        seed: int = 0,
     ):
-        if not 0 <= rank < world:
-            raise ConfigError(f"rank {rank} is not in 0..{world - 1} (world size {world})")
         if not paths:
             raise DataError("no training shards: make some with `pgolf data prepare`")
-        self.paths, self.rank, self.world, self.vocab_size = list(paths), rank, world, vocab_size
-        self.device = torch.device(device)
+        self.paths, self.ranks, self.vocab_size = list(paths), ranks, vocab_size
+        self.seq_len, self.device = seq_len, ranks.device
         # ends[i] = number of tokens in shards 0..i
-        self.ends = np.cumsum([read_header(path) for path in self.paths])
-        self.total = int(self.ends[-1])
-        self.position = 0
-        self._opened: dict[int, Future[np.ndarray]] = {}
-        self._opener = ThreadPoolExecutor(1, "next shard")
+        self.ends = list(accumulate(read_header(path) for path in self.paths))
+        self.total = self.ends[-1]
+        self.position = 0  # sequences that all ranks have had
+        self.order = order_of(order, self.total, seq_len, slice_tokens, seed)
+        self._opened: dict[int, np.ndarray] = {}  # the reader's own
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._ahead: deque[_Reading] = deque()
 
-    def _shard(self, index: int) -> np.ndarray:
-        """A shard's tokens; the next shard is checked meanwhile, off the training clock."""
-        for wanted in (index, (index + 1) % len(self.paths)):
-            if wanted not in self._opened:
-                self._opened[wanted] = self._opener.submit(
-                    open_shard, self.paths[wanted], self.vocab_size
-                )
-        return self._opened[index].result()
-
-    def _take(self, start: int, count: int) -> torch.Tensor:
-        """`count` tokens from `start` (modulo the total) as uint16 of shape (count,)."""
-        # From page-locked memory a copy needs no wait; torch gives it out again only after that.
-        tokens = torch.empty(count, dtype=torch.uint16, pin_memory=self.device.type == "cuda")
-        out, filled = tokens.numpy(), 0
-        while filled < count:
-            at = (start + filled) % self.total
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            shard = self._shard(index)
-            offset = at - (int(self.ends[index]) - shard.size)
-            piece = shard[offset : offset + count - filled]
-            out[filled : filled + piece.size] = piece
-            filled += piece.size
-        return tokens
-
-    def next_batch(self, local_tokens: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self, local_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's next micro-step: inputs and targets, int64 of shape (L / T, T).
 
         Raises:
-            ConfigError: `local_tokens` is not a positive multiple of `seq_len`.
+            ConfigError: `local_tokens` is not a positive multiple of the sequence length.
             DataError: a shard's tokens do not fit the vocabulary.
         """
-        if seq_len < 1 or local_tokens < seq_len or local_tokens % seq_len:
+        rows, ragged = divmod(local_tokens, self.seq_len)
+        if rows < 1 or ragged:
             raise ConfigError(
                 f"{local_tokens} tokens of a rank's micro-step are not a positive multiple of the "
-                f"sequence length {seq_len}"
+                f"sequence length {self.seq_len}"
             )
-        span = local_tokens + 1
-        tokens = self._take(self.position + self.rank * span, span)
-        tokens = tokens.to(self.device, non_blocking=True)
-        self.position = (self.position + self.world * span) % self.total
+        of_all, first = self.ranks.world * rows, self.position + self.ranks.rank * rows
+        reading = self._ahead
+        if reading and (reading[0].first, len(reading[0].tokens)) != (first, rows):
+            reading.clear()
+        for n in range(len(reading), AHEAD + 1):
+            reading.append(self._read(first + n * of_all, rows))
+        batch = reading.popleft()
+        batch.done.result()
+        self.position += of_all
+        tokens = batch.tokens.to(self.device, non_blocking=True)
         # Two tensors, not one that they share: both are aligned, as compiled code wants them.
-        x, y = (part.to(torch.int64) for part in (tokens[:-1], tokens[1:]))
-        return x.view(-1, seq_len), y.view(-1, seq_len)
+        x, y = (part.to(torch.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return x, y
+
+    # --- the reader ---------------------------------------------------------------------------
+
+    def _read(self, first: int, count: int) -> _Reading:
+        """Let the reader fill in a batch."""
+        # From page-locked memory a copy needs no wait; torch gives it out again only after that.
+        # And it is taken here: the reader's thread has no device.
+        shape, pinned = (count, self.seq_len + 1), self.device.type == "cuda"
+        tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
+        return _Reading(first, tokens, self._reader.submit(self._fill, first, tokens.numpy()))
+
+    def _fill(self, first: int, rows: np.ndarray) -> None:
+        starts = self.order(first, len(rows)).tolist()
+        for row, start in zip(rows, starts, strict=True):
+            filled = 0
+            for _, _, piece in self._pieces(start, row.size):
+                row[filled : filled + piece.size] = piece
+                filled += piece.size
+        if int(rows.max()) >= self.vocab_size:
+            for start in starts:
+                for path, offset, piece in self._pieces(start, rows.shape[1]):
+                    check_tokens(path, piece, offset, self.vocab_size)
+
+    def _pieces(self, start: int, count: int) -> Iterator[tuple[Path, int, np.ndarray]]:
+        """`count` tokens from `start` (modulo the total): shard, place there, tokens."""
+        while count:
+            at = start % self.total
+            index = bisect_right(self.ends, at)
+            if index not in self._opened:
+                self._opened[index] = open_shard(self.paths[index], None)
+            shard = self._opened[index]
+            offset = at - (self.ends[index] - shard.size)
+            piece = shard[offset : offset + count]
+            yield self.paths[index], offset, piece
+            start, count = start + piece.size, count - piece.size
+
+    # --- checkpoints --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
-        """The shared cursor: the same on every rank, good for any world size."""
+        """How many sequences all ranks have had: good for any number of them."""
         return {"position": self.position, "total": self.total}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -95,15 +95,19 @@ def open_shard(path: Path | str, vocab_size: int | None) -> np.ndarray:
     if vocab_size is not None:
         step = 1 << 24
         for start in range(0, count, step):
-            piece = tokens[start : start + step]
-            if int(piece.max()) >= vocab_size:
-                at = int(np.argmax(piece >= vocab_size))
-                raise DataError(
-                    f"{path}: token {int(piece[at])} at position {start + at}, expected less than "
-                    f"the vocabulary size {vocab_size}; the shard was made with another "
-                    "tokenizer: use the one that lies with it"
-                )
+            check_tokens(path, tokens[start : start + step], start, vocab_size)
     return tokens
+
+
+def check_tokens(path: Path | str, piece: np.ndarray, start: int, vocab_size: int) -> None:
+    """Raise DataError if a token of this piece, which begins at `start`, is not in a vocabulary."""
+    if int(piece.max()) >= vocab_size:
+        at = int(np.argmax(piece >= vocab_size))
+        raise DataError(
+            f"{path}: token {int(piece[at])} at position {start + at}, expected less than the "
+            f"vocabulary size {vocab_size}; the shard was made with another tokenizer: use the one "
+            "that lies with it"
+        )
 
 
 def find_shards(folder: Path | str, split: str) -> list[Path]:

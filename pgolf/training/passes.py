@@ -36,6 +36,15 @@ def micro_steps(batch_tokens: int, micro_tokens: int, seq_len: int, world: int) 
     )
 
 
+def slice_tokens(config: Config) -> int:
+    """Tokens in a row of the sequential order: a pass's, were there one rank and memory enough.
+
+    So they are the published scripts' in a step of theirs, and the same on any number of ranks.
+    """
+    d = config.data
+    return d.batch_tokens // micro_steps(d.batch_tokens, d.micro_tokens, d.seq_len, 1)
+
+
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether the model of a run goes through torch.compile."""
     wanted = config.run.compile

@@ -8,7 +8,7 @@ import torch
 
 from pgolf import recipes
 from pgolf.config import Config
-from pgolf.data.loader import SequentialLoader
+from pgolf.data.loader import Loader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.device import pick_dtype
@@ -29,7 +29,7 @@ from pgolf.training.interrupt import Interrupt
 from pgolf.training.last_words import last_words
 from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
-from pgolf.training.passes import compiles
+from pgolf.training.passes import compiles, slice_tokens
 from pgolf.training.phases import Phases
 from pgolf.training.run_folder import RunFolder
 from pgolf.training.session import BuildScript, Session, claimed_folder, open_session
@@ -93,8 +93,14 @@ def build_parts(session: Session) -> tuple[Any, ...]:
         dataset.folder, config.model.vocab_size, config.data.seq_len, config.eval.val_tokens
     )
     table = ByteTable(load_tokenizer(dataset.tokenizer_path), config.model.vocab_size)
-    loader = SequentialLoader(
-        dataset.train_shards, ranks.rank, ranks.world, config.model.vocab_size, ranks.device
+    loader = Loader(
+        dataset.train_shards,
+        ranks,
+        config.model.vocab_size,
+        config.data.seq_len,
+        slice_tokens(config),
+        config.data.order,
+        config.run.seed,
     )
     return dtype, why, ops, model.to(ranks.device), loader, val, table
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgolf.data.loader import SequentialLoader
+from pgolf.data.loader import Loader
 from pgolf.errors import StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.ops.compile import compile_graph
@@ -46,7 +46,7 @@ class Trainer:
         self,
         session: Session,
         model: GPT,
-        loader: SequentialLoader,
+        loader: Loader,
         val: np.ndarray,
         table: ByteTable,
         ops: Mapping[str, str],
@@ -102,7 +102,7 @@ class Trainer:
         """Forward and backward of `count` micro-steps; what they add to the mean loss."""
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
-            x, y = self.loader.next_batch(self.local_tokens, self.config.data.seq_len)
+            x, y = self.loader.next_batch(self.local_tokens)
             loss = self.forward(x, y)
             # Ranks' gradients are summed: a mean, then, without a pass that divides.
             (loss / (self.accum * self.ranks.world)).backward()

@@ -41,6 +41,8 @@ def test_the_contest_batch():
     with pytest.raises(ConfigError, match="batch_tokens=786432"):
         micro_steps(786_432, 98_304, 2048, 7)
 
+SEQ_LEN = 32  # TINY's
+
 
 class Recorder:
     """Stands in for a run folder: metrics in memory, a slow checkpoint."""
@@ -64,8 +66,8 @@ class Recorder:
 class Batches:
     """Endless random tokens."""
 
-    def next_batch(self, local_tokens, seq_len):
-        tokens = torch.randint(0, 400, (2, local_tokens // seq_len, seq_len))
+    def next_batch(self, local_tokens):
+        tokens = torch.randint(0, 400, (2, local_tokens // SEQ_LEN, SEQ_LEN))
         return tokens[0], tokens[1]
 
     def state_dict(self):

@@ -1,0 +1,78 @@
+"""Where each sequence of a run begins: a function of its number alone.
+
+Sequences are numbered through steps, micro-steps and ranks. So any number of ranks trains a step on
+the same tokens, and all that a run needs to go on is the number of sequences that it has had.
+Positions are those in the tokens of all shards, end to end.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from pgolf.errors import ConfigError
+
+Order = Callable[[int, int], np.ndarray]  # first number, count -> (count,) int64 positions
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) -> Order:
+    """A run's order.
+
+    sequential: as in the published scripts: slices of slice_tokens + 1 tokens in a row, forever.
+        Sequences of a slice share the token at which they meet.
+    coprime: each of the blocks of seq_len tokens once, then anew, with the blocks cut elsewhere. A
+        stride that is coprime to their number and near its golden section leads from one to the
+        next, so that the sequences of any batch lie evenly over all shards (after PR 1060, which
+        draws strides and picks shards by chance).
+    shuffled: the same blocks in an order drawn by chance for each pass (after PR 1394, which deals
+        whole shards to ranks).
+
+    Args:
+        total: tokens of all shards.
+        slice_tokens: a multiple of seq_len.
+        seed: decides cuts, beginnings and permutations.
+
+    Raises:
+        ConfigError: the shards hold less than two blocks.
+    """
+    if name == "sequential":
+        rows = slice_tokens // seq_len
+
+        def sequential(first: int, count: int) -> np.ndarray:
+            numbers = np.arange(first, first + count)
+            return (numbers * seq_len + numbers // rows) % total
+
+        return sequential
+    blocks = total // seq_len - 1  # wherever they are cut, with a target behind the last token
+    if blocks < 1:
+        raise ConfigError(
+            f"order={name} needs {2 * seq_len} tokens or more for sequences of {seq_len}, the "
+            f"shards hold {total}: use order=sequential"
+        )
+    stride = max(1, round(blocks * GOLDEN))
+    while math.gcd(stride, blocks) > 1:
+        stride += 1
+
+    @lru_cache(maxsize=1)  # a permutation of all blocks is large
+    def drawn(number: int) -> tuple[int, int | np.ndarray]:
+        """Of one pass over all blocks: where they are cut, and the first one or all in order."""
+        # What it draws is promised to be the same in every version of numpy, unlike a Generator's.
+        random = np.random.RandomState([seed, number])
+        cut = random.randint(seq_len)
+        return cut, random.permutation(blocks) if name == "shuffled" else random.randint(blocks)
+
+    def in_blocks(first: int, count: int) -> np.ndarray:
+        passes, places = np.divmod(np.arange(first, first + count), blocks)
+        for number in range(int(passes[0]), int(passes[-1]) + 1):
+            now = passes == number
+            cut, order = drawn(number)
+            if name == "shuffled":
+                block = order[places[now]]
+            else:
+                block = (order + places[now] * stride) % blocks
+            places[now] = cut + block * seq_len
+        return places
+
+    return in_blocks
