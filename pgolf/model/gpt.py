@@ -147,12 +147,9 @@ class GPT(nn.Module):
         middle = None
         stream = Stream(x0)
         for i, block in enumerate(self.blocks):
-            skip = None
-            if self.encoder and i == self.encoder:  # the first skip is the state itself
-                stream = stream.added()
-                skips.append(stream.x)
-            if i >= self.encoder and skips:
-                skip = skips.pop(), self.skip_weights[i - self.encoder]
+            skip, back = None, i - self.encoder
+            if 0 <= back < self.encoder:  # the first takes the state itself
+                skip = skips.pop() if back else None, self.skip_weights[back]
             v = None
             if i in self.ve_index:
                 v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x0.dtype)

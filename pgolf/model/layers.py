@@ -17,6 +17,7 @@ from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
+from pgolf.ops.tensors import compute_dtype
 from pgolf.ops.weight_cast import fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 
@@ -257,13 +258,16 @@ class Block(nn.Module):
     def forward(
         self,
         stream: Stream,
-        skip: tuple[Tensor, Tensor] | None,
+        skip: tuple[Tensor | None, Tensor] | None,
         x0: Tensor,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
         attend: Attend,
     ) -> BlockOutput:
-        """What this block makes of the state before it, and of a skip (tensor, weight)."""
+        """What this block makes of the state before it, and of a skip (tensor, weight).
+
+        A skip of None is that state itself.
+        """
         # What comes in is not added up yet: residual_norm adds the last block's branch and the
         # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
@@ -271,9 +275,13 @@ class Block(nn.Module):
         x, branch, scale = stream
         weights = self.published or self.weights(x.dtype)
         skipped, weight = skip or (None, None)
+        mix = self.resid_mix
+        if weight is not None and skipped is None:  # x + weight x: a factor of the mix
+            own, other = (1.0, torch.zeros_like(weight)) if mix is None else mix
+            mix, weight = torch.stack(((1 + weight) * own, other)), None
         total, x, h = residual_norm(
             x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
-            x0=x0, mix=self.resid_mix, keep_total=True, **self.norm,
+            x0=x0, mix=mix, keep_total=True, **self.norm,
         )  # fmt: skip
         branch = self.attn(h, weights, rope, value, attend)
         x, h = residual_norm(x, branch=branch, branch_scale=weights.attn_scale, **self.norm)
@@ -291,6 +299,19 @@ class Table(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def _projected(rows: Tensor, table: Table, proj: Matrix | None, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, projected."""
+    if proj is None:
+        return table(rows).to(dtype)
+    trains = torch.is_grad_enabled() and table.weight.requires_grad
+    if not trains or rows.numel() <= table.weight.size(0):
+        return proj(table(rows).to(dtype))
+    # Fewer products than tokens: E[rows] W^T = (E W^T)[rows]. The gradient of one is a sum over
+    # tokens, in fp32.
+    products = proj(table.weight.to(dtype)).to(compute_dtype(dtype))
+    return F.embedding(rows, products).to(dtype)
+
+
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (previous id, id), projected to the residual width.
 
@@ -304,8 +325,8 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.empty(()))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        e = self.embed(bigram_rows(ids, self.embed.weight.size(0))).to(dtype)
-        return e if self.proj is None else self.proj(e)
+        rows = bigram_rows(ids, self.embed.weight.size(0))
+        return _projected(rows, self.embed, self.proj, dtype)
 
 
 class ValueEmbedding(nn.Module):
@@ -318,8 +339,7 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.empty(()))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        e = self.embed(ids).to(dtype)
-        return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
+        return _projected(ids, self.embed, self.proj, dtype) * self.scale.to(dtype)
 
 
 class SmearGate(nn.Module):

@@ -9,6 +9,7 @@ import torch
 
 from pgolf.config import ModelConfig
 from pgolf.model import GPT
+from pgolf.model.layers import ValueEmbedding
 
 from . import spec_model
 from .published import PUBLISHED, small
@@ -103,6 +104,39 @@ def test_loss_and_gradients_follow_the_specification(name: str) -> None:
             rtol=1e-3,
             atol=2e-4 * expected_grads[key].abs().max().item(),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_more_tokens_than_rows_of_the_side_tables(dtype: torch.dtype) -> None:
+    """Training multiplies tables then, not tokens; passes without a gradient never do."""
+    config = CASES["pr1473"]
+    g = torch.Generator().manual_seed(7)
+    count = 2 + max(config.vocab_size, config.bigram_buckets) // TIME
+    ids, targets = torch.randint(config.vocab_size, (2, count, TIME), generator=g)
+    params = dict(randomised(config, torch.float64).named_parameters())
+    expected = gradients(spec_model.loss(params, config, ids, targets), params)
+
+    model, multiplied = randomised(config, dtype), []
+    for side in (model.bigram, model.ve_shared):
+        side.proj.register_forward_hook(lambda _, args, out: multiplied.append(args[0].dim()))
+    found = gradients(model(ids, targets), dict(model.named_parameters()))
+    assert sorted(multiplied) == [2, 2]
+    with torch.no_grad():
+        model(ids, targets)
+    assert sorted(multiplied) == [2, 2, 3, 3]
+    for name in (n for n in params if n.startswith(("bigram.", "ve_shared."))):
+        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        assert error < {torch.float64: 1e-6, torch.float32: 1e-4}[dtype], name
+
+
+def test_many_tokens_of_one_row_add_up_in_fp32() -> None:
+    """Added up in bf16, a sum of 30,000 numbers stands still at a small part of them."""
+    side = ValueEmbedding(3, 8, 4, torch.float32)
+    for p in side.parameters():
+        torch.nn.init.ones_(p)
+    side(torch.zeros(30_000, dtype=torch.int64), torch.bfloat16).sum().backward()
+    assert side.embed.weight.grad[0].tolist() == [pytest.approx(120_000, rel=0.01)] * 8
+    assert side.scale.grad.item() == pytest.approx(30_000 * 4 * 8, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "smear_bos_masked", "backout"])
