@@ -170,12 +170,21 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _without_help(source: str) -> str:
-    """The settings without what `--help` says of each: nobody asks a script."""
+def _never_asked(source: str) -> str:
+    """A module without what nobody asks a script for.
+
+    That is what `--help` says of a setting, and the least work of an operator.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "opt":
+        called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if called == "opt":
             node.args[1] = ast.Constant("")
+        elif called == "Operator":
+            for keyword in node.keywords:
+                if keyword.arg == "cost":
+                    keyword.value = ast.Constant(None)
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "cost"]
     return ast.unparse(tree)
 
 
@@ -187,8 +196,8 @@ def minified(source: str, name: str) -> str:
     kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
-    if name == "pgolf.settings":
-        source = _without_help(source)
+    if name == "pgolf.settings" or name.startswith("pgolf.ops."):
+        source = _never_asked(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return extras.python_minifier().minify(
