@@ -9,6 +9,7 @@ import torch
 
 from pgolf.config import OptimConfig
 from pgolf.model import GPT
+from pgolf.model.layers import Matrix, cast_all
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers
@@ -146,6 +147,48 @@ def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
         if name != "published":  # whose order the number of ranks decides
             atol = 2e-5 * tensor.abs().max().item() + 1e-7
             torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize(("world", "qat"), [(3, False), (4, True)])
+def test_twenty_steps_stay_together(world, qat) -> None:
+    """What summing up in another order costs; from the tenth step on weights are on their grid."""
+    plain = of("pr1473", "plain")
+
+    def run(ranks: Ranks) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+        model = copy.deepcopy(plain)
+        switch = with_qat(model, "reference", False)
+        exchange = Exchange(model, ranks)
+        optimizers = Optimizers(model, CONFIG, model.ops, held=exchange.held)
+        for step in range(20):
+            total = torch.zeros(())
+            for part in range(12)[ranks.part(12)]:
+                g = torch.Generator().manual_seed(99 * step + part)
+                ids = torch.randint(model.config.vocab_size, (2, TIME + 1), generator=g)
+                loss = model(ids[:, :-1], ids[:, 1:]) / 12
+                loss.backward()
+                exchange.collect()
+                total += loss.detach()
+            ranks.all_reduce(total)
+            optimizers.step(*exchange.reduce(), 0.05, 0.9)
+            switch.fill_(float(qat and step >= 9))
+            exchange.publish()
+        exchange.gather_weights()
+        codes = torch.cat([cast_all([m], torch.float32)[0].flatten() for m in matrices(model)])
+        return total.item(), {n: p.detach() for n, p in model.named_parameters()}, codes
+
+    (loss, weights, codes), *found = run(ALONE), *on_ranks(world, run)
+    for other_loss, other_weights, other_codes in found:
+        assert other_loss == pytest.approx(loss, rel=1e-3 if qat else 1e-6)
+        for name, weight in weights.items():
+            error = (other_weights[name] - weight).norm() / weight.norm()
+            assert error < (1e-3 if qat else 1e-5), name
+        # Steps, too, differ by rounding, so that equal codes are nearly equal.
+        differ = ~torch.isclose(other_codes, codes, rtol=1e-3, atol=1e-6)
+        assert not qat or differ.sum() <= max(1, codes.numel() / 10_000)
+
+
+def matrices(model: GPT) -> list[Matrix]:
+    return [m for block in model.blocks for m in block.matrices()]
 
 
 @needs_cpp
