@@ -306,7 +306,7 @@ class RunConfig:
     checkpoint_every: int = opt(
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0
     )
-    profile: str = opt("", "steps, as 10:13, whose trace goes to profile.json.gz; '' = none")
+    profile: str = opt("", "steps, as 10:13, whose trace goes to profile-10-13.json.gz; '' = none")
     log: str = opt("", "metrics go there too: tensorboard, trackio; pip install 'pgolf[log]'")
 
 

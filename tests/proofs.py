@@ -7,8 +7,8 @@ A slow test says what that is, files and folders from the repository's root:
 Its own file counts, and what kernels include or import of csrc/ and triton_kernels/, and tests of
 tests/, bench/ and pgolf/ops/testing.py. tests/proved.json holds a hash of this for each proof, and
 the versions of torch and of what compiles. With `--prove changed` a proof is left out where both
-are those of the stamp, with `--prove all` none is, and the stamp begins anew. Both write what they
-have proved, one by one. Without the option, as in a bare `pytest -m slow`, everything runs and
+are those of the stamp, with `--prove all` none is. Both write what they have proved, one by one,
+and forget what failed. Without the option, as in a bare `pytest -m slow`, everything runs and
 nothing is written.
 """
 
@@ -138,7 +138,8 @@ class Proofs:
         self.sources, self.file, self.versions = Sources(root), root / STAMP, versions()
         self.writes = writes
         stamp = json.loads(self.file.read_text()) if self.file.exists() else {}
-        valid = mode == "changed" and stamp.get("versions") == self.versions
+        self.leaves_out = mode == "changed"
+        valid = stamp.get("versions") == self.versions
         self.proved: dict[str, str] = stamp["proofs"] if valid else {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -149,7 +150,7 @@ class Proofs:
             own = item.path.resolve().relative_to(self.sources.root)
             state = self.sources.state([*names, str(own)])
             item.user_properties.append((TO_PROVE, state))
-            if self.proved.get(item.nodeid) == state:
+            if self.leaves_out and self.proved.get(item.nodeid) == state:
                 item.add_marker(pytest.mark.skip(reason=f"unchanged since {STAMP}"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

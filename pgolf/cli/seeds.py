@@ -73,8 +73,10 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
         if code:
             failed.append(seed)
             print(f"seed {seed}: failed with exit code {code}, see above", flush=True)
-            if folder.is_dir() and not any(folder.glob("checkpoints/step-*")):
-                print(f"seed {seed}: no checkpoint to go on from: remove {folder}", flush=True)
+            kept = any(folder.glob("checkpoints/step-*"))
+            if (folder / "config.json").is_file() and not kept:
+                remedy = f"remove {folder}, unless another run is in it"
+                print(f"seed {seed}: no checkpoint to go on from: {remedy}", flush=True)
     summary = summarise(
         recipe, {seed: f for seed, f in folders.items() if seed not in failed}, scores
     )

@@ -138,17 +138,23 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         """How many sequences all ranks have had: good for any number of them."""
-        return {"position": self.position, "total": self.total}
+        return {"sequences": self.position, "total": self.total}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            DataError: the shards hold another number of tokens than they did then.
+            DataError: the shards hold another number of tokens than they did then, or the state is
+                of an older version.
         """
+        if "sequences" not in state:
+            raise DataError(
+                "the checkpoint counts tokens, as an older version did: train anew, or go on with "
+                "that version"
+            )
         if state["total"] != self.total:
             raise DataError(
                 f"the checkpoint was trained on shards with {state['total']} tokens, "
                 f"the shards here hold {self.total}: resume with the same ones or start a new run"
             )
-        self.position = int(state["position"])
+        self.position = int(state["sequences"])

@@ -15,6 +15,7 @@ from pgolf.errors import ConfigError
 
 Order = Callable[[int, int], np.ndarray]  # first number, count -> (count,) int64 positions
 GOLDEN = (math.sqrt(5) - 1) / 2
+NEAR = 64  # blocks within which a stride is looked for
 
 
 def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) -> Order:
@@ -26,8 +27,8 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
         stride that is coprime to their number and near its golden section leads from one to the
         next, so that the sequences of any batch lie evenly over all shards (after PR 1060, which
         draws strides and picks shards by chance).
-    shuffled: the same blocks in an order drawn by chance for each pass (after PR 1394, which deals
-        whole shards to ranks).
+    shuffled: the same blocks in an order drawn by chance for each pass, which takes 4 bytes a block
+        (after PR 1394, which deals whole shards to ranks).
 
     Args:
         total: tokens of all shards.
@@ -35,10 +36,14 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
         seed: decides cuts, beginnings and permutations.
 
     Raises:
-        ConfigError: the shards hold less than two blocks.
+        ConfigError: the shards hold less than two blocks, or slices are not of whole sequences.
     """
     if name == "sequential":
-        rows = slice_tokens // seq_len
+        rows, ragged = divmod(slice_tokens, seq_len)
+        if rows < 1 or ragged:
+            raise ConfigError(
+                f"slices of {slice_tokens} tokens are not of whole sequences of {seq_len}"
+            )
 
         def sequential(first: int, count: int) -> np.ndarray:
             numbers = np.arange(first, first + count)
@@ -51,9 +56,7 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
             f"order={name} needs {2 * seq_len} tokens or more for sequences of {seq_len}, the "
             f"shards hold {total}: use order=sequential"
         )
-    stride = max(1, round(blocks * GOLDEN))
-    while math.gcd(stride, blocks) > 1:
-        stride += 1
+    stride = _stride(blocks)
 
     @lru_cache(maxsize=1)  # a permutation of all blocks is large
     def drawn(number: int) -> tuple[int, int | np.ndarray]:
@@ -61,7 +64,9 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
         # What it draws is promised to be the same in every version of numpy, unlike a Generator's.
         random = np.random.RandomState([seed, number])
         cut = random.randint(seq_len)
-        return cut, random.permutation(blocks) if name == "shuffled" else random.randint(blocks)
+        if name == "coprime":
+            return cut, random.randint(blocks)
+        return cut, random.permutation(np.arange(blocks, dtype=np.int32))
 
     def in_blocks(first: int, count: int) -> np.ndarray:
         passes, places = np.divmod(np.arange(first, first + count), blocks)
@@ -69,10 +74,29 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
             now = passes == number
             cut, order = drawn(number)
             if name == "shuffled":
-                block = order[places[now]]
+                block = order[places[now]].astype(np.int64)
             else:
                 block = (order + places[now] * stride) % blocks
             places[now] = cut + block * seq_len
         return places
 
     return in_blocks
+
+
+def _stride(blocks: int) -> int:
+    """Coprime to `blocks`, near their golden section, and as hard to approximate as that is.
+
+    How unevenly multiples of a fraction lie follows from the quotients of its continued fraction
+    (the three-gap theorem): those of the golden section are all 1, and a neighbour's may be large.
+    """
+    middle = round(blocks * GOLDEN)
+
+    def unevenness(stride: int) -> tuple[int, int]:
+        largest, a, b = 0, blocks, stride
+        while b:
+            quotient, (a, b) = a // b, (b, a % b)
+            largest = max(largest, quotient)
+        return largest, abs(stride - middle)
+
+    near = range(max(1, middle - NEAR), max(2, min(blocks, middle + NEAR)))
+    return min((s for s in near if math.gcd(s, blocks) == 1), key=unevenness)

@@ -81,11 +81,11 @@ def read_header(path: Path | str) -> int:
 
 
 def open_shard(path: Path | str, vocab_size: int | None) -> np.ndarray:
-    """Memory-map a shard's tokens, uint16 of shape (N,), after checking the whole file.
+    """Memory-map a shard's tokens, uint16 of shape (N,), after checking its header and its size.
 
     Args:
         path: the shard.
-        vocab_size: every token must be smaller; None leaves the tokens unchecked.
+        vocab_size: every token must be smaller, and all are read for it; None: they are not.
 
     Raises:
         DataError: the header, the size or a token is wrong.

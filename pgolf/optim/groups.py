@@ -1,6 +1,6 @@
 """Which parameter goes to which optimiser."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ class Optimizers:
         held: Collection[str] | None = None,
     ):
         self.config, ops = config, ops or {}
+        kinds = {n: kind_of(n, config.side_proj_optimizer) for n, _ in model.named_parameters()}
+        self.of_muon = {name for name, kind in kinds.items() if kind == "matrix"}  # held or not
         named = {n: p for n, p in model.named_parameters() if held is None or n in held}
         self.names = {p: name for name, p in named.items()}
         groups: dict[str, list] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in named.items():
-            groups[kind_of(name, config.side_proj_optimizer)].append(p)
+            groups[kinds[name]].append(p)
         self.params = [p for group in groups.values() for p in group]
         self.muon = Muon(
             [{"params": groups["matrix"]}],  # a rank may own none
@@ -135,8 +137,14 @@ class Optimizers:
         self.muon.zero_grad(set_to_none=True)
         self.adamw.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Momenta and moments by parameter, and AdamW's number of steps."""
+    def state_dict(
+        self, gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda held: held
+    ) -> dict[str, Any]:
+        """Momenta and moments by parameter, and AdamW's number of steps.
+
+        Args:
+            gather: of tensors by name of `held`, those of all parameters (`Exchange.gather`).
+        """
         if self.fused:
             self.fused.write_state()
 
@@ -144,23 +152,30 @@ class Optimizers:
             return {self.names[p]: s[key] for p, s in optimizer.state.items() if key in s}
 
         steps = of(self.adamw, "step").values()
-        return {
-            "momentum": of(self.muon, "momentum_buffer"),
-            "exp_avg": of(self.adamw, "exp_avg"),
-            "exp_avg_sq": of(self.adamw, "exp_avg_sq"),
-            "steps": int(next(iter(steps), 0)),
-        }
+        state = {"steps": int(next(iter(steps), 0))}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            # Copies: what is gathered may be a view of a buffer for all matrices.
+            found = gather(of(self.adamw, kind)).items()
+            state[kind] = {n: t.clone() for n, t in found if n not in self.of_muon}
+        found = gather(of(self.muon, "momentum_buffer")).items()
+        return state | {"momentum": {n: t for n, t in found if n in self.of_muon}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, of these parameters and perhaps of others.
 
         Raises:
-            TrainingError: it is from a version that kept it otherwise.
+            TrainingError: it is from a version that kept it otherwise, or lacks a parameter.
         """
         if "momentum" not in state:
             raise TrainingError(
                 "the optimiser's state in this checkpoint is of an older version: train anew, or "
                 "go on with that version"
+            )
+        known = state["momentum"].keys() | state["exp_avg"].keys()
+        if state["steps"] and (missing := [n for n in self.names.values() if n not in known]):
+            raise TrainingError(
+                f"this checkpoint lacks the optimiser's state of {len(missing)} parameters, "
+                f"{missing[0]} among them: go on from another one, or train anew"
             )
         for p in self.muon.param_groups[0]["params"]:
             if (momentum := state["momentum"].get(self.names[p])) is not None:

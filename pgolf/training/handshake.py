@@ -17,12 +17,18 @@ T = TypeVar("T")
 SHOWN = 4  # differences
 
 
-def alike(ranks: Ranks, work: Callable[[], T], facts: Callable[[T], Mapping[str, str]]) -> T:
+def alike(
+    ranks: Ranks,
+    work: Callable[[], T],
+    facts: Callable[[T], Mapping[str, str]],
+    remedy: str = "start all ranks with the same software, settings and data",
+) -> T:
     """Do something on every rank; none goes on unless all could, and with the same facts.
 
     Args:
         work: takes part in collectives only before it does what may fail on one rank alone.
         facts: of its result: what is compared -> what this rank has, for people.
+        remedy: what to do where they differ.
 
     Raises:
         PgolfError: what `work` raised, on the first rank where it did; others end in silence. Or a
@@ -44,7 +50,6 @@ def alike(ranks: Ranks, work: Callable[[], T], facts: Callable[[T], Mapping[str,
         listed = "; ".join(differing[:SHOWN])
         if len(differing) > SHOWN:
             listed += f"; and {len(differing) - SHOWN} more"
-        remedy = "start all ranks with the same software, settings and data"
         error = TrainingError(f"{listed}: {remedy}")
         error.quiet = not ranks.first
         raise error

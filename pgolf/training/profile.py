@@ -11,7 +11,7 @@ from pgolf.files import atomic_write, storage_errors
 from pgolf.settings import profiled_steps
 from pgolf.training.session import Session
 
-FILE = "profile.json.gz"
+FILE = "profile-{}-{}.json.gz"  # the first step in it and the last
 
 
 class Profile:
@@ -38,15 +38,15 @@ class Profile:
         on = self.first - 1 <= step < self.last
         self.session.ranks.on_first(lambda: self._begin(step) if on else self._end(step))
 
-    def close(self, step: int) -> None:
+    def close(self, step: int, stopped: bool = False) -> None:
         """Training is over, or stopped: keep what there is, once; on every rank."""
         if not self._closed:
             self._closed = True
-            self.session.ranks.on_first(lambda: self._close(step))
+            self.session.ranks.on_first(lambda: self._close(step, stopped))
 
-    def _close(self, step: int) -> None:
+    def _close(self, step: int, stopped: bool) -> None:
         self._end(step)
-        if not self._recorded:
+        if not self._recorded and not stopped:
             self.session.say(
                 f"warning: profile={self.text}: training was over after step {step}, no trace"
             )
@@ -67,10 +67,10 @@ class Profile:
         if step == self._began:
             return
         self._recorded = True
-        file = Path(self.session.folder.path) / FILE
+        file = Path(self.session.folder.path) / FILE.format(self._began + 1, step)
         try:
             with storage_errors(file), tempfile.TemporaryDirectory() as folder:
-                trace = Path(folder) / FILE  # torch compresses what is called so
+                trace = Path(folder) / file.name  # torch compresses what is called so
                 profiler.export_chrome_trace(str(trace))
                 atomic_write(file, trace.read_bytes())
         except StorageError as e:

@@ -178,6 +178,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
         ranks,
         lambda: folder.load(torch.device("cpu")),
         lambda found: {"checkpoint": folder.described(found[1])},
+        f"let all ranks see the same {folder.path}, or copy checkpoints/ of rank 0's",
     )
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")

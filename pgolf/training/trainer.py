@@ -250,10 +250,10 @@ class Trainer:
 
     def _stop(self, interrupt: Interrupt, number: int) -> None:
         """Keep this step, then raise Interrupted; StorageError if it could not be kept."""
-        if self.profile:
-            self.profile.close(self.clock.step)
         if self.kept != self.clock.step:
             self.checkpoint()
+        if self.profile:  # which may take long
+            self.profile.close(self.clock.step, stopped=True)
         if self.kept != self.clock.step:
             self.folder.check()
         error = interrupt.error(self.clock.step, number)
@@ -339,8 +339,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, the same on every rank and for any number of them."""
         self.exchange.gather_weights()
-        optimizers, averager = self.optimizers.state_dict(), self.averager.state_dict()
-        optimizers["momentum"] = self.exchange.gather(optimizers["momentum"])
+        optimizers = self.optimizers.state_dict(self.exchange.gather)
+        averager = self.averager.state_dict()
         for kind in ("ema", "swa"):  # on every rank or on none
             averager[kind] = averager[kind] and self.exchange.gather(averager[kind])
         return {

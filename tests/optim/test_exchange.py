@@ -3,11 +3,13 @@
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pgolf.config import OptimConfig
+from pgolf.errors import TrainingError
 from pgolf.model import GPT
 from pgolf.model.layers import Matrix, cast_all
 from pgolf.ops.operator import OPERATORS
@@ -147,6 +149,58 @@ def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
         if name != "published":  # whose order the number of ranks decides
             atol = 2e-5 * tensor.abs().max().item() + 1e-7
             torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+@forms
+@pytest.mark.parametrize("side", ["muon", "adamw"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_checkpoint_has_the_state_of_every_parameter(world, side, form) -> None:
+    """Whoever owns it: a run that goes on from rank 0's is as one that never stopped."""
+    plain, config = of("pr1473", form), replace(CONFIG, side_proj_optimizer=side)
+
+    def step(model: GPT, exchange: Exchange, optimizers: Optimizers, number: int) -> None:
+        g = torch.Generator().manual_seed(100 * number + exchange.ranks.rank)
+        ids = torch.randint(model.config.vocab_size, (2, TIME + 1), generator=g)
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        exchange.collect()
+        optimizers.step(*exchange.reduce(), 0.3, 0.9)
+        exchange.publish()
+
+    def begun(ranks: Ranks, weights: dict[str, torch.Tensor]) -> tuple:
+        model = copy.deepcopy(plain)
+        model.load_state_dict(weights)
+        exchange = Exchange(model, ranks)
+        return model, exchange, Optimizers(model, config, model.ops, held=exchange.held)
+
+    def until_the_checkpoint(ranks: Ranks) -> tuple:
+        model, exchange, optimizers = run = begun(ranks, plain.state_dict())
+        for number in range(4):
+            step(*run, number)
+        exchange.gather_weights()
+        saved = copy.deepcopy((model.state_dict(), optimizers.state_dict(exchange.gather)))
+        step(*run, 4)
+        exchange.gather_weights()
+        return saved, model.state_dict()
+
+    found = on_ranks(world, until_the_checkpoint)
+    (weights, state), _ = found[0]
+
+    def from_it(ranks: Ranks) -> dict[str, torch.Tensor]:
+        model, exchange, optimizers = run = begun(ranks, weights)
+        optimizers.load_state_dict(state)
+        step(*run, 4)
+        exchange.gather_weights()
+        return model.state_dict()
+
+    for (_, straight), resumed in zip(found, on_ranks(world, from_it), strict=True):
+        for name, weight in straight.items():
+            assert torch.equal(resumed[name], weight), name
+    assert not state["momentum"].keys() & state["exp_avg"].keys()
+    name = "bigram.proj.weight"
+    kind = "momentum" if side == "muon" else "exp_avg"
+    del state[kind][name]
+    with pytest.raises(TrainingError, match=f"lacks .* of 1 parameters, {name} among them"):
+        Optimizers(plain, config).load_state_dict(state)
 
 
 @pytest.mark.parametrize(("world", "qat"), [(3, False), (4, True)])

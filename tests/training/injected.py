@@ -70,12 +70,23 @@ def shorten(folder: Path) -> None:
     write_shard(shard, tokens[: tokens.size // 10].copy())
 
 
+def spoil(folder: Path) -> None:
+    """Tokens of another vocabulary, first read at step 6 to 10."""
+    from pgolf.data.shards import open_shard, write_shard
+
+    (shard, *_) = sorted(folder.glob("*_train_*.bin"))
+    tokens = open_shard(shard, None).copy()
+    tokens[1200:] = 60_000
+    write_shard(shard, tokens)
+
+
 FAULTS = {
     "bug": lambda: at_step(raise_a_bug),
     "exit": lambda: at_step(lambda: os._exit(0)),
     "packing": lambda: while_packing(raise_a_bug),
     "killed": lambda: while_packing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "shorter": lambda: other_shards(shorten),
+    "foreign": lambda: other_shards(spoil),
     "missing": lambda: other_shards(lambda folder: max(folder.glob("*_train_*.bin")).unlink()),
     "device": no_device,
     "config": lambda: sys.argv.append("matrix_lr=0.01"),

@@ -202,6 +202,15 @@ def test_a_rank_that_exits_silently_is_named(faulty):
     assert last_checkpoint(run) == 5
 
 
+def test_a_rank_that_reads_a_foreign_token_is_named(faulty):
+    lines, run = faulty("foreign", manifest=False)
+    others, mine = sorted(lines)
+    what = r"words-other/words_train_0+.bin: token 60000 at position 1\d{3}, expected less than"
+    assert re.search(rf"\(rank 1\): error: .*{what}", mine)
+    assert re.search(rf"\(rank 0\): error: rank 1 failed at step \d+: .*{what}", others)
+    assert run.tracebacks() == [] and last_checkpoint(run) == 5
+
+
 @pytest.mark.parametrize("fault, what", [
     ("packing", f"rank 1 failed at step 6 (packing and scoring): {BUG}"),
     ("killed", "step 6 (packing and scoring): rank 1 ended without a word: killed?"),

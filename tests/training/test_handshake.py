@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pgolf.ranks import Ranks
 from pgolf.recipes import get
 from pgolf.training import facts, handshake
 from pgolf.training.handshake import SHOWN, alike, differences
+from pgolf.training.run import resume
 from pgolf.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 def together(monkeypatch):
     """What becomes of `alike` on ranks with these pieces of work, whose results are the facts."""
 
-    def run(*works):
+    def run(*works, call=lambda ranks, work: alike(ranks, work, dict)):
         sent, outcomes = [None] * len(works), [None] * len(works)
         barrier = threading.Barrier(len(works), timeout=20)
 
@@ -35,7 +37,7 @@ def together(monkeypatch):
 
         def rank(number):
             try:
-                outcomes[number] = alike(Ranks(number, len(works), CPU), works[number], dict)
+                outcomes[number] = call(Ranks(number, len(works), CPU), works[number])
             except Exception as e:
                 outcomes[number] = e
 
@@ -176,9 +178,14 @@ def test_ranks_go_on_from_the_same_checkpoint(together, tmp_path):
     folders = [RunFolder(tmp_path / name) for name in "ab"]
     for folder, step in zip(folders, (5, 6), strict=True):
         folder.save(step, {})
-    one, other = ({"checkpoint": f.described(f.load("cpu")[1])} for f in folders)
-    error, _ = together(lambda: one, lambda: other)
+
+    def going_on(ranks, folder):
+        resume(SimpleNamespace(session=SimpleNamespace(ranks=ranks)), folder)
+
+    error, quiet = together(*folders, call=going_on)
     assert re.search(
-        "rank 1 has the checkpoint step-0000006 of sha256 .*, rank 0 the checkpoint step-0000005",
+        "rank 1 has the checkpoint step-0000006 of sha256 .*, rank 0 the checkpoint step-0000005 .*"
+        f"let all ranks see the same {folders[0].path}, or copy checkpoints/ of rank 0's",
         str(error),
     )
+    assert quiet.quiet and not error.quiet

@@ -13,7 +13,7 @@ from pgolf.settings import profiled_steps
 from pgolf.training import profile as module
 from pgolf.training.trainer import Clock
 
-from .test_trainer import Recorder, build, unasked
+from .test_trainer import Recorder, asked_to_stop, build, unasked
 
 
 @pytest.fixture
@@ -33,12 +33,15 @@ def traced(monkeypatch, tmp_path):
         monkeypatch.setattr(trainer, "step", step)
         trainer.clock = Clock(step=start, seconds=2.0 * start)
         trainer.train(unasked())
-        file = tmp_path / module.FILE
-        if not file.exists():
+        files = list(tmp_path.glob("profile*"))
+        if not files:
             return None
+        (file,) = files
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
         names = {e["name"] for e in events if e.get("name", "").startswith("step ")}
-        return sorted(int(name[5:]) for name in names)
+        steps = sorted(int(name[5:]) for name in names)
+        assert file.name == module.FILE.format(steps[0], steps[-1])
+        return steps
 
     return call
 
@@ -68,6 +71,22 @@ def test_a_full_disk_does_not_stop_training(traced, monkeypatch):
     assert traced("3:5") is None and "no space left" in str(warned[0])
 
 
+def test_a_stop_keeps_the_checkpoint_and_then_the_trace(monkeypatch, tmp_path, capsys):
+    """And says nothing of steps that are still to come."""
+    for text, names in (("1:9", ["profile-1-1.json.gz"]), ("7:9", [])):
+        trainer, folder, _ = build(monkeypatch, f"profile={text}", "layers=1", "val_every=0")
+        folder.path = tmp_path / text[0]
+        folder.path.mkdir()
+        saved = []
+        monkeypatch.setattr(
+            folder, "save", lambda step, state, f=folder, s=saved: s.append([*f.path.iterdir()])
+        )
+        with pytest.raises(KeyError):
+            trainer.train(asked_to_stop())
+        assert saved == [[]] and [p.name for p in folder.path.iterdir()] == names
+        assert "training was over" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["10", "5:4", "0:3", "a:b", ":", "1:2:3", "-1:2", "1:²"])
 def test_bad_values(text):
     with pytest.raises(ConfigError, match=f"profile={text}: expected steps FIRST:LAST"):
@@ -89,5 +108,6 @@ def test_other_ranks_wait_while_the_first_begins_and_writes():
     for step in range(7):
         if profile.due(step):
             profile.at(step)
+    profile.close(7)
     profile.close(7)
     assert len(asked) == 3
