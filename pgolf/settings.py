@@ -259,7 +259,9 @@ class DataConfig:
     )
     seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
     batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)
-    micro_tokens: int = opt(98_304, "tokens a pass and rank, at most, and a slice of order=sequential", ge=8)
+    micro_tokens: int = opt(
+        98_304, "tokens a pass and rank, at most, and a slice of order=sequential", ge=8
+    )
 
 
 @dataclass(frozen=True)
