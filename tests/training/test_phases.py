@@ -6,6 +6,7 @@ import pytest
 
 from pgolf.config import Config
 from pgolf.optim.schedule import Schedule
+from pgolf.ranks import ALONE
 from pgolf.recipes import get
 from pgolf.training import phases as module
 from pgolf.training import run
@@ -62,14 +63,16 @@ def test_a_resumed_run_counts_what_came_before(clock):
     phases = Phases()
     state = {"clock": {}, "phases": {"training": 40.0, "validation": 7.0}}
     trainer = SimpleNamespace(
-        session=SimpleNamespace(phases=phases, say=print, ranks=SimpleNamespace(device="cpu")),
+        session=SimpleNamespace(phases=phases, say=print, ranks=ALONE),
         schedule=SimpleNamespace(finished=lambda clock: False),
         warm_up=lambda: setattr(clock, "now", clock.now + 3),
         load_state_dict=lambda state: None,
         clock=SimpleNamespace(step=5),
         qat=SimpleNamespace(on=False),
     )
-    folder = SimpleNamespace(load=lambda device: (state, "here"), forget_after=lambda step: None)
+    folder = SimpleNamespace(
+        path="run", load=lambda device: (state, "here"), forget_after=lambda step: None
+    )
     run.resume(trainer, folder)
     with phases("training"):
         clock.now += 2
