@@ -18,7 +18,7 @@ from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.tensors import compute_dtype
-from pgolf.ops.weight_cast import fake_quant_all, weight_cast_all
+from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 
 
@@ -35,15 +35,19 @@ class Matrix(nn.Module):
         self.published: Tensor | None = None  # as in `Block`, which has those of its matrices
         self.grid: dict | None = None
 
-    def prepare_qat(self, bits: int, switch: Tensor, **grid: float | int | bool | str) -> None:
+    def prepare_qat(
+        self, bits: int | Tensor, switch: Tensor, **grid: float | int | bool | str
+    ) -> None:
         """Add the fake-quant of grid `bits` to the forward pass, off while `switch` is 0.
 
-        `grid` holds the other arguments of `fake_quant`, its implementation among them.
+        `grid` holds the other arguments of `fake_quant`, its implementation among them. Matrices
+        whose `bits` are one tensor are quantised in one go where plain torch does it.
         """
         device = self.weight.device
         self.grid = grid
         self.register_buffer("qat_clip", torch.ones(self.weight.size(0), device=device))
-        self.register_buffer("qat_bits", torch.tensor(float(bits), device=device))
+        own = bits if isinstance(bits, Tensor) else torch.tensor(float(bits), device=device)
+        self.register_buffer("qat_bits", own)
         self.register_buffer("qat_on", switch)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,9 +101,31 @@ def _cast_alike(
     if fold:
         options |= {"impl": fold.impl, "dtype": dtype}
         return weight_cast_all(weights, fold.scales, *grids, **options)
+    if grids and options.get("impl") == "reference" and not torch.compiler.is_compiling():
+        return _quantised_as_one(matrices, dtype, options)
     if grids:
         return fake_quant_all(weights, *grids, dtype=dtype, **options)
     return [w.to(dtype) for w in weights]
+
+
+def _quantised_as_one(
+    matrices: Sequence[Matrix], dtype: torch.dtype, options: dict
+) -> list[Tensor]:
+    """`fake_quant_all` where every operation is a launch: their number is not that of matrices.
+
+    Rows have steps of their own, so that those of matrices of one width and one `qat_bits` may
+    stand in one matrix.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, m in enumerate(matrices):
+        groups.setdefault((m.weight.size(1), id(m.qat_bits)), []).append(i)
+    found = {}
+    for chosen in groups.values():
+        some = [matrices[i] for i in chosen]
+        whole, clips = torch.cat([m.weight for m in some]), torch.cat([m.qat_clip for m in some])
+        cast = fake_quant(whole, clips, some[0].qat_bits, some[0].qat_on, dtype=dtype, **options)
+        found |= zip(chosen, cast.split([m.weight.size(0) for m in some]), strict=True)
+    return [found[i] for i in range(len(matrices))]
 
 
 # q (N, T, H, d), k and v (N, T, G, d) of a layer -> what its queries see (N, T, H, d).

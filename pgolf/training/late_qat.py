@@ -39,11 +39,13 @@ class LateQat:
         if config.quant.qat_start >= 1.0:
             return
         mask, impl = config.quant.qat_clip_mask, model.ops["fake_quant"]
+        bits: dict[int, torch.Tensor] = {}  # one for all matrices that have as many
         for name, module in model.blocks.named_modules(prefix="blocks"):
             plan = plans.get(f"{name}.weight")
             if isinstance(module, Matrix) and plan is not None and plan.kind == "int":
                 grid = plan.grid()
-                module.prepare_qat(plan.bits, self.switch, **grid, clip_mask=mask, impl=impl)
+                own = bits.setdefault(plan.bits, torch.tensor(float(plan.bits), device=device))
+                module.prepare_qat(own, self.switch, **grid, clip_mask=mask, impl=impl)
                 self.plans[module] = plan
 
     def turn_on(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from pgolf.config import ModelConfig
-from pgolf.model import GPT
+from pgolf.model import GPT, layers
 from pgolf.model.layers import Matrix
 from pgolf.ops.int_grid import row_codes, row_scale
 
@@ -112,3 +112,34 @@ def test_one_graph_for_every_bits_clip_and_switch() -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert losses["off again"] == losses["off"]
     assert len({round(v, 6) for v in losses.values()}) == 4, losses
+
+
+@pytest.mark.parametrize("clip_mask", [False, True])
+def test_plain_torch_quantises_alike_matrices_as_one(clip_mask: bool, monkeypatch) -> None:
+    """Those of one width and one tensor of bits; values and gradients are those of each alone."""
+    model, matrices, switch = randomised(CONFIG, torch.float32), [], torch.ones(())
+    attn, mlp = torch.tensor(6.0), torch.tensor(4.0)
+    for name, matrix in model.blocks.named_modules():
+        if isinstance(matrix, Matrix):
+            bits = attn if "attn" in name else mlp
+            matrix.prepare_qat(bits, switch, clip_mask=clip_mask, impl="reference")
+            matrix.qat_clip.copy_(torch.linspace(0.5, 1.0, matrix.weight.size(0)))
+            matrices.append(matrix)
+    weights = [m.weight for m in matrices]
+    g = torch.Generator().manual_seed(1)
+    into = [torch.randn(w.shape, generator=g) for w in weights]
+    alone = [layers.cast_all([m], torch.bfloat16)[0] for m in matrices]
+    expected = torch.autograd.grad(alone, weights, [t.bfloat16() for t in into])
+
+    calls, quantise = [], layers.fake_quant
+
+    def counted(w: torch.Tensor, *args, **named) -> torch.Tensor:
+        calls.append(w)
+        return quantise(w, *args, **named)
+
+    monkeypatch.setattr(layers, "fake_quant", counted)
+    found = layers.cast_all(matrices, torch.bfloat16)
+    assert sorted(tuple(w.shape) for w in calls) == [(16, 24), (24, 16), (48, 16)]
+    gradients = torch.autograd.grad(found, weights, [t.bfloat16() for t in into])
+    for one, other in zip((*alone, *expected), (*found, *gradients), strict=True):
+        assert torch.equal(one, other)
