@@ -6,6 +6,10 @@
 // and with w = R^T dy and s = w . n
 //
 //   d_gain = the sum of s over all tokens,   dx = gain rstd (w - n s / d)   (without norm: gain w)
+//
+// With a factor f of the token x stands for f x: rstd = f / sqrt(f^2 |x|^2 / d + eps), or f, is all that
+// changes for queries and keys, and dx is the gradient of x itself. A value becomes f v, and
+// dx = f (dv + dv'), where v' is v once more, with a gradient of its own.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +29,9 @@ struct QkRopeShape {
 };
 
 // All contiguous; cos and sin (T, r/2) and gain (H,) are float, or double for double.
+// factor, of the same type, is (N, T), or null for 1.
 struct QkRopeInputs {
-  const void *qkv, *cos, *sin, *gain;
+  const void *qkv, *cos, *sin, *gain, *factor;
 };
 
 struct QkRopeOutputs {
@@ -35,7 +40,7 @@ struct QkRopeOutputs {
 
 // Where there is none its data are null.
 struct QkRopeGradients {
-  Heads dq, dk, dv;
+  Heads dq, dk, dv, dv_again;
 };
 
 constexpr int64_t kMaxRopeSize = 256;  // of a head
@@ -53,6 +58,11 @@ struct RopeGradient {
   F of_w, of_x;
   F gain;  // s, what this head adds to d_gain
 };
+
+template <typename F>
+PGOLF_HOST_DEVICE static inline F rope_rstd(F squares, int64_t size, F eps, F factor) {
+  return factor * rms_rstd(squares * (factor * factor), size, eps);
+}
 
 template <typename F>
 PGOLF_HOST_DEVICE static inline RopeGradient<F> rope_gradient(F w_dot_x, F rstd, F gain,

@@ -8,6 +8,9 @@
 //
 //   d = d_total + mix0 G,   dx = d,   dbranch = a d,   dskip = w d,   dx0 = mix1 G
 //   da = sum d branch,   dw = sum d skip,   dmix0 = sum G total,   dmix1 = sum G x0   (over tokens)
+//
+// Factored, h is left to whoever takes x_in and the factor f = scale rstd of its row. What comes back
+// is g = f dh, the gradient of x_in where f counts as a constant: G = d_x_in + g - n (g . n) / D.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +24,7 @@ namespace pgolf {
 struct ResidualNormShape {
   int64_t rows, width;  // T, D
   double scale, eps;
+  bool factored;
   Dtype dtype;
 };
 
@@ -31,12 +35,14 @@ struct ResidualNormInputs {
   const void *x, *branch, *branch_scale, *skip, *skip_weight, *x0, *mix;
 };
 
-// (T, D); total and x_in are null where they are not wanted. rstd: (T,) float, or double for double.
+// (T, D); total and x_in are null where they are not wanted, h where it is factored. rstd: (T,) float,
+// or double for double; factored, it is the factor.
 struct ResidualNormOutputs {
   void *total, *x_in, *h, *rstd;
 };
 
-// What the gradient starts from: what the forward pass made, and gradients, null where there is none.
+// What the gradient starts from: what the forward pass made, and gradients, null where there is none;
+// factored, dh is g.
 struct ResidualNormUpstream {
   const void *x_in, *rstd, *d_total, *d_x_in, *dh;
 };
@@ -60,6 +66,16 @@ constexpr Parts residual_parts(int64_t rows) {
 // Rows of gradients of parameters, in this order: of a, of w, two of mix (where total is there).
 constexpr int64_t residual_parameters(const ResidualNormInputs& in) {
   return (in.branch_scale ? 1 : 0) + (in.skip_weight ? 1 : 0) + (in.mix && in.x ? 2 : 0);
+}
+
+// Of dh, or g, and x_in in G; scale is not 0 where h is factored.
+template <typename F>
+PGOLF_HOST_DEVICE static inline RmsGradient<F> residual_norm_gradient(F dh_dot_x, F rstd, F scale,
+                                                                      int64_t width,
+                                                                      bool factored) {
+  if (!factored) return rms_gradient(dh_dot_x, rstd, scale, width);
+  const F own = rstd / scale;
+  return {F(1), -(dh_dot_x * own / static_cast<F>(width) * own)};
 }
 
 }  // namespace pgolf

@@ -27,14 +27,14 @@ int64_t packed_count(const QkRopeShape& shape) {
   return tokens_of(shape) * (shape.heads + 2 * shape.kv_heads) * shape.size;
 }
 
+// A factor that is missing has a null pointer.
 QkRopeInputs checked_inputs(const QkRopeShape& shape, Address qkv, Address cos, Address sin,
-                            Address gain) {
+                            Address gain, Address factor) {
   check_pointer("qkv", qkv, packed_count(shape));
   check_pointer("cos", cos, tokens_of(shape) * shape.half);
   check_pointer("sin", sin, tokens_of(shape) * shape.half);
   check_pointer("gain", gain, tokens_of(shape) * shape.heads);
-  return {qkv, cos, sin,
-          gain};
+  return {qkv, cos, sin, gain, factor};
 }
 
 QkRopeOutputs checked_outputs(const QkRopeShape& shape, Address q, Address k, Address v) {
@@ -66,42 +66,45 @@ void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address part
 }
 
 template <typename On>
-void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address value, Address q,
-             Address k, Address v, int dtype, int64_t n, int64_t t, int64_t h, int64_t g, int64_t d,
-             int64_t half, double eps, bool norm, On on) {
+void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address factor, Address value,
+             Address q, Address k, Address v, int dtype, int64_t n, int64_t t, int64_t h, int64_t g,
+             int64_t d, int64_t half, double eps, bool norm, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
-  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain);
+  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
   const QkRopeOutputs out = checked_outputs(shape, q, k, v);
   launch::qk_rope(on, shape, in, value, out);
 }
 
 template <typename On>
-void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Address dq, Address dk,
-                      Address dv, Address dqkv, Address partials, int64_t partial_rows,
-                      Address d_gain, int dtype, int64_t n, int64_t t, int64_t h, int64_t g,
-                      int64_t d, int64_t half, double eps, bool norm, const Strides& dq_strides,
-                      const Strides& dk_strides, const Strides& dv_strides, On on) {
+void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Address factor,
+                      Address dq, Address dk, Address dv, Address dv_again, Address dqkv,
+                      Address partials, int64_t partial_rows, Address d_gain, int dtype, int64_t n,
+                      int64_t t, int64_t h, int64_t g, int64_t d, int64_t half, double eps,
+                      bool norm, const Strides& dq_strides, const Strides& dk_strides,
+                      const Strides& dv_strides, const Strides& dv_again_strides, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
-  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain);
+  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
   const QkRopeGradients gradients = {checked_gradient("dq", shape, h, dq, dq_strides),
                                      checked_gradient("dk", shape, g, dk, dk_strides),
-                                     checked_gradient("dv", shape, g, dv, dv_strides)};
+                                     checked_gradient("dv", shape, g, dv, dv_strides),
+                                     checked_gradient("dv_again", shape, g, dv_again,
+                                                      dv_again_strides)};
   check_gradient_outputs(shape, dqkv, partials, partial_rows, d_gain);
-  launch::qk_rope_backward(on, shape, in, gradients, dqkv,
-                                  partials, d_gain);
+  launch::qk_rope_backward(on, shape, in, gradients, dqkv, partials, d_gain);
 }
 
 const Functions functions = {
     {
-        PGOLF_BOTH(qk_rope, "qkv cos sin gain value q k v dtype n t h g d half eps norm"),
+        PGOLF_BOTH(qk_rope, "qkv cos sin gain factor value q k v dtype n t h g d half eps norm"),
         PGOLF_BOTH(qk_rope_backward,
-                   "qkv cos sin gain dq dk dv dqkv partials partial_rows d_gain dtype n t h g d "
-                   "half eps norm dq_strides dk_strides dv_strides"),
+                   "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows d_gain "
+                   "dtype n t h g d half eps norm dq_strides dk_strides dv_strides "
+                   "dv_again_strides"),
     },
     {
         {"qk_rope.SIZE_LIMITS.cuda", kMaxRopeSize},
-        {"qk_rope.MIN_PART", kRopeMinPart},
-        {"qk_rope.MAX_PARTS", kRopeMaxParts},
+        {"qk_rope_kernels.MIN_PART", kRopeMinPart},
+        {"qk_rope_kernels.MAX_PARTS", kRopeMaxParts},
     }};
 
 }  // namespace

@@ -7,12 +7,13 @@ namespace pgolf::bindings {
 namespace {
 
 template <typename On>
-ResidualNormShape checked_shape(int dtype, int64_t rows, int64_t width, double scale, double eps) {
+ResidualNormShape checked_shape(int dtype, int64_t rows, int64_t width, double scale, double eps,
+                                bool factored) {
   count_of({{"rows", rows}, {"width", width}, {"width", 4}});  // four rows of sums, too
   if (width > kMaxResidualWidth) {
     refuse("width", width, "it may be at most " + std::to_string(kMaxResidualWidth));
   }
-  return {rows, width, scale, eps, checked_dtype<On>("dtype", dtype)};
+  return {rows, width, scale, eps, factored, checked_dtype<On>("dtype", dtype)};
 }
 
 // Null pointers are what is not there; these would be half there.
@@ -32,7 +33,7 @@ ResidualNormInputs checked_inputs(const ResidualNormShape& shape, Address x, Add
 ResidualNormOutputs checked_outputs(const ResidualNormShape& shape, Address x, Address total,
                                     Address x_in, Address h, Address rstd) {
   check_pointer("x", x, shape.rows * shape.width);
-  check_pointer("h", h, shape.rows * shape.width);
+  if (!shape.factored) check_pointer("h", h, shape.rows * shape.width);
   check_pointer("rstd", rstd, shape.width ? shape.rows : 0);
   return {total, x_in, h, rstd};
 }
@@ -68,8 +69,8 @@ template <typename On>
 void residual_norm(Address x, Address branch, Address branch_scale, Address skip,
                    Address skip_weight, Address x0, Address mix, Address total, Address x_in,
                    Address h, Address rstd, int dtype, int64_t rows, int64_t width, double scale,
-                   double eps, On on) {
-  const auto shape = checked_shape<On>(dtype, rows, width, scale, eps);
+                   double eps, bool factored, On on) {
+  const auto shape = checked_shape<On>(dtype, rows, width, scale, eps, factored);
   const auto in = checked_inputs(shape, x, branch, branch_scale, skip, skip_weight, x0, mix);
   const auto out = checked_outputs(shape, x, total, x_in, h, rstd);
   launch::residual_norm(on, shape, in, out);
@@ -81,8 +82,8 @@ void residual_norm_backward(Address total, Address branch, Address branch_scale,
                             Address rstd, Address d_total, Address d_x_in, Address dh, Address dx,
                             Address dbranch, Address dskip, Address dx0, Address parameters,
                             Address partials, int64_t partial_rows, int dtype, int64_t rows,
-                            int64_t width, double scale, double eps, On on) {
-  const auto shape = checked_shape<On>(dtype, rows, width, scale, eps);
+                            int64_t width, double scale, double eps, bool factored, On on) {
+  const auto shape = checked_shape<On>(dtype, rows, width, scale, eps, factored);
   const auto in = checked_inputs(shape, total, branch, branch_scale, skip, skip_weight, x0, mix);
   const auto upstream = checked_upstream(shape, x_in, rstd, d_total, d_x_in, dh);
   const auto out = checked_gradients(shape, in, dx, dbranch, dskip, dx0, parameters, partials,
@@ -94,11 +95,11 @@ const Functions functions = {
     {
         PGOLF_BOTH(residual_norm,
                    "x branch branch_scale skip skip_weight x0 mix total x_in h rstd dtype rows "
-                   "width scale eps"),
+                   "width scale eps factored"),
         PGOLF_BOTH(residual_norm_backward,
                    "total branch branch_scale skip skip_weight x0 mix x_in rstd d_total d_x_in dh "
                    "dx dbranch dskip dx0 parameters partials partial_rows dtype rows width scale "
-                   "eps"),
+                   "eps factored"),
     },
     {
         {"residual_norm.WIDTH_LIMITS.cuda", kMaxResidualWidth},

@@ -3,6 +3,7 @@
 #include "qk_rope.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/lanes.h"
@@ -135,13 +136,15 @@ struct Operator {
   const F* cos;
   const F* sin;
   const F* gain;
+  const F* factors;
 
   Operator(const QkRopeShape& s, const QkRopeInputs& in)
       : shape(s),
         qkv(static_cast<const T*>(in.qkv)),
         cos(static_cast<const F*>(in.cos)),
         sin(static_cast<const F*>(in.sin)),
-        gain(static_cast<const F*>(in.gain)) {}
+        gain(static_cast<const F*>(in.gain)),
+        factors(static_cast<const F*>(in.factor)) {}
 
   int64_t size() const { return kSize ? kSize : shape.size; }
   int64_t half() const { return kSize ? kHalf : shape.half; }
@@ -156,15 +159,17 @@ struct Operator {
     const int64_t first = token % shape.time * half();
     return {cos + first, sin + first, half()};
   }
-  F rstd(F squares) const {
-    return shape.norm ? rms_rstd(squares, size(), static_cast<F>(shape.eps)) : F(1);
+  F factor_of(int64_t token) const { return factors ? factors[token] : F(1); }
+  F rstd(F squares, F factor) const {
+    return shape.norm ? rope_rstd(squares, size(), static_cast<F>(shape.eps), factor) : factor;
   }
 
   void forward(int64_t token, const T* value, const HeadOutput<T>& q, const HeadOutput<T>& k,
                const HeadOutput<T>& v) const {
     const int64_t groups = shape.kv_heads;
-    const auto turned = [&](const HeadOutput<T>& to, int64_t at, const T* x, F factor) {
-      const F scale = factor * rstd(shape.norm ? dot(x, x, size()) : F(0));
+    const F factor = factor_of(token);
+    const auto turned = [&](const HeadOutput<T>& to, int64_t at, const T* x, F gain) {
+      const F scale = gain * rstd(shape.norm ? dot(x, x, size()) : F(0), factor);
       to.row(at, [&](T* y) { turn_head(x, turn(token), scale, size(), y); });
     };
     for (int64_t h = 0; h < shape.heads; ++h) {
@@ -175,19 +180,31 @@ struct Operator {
       turned(k, at, head(token, shape.heads + g), F(1));
       const T* x = head(token, shape.heads + groups + g);
       v.row(at, [&](T* y) {
-        if (value == nullptr) {
-          std::copy(x, x + size(), y);
-        } else {
-          each_lanes<F>(size(), [&](int64_t i, auto lanes) {
-            lanes.store(lanes.load(x + i) + lanes.load(value + at * size() + i), y + i);
-          });
-        }
+        weighted(factor, x, F(1), value ? value + at * size() : nullptr, y);
+      });
+    }
+  }
+
+  // to = a x + b y, of which either may be null: not there.
+  void weighted(F a, const T* x, F b, const T* y, T* to) const {
+    if (x == nullptr) {
+      std::swap(a, b);
+      std::swap(x, y);
+    }
+    if (x == nullptr) {
+      std::fill(to, to + size(), T{});
+    } else if (y == nullptr && a == F(1)) {
+      std::copy(x, x + size(), to);
+    } else {
+      each_lanes<F>(size(), [&](int64_t i, auto lanes) {
+        const Row<F> first = Row<F>::filled(a) * lanes.load(x + i);
+        lanes.store(y ? first + Row<F>::filled(b) * lanes.load(y + i) : first, to + i);
       });
     }
   }
 
   // The gradient of head `index` of qkv; returns what it adds to d_gain.
-  F backward_head(int64_t token, int64_t index, const T* dy, F factor,
+  F backward_head(int64_t token, int64_t index, const T* dy, F gain,
                   const HeadOutput<T>& to) const {
     F sum = 0;
     to.row(token * heads() + index, [&](T* dx) {
@@ -198,20 +215,21 @@ struct Operator {
       Widened<F> in;
       const bool needs_x = shape.norm || index < shape.heads;
       in.load(dy, needs_x ? head(token, index) : dy, turn(token), size());  // (dy is at hand)
-      const auto factors = rope_gradient(in.along, rstd(in.squares), factor, size());
-      const Row<F> of_w = Row<F>::filled(factors.of_w), of_x = Row<F>::filled(factors.of_x);
+      const auto gradient =
+          rope_gradient(in.along, rstd(in.squares, factor_of(token)), gain, size());
+      const Row<F> of_w = Row<F>::filled(gradient.of_w), of_x = Row<F>::filled(gradient.of_x);
       each_lanes<F>(size(), [&](int64_t i, auto lanes) {
         const Row<F> scaled = of_w * lanes.load(in.w + i);
         lanes.store(shape.norm ? scaled + of_x * lanes.load(in.x + i) : scaled, dx + i);
       });
-      sum = factors.gain;
+      sum = gradient.gain;
     });
     return sum;
   }
 
   // gains: (H,) what the token adds to d_gain is added to it.
-  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, const HeadOutput<T>& to,
-                F* gains) const {
+  void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, Tokens<T> dv_again,
+                const HeadOutput<T>& to, F* gains) const {
     const int64_t batch = token / shape.time, time = token % shape.time;
     const auto row = [&](const Tokens<T>& x, int64_t h) {
       return x.data ? x.row(batch, time, h) : nullptr;
@@ -222,14 +240,10 @@ struct Operator {
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
       backward_head(token, shape.heads + g, row(dk, g), F(1), to);
     }
+    const F factor = factor_of(token);
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
-      const T* dy = row(dv, g);
       to.row(token * heads() + shape.heads + shape.kv_heads + g, [&](T* dx) {
-        if (dy) {
-          std::copy(dy, dy + size(), dx);
-        } else {
-          std::fill(dx, dx + size(), T{});
-        }
+        weighted(factor, row(dv, g), factor, row(dv_again, g), dx);
       });
     }
   }
@@ -270,6 +284,7 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     using T = decltype(element);
     using F = compute_t<T>;
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
+    const Tokens<T> dv_again(gradients.dv_again);
     const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
     const Parts parts = rope_parts(op.tokens());
     F* const sums = static_cast<F*>(partials);
@@ -281,7 +296,7 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
         const int64_t first = part * parts.each;
         const int64_t last = std::min(first + parts.each, op.tokens());
         for (int64_t token = first; token < last; ++token) {
-          op.backward(token, dq, dk, dv, to, gains);
+          op.backward(token, dq, dk, dv, dv_again, to, gains);
         }
       }
       end_streaming();

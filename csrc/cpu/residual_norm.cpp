@@ -70,8 +70,11 @@ struct Forward {
       squares = squares + x * x;
       x.store(mixed + col);  // whole lanes: there is room, and zeros follow the end
     });
-    rstd[index] = rms_rstd(squares.sum(), width, static_cast<F>(shape.eps));
-    const Row<F> factor = Row<F>::filled(static_cast<F>(shape.scale) * rstd[index]);
+    const F own = rms_rstd(squares.sum(), width, static_cast<F>(shape.eps));
+    const F scaled = static_cast<F>(shape.scale) * own;
+    rstd[index] = shape.factored ? scaled : own;
+    if (shape.factored) return;
+    const Row<F> factor = Row<F>::filled(scaled);
     each_lanes<F>(width, [&](int64_t col, auto lanes) {
       h.store(lanes, factor * Row<F>::load(mixed + col), first + col);
     });
@@ -105,7 +108,8 @@ struct Backward {
   void row(int64_t index, F* sums) const {
     const int64_t width = shape.width, first = index * width;
     const F along = dh ? dot(dh + first, x_in + first, width) : F(0);
-    const auto norm = rms_gradient(along, rstd[index], static_cast<F>(shape.scale), width);
+    const auto norm = residual_norm_gradient(along, rstd[index], static_cast<F>(shape.scale), width,
+                                             shape.factored);
     each_lanes<F>(width, [&](int64_t col, auto lanes) {
       const int64_t at = first + col;
       F* sum = sums + col;

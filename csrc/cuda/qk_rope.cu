@@ -23,19 +23,22 @@ constexpr int64_t kForwardTokens = 4 * kWarps;  // of a block
 // For all lanes of the warp. What is rounded to bf16 can do with a root that is two units of fp32
 // off.
 template <typename T, typename Shape, typename Lanes>
-__device__ float head_rstd(const Shape& shape, const Lanes& x) {
-  if (!shape.norm) return 1;
+__device__ float head_rstd(const Shape& shape, const Lanes& x, float factor) {
+  if (!shape.norm) return factor;
   const float squares = x.template dot<true>(x);
-  if (sizeof(T) == sizeof(bf16)) return rsqrtf(squares / shape.size + shape.eps);
-  return rms_rstd(squares, shape.size, shape.eps);
+  if (sizeof(T) == sizeof(bf16)) {
+    return factor * rsqrtf(squares * (factor * factor) / shape.size + shape.eps);
+  }
+  return rope_rstd<float>(squares, shape.size, shape.eps, factor);
 }
 
 template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     qk_rope_forward(Shape shape, Span span, const T* __restrict__ qkv,
                     const float* __restrict__ cos, const float* __restrict__ sin,
-                    const float* __restrict__ gain, const T* __restrict__ value, T* __restrict__ q,
-                    T* __restrict__ k, T* __restrict__ v) {
+                    const float* __restrict__ gain, const float* __restrict__ factors,
+                    const T* __restrict__ value, T* __restrict__ q, T* __restrict__ k,
+                    T* __restrict__ v) {
   using Own = Packed<T, kVector, kLanes, kChunks>;
   using Of = Head<Shape, kLanes>;
   constexpr int kPasses = Shape::kPasses;
@@ -48,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     }
     for (Place at(span); at.in_block(); at.advance(span)) {
       const T* const from = qkv + at.token * shape.total * shape.size;
+      const float factor = factors ? factors[at.token] : 1.0f;
       EachPass<Shape, Own> x, added;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
@@ -62,11 +66,14 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
         const Of head(shape, first + i * Of::kGroups);
         Own y = x[i];
         if (head.turns) {
-          const float scale = gains[i] * head_rstd<T>(shape, x[i].unpacked());
+          const float scale = gains[i] * head_rstd<T>(shape, x[i].unpacked(), factor);
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        if (head.is_value && value) y = Own::rounded(x[i].unpacked().plus(1, added[i].unpacked()));
+        if (head.is_value && (value || factors)) {
+          const auto scaled = Own::Lanes::zero().plus(factor, x[i].unpacked());
+          y = Own::rounded(scaled.plus(1, added[i].unpacked()));
+        }
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -100,15 +107,16 @@ template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
     qk_rope_backward_blocks(Shape shape, Span span, const T* __restrict__ qkv,
                             const float* __restrict__ cos, const float* __restrict__ sin,
-                            const float* __restrict__ gain, Upstream<T> dq, Upstream<T> dk,
-                            Upstream<T> dv, T* __restrict__ dqkv, float* __restrict__ partials) {
+                            const float* __restrict__ gain, const float* __restrict__ factors,
+                            Upstream<T> dq, Upstream<T> dk, Upstream<T> dv, Upstream<T> dv_again,
+                            T* __restrict__ dqkv, float* __restrict__ partials) {
   using Own = Packed<T, kVector, kLanes, kChunks>;
   using Of = Head<Shape, kLanes>;
   constexpr int kPasses = Shape::kPasses;
   for (int64_t first = 0; first < shape.total; first += kPasses * Of::kGroups) {
     Place at(span);
     EachPass<Shape, float> gains, sums;
-    EachPass<Shape, Walk<T>> from;
+    EachPass<Shape, Walk<T>> from, again;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const Of head(shape, first + i * Of::kGroups);
@@ -117,19 +125,23 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
         return Walk<T>::along(x, at, head.own, given);
       };
       from[i] = head.is_query ? walk(dq) : head.is_value ? walk(dv) : walk(dk);
+      const bool twice = head.exists && head.is_value && dv_again.tokens.data;
+      again[i] = Walk<T>::along(dv_again, at, head.own, twice);
       gains[i] = head.is_query ? gain[head.index] : 1.0f;
       sums[i] = 0;
     }
     while (at.in_block()) {
       const int64_t row = at.token * shape.total * shape.size;
-      EachPass<Shape, Own> dy, x;
+      const float factor = factors ? factors[at.token] : 1.0f;
+      EachPass<Shape, Own> dy, x;  // x of a value, which its gradient has no use for, is dv'
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
         dy[i] = Own::load(from[i].head, shape.size, from[i].given);
-        // Keys that are not normed have no use for it.
-        const bool wanted = from[i].given && !head.is_value && (shape.norm || head.is_query);
-        x[i] = Own::load(qkv + row + head.index * shape.size, shape.size, wanted);
+        // Nor have keys that are not normed.
+        const bool wanted = from[i].given && (shape.norm || head.is_query);
+        x[i] = Own::load(head.is_value ? again[i].head : qkv + row + head.index * shape.size,
+                         shape.size, head.is_value ? again[i].given : wanted);
       }
       const Turn<T, kVector, kLanes, kChunks, Shape> turn(shape, cos, sin, at.time, -1);
 #pragma unroll
@@ -140,19 +152,26 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
           const auto w = turn.of(dy[i], from[i].head, from[i].given);
           const auto wide = x[i].unpacked();
           const float along = w.template dot<true>(wide);
-          const float rstd = head_rstd<T>(shape, wide);
-          const auto factors = rope_gradient(along, rstd, gains[i], shape.size);
+          const float rstd = head_rstd<T>(shape, wide, factor);
+          const auto gradient = rope_gradient(along, rstd, gains[i], shape.size);
           if (from[i].given && !head.is_value) {
-            const auto scaled = Own::Lanes::zero().plus(factors.of_w, w);
-            dx = Own::rounded(shape.norm ? scaled.plus(factors.of_x, wide) : scaled);
-            sums[i] += factors.gain;
+            const auto scaled = Own::Lanes::zero().plus(gradient.of_w, w);
+            dx = Own::rounded(shape.norm ? scaled.plus(gradient.of_x, wide) : scaled);
+            sums[i] += gradient.gain;
           }
+        }
+        if (head.is_value && (factors || dv_again.tokens.data)) {
+          const auto sum = dy[i].unpacked().plus(1, x[i].unpacked());
+          dx = Own::rounded(Own::Lanes::zero().plus(factor, sum));
         }
         if (head.exists) dx.store(dqkv + row + head.index * shape.size, shape.size);
       }
       const bool over = at.advance(span);
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) from[i].advance(over);
+      for (int i = 0; i < kPasses; ++i) {
+        from[i].advance(over);
+        again[i].advance(over);
+      }
     }
     write_partials<Shape, kLanes>(shape, first, sums, partials + blockIdx.x * shape.heads);
   }
@@ -195,8 +214,9 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
       return launch(kernel, blocks_for(shape.batch * shape.time, kForwardTokens), kThreads, stream,
                     known, Span(shape, kForwardTokens), static_cast<const T*>(in.qkv),
                     static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
-                    static_cast<const float*>(in.gain), static_cast<const T*>(value),
-                    static_cast<T*>(out.q), static_cast<T*>(out.k), static_cast<T*>(out.v));
+                    static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
+                    static_cast<const T*>(value), static_cast<T*>(out.q), static_cast<T*>(out.k),
+                    static_cast<T*>(out.v));
     });
   });
 }
@@ -205,13 +225,15 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              const QkRopeGradients& gradients, void* dqkv, void* partials,
                              void* d_gain, void* stream) {
   const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
+  const Heads dv_again = gradients.dv_again;
   const Parts parts = rope_parts(shape.batch * shape.time);
   const Span span(shape, parts.each);
   const char* error = with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const bool vectors = aligned_heads<T>(shape, in) &&
-                         aligned({dq.data, dk.data, dv.data, dqkv},
-                                 {head_bytes<T>(dq), head_bytes<T>(dk), head_bytes<T>(dv)});
+                         aligned({dq.data, dk.data, dv.data, dv_again.data, dqkv},
+                                 {head_bytes<T>(dq), head_bytes<T>(dk), head_bytes<T>(dv),
+                                  head_bytes<T>(dv_again)});
     const bool all = dq.data && dk.data && dv.data;
     return with_shape<T>(shape, vectors, all, [&](auto known, auto vector, auto lanes,
                                                   auto chunks) {
@@ -220,8 +242,9 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                                                   decltype(known)>;
       return launch(kernel, parts.count, kThreads, stream, known, span, static_cast<const T*>(in.qkv),
                     static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
-                    static_cast<const float*>(in.gain), Upstream<T>(dq, span),
-                    Upstream<T>(dk, span), Upstream<T>(dv, span), static_cast<T*>(dqkv),
+                    static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
+                    Upstream<T>(dq, span), Upstream<T>(dk, span), Upstream<T>(dv, span),
+                    Upstream<T>(dv_again, span), static_cast<T*>(dqkv),
                     static_cast<float*>(partials));
     });
   });

@@ -140,10 +140,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
       rows[i] = x;
     }
     const float rstd = rms_rstd(group_sum<kLanes>(squares) * inverse, 1, eps);
-    if (group_lane<kLanes>() == 0) out.rstd[row] = rstd;
+    const float factor = scale * rstd;
+    if (group_lane<kLanes>() == 0) out.rstd[row] = in.shape.factored ? factor : rstd;
+    if (in.shape.factored) continue;
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {
-      L::store(Part::zero().plus(scale * rstd, rows[i]), out.h + at, i, size);
+      L::store(Part::zero().plus(factor, rows[i]), out.h + at, i, size);
     }
   }
 }
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
       for (int i = 0; i < L::kParts; ++i) {
         along += L::dot(here.dh.part_beforehand(i), here.x_in.part_beforehand(i), i, size);
       }
-      norm = rms_gradient(group_sum<kLanes>(along) * inverse, here.rstd, scale, 1);
+      norm = residual_norm_gradient(group_sum<kLanes>(along) * inverse, here.rstd, scale, 1,
+                                    in.shape.factored);
     }
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {

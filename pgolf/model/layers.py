@@ -6,7 +6,7 @@ query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from pgolf.config import ModelConfig
 from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
-from pgolf.ops.residual_norm import residual_norm
+from pgolf.ops.residual_norm import Factored, residual_norm
 from pgolf.ops.tensors import compute_dtype
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
+        h: Factored,
         weights: BlockWeights,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
@@ -174,14 +174,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """h (N, T, D) normed; value (N, T, G d) is added to v."""
         c = self.config
-        batch, time, _ = h.shape
-        q, k, v = qk_rope(
-            F.linear(h, weights.qkv), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
-            c.qk_norm, value, self.ops["qk_rope"],
+        batch, time, _ = h.y.shape
+        q, k, *values = qk_rope(
+            F.linear(h.y, weights.qkv), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
+            c.qk_norm, value, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
         )  # fmt: skip
-        y = attend(q, k, v)
+        y = attend(q, k, values[0])
         if self.exclusive:
-            y = xsa(y, v, self.ops["xsa"])
+            y = xsa(y, values[1], self.ops["xsa"])
         return F.linear(y.reshape(batch, time, -1), weights.out)
 
 
@@ -199,10 +199,10 @@ class MLP(nn.Module):
         """Up, down."""
         return [self.fc, self.proj]
 
-    def forward(self, h: Tensor, weights: BlockWeights) -> Tensor:
+    def forward(self, h: Factored, weights: BlockWeights) -> Tensor:
         """h (N, T, D) normed."""
         impl = self.ops["leaky_relu2_mlp"]
-        return leaky_relu2_mlp(h, weights.up, weights.down, self.slope, impl=impl)
+        return leaky_relu2_mlp(h.y, weights.up, weights.down, self.slope, h.factor, impl)
 
 
 class Stream(NamedTuple):
@@ -305,13 +305,21 @@ class Block(nn.Module):
         if weight is not None and skipped is None:  # x + weight x: a factor of the mix
             own, other = (1.0, torch.zeros_like(weight)) if mix is None else mix
             mix, weight = torch.stack(((1 + weight) * own, other)), None
-        total, x, h = residual_norm(
-            x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
-            x0=x0, mix=mix, keep_total=True, **self.norm,
+        total, x, h = self._normed(
+            "qk_rope", x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
+            x0=x0, mix=mix, keep_total=True,
         )  # fmt: skip
         branch = self.attn(h, weights, rope, value, attend)
-        x, h = residual_norm(x, branch=branch, branch_scale=weights.attn_scale, **self.norm)
+        x, h = self._normed(
+            "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale
+        )
         return BlockOutput(total, Stream(x, self.mlp(h, weights), weights.mlp_scale))
+
+    def _normed(self, taker: str, x: Tensor, **added: Any) -> tuple:
+        """`residual_norm` of this layer; h is factored, unless its taker is plain torch."""
+        factored = self.ops[taker] != "reference"
+        *others, h = residual_norm(x, **added, **self.norm, factored=factored)
+        return (*others, h if factored else Factored(h, None))
 
 
 class Table(nn.Module):

@@ -93,6 +93,46 @@ def register_gradient(
     forward.register_autograd(once(operator, gradient), setup_context=setup_context)
 
 
+def ticket(like: Tensor) -> Tensor:
+    """A tensor of this shape without numbers: what an opaque operator returns for `rerouted`.
+
+    Operators can't return a tensor twice, and autograd adds up the gradients of one in a pass of
+    its own. The gradient of a ticket comes to its operator beside that of the tensor.
+    """
+    return like.new_empty(1).expand(like.shape)
+
+
+class _Rerouted(torch.autograd.Function):
+    """A tensor whose gradient is that of a ticket."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, ticket: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return None, gradient
+
+
+def rerouted(value: Tensor, ticket: Tensor) -> Tensor:
+    """`value` once more, whose gradient is the ticket's and not added to that of `value`."""
+    return _Rerouted.apply(value, ticket)
+
+
+def factor_gradient(x: Tensor, dx: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a factor of each row of x (..., D), not 0, of what takes only their product.
+
+    rowdot(x, dx) / factor, of shape (...,).
+    """
+    return (x.to(factor.dtype) * dx.to(factor.dtype)).sum(-1) / factor
+
+
 def register_no_gradient(operator: str, forward: CustomOpDef) -> None:
     """Say what to do instead where somebody wants a gradient that the kernels do not have."""
 

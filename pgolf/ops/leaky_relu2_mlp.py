@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import resolve
-from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.derivatives import factor_gradient, register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -157,11 +157,6 @@ def _(dout, w_down, post, bits, rstd, slope, impl):
     return post.new_empty(post.shape)
 
 
-def _rstd_gradient(h: Tensor, dh: Tensor, rstd: Tensor) -> Tensor:
-    """rowdot(h, dh) / rstd: h enters the activation only as rstd times its product."""
-    return (h.to(rstd.dtype) * dh.to(rstd.dtype)).sum(-1) / rstd
-
-
 def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, w_up, w_down, rstd, ctx.slope, ctx.impl = inputs
     ctx.save_for_backward(h, w_up, w_down, rstd, *output[1:])
@@ -176,7 +171,7 @@ def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
         dh if need_h else None,
         dpre.t() @ h if need_up else None,
         dout.t() @ post if need_down else None,
-        _rstd_gradient(h, dh, rstd) if need_rstd else None,
+        factor_gradient(h, dh, rstd) if need_rstd else None,
         None,
         None,
     )

@@ -10,37 +10,31 @@ a key head has no gain, and a value head only gets `value` added. With w = R^T d
 
     d_gain = sum of s over all tokens,   dx = g rstd (w - n s / d)     (without norm: dx = g w)
 
-Shapes: qkv (N, T, (H + 2 G) d) is q, k and v side by side, cos and sin (T, r/2), gain (H,).
-"""
+With a factor f of each token, qkv stands for f qkv, which is never written: the norm before the
+projection is such a factor. For queries and keys it goes into rstd, since
 
-from collections.abc import Callable
-from typing import Any
+    norm(f x) = x f / sqrt(f^2 mean(x^2) + eps)
+
+Shapes: qkv (N, T, (H + 2 G) d) is q, k and v side by side, cos and sin (T, r/2), gain (H,), factor
+(N, T).
+"""
 
 import torch
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
-from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.derivatives import rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.qk_rope_kernels import forward, launchers
 from pgolf.ops.residual_norm import rms_norm
-from pgolf.ops.tensors import (
-    addresses,
-    check_alike,
-    compute_dtype,
-    contiguous,
-    nbytes,
-    parts_of,
-    unit_stride,
-)
+from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
-# Kernels sum d_gain over parts of the tokens, of so many at least; csrc/qk_rope.h
-MIN_PART, MAX_PARTS = 64, 1024
 _INPUTS = Inputs(
-    "qk_rope", ("qkv", "cos", "sin", "gain", "value"), alike=("qkv", "value"),
-    wide=("cos", "sin", "gain"), optional=("value",),
+    "qk_rope", ("qkv", "cos", "sin", "gain", "value", "factor"), alike=("qkv", "value"),
+    wide=("cos", "sin", "gain", "factor"), optional=("value", "factor"),
 )  # fmt: skip
 
 
@@ -72,20 +66,25 @@ def reference(
     eps: float = 1e-6,
     norm: bool = True,
     value: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factor: Tensor | None = None,
+    split_v: bool = False,
+) -> tuple[Tensor, ...]:
     """`qk_rope` in plain torch; k and v may be views of qkv."""
     total = heads + 2 * kv_heads
+    if factor is not None:
+        qkv = qkv * factor[..., None].to(qkv.dtype)
     packed = qkv.unflatten(-1, (total, qkv.size(-1) // total))
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=-2)
     if norm:
         q, k = rms_norm(q, eps, "reference"), rms_norm(k, eps, "reference")
     q = rotate(q, cos, sin) * gain.to(q.dtype)[:, None]
-    return q, rotate(k, cos, sin), v if value is None else v + value.reshape(v.shape)
+    v = v if value is None else v + value.reshape(v.shape)
+    return (q, rotate(k, cos, sin), v, *([v] if split_v else []))
 
 
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, heads: int, kv_heads: int, eps: float,
-    value: Tensor | None,
+    value: Tensor | None, factor: Tensor | None,
 ) -> None:  # fmt: skip
     if heads < 1 or kv_heads < 1:
         raise ValueError(f"qk_rope: heads={heads}, kv_heads={kv_heads}: both have to be 1 or more")
@@ -110,7 +109,9 @@ def _check(
         raise ValueError(f"qk_rope: eps={eps}: it has to be 0 or more, and finite")
     check_alike("qk_rope", qkv=qkv, value=value)
     wide = compute_dtype(qkv.dtype)
-    for name, t in (("cos", cos), ("sin", sin), ("gain", gain)):
+    for name, t in (("cos", cos), ("sin", sin), ("gain", gain), ("factor", factor)):
+        if t is None:
+            continue
         if t.dtype != wide or t.device != qkv.device:
             raise ValueError(
                 f"qk_rope: {name} is {t.dtype} on {t.device}: it has to be {wide} on {qkv.device}"
@@ -119,6 +120,10 @@ def _check(
         raise ValueError(
             f"qk_rope: value is {tuple(value.shape)}: it has to be "
             f"{(batch, time, kv_heads * size)}, as v"
+        )
+    if factor is not None and factor.shape != (batch, time):
+        raise ValueError(
+            f"qk_rope: factor is {tuple(factor.shape)}: it has to be {(batch, time)}, one a token"
         )
 
 
@@ -138,7 +143,10 @@ def qk_rope(
     norm: bool = True,
     value: Tensor | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    factor: Tensor | None = None,
+    split_v: bool = False,
+) -> tuple[Tensor, ...]:
     """Split a packed projection into q, k and v; norm and rotate q and k, scale q by its gain.
 
     Args:
@@ -151,116 +159,29 @@ def qk_rope(
         value: (N, T, G d) of qkv's dtype, added to v.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; d <= 256) or 'cuda' (fp32, bf16;
             d <= 256).
+        factor: (N, T) in fp32 (fp64 for an fp64 qkv), not 0: what each token's qkv is still to be
+            multiplied by; None is 1.
+        split_v: whether v comes twice. Kernels add up the gradients of both where they make that of
+            qkv, and autograd has nothing to add.
 
     Returns:
-        q (N, T, H, d), k and v (N, T, G, d), contiguous; of the reference, views may be among them.
+        q (N, T, H, d), k and v (N, T, G, d), contiguous, with split_v v once more; of the
+        reference, views may be among them.
 
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    qkv, cos, sin, gain, value = _INPUTS(qkv, cos, sin, gain, value)
-    _check(qkv, cos, sin, gain, heads, kv_heads, eps, value)
+    qkv, cos, sin, gain, value, factor = _INPUTS(qkv, cos, sin, gain, value, factor)
+    _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor)
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
     if impl == "reference":
-        return reference(qkv, cos, sin, gain, heads, kv_heads, eps, norm, value)
-    return _forward(qkv, cos, sin, gain, value, heads, kv_heads, eps, norm, impl)
-
-
-# --- the opaque operator --------------------------------------------------------------------------
-
-
-def _outputs(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for q, k and v."""
-    batch, time, width = qkv.shape
-    size = width // (heads + 2 * kv_heads)
-    return tuple(qkv.new_empty((batch, time, n, size)) for n in (heads, kv_heads, kv_heads))
-
-
-@torch.library.custom_op("pgolf::qk_rope", mutates_args=())
-def _forward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
-    heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = contiguous(qkv, cos, sin, gain, value)
-    return launcher("qk_rope", impl, "forward")(*inputs, heads, kv_heads, eps, norm)
-
-
-@_forward.register_fake
-def _(qkv, cos, sin, gain, value, heads, kv_heads, eps, norm, impl):
-    return _outputs(qkv, heads, kv_heads)
-
-
-@torch.library.custom_op("pgolf::qk_rope_backward", mutates_args=())
-def _backward(
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
-    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor,
-    heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv)]
-    inputs = contiguous(qkv, cos, sin, gain)
-    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, heads, kv_heads, eps, norm)
-
-
-@_backward.register_fake
-def _(dq, dk, dv, qkv, cos, sin, gain, heads, kv_heads, eps, norm, impl):
-    return qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, cos, sin, gain, value, *ctx.settings = inputs
-    ctx.value_shape = None if value is None else value.shape
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, cos, sin, gain)
-
-
-def _gradient(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple:
-    dqkv, d_gain = _backward(dq, dk, dv, *ctx.saved_tensors, *ctx.settings)
-    dvalue = None
-    if ctx.value_shape is not None and dv is not None:
-        dvalue = dv.reshape(ctx.value_shape).contiguous()  # the same numbers: no copy as a rule
-    return dqkv, None, None, d_gain, dvalue, *(None for _ in ctx.settings)
-
-
-register_gradient("qk_rope", _forward, _gradient, _setup_context)
-
-
-# --- implementations ------------------------------------------------------------------------------
-
-
-def _shape(qkv: Tensor, cos: Tensor, heads: int, kv_heads: int) -> tuple[int, ...]:
-    """What the kernels call dtype, n, t, h, g, d and half."""
-    batch, time, width = qkv.shape
-    size = width // (heads + 2 * kv_heads)
-    return DTYPE_CODES[qkv.dtype], batch, time, heads, kv_heads, size, cos.size(1)
-
-
-def _launchers(run: Run) -> dict[str, Callable]:
-    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
-
-    def forward(qkv, cos, sin, gain, value, heads, kv_heads, eps, norm):
-        outputs = _outputs(qkv, heads, kv_heads)
-        run(
-            "qk_rope", qkv, *(t.data_ptr() for t in (qkv, cos, sin, gain)),
-            *addresses(value, *outputs),
-            *_shape(qkv, cos, heads, kv_heads), eps, norm,
-        )  # fmt: skip
-        return outputs
-
-    def backward(dq, dk, dv, qkv, cos, sin, gain, heads, kv_heads, eps, norm):
-        dqkv, d_gain = qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
-        parts = parts_of(qkv.shape[:2].numel(), MIN_PART, MAX_PARTS)
-        partials = gain.new_empty((parts, heads))
-        gradients = (dq, dk, dv)
-        run(
-            "qk_rope_backward", qkv, *(t.data_ptr() for t in (qkv, cos, sin, gain)),
-            *addresses(*gradients),
-            dqkv.data_ptr(), partials.data_ptr(), parts, d_gain.data_ptr(),
-            *_shape(qkv, cos, heads, kv_heads), eps, norm,
-            *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
-        )  # fmt: skip
-        return dqkv, d_gain
-
-    return {"forward": forward, "backward": backward}
+        return reference(
+            qkv, cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v
+        )
+    q, k, v, again = forward(
+        qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm, split_v, impl
+    )
+    return (q, k, v, *([rerouted(v, again)] if split_v else []))
 
 
 def samples() -> list[Sample]:
@@ -268,7 +189,8 @@ def samples() -> list[Sample]:
 
     def make(
         batch: int, time: int, heads: int, groups: int, size: int, dims: int,
-        norm: bool = True, with_value: bool = False,
+        norm: bool = True, with_value: bool = False, with_factor: bool = False,
+        split_v: bool = False,
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
@@ -278,6 +200,11 @@ def samples() -> list[Sample]:
             table = [t.to(device, wide) for t in rope_table(time, dims, 10000.0)]
             gain = torch.linspace(-0.5, 1.5, heads).to(device, wide)
             named = {"value": value.to(device, dtype)} if with_value else {}
+            if with_factor:
+                factor = torch.linspace(2.0, -0.3, batch * time).view(batch, time)
+                named["factor"] = factor.to(device, wide)
+            if split_v:
+                named["split_v"] = True
             return (qkv.to(device, dtype), *table, gain, heads, groups, 1e-6, norm), named
 
         return build
@@ -285,7 +212,16 @@ def samples() -> list[Sample]:
     shapes = {
         "3x5 8/4 64 r16 value": make(3, 5, 8, 4, 64, 16, with_value=True),
         "1x3 8/4 64 r64": make(1, 3, 8, 4, 64, 64),
+        "2x9 8/4 64 r16 factor, v twice": make(
+            2, 9, 8, 4, 64, 16, with_factor=True, split_v=True
+        ),
         "1x70 4/4 32 r32": make(1, 70, 4, 4, 32, 32),
+        "2x2 2/1 24 r6 value, factor, v twice": make(
+            2, 2, 2, 1, 24, 6, with_value=True, with_factor=True, split_v=True
+        ),
+        "1x3 3/3 17 r4 no norm, factor": make(
+            1, 3, 3, 3, 17, 4, norm=False, with_factor=True
+        ),
         "1x5 4/1 128 r0": make(1, 5, 4, 1, 128, 0),
         "1x3 6/2 80 r10 no norm": make(1, 3, 6, 2, 80, 10, norm=False, with_value=True),
         "0 tokens": make(1, 0, 4, 2, 32, 16),
@@ -298,16 +234,17 @@ def samples() -> list[Sample]:
 
 def cost(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, heads: int, kv_heads: int, eps: float,
-    norm: bool = True, value: Tensor | None = None,
+    norm: bool = True, value: Tensor | None = None, factor: Tensor | None = None,
+    split_v: bool = False,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once; the norms are recomputed, so that nothing but qkv is kept.
 
-    The gradient reads those of q, k and v and of qkv the queries (for d_gain) and, with norm, the
-    keys. The gradient of `value` is that of v and costs nothing.
+    The gradient reads those of q, k and v, both of a v that is split, and of qkv the queries (for
+    d_gain) and, with norm, the keys. The gradient of `value` is that of v and costs nothing.
     """
-    small = nbytes(cos, sin, gain)
+    small = nbytes(cos, sin, gain, factor)
     part = nbytes(qkv) // (heads + 2 * kv_heads)  # of one head
-    again = part * (heads + kv_heads * norm)
+    again = part * (heads + kv_heads * (norm + split_v))
     return (
         Work(0, nbytes(qkv, value) + small, nbytes(qkv)),
         Work(0, nbytes(qkv) + again + small, nbytes(qkv, gain)),
@@ -319,8 +256,8 @@ OPERATOR = register(
         name="qk_rope",
         call=qk_rope,
         reference=reference,
-        differentiable=("qkv", "gain", "value"),
-        implementations=in_extension(("qk_rope", "qk_rope_backward"), _launchers),
+        differentiable=("qkv", "gain", "value", "factor"),
+        implementations=in_extension(("qk_rope", "qk_rope_backward"), launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every number once, forward one launch, backward two")],

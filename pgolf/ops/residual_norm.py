@@ -9,18 +9,25 @@ With n = x_in rstd and G = d_x_in + scale rstd (dh - n mean(dh n)), the gradient
     dx0 = mix1 G,   d_branch_scale = sum d branch,   d_skip_weight = sum d skip,
     d_mix = (sum G total, sum G x0), the sums over all tokens
 
+h may stay a product of two factors: y, which has x_in's numbers, and f = scale rstd, one number a
+row. What takes h then takes y and f, and h is never written. The gradient that y gets, g = f dh, is
+all that the norm needs of h's: G = d_x_in + g - n mean(g n).
+
 Shapes: x, branch, skip and x0 (..., D), the scales (D,), mix (2, D). Statistics are fp32 whatever
 the dtype of x (fp64 for fp64). The reference rounds parameters to x's dtype and every step's
 result; the kernels compute in fp32 and round each result once, h from the x_in that is not rounded.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
+from pgolf.ops.derivatives import rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -36,6 +43,24 @@ _INPUTS = Inputs(
 )  # fmt: skip
 
 
+class Factored(NamedTuple):
+    """h = y factor[..., None], of which nothing but this product may be used.
+
+    Attributes:
+        y: (..., D).
+        factor: (...,) fp32 (fp64 for an fp64 y), a constant as far as gradients go; None is 1.
+    """
+
+    y: Tensor
+    factor: Tensor | None
+
+    def product(self) -> Tensor:
+        """h itself."""
+        if self.factor is None:
+            return self.y
+        return (self.y * self.factor[..., None]).to(self.y.dtype)
+
+
 @outside_autocast
 def reference(
     x: Tensor,
@@ -49,7 +74,8 @@ def reference(
     scale: float = 1.0,
     eps: float = 1e-6,
     keep_total: bool = False,
-) -> tuple[Tensor, ...]:
+    factored: bool = False,
+) -> tuple[Tensor | Factored, ...]:
     """`residual_norm` in plain torch."""
     total = x
     for added, factor in ((branch, branch_scale), (skip, skip_weight)):
@@ -61,10 +87,13 @@ def reference(
         x_in = mix[0] * total + mix[1] * x0
     h = F.rms_norm(x_in, (x.size(-1),), eps=eps)
     h = h if scale == 1.0 else h * scale
+    h = Factored(h, None) if factored else h
     return (total, x_in, h) if keep_total else (x_in, h)
 
 
-def _check(x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float) -> None:
+def _check(
+    x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float, factored: bool
+) -> None:
     if not x.is_floating_point() or x.dim() == 0 or not x.size(-1):
         raise ValueError(
             f"residual_norm: x is {x.dtype} {tuple(x.shape)}: it has to be of a float dtype and "
@@ -93,6 +122,10 @@ def _check(x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float
         raise ValueError(f"residual_norm: eps={eps}: it has to be 0 or more, and finite")
     if not abs(scale) < float("inf"):
         raise ValueError(f"residual_norm: scale={scale}: it has to be finite")
+    if factored and not scale:
+        raise ValueError(
+            f"residual_norm: scale={scale}: a factor of h must not be 0: use factored=False"
+        )
 
 
 def obstacle(impl: str, width: int) -> str:
@@ -112,8 +145,9 @@ def residual_norm(
     scale: float = 1.0,
     eps: float = 1e-6,
     keep_total: bool = False,
+    factored: bool = False,
     impl: str = "auto",
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | Factored, ...]:
     """Add a branch and a skip to the residual stream, mix x0 in, and norm the result.
 
     Args:
@@ -128,11 +162,13 @@ def residual_norm(
         scale: constant factor of h, 1/sqrt(layer + 1) as published.
         eps: added to the mean square of a row before the root.
         keep_total: whether the sum before the mix, which a U-Net skip wants, is a result too.
+        factored: whether h comes as `Factored`; then scale must not be 0.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 4096) or 'cuda' (fp32, bf16;
             D <= 4096).
 
     Returns:
-        (x_in, h), or (total, x_in, h) with keep_total, each (..., D), contiguous. Without a mix
+        (x_in, h), or (total, x_in, h) with keep_total, each (..., D), contiguous; of a factored h
+        this is y, and the reference has a factor of None, so that y is h. Without a mix
         total is x_in itself; with nothing added either, both are x.
 
     Raises:
@@ -140,22 +176,26 @@ def residual_norm(
     """
     x, *rest = _INPUTS(x, branch, branch_scale, skip, skip_weight, x0, mix)
     others = dict(zip(_INPUTS.optional, rest, strict=True))
-    _check(x, others, scale, eps)
+    _check(x, others, scale, eps, factored)
     impl = resolve("residual_norm", impl, x, width=x.size(-1))
     if impl == "reference":
-        return reference(x, **others, scale=scale, eps=eps, keep_total=keep_total)
+        return reference(
+            x, **others, scale=scale, eps=eps, keep_total=keep_total, factored=factored
+        )
     adds, mix = branch is not None or skip is not None, others["mix"]
     mixes = mix is not None
     if not mixes:
         others["x0"] = None
     learns = mixes and mix.requires_grad and torch.is_grad_enabled()
     stores_total = adds and mixes and (keep_total or learns)
-    total, x_in, h, _ = forward(x, *others.values(), scale, eps, stores_total, impl)
+    total, x_in, h, rstd = forward(x, *others.values(), scale, eps, factored, stores_total, impl)
     if not adds:
         total = x
         x_in = x_in if mixes else x
     elif not mixes:
         total = x_in
+    if factored:
+        h = Factored(rerouted(x_in, h), rstd.detach())
     return (total, x_in, h) if keep_total else (x_in, h)
 
 
@@ -196,6 +236,9 @@ def samples() -> list[Sample]:
         "norm": make(2, 264),
         "wide": make(2, 528, "branch", *skip, *mix),
         "all": make(9, 17, *scaled, *skip, *mix, scale=0.25, keep_total=True),
+        "factored": make(3, 264, "branch", *skip, *mix, scale=0.5, keep_total=True, factored=True),
+        "factored mlp": make(70, 24, "branch", factored=True),
+        "factored norm": make(2, 17, scale=-1.5, factored=True),
         "0 tokens": make(0, 16, "branch", *mix),
     }
     big = {}
@@ -211,6 +254,7 @@ def cost(
     x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
     skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
     mix: Tensor | None = None, scale: float = 1.0, eps: float, keep_total: bool = False,
+    factored: bool = False,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once; kept are rstd and, for the gradient of mix, total.
 
@@ -225,7 +269,7 @@ def cost(
     learned = (branch_scale, branch), (skip_weight, skip), (mix, x0)
     again = sum(nbytes(t) for parameter, t in learned if parameter is not None)
     read = nbytes(x, branch, skip, x0) + parameters
-    written = row * ((adds or mixes) + (adds and mixes)) + row + rstd
+    written = row * ((adds or mixes) + (adds and mixes) + (not factored)) + rstd
     upstream = row * (2 + (keep_total and mixes))
     return (
         Work(0, read, written),
@@ -235,11 +279,22 @@ def cost(
     )
 
 
+def _with_products(function: Callable) -> Callable:
+    """A function whose factored h is multiplied out: what tests and benchmarks compare."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+        *others, h = function(*args, **named)
+        return (*others, h.product() if isinstance(h, Factored) else h)
+
+    return call
+
+
 OPERATOR = register(
     Operator(
         name="residual_norm",
-        call=residual_norm,
-        reference=reference,
+        call=_with_products(residual_norm),
+        reference=_with_products(reference),
         differentiable=("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
         implementations=in_extension(("residual_norm", "residual_norm_backward"), launchers),
         preferred={

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of
 
@@ -31,14 +31,13 @@ def _wide(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _results(
-    x: Tensor, branch: Tensor | None, skip: Tensor | None, mix: Tensor | None, stores_total: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for total, x_in, h and rstd; x_in is empty where it would be x."""
+    x: Tensor, branch: Tensor | None, skip: Tensor | None, mix: Tensor | None, factored: bool,
+    stores_total: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for total, x_in, h, or its ticket, and rstd; x_in is empty where it would be x."""
     changes = any(t is not None for t in (branch, skip, mix))
-    return (
-        _or_empty(x, stores_total), _or_empty(x, changes), x.new_empty(x.shape),
-        _wide(x, x.shape[:-1]),
-    )  # fmt: skip
+    h = ticket(x) if factored else x.new_empty(x.shape)
+    return _or_empty(x, stores_total), _or_empty(x, changes), h, _wide(x, x.shape[:-1])
 
 
 def _gradients(
@@ -62,16 +61,21 @@ def _gradients(
 def forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-    stores_total: bool, impl: str,
+    factored: bool, stores_total: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """total, if it `stores_total`, x_in, h and rstd (...,)."""
+    """total, if it `stores_total`, x_in, h and rstd (...,).
+
+    Factored: the ticket of x_in as a factor of h, and the other factor in the place of rstd.
+    """
     inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
-    return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, stores_total)
+    return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, factored, stores_total)
 
 
 @forward.register_fake
-def _(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl):
-    return _results(x, branch, skip, mix, stores_total)
+def _(
+    x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, factored, stores_total, impl
+):  # fmt: skip
+    return _results(x, branch, skip, mix, factored, stores_total)
 
 
 @torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
@@ -79,27 +83,27 @@ def _backward(
     d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
     total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-    impl: str,
+    factored: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = contiguous(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
     )
-    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps)
+    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps, factored)
 
 
 @_backward.register_fake
 def _(
     d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-    scale, eps, impl,
+    scale, eps, factored, impl,
 ):  # fmt: skip
     return _gradients(x_in, total, branch_scale, skip_weight, mix)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total, impl = inputs
+    x, branch, branch_scale, skip, skip_weight, x0, mix, *settings, stores_total, impl = inputs
     total, x_in, _, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.settings = scale, eps, impl
+    ctx.settings = *settings, impl
     ctx.adds = branch is not None, skip is not None
     # Kept are x_in, from which the backward kernel makes n = x_in rstd again, and rstd. The mix's
     # gradient alone needs total: x where nothing is added, else stored only if the mix learns or a
@@ -131,7 +135,7 @@ def _gradient(
         dx,
         (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
         (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
-        None if mix is None else dx0, d_mix, None, None, None, None,
+        None if mix is None else dx0, d_mix, *(None for _ in ctx.settings), None,
     )  # fmt: skip
 
 
@@ -147,15 +151,21 @@ def launchers(run: Run) -> dict[str, Callable]:
     def shape(x: Tensor) -> tuple[int, int, int]:
         return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1)
 
-    def forward(x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, stores_total):
-        results = _results(x, branch, skip, mix, stores_total)
+    def forward(
+        x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, factored, stores_total
+    ):  # fmt: skip
+        results = _results(x, branch, skip, mix, factored, stores_total)
         inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
-        run("residual_norm", x, *addresses(*inputs, *results), *shape(x), scale, eps)
+        total, x_in, h, rstd = results
+        run(
+            "residual_norm", x, *addresses(*inputs, total, x_in, None if factored else h, rstd),
+            *shape(x), scale, eps, factored,
+        )  # fmt: skip
         return results
 
     def backward(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-        scale, eps,
+        scale, eps, factored,
     ):  # fmt: skip
         gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
         *_, parameters = gradients
@@ -170,7 +180,7 @@ def launchers(run: Run) -> dict[str, Callable]:
                 total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
                 d_x_in, dh, *gradients, partials,
             ),
-            parts, *shape(x_in), scale, eps,
+            parts, *shape(x_in), scale, eps, factored,
         )  # fmt: skip
         return gradients
 

@@ -163,16 +163,20 @@ def test_fake_quant(data, dtype, rows, columns, bits, on, mask) -> None:
 def test_qk_rope(data, dtype, batch, time, heads, groups) -> None:
     size, dims = data.draw(st.tuples(st.integers(1, 40), st.integers(0, 21)))
     odd = data.draw(st.sampled_from([0, 0, 0, 1]))
-    norm, valued = data.draw(st.tuples(st.booleans(), st.booleans()))
+    norm, valued, factored, twice = data.draw(st.tuples(*[st.booleans()] * 4))
     qkv = data.draw(tensors((batch, time, (heads + 2 * groups) * size + odd), dtype))
     value = data.draw(tensors((batch, time, groups * size), dtype))
     wide = torch.promote_types(dtype, torch.float32)
     gain = data.draw(tensors((heads,), wide))
+    factor = data.draw(tensors((batch, time), wide)).abs() + 0.1
     table = [t.to(wide) for t in rope_table(time + odd, 2 * dims, 100.0)]
 
     def call(qkv, gain, value, impl):
         added = value if valued else None
-        results = qk_rope(qkv, *table, gain, heads, groups, 1e-3, norm, added, impl)
+        results = qk_rope(
+            qkv, *table, gain, heads, groups, 1e-3, norm, added, impl,
+            factor=factor if factored else None, split_v=twice,
+        )  # fmt: skip
         return torch.cat([t.flatten() for t in results]) + 0 * value.sum()
 
     agree(call, [qkv, gain, value], 16, scalar_like(dtype), least=20, rounded_to=dtype)
@@ -196,8 +200,8 @@ def test_embed_smear(data, dtype, batch, time, rows) -> None:
 
 
 @fuzz
-@given(st.data(), dtypes, lengths, st.integers(0, 40), st.booleans(), st.booleans())
-def test_residual_norm(data, dtype, rows, width, scaled, mixed) -> None:
+@given(st.data(), dtypes, lengths, st.integers(0, 40), *[st.booleans()] * 3)
+def test_residual_norm(data, dtype, rows, width, scaled, mixed, factored) -> None:
     odd = data.draw(st.sampled_from([0, 0, 0, 1]))
     x = data.draw(tensors((rows, 2, width), dtype))
     branch = data.draw(tensors((rows, 2, width + odd), dtype))
@@ -206,10 +210,11 @@ def test_residual_norm(data, dtype, rows, width, scaled, mixed) -> None:
     mix = data.draw(tensors((2, width), wide)) if mixed else None
 
     def call(x, branch, impl):
-        return residual_norm(
+        x_in, h = residual_norm(
             x, branch=branch, branch_scale=a, x0=x if mixed else None, mix=mix, scale=0.5,
-            eps=0.01, impl=impl,
+            eps=0.01, factored=factored, impl=impl,
         )  # fmt: skip
+        return x_in, h.product() if factored else h
 
     agree(call, [x, branch], 8, scalar_like(dtype), least=8)
 

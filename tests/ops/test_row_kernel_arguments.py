@@ -8,15 +8,17 @@ from pgolf import extension
 TOKENS = {"n": 1, "t": 2}
 ROPE = {**TOKENS, "dtype": 0, "h": 2, "g": 1, "d": 8, "half": 2, "eps": 1e-6, "norm": True}
 SMEAR = {**TOKENS, "table_dtype": 0, "x_dtype": 0, "vocab": 3, "width": 8, "eps": 1e-6}
-RESIDUAL = {"rows": 2, "width": 8, "dtype": 0, "scale": 1.0, "eps": 1e-6}
-STRIDES = dict.fromkeys(("dq_strides", "dk_strides", "dv_strides"), (32, 16, 8))
+RESIDUAL = {"rows": 2, "width": 8, "dtype": 0, "scale": 1.0, "eps": 1e-6, "factored": False}
+STRIDES = dict.fromkeys(
+    ("dq_strides", "dk_strides", "dv_strides", "dv_again_strides"), (32, 16, 8)
+)
 # Sizes and numbers, pointers that have to be there, pointers that may be null.
 KERNELS = {
-    "qk_rope": (ROPE, "qkv cos sin gain q k v", "value"),
+    "qk_rope": (ROPE, "qkv cos sin gain q k v", "value factor"),
     "qk_rope_backward": (
         {**ROPE, **STRIDES, "partial_rows": 1},
         "qkv cos sin gain dqkv partials d_gain",
-        "dq dk dv",
+        "dq dk dv dv_again factor",
     ),
     "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts"),
     "embed_smear_backward": (

@@ -1,0 +1,130 @@
+"""How `qk_rope` runs in kernels: the opaque operator, its gradient, the compiled half.
+
+Tensors are as `qk_rope` takes them, None where there is none.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.derivatives import factor_gradient, register_gradient, ticket
+from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.tensors import addresses, contiguous, parts_of, unit_stride
+
+# Kernels sum d_gain over parts of the tokens, of so many at least; csrc/qk_rope.h
+MIN_PART, MAX_PARTS = 64, 1024
+
+
+def _outputs(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for q, k and v."""
+    batch, time, width = qkv.shape
+    size = width // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty((batch, time, n, size)) for n in (heads, kv_heads, kv_heads))
+
+
+def _with_ticket(outputs: tuple[Tensor, ...], split_v: bool) -> tuple[Tensor, ...]:
+    """q, k, v and what stands for v once more in the gradient, empty where nothing does."""
+    v = outputs[2]
+    return *outputs, ticket(v) if split_v else v.new_empty(0)
+
+
+@torch.library.custom_op("pgolf::qk_rope", mutates_args=())
+def forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
+    factor: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool, split_v: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v and the ticket of a second v, if it is to `split_v`."""
+    inputs = contiguous(qkv, cos, sin, gain, value, factor)
+    outputs = launcher("qk_rope", impl, "forward")(*inputs, heads, kv_heads, eps, norm)
+    return _with_ticket(outputs, split_v)
+
+
+@forward.register_fake
+def _(qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm, split_v, impl):
+    return _with_ticket(_outputs(qkv, heads, kv_heads), split_v)
+
+
+@torch.library.custom_op("pgolf::qk_rope_backward", mutates_args=())
+def _backward(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,
+    heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv, dv_again)]
+    inputs = contiguous(qkv, cos, sin, gain, factor)
+    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, heads, kv_heads, eps, norm)
+
+
+@_backward.register_fake
+def _(dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, impl):
+    return qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, cos, sin, gain, value, factor, *settings, ctx.split_v, impl = inputs
+    ctx.settings = *settings, impl
+    ctx.value_shape = None if value is None else value.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, gain, factor)
+
+
+def _gradient(
+    ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None
+) -> tuple:
+    qkv, *_, factor = ctx.saved_tensors
+    dv_again = dv_again if ctx.split_v else None
+    dvalue = None
+    if ctx.value_shape is not None:
+        # The same numbers, which are no copy as a rule, or a sum that the kernel need not make too.
+        if dv is not None and dv_again is not None:
+            dv, dv_again = dv + dv_again, None
+        whole = dv_again if dv is None else dv
+        dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
+    dqkv, d_gain = _backward(dq, dk, dv, dv_again, *ctx.saved_tensors, *ctx.settings)
+    d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[5] else None
+    return dqkv, None, None, d_gain, dvalue, d_factor, *(None for _ in ctx.settings), None
+
+
+register_gradient("qk_rope", forward, _gradient, _setup_context)
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _shape(qkv: Tensor, cos: Tensor, heads: int, kv_heads: int) -> tuple[int, ...]:
+    """What the kernels call dtype, n, t, h, g, d and half."""
+    batch, time, width = qkv.shape
+    size = width // (heads + 2 * kv_heads)
+    return DTYPE_CODES[qkv.dtype], batch, time, heads, kv_heads, size, cos.size(1)
+
+
+def launchers(run: Run) -> dict[str, Callable]:
+    """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
+
+    def forward(qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm):
+        outputs = _outputs(qkv, heads, kv_heads)
+        run(
+            "qk_rope", qkv, *addresses(qkv, cos, sin, gain, factor, value, *outputs),
+            *_shape(qkv, cos, heads, kv_heads), eps, norm,
+        )  # fmt: skip
+        return outputs
+
+    def backward(
+        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm
+    ):  # fmt: skip
+        dqkv, d_gain = qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
+        parts = parts_of(qkv.shape[:2].numel(), MIN_PART, MAX_PARTS)
+        partials = gain.new_empty((parts, heads))
+        gradients = (dq, dk, dv, dv_again)
+        run(
+            "qk_rope_backward", qkv,
+            *addresses(qkv, cos, sin, gain, factor, *gradients, dqkv, partials),
+            parts, d_gain.data_ptr(), *_shape(qkv, cos, heads, kv_heads), eps, norm,
+            *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
+        )  # fmt: skip
+        return dqkv, d_gain
+
+    return {"forward": forward, "backward": backward}
