@@ -68,14 +68,22 @@ constexpr int64_t residual_parameters(const ResidualNormInputs& in) {
   return (in.branch_scale ? 1 : 0) + (in.skip_weight ? 1 : 0) + (in.mix && in.x ? 2 : 0);
 }
 
-// Of dh, or g, and x_in in G; scale is not 0 where h is factored.
+// What dh, or g, and x_in have to be multiplied by in G. What is the same for all rows is computed
+// once; scale is not 0 where h is factored.
 template <typename F>
-PGOLF_HOST_DEVICE static inline RmsGradient<F> residual_norm_gradient(F dh_dot_x, F rstd, F scale,
-                                                                      int64_t width,
-                                                                      bool factored) {
-  if (!factored) return rms_gradient(dh_dot_x, rstd, scale, width);
-  const F own = rstd / scale;
-  return {F(1), -(dh_dot_x * own / static_cast<F>(width) * own)};
-}
+struct ResidualNormGradient {
+  F scale, of_rstd;
+  bool factored;
+
+  PGOLF_HOST_DEVICE explicit ResidualNormGradient(const ResidualNormShape& shape)
+      : scale(static_cast<F>(shape.scale)),
+        of_rstd(shape.factored ? F(1) / scale : F(1)),
+        factored(shape.factored) {}
+
+  PGOLF_HOST_DEVICE RmsGradient<F> of(F dh_dot_x, F rstd, int64_t width) const {
+    const F own = rstd * of_rstd, of_dh = factored ? F(1) : scale * own;
+    return {of_dh, -of_dh * (dh_dot_x * own / static_cast<F>(width) * own)};
+  }
+};
 
 }  // namespace pgolf

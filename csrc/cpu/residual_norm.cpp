@@ -85,6 +85,7 @@ template <typename T>
 struct Backward {
   using F = compute_t<T>;
   ResidualNormShape shape;
+  ResidualNormGradient<F> gradient;
   Inputs<T> in;
   const T *x_in, *d_total, *d_x_in, *dh;
   const F* rstd;
@@ -93,6 +94,7 @@ struct Backward {
   Backward(const ResidualNormShape& s, const ResidualNormInputs& i, const ResidualNormUpstream& up,
            const ResidualNormGradients& out)
       : shape(s),
+        gradient(s),
         in(i),
         x_in(static_cast<const T*>(up.x_in)),
         d_total(static_cast<const T*>(up.d_total)),
@@ -108,8 +110,7 @@ struct Backward {
   void row(int64_t index, F* sums) const {
     const int64_t width = shape.width, first = index * width;
     const F along = dh ? dot(dh + first, x_in + first, width) : F(0);
-    const auto norm = residual_norm_gradient(along, rstd[index], static_cast<F>(shape.scale), width,
-                                             shape.factored);
+    const auto norm = gradient.of(along, rstd[index], width);
     each_lanes<F>(width, [&](int64_t col, auto lanes) {
       const int64_t at = first + col;
       F* sum = sums + col;

@@ -51,7 +51,6 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     }
     for (Place at(span); at.in_block(); at.advance(span)) {
       const T* const from = qkv + at.token * shape.total * shape.size;
-      const float factor = factors ? factors[at.token] : 1.0f;
       EachPass<Shape, Own> x, added;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
@@ -61,6 +60,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
         added[i] = Own::load(adds ? value + head.place(at.token) : nullptr, shape.size, adds);
       }
       const Turn<T, kVector, kLanes, kChunks, Shape> turn(shape, cos, sin, at.time, 1);
+      const float factor = factors ? factors[at.token] : 1.0f;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
@@ -70,10 +70,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        if (head.is_value && (value || factors)) {
-          const auto scaled = Own::Lanes::zero().plus(factor, x[i].unpacked());
-          y = Own::rounded(scaled.plus(1, added[i].unpacked()));
-        }
+        if (head.is_value) y = Own::rounded(added[i].unpacked().plus(factor, x[i].unpacked()));
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -160,9 +157,9 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
             sums[i] += gradient.gain;
           }
         }
-        if (head.is_value && (factors || dv_again.tokens.data)) {
-          const auto sum = dy[i].unpacked().plus(1, x[i].unpacked());
-          dx = Own::rounded(Own::Lanes::zero().plus(factor, sum));
+        if (head.is_value) {
+          const auto scaled = Own::Lanes::zero().plus(factor, dy[i].unpacked());
+          dx = Own::rounded(scaled.plus(factor, x[i].unpacked()));
         }
         if (head.exists) dx.store(dqkv + row + head.index * shape.size, shape.size);
       }

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
   using L = Layout<T, kVector, kLanes, kChunks, kSet>;
   using Part = typename L::Part;
   const int size = static_cast<int>(in.shape.width);
-  const float scale = static_cast<float>(in.shape.scale);
+  const ResidualNormGradient<float> gradient(in.shape);
   const float inverse = 1.0f / static_cast<float>(size);
   const bool normed = L::template has<kH>(up.dh), mixes = L::template has<kMix>(in.mix);
   const bool learns = L::template has<kLearned>(in.x) && mixes;
@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
       for (int i = 0; i < L::kParts; ++i) {
         along += L::dot(here.dh.part_beforehand(i), here.x_in.part_beforehand(i), i, size);
       }
-      norm = residual_norm_gradient(group_sum<kLanes>(along) * inverse, here.rstd, scale, 1,
-                                    in.shape.factored);
+      norm = gradient.of(group_sum<kLanes>(along) * inverse, here.rstd, 1);
     }
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {

@@ -36,7 +36,7 @@ constexpr unsigned kAny = kTested - 1;
 
 // The blocks that a multiprocessor is to have room for: as many as registers allow without spills.
 constexpr int resident_blocks(int vector, int lanes, unsigned set) {
-  if (vector == 1) return set & kLearned || lanes > kWarp ? 1 : 2;
+  if (vector == 1) return 1;
   if (set & kTested) return set & kLearned ? 1 : 3;
   return set & (kLearned | kSkip) ? 2 : 3;
 }

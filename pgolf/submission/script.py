@@ -60,7 +60,7 @@ TRAINING = (
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {
     "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
-    "pgolf.ops.testing",
+    "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels", "pgolf.ops.testing",
 }  # fmt: skip
 
 # bzip2 is in Python itself, and 1.6 % smaller than raw lzma here; brotli would take 1 % less
@@ -173,18 +173,23 @@ def _source(module: str) -> str:
 def _never_asked(source: str) -> str:
     """A module without what nobody asks a script for.
 
-    That is what `--help` says of a setting, and the least work of an operator.
+    That is what `--help` says of a setting, the least work of an operator, and how it calls the
+    compiled half, which no script has.
     """
     tree = ast.parse(source)
+    dropped = {"cost"}
     for node in ast.walk(tree):
         called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
         if called == "opt":
             node.args[1] = ast.Constant("")
+        elif called == "in_extension":
+            dropped.add(ast.unparse(node.args[1]))
+            node.args[1] = ast.parse("lambda run: {}", mode="eval").body
         elif called == "Operator":
             for keyword in node.keywords:
                 if keyword.arg == "cost":
                     keyword.value = ast.Constant(None)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") != "cost"]
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in dropped]
     return ast.unparse(tree)
 
 
