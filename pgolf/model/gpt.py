@@ -142,7 +142,10 @@ class GPT(nn.Module):
             attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
         """
         c = self.config
-        value = self.ve_shared(ids, x0.dtype) if self.ve_index else None
+        values: dict[int, Tensor] = {}  # by layer
+        if self.ve_index:
+            found = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
+            values = dict(zip(self.ve_index, found, strict=True))
         skips: list[Tensor] = []
         middle = None
         stream = Stream(x0)
@@ -150,10 +153,7 @@ class GPT(nn.Module):
             skip, back = None, i - self.encoder
             if 0 <= back < self.encoder:  # the first takes the state itself
                 skip = skips.pop() if back else None, self.skip_weights[back]
-            v = None
-            if i in self.ve_index:
-                v = value * self.ve_layer_scales[self.ve_index.index(i)].to(x0.dtype)
-            total, stream = block(stream, skip, x0, rope, v, partial(attend, i))
+            total, stream = block(stream, skip, x0, rope, values.get(i), partial(attend, i))
             if 0 < i < self.encoder:
                 skips.append(total)
             if self.backout is not None and i == c.layers // 2:

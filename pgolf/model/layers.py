@@ -335,15 +335,22 @@ class Table(nn.Module):
 
 def _projected(rows: Tensor, table: Table, proj: Matrix | None, dtype: torch.dtype) -> Tensor:
     """Rows of a table, projected."""
-    if proj is None:
-        return table(rows).to(dtype)
+    found = table(rows).to(dtype)
+    return found if proj is None else proj(found)
+
+
+def _projected_table(
+    rows: Tensor, table: Table, proj: Matrix | None, dtype: torch.dtype
+) -> Tensor | None:
+    """A table, projected, where that is less work than its rows, and None elsewhere.
+
+    E[rows] W^T = (E W^T)[rows]. The gradient of a product is a sum over tokens, hence the fp32.
+    """
     trains = torch.is_grad_enabled() and table.weight.requires_grad
     if not trains or rows.numel() <= table.weight.size(0):
-        return proj(table(rows).to(dtype))
-    # Fewer products than tokens: E[rows] W^T = (E W^T)[rows]. The gradient of one is a sum over
-    # tokens, in fp32.
-    products = proj(table.weight.to(dtype)).to(compute_dtype(dtype))
-    return F.embedding(rows, products).to(dtype)
+        return None
+    products = table.weight if proj is None else proj(table.weight.to(dtype))
+    return products.to(compute_dtype(dtype))
 
 
 class BigramHash(nn.Module):
@@ -360,11 +367,14 @@ class BigramHash(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         rows = bigram_rows(ids, self.embed.weight.size(0))
-        return _projected(rows, self.embed, self.proj, dtype)
+        products = _projected_table(rows, self.embed, self.proj, dtype)
+        if products is None:
+            return _projected(rows, self.embed, self.proj, dtype)
+        return F.embedding(rows, products).to(dtype)
 
 
 class ValueEmbedding(nn.Module):
-    """One table of values shared by the layers that add it, as (N, T, G d)."""
+    """One table of values that several layers add, each with a scale of its own."""
 
     def __init__(self, vocab: int, width: int, kv_dim: int, dtype: torch.dtype):
         super().__init__()
@@ -372,8 +382,14 @@ class ValueEmbedding(nn.Module):
         self.proj = Matrix(kv_dim, width) if width != kv_dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return _projected(ids, self.embed, self.proj, dtype) * self.scale.to(dtype)
+    def forward(self, ids: Tensor, dtype: torch.dtype, scales: Sequence[Tensor]) -> list[Tensor]:
+        """(N, T, G d) for each of the layers that have these `scales`."""
+        products = _projected_table(ids, self.embed, self.proj, dtype)
+        if products is None:
+            value = _projected(ids, self.embed, self.proj, dtype) * self.scale.to(dtype)
+            return [value * scale.to(dtype) for scale in scales]
+        # Scales of the table's rows: their gradients are sums over the table and not over tokens.
+        return [F.embedding(ids, products * (self.scale * s)).to(dtype) for s in scales]
 
 
 class SmearGate(nn.Module):

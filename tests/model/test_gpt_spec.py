@@ -134,9 +134,10 @@ def test_many_tokens_of_one_row_add_up_in_fp32() -> None:
     side = ValueEmbedding(3, 8, 4, torch.float32)
     for p in side.parameters():
         torch.nn.init.ones_(p)
-    side(torch.zeros(30_000, dtype=torch.int64), torch.bfloat16).sum().backward()
-    assert side.embed.weight.grad[0].tolist() == [pytest.approx(120_000, rel=0.01)] * 8
-    assert side.scale.grad.item() == pytest.approx(30_000 * 4 * 8, rel=0.01)
+    ids, scales = torch.zeros(30_000, dtype=torch.int64), [torch.ones(()), torch.tensor(2.0)]
+    sum(v.sum() for v in side(ids, torch.bfloat16, scales)).backward()
+    assert side.embed.weight.grad[0].tolist() == [pytest.approx(3 * 120_000, rel=0.01)] * 8
+    assert side.scale.grad.item() == pytest.approx(3 * 30_000 * 4 * 8, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "smear_bos_masked", "backout"])
