@@ -61,13 +61,13 @@ ITEMS: Mapping[str, Item] = {
         4 * (HEADS + 3 * GROUPS) * _HEAD, 4 * (HEADS + 2 * GROUPS) * _HEAD, (4,), TOKENS // 4,
     ),
     "qk_rope_backward_blocks": Item(
-        "12 tokens, and their sums", ("bf16", "8", "8", "1", "Rotated16"),
-        12 * (2 * HEADS + 3 * GROUPS) * _HEAD, 12 * (HEADS + 2 * GROUPS) * _HEAD, (12,),
+        "12 tokens with two gradients of v, and their sums", ("bf16", "8", "8", "1", "Rotated16"),
+        12 * (2 * HEADS + 4 * GROUPS) * _HEAD, 12 * (HEADS + 2 * GROUPS) * _HEAD, (12,),
         TOKENS // 12,
     ),
     "residual_norm_forward": Item(
-        "4 rows with branch, mix, total and x_in", ("bf16", "8", "32", "2", "113u"), 4 * 3 * _ROW,
-        4 * 3 * _ROW, (4,), TOKENS // 4,
+        "4 rows with branch, mix, total, x_in and h", ("bf16", "8", "32", "2", "113u"),
+        4 * 3 * _ROW, 4 * 3 * _ROW, (4,), TOKENS // 4,
     ),
     "residual_norm_backward_rows": Item(
         "24 rows with mix and all gradients, and their sums", ("bf16", "8", "32", "2", "496u"),

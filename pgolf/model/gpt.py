@@ -153,7 +153,7 @@ class GPT(nn.Module):
             skip, back = None, i - self.encoder
             if 0 <= back < self.encoder:  # the first takes the state itself
                 skip = skips.pop() if back else None, self.skip_weights[back]
-            total, stream = block(stream, skip, x0, rope, values.get(i), partial(attend, i))
+            total, stream = block(stream, skip, x0, rope, values.pop(i, None), partial(attend, i))
             if 0 < i < self.encoder:
                 skips.append(total)
             if self.backout is not None and i == c.layers // 2:

@@ -71,12 +71,12 @@ def once(operator: str, gradient: Callable) -> Callable:
     @functools.wraps(gradient)
     def call(ctx: Any, *grads: Any) -> Any:
         given = [t for grad in grads for t in tensors_in(grad)]
+        reading = _Reading(ctx)
         if not given:
-            return run(ctx, grads)
+            return run(reading, grads)
         with without_autocast(given[0]):
             if not torch.is_grad_enabled():
-                return run(ctx, grads)
-            reading = _Reading(ctx)
+                return run(reading, grads)
             with torch.no_grad():
                 found = run(reading, grads)
         # Saved results count too: they lead to the arguments.

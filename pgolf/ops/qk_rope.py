@@ -162,7 +162,7 @@ def qk_rope(
         factor: (N, T) in fp32 (fp64 for an fp64 qkv), not 0: what each token's qkv is still to be
             multiplied by; None is 1.
         split_v: whether v comes twice. Kernels add up the gradients of both where they make that of
-            qkv, and autograd has nothing to add.
+            qkv, and autograd has nothing to add (but for the gradient of `value`).
 
     Returns:
         q (N, T, H, d), k and v (N, T, G, d), contiguous, with split_v v once more; of the

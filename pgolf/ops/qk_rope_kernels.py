@@ -74,16 +74,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradient(
     ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None
 ) -> tuple:
-    qkv, *_, factor = ctx.saved_tensors
+    qkv, *_, factor = saved = ctx.saved_tensors
     dv_again = dv_again if ctx.split_v else None
     dvalue = None
     if ctx.value_shape is not None:
         # The same numbers, which are no copy as a rule, or a sum that the kernel need not make too.
+        # (So also where nobody wants it: a gradient is the same to the bit whatever others are.)
         if dv is not None and dv_again is not None:
             dv, dv_again = dv + dv_again, None
         whole = dv_again if dv is None else dv
         dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
-    dqkv, d_gain = _backward(dq, dk, dv, dv_again, *ctx.saved_tensors, *ctx.settings)
+    dqkv, d_gain = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
     d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[5] else None
     return dqkv, None, None, d_gain, dvalue, d_factor, *(None for _ in ctx.settings), None
 

@@ -1,9 +1,13 @@
 """What kernels do not differentiate they refuse in words, or leave to the reference."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from pgolf.ops import softcap_cross_entropy, xsa
 from pgolf.ops.operator import OPERATORS, Operator
@@ -123,6 +127,20 @@ def test_operators_without_a_gradient(name: str) -> None:
     for impl in implementations(operator):
         with pytest.raises(RuntimeError, match=f"{name}: .*use impl='reference'"):
             loss(wanted, impl).backward()
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if o.differentiable])
+def test_activation_checkpoints(name: str) -> None:
+    """They unpack what was saved once, and refuse a second time."""
+    call = first_call(OPERATORS[name])
+    for impl in implementations(OPERATORS[name]):
+        run = kernel(OPERATORS[name], impl)
+
+        def again(*args: Any, run: Callable = run, **named: Any) -> Any:
+            return checkpoint(run, *args, use_reentrant=False, **named)
+
+        for mine, plain in zip(call.run(again), call.run(run), strict=True):
+            torch.testing.assert_close(mine, plain)
 
 
 def test_transforms_inside_of_compiled_code() -> None:
