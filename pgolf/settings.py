@@ -257,6 +257,11 @@ class DataConfig:
         "shuffled = by chance from all shards",
         choices=("sequential", "coprime", "shuffled"),
     )
+    held_out: str = opt(
+        "refuse",
+        "training shards that hold a held-out document: refuse them, or allow it and say so",
+        choices=("refuse", "allow"),
+    )
     seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
     batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)
     micro_tokens: int = opt(

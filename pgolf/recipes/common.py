@@ -70,6 +70,7 @@ SHARED_VALUES = (
     V("data", "data/datasets/fineweb10B_sp1024", "C", "where `pgolf data fetch` puts it"),
     V("tokenizer", "", "C", "data/tokenizers/fineweb_1024_bpe.model is found by its name"),
     V("order", "sequential", "C", "shard after shard"),
+    V("held_out", "refuse", "P", "the scripts do not look"),
     V("seq_len", 2048, "C"),
     V("batch_tokens", 786_432, "C"),
     V("micro_tokens", 98_304, "C", "8 passes on one GPU, 1 on eight"),

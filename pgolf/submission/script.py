@@ -173,7 +173,8 @@ def _source(module: str) -> str:
 def _never_asked(source: str) -> str:
     """A module without what nobody asks a script for.
 
-    That is what `--help` says of a setting, and the least work of an operator.
+    That is what `--help` says of a setting, the least work of an operator, and `pgolf train`, whose
+    place `pgolf.submission.entry` takes.
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -184,7 +185,7 @@ def _never_asked(source: str) -> str:
             for keyword in node.keywords:
                 if keyword.arg == "cost":
                     keyword.value = ast.Constant(None)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") != "cost"]
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("cost", "run")]
     return ast.unparse(tree)
 
 
@@ -196,7 +197,7 @@ def minified(source: str, name: str) -> str:
     kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
-    if name == "pgolf.settings" or name.startswith("pgolf.ops."):
+    if name in ("pgolf.settings", "pgolf.training.run") or name.startswith("pgolf.ops."):
         source = _never_asked(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
