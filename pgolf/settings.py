@@ -43,7 +43,8 @@ class ModelConfig:
         choices=("off", "plain", "bos_masked"),
         renamed={"seed": "plain"},
     )
-    bos_id: int = opt(1, "id of the document start, for smear=bos_masked", ge=0)
+    bos_id: int = opt(1, "id of the document start, for smear=bos_masked and documents", ge=0)
+    documents: bool = opt(False, "attention, SmearGate and bigrams see their own document alone")
     resid_mix: str = opt(
         "identity",
         "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",

@@ -23,6 +23,7 @@ SHARED_VALUES = (
     V("tied_embedding", True, "C"),
     V("smear", "plain", "C", "static gate, not masked at document starts"),
     V("bos_id", 1, "C"),
+    V("documents", False, "C", "attention and bigrams run across documents"),
     V("leaky_slope", 0.5, "C", "used by PR 1473 alone"),
     V("unet_skips", True, "C", "4->5, 3->6, 2->7, 1->8, 0->9; layer 10 has none"),
     V("softcap", 30.0, "C"),
