@@ -130,8 +130,11 @@ class GPT(nn.Module):
         """Of the documents that attention stays inside of; None where it does not."""
         if not self.config.documents:
             return None
-        most = most_documents(self.ops["attention"], ids.size(1))
-        return document_borders(ids == self.config.bos_id, most)
+        return document_borders(ids == self.config.bos_id, self.most_documents(ids.size(1)))
+
+    def most_documents(self, time: int) -> int:
+        """How many a sequence of that length may hold; 0: any number, as they do not count."""
+        return most_documents(self.ops["attention"], time) if self.config.documents else 0
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None

@@ -173,19 +173,21 @@ def _source(module: str) -> str:
 def _never_asked(source: str) -> str:
     """A module without what nobody asks a script for.
 
-    That is what `--help` says of a setting, the least work of an operator, and `pgolf train`, whose
-    place `pgolf.submission.entry` takes.
+    That is what `--help` says of a setting, the least work of an operator, its samples unless it
+    has Triton kernels, to which alone `pgolf.ops.compile` introduces a script by them, and `pgolf
+    train`, whose place `pgolf.submission.entry` takes.
     """
     tree = ast.parse(source)
+    unasked = {"cost", "run"} | ({"samples"} if "in_triton(" not in source else set())
     for node in ast.walk(tree):
         called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
         if called == "opt":
             node.args[1] = ast.Constant("")
         elif called == "Operator":
             for keyword in node.keywords:
-                if keyword.arg == "cost":
+                if keyword.arg in unasked:
                     keyword.value = ast.Constant(None)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("cost", "run")]
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in unasked]
     return ast.unparse(tree)
 
 

@@ -102,6 +102,7 @@ def build_parts(session: Session) -> tuple[Any, ...]:
         slice_tokens(config),
         config.data.order,
         config.run.seed,
+        model.most_documents(config.data.seq_len),
     )
     return dtype, why, ops, model.to(ranks.device), loader, val, table
 

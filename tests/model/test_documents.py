@@ -10,6 +10,7 @@ import torch
 from pgolf.artifact.load import load_model
 from pgolf.artifact.pack import write_artifact
 from pgolf.config import ArtifactConfig, QuantConfig
+from pgolf.errors import DataError
 from pgolf.model import GPT
 from pgolf.model.decode import generate
 from pgolf.model.frozen import frozen_copy
@@ -131,6 +132,15 @@ def test_windows_score_as_one_would() -> None:
                 own, wanted = part[None, begin : t + 1], part[None, begin + 1 : t + 2]
                 expected += model(own, wanted, last=1).item()
     assert evaluate(model, tokens, OneByte(), LENGTH, 5, 3 * LENGTH).nll == pytest.approx(expected)
+
+
+def test_more_documents_than_a_package_has_room_for_are_not_scored() -> None:
+    model = on("reference", torch.float32)
+    model.ops["attention"] = "fa3"
+    tokens = np.full(201, BOS)
+    assert model.most_documents(200) == 64 and without_documents(model).most_documents(200) == 0
+    with pytest.raises(DataError, match="of 200 tokens holds 200 documents, .* has room for 64"):
+        evaluate(model, tokens, OneByte(), 200, 200, 200)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
