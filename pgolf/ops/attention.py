@@ -37,7 +37,6 @@ from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, launcher
 from pgolf.ops.operator import Implementation, Operator, Sample, Work, register
 from pgolf.ops.tensors import check_grouped, compute_dtype, nbytes, unit_stride
-from pgolf.ops.varlen import document_borders
 
 _INPUTS = Inputs(
     "attention", ("q", "k", "v", "borders"), alike=("q", "k", "v"), matmul=True,
@@ -336,16 +335,12 @@ _VARLEN = Implementation(
 def samples() -> list[Sample]:
     """Groupings, head sizes and layouts; the bench sizes are one layer at 1,024 tokens and more."""
 
-    def make(batch: int, time: int, heads: int, groups: int, size: int, *starts: int):
+    def make(batch: int, time: int, heads: int, groups: int, size: int):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
             qkv = torch.randn(batch, time, heads + 2 * groups, size, generator=g).double()
-            begins = torch.zeros(batch, time, dtype=torch.bool)
-            begins[:1, list(starts)] = True
-            borders = document_borders(begins.to(device), time)
             # The parts of one packed projection.
-            parts = qkv.to(device, dtype).split((heads, groups, groups), dim=2)
-            return parts, {"borders": borders} if starts else {}
+            return qkv.to(device, dtype).split((heads, groups, groups), dim=2), {}
 
         return build
 
@@ -354,7 +349,6 @@ def samples() -> list[Sample]:
         "1x33 4/4 32": (1, 33, 4, 4, 32),
         "1x66 2/1 128": (1, 66, 2, 1, 128),
         "3x1 6/2 80": (3, 1, 6, 2, 80),
-        "2x2 4/2 32, documents": (2, 2, 4, 2, 32, 1),
         "0x5 4/2 16": (0, 5, 4, 2, 16),
     }
     big = {1024: (1, 1024), 8192: (4, 2048), 98304: (48, 2048)}

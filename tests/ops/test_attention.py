@@ -17,6 +17,7 @@ from pgolf.model.init import init_weights
 from pgolf.ops.attention import (
     OPERATOR,
     PACKAGES,
+    _backward,
     _forward,
     _module,
     attention,
@@ -304,6 +305,22 @@ def test_documents_one_by_one(where: str) -> None:
             torch.testing.assert_close(y[a:b], attention(*own, "reference")[0])
     for dtype in (F32, BF16, torch.float64):
         check_documents("varlen", where, dtype)
+
+
+def test_documents_in_the_opaque_operators() -> None:
+    """Schema, fakes, autograd and tracing with borders."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(2, 33, 8, 16, generator=g).split((4, 2, 2), dim=2)
+    inputs = [t.contiguous() for t in (q, k, v)]
+    borders = documents("neighbours")[1]
+    y, lse = _forward(*inputs, borders, "varlen")
+    torch.library.opcheck(_backward, (y, *inputs, borders, y, lse, "varlen"))
+    inputs = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(_forward, (*inputs, borders, "varlen"))
+    inputs = [t.detach()[:, :, :, :4].double().requires_grad_() for t in inputs]
+    for impl in ("reference", "varlen"):
+        run = lambda *qkv: attention(*qkv, impl, borders)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 def test_documents_without_room_are_none() -> None:
