@@ -43,7 +43,8 @@ class ModelConfig:
         choices=("off", "plain", "bos_masked"),
         renamed={"seed": "plain"},
     )
-    bos_id: int = opt(1, "id of the document start, for smear=bos_masked", ge=0)
+    bos_id: int = opt(1, "id of the document start, for smear=bos_masked and documents", ge=0)
+    documents: bool = opt(False, "attention, SmearGate and bigrams see their own document alone")
     resid_mix: str = opt(
         "identity",
         "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",
@@ -256,6 +257,11 @@ class DataConfig:
         "of sequences: sequential = as shards have them; coprime = evenly from all shards; "
         "shuffled = by chance from all shards",
         choices=("sequential", "coprime", "shuffled"),
+    )
+    held_out: str = opt(
+        "refuse",
+        "training shards that hold a held-out document: refuse them, or allow it and say so",
+        choices=("refuse", "allow"),
     )
     seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
     batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)

@@ -6,6 +6,7 @@ import sys
 
 from pgolf.data.contest import MANIFEST
 from pgolf.data.fetch import TRAIN_SHARDS, fetch
+from pgolf.data.held_out import check_held_out
 from pgolf.data.inputs import KINDS, bare_name, tally
 from pgolf.data.manifest import SPLITS, Dataset
 from pgolf.data.prepare import SHARD_TOKENS, VAL_FRACTION, VOCAB_SIZE, prepare
@@ -51,7 +52,7 @@ Say what a folder of shards holds: corpus, tokenizer, tokens, bytes.
 """
 _VERIFY = """\
 Read every shard: header, size, tokens within the vocabulary, made by this tokenizer, sha256 as the
-manifest states it.
+manifest states it; and no document of 16 tokens or more that is held out in a training shard.
 
   pgolf data verify data/book
 """
@@ -179,6 +180,8 @@ def main(argv: list[str]) -> int:
     print(describe(dataset))
     if args.command == "verify":
         dataset.verify()
+        check_held_out(dataset, again=True)
         stated = "and sha256 " if dataset.manifest else "(no sha256 is stated) "
         print(f"  every shard is whole: sizes, tokens {stated}are as they should be")
+        print("  no training shard holds a document that is held out")
     return 0

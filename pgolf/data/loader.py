@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pgolf.data.order import order_of
-from pgolf.data.shards import check_tokens, open_shard, read_header
+from pgolf.data.shards import check_documents, check_tokens, open_shard, read_header
 from pgolf.errors import ConfigError, DataError
 from pgolf.ranks import Ranks
 
@@ -43,6 +43,7 @@ class Loader:
         slice_tokens: of the sequential order.
         order: the name of one in `pgolf.data.order`.
         seed: of that order.
+        most_documents: that a sequence may hold; 0: any number.
 
     Raises:
         DataError: no shards, or a shard whose header is wrong.
@@ -58,11 +59,13 @@ class Loader:
         slice_tokens: int,
         order: str = "sequential",
         seed: int = 0,
+        most_documents: int = 0,
     ):
         if not paths:
             raise DataError("no training shards: make some with `pgolf data prepare`")
         self.paths, self.ranks, self.vocab_size = list(paths), ranks, vocab_size
         self.seq_len, self.device = seq_len, ranks.device
+        self.most_documents = most_documents
         # ends[i] = number of tokens in shards 0..i
         self.ends = list(accumulate(read_header(path) for path in self.paths))
         self.total = self.ends[-1]
@@ -77,7 +80,8 @@ class Loader:
 
         Raises:
             ConfigError: `local_tokens` is not a positive multiple of the sequence length.
-            DataError: a shard's tokens do not fit the vocabulary.
+            DataError: a shard's tokens do not fit the vocabulary, or a sequence holds too many
+                documents.
         """
         rows, ragged = divmod(local_tokens, self.seq_len)
         if rows < 1 or ragged:
@@ -120,6 +124,8 @@ class Loader:
             for start in starts:
                 for path, offset, piece in self._pieces(start, rows.shape[1]):
                     check_tokens(path, piece, offset, self.vocab_size)
+        if self.most_documents:
+            check_documents(rows[:, :-1], self.most_documents)
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[Path, int, np.ndarray]]:
         """`count` tokens from `start` (modulo the total): shard, place there, tokens."""

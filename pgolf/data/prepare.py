@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from pgolf.data.contest import MANIFEST
 from pgolf.data.encode import Encoder, ShardWriter, SplitStats, count_written
+from pgolf.data.held_out import FILE, FOUND, found_in, write_records
 from pgolf.data.manifest import (
     KIND,
     SPLITS,
@@ -105,6 +108,7 @@ def prepare(
             manifest = _manifest(
                 corpus, license, note, text_sha256, val_fraction, encoder, sha256_of(model), stats
             )
+            manifest["held_out"] = _write_held_out(folder, encoder, stats)
             atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             _check_written(folder, encoder, stats)
     if old:
@@ -145,7 +149,7 @@ def _prepared_before(out: Path) -> dict[str, Any] | None:
     strange = {p.name for p in out.iterdir()} if out.is_dir() else {out.name}
     ours = read_manifest(out) if out.is_dir() else None
     if ours:
-        strange -= {MANIFEST, TOKENIZER}
+        strange -= {MANIFEST, TOKENIZER, FILE, FOUND}
         strange -= {s["file"] for split in SPLITS for s in ours["splits"][split]["shards"]}
     if strange:
         raise ConfigError(
@@ -276,6 +280,25 @@ def _encode(
                 flush(split)
             writers[split].close()
     return digest.hexdigest(), stats
+
+
+def _write_held_out(
+    folder: Path, encoder: Encoder, stats: dict[str, SplitStats]
+) -> dict[str, Any]:
+    """The records of the held-out documents; what the manifest says of them.
+
+    Raises:
+        DataError: a training document has the tokens of one, from another text.
+    """
+    train, val = ([folder / shard["file"] for shard in stats[split].shards] for split in SPLITS)
+    stated = write_records(folder, val)
+    for place in found_in(train, (folder / FILE).read_bytes()):
+        text = encoder.sp.decode(np.concatenate(place.parts)[:40].tolist())
+        raise DataError(
+            f"two documents that begin with {text!r} differ in nothing that the tokenizer keeps, "
+            "and one of them is held out: leave one out, or use a tokenizer that changes no text"
+        )
+    return stated
 
 
 def _check_written(folder: Path, encoder: Encoder, stats: dict[str, SplitStats]) -> None:

@@ -110,6 +110,16 @@ def check_tokens(path: Path | str, piece: np.ndarray, start: int, vocab_size: in
         )
 
 
+def check_documents(rows: np.ndarray, most: int, bos: int = BOS_ID) -> None:
+    """Raise DataError if a sequence of these (N, T) has more documents than there is room for."""
+    found = 1 + int((rows[:, 1:] == bos).sum(1).max())
+    if found > most:
+        raise DataError(
+            f"a sequence of {rows.shape[1]} tokens holds {found} documents, and this attention has "
+            f"room for {most}: use attention=sdpa, which has for any, or documents=false"
+        )
+
+
 def find_shards(folder: Path | str, split: str) -> list[Path]:
     """The shards `NAME_{split}_NUMBER.bin` of a folder, in the order of their numbers.
 

@@ -8,6 +8,8 @@ takes SPANS different numbers at most, the cached positions behind the token bei
 Shapes: B sequences, L cached positions, H query heads, G key/value heads, d head width, V logits.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,7 @@ class Decoder:
         )
         self.slots = torch.arange(length, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.begins = torch.zeros((batch, 1), dtype=torch.int64, device=device)  # of documents
         self.window = torch.empty((batch, 0), dtype=torch.int64, device=device)
         self.used = 0
         self._compiled = (
@@ -70,7 +73,10 @@ class Decoder:
         time = ids.size(1)
         self._check(time)
         rope = self.model.rope_cos[:time], self.model.rope_sin[:time]
-        x = self.model.trunk(ids, self.model.embed(ids), rope, self._fill)
+        fill = partial(self._fill, self.model.borders(ids))
+        x = self.model.trunk(ids, self.model.embed(ids), rope, fill)
+        starts = ids == self.model.config.bos_id
+        self.begins[:] = (starts * self.slots[:time]).amax(1, keepdim=True)
         self.position.fill_(time)
         self.window, self.used = ids[:, -WINDOW:].contiguous(), time
         return self.model.logits(x[:, -1])
@@ -97,10 +103,12 @@ class Decoder:
                 "on from fewer of the last tokens"
             )
 
-    def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _fill(
+        self, borders: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
         self.keys[layer][:, :, : k.size(1)] = k.transpose(1, 2)
         self.values[layer][:, :, : v.size(1)] = v.transpose(1, 2)
-        return self.model.attend(layer, q, k, v)
+        return self.model.attend(layer, q, k, v, borders)
 
     def _step(self, window: Tensor, ids: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """(logits, the next window); reads the first `span` cached positions."""
@@ -108,6 +116,9 @@ class Decoder:
         window = torch.cat([window[:, 1 - WINDOW :], ids[:, None]], dim=1)
         hidden = torch.zeros(1, span, dtype=model.compute_dtype, device=window.device)
         hidden.masked_fill_(self.slots[:span] > position, -torch.inf)
+        if model.config.documents:
+            begins = self.begins.masked_fill_(ids[:, None] == model.config.bos_id, position[0])
+            hidden = hidden.masked_fill(self.slots[:span] < begins, -torch.inf)[:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]

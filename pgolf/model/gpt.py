@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.device import DTYPES
 from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
-from pgolf.ops.attention import attention
+from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
+from pgolf.ops.varlen import document_borders
 from pgolf.settings import resolve_layers
 
 
@@ -35,7 +36,7 @@ def operator_sizes(
     head, group = config.dim // config.heads, config.heads // config.kv_heads
     table = DTYPES[config.table_dtype]
     return {
-        "attention": {"size": head},
+        "attention": {"size": head, "documents": config.documents},
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
         "xsa": {"size": head, "share": group},
@@ -108,11 +109,12 @@ class GPT(nn.Module):
         """First residual state (N, T, D): normed and smeared."""
         c = self.config
         bigram = scale = gate = starts = None
+        own = ids == c.bos_id if c.documents else None
         if self.bigram is not None:
-            bigram, scale = self.bigram(ids, self.compute_dtype), self.bigram.scale
+            bigram, scale = self.bigram(ids, self.compute_dtype, own), self.bigram.scale
         if self.smear is not None:
             gate = self.smear.gate
-            starts = ids == c.bos_id if c.smear == "bos_masked" else None
+            starts = ids == c.bos_id if c.smear == "bos_masked" else own
         return embed_smear(
             ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
             self.ops["embed_smear"],
@@ -121,11 +123,24 @@ class GPT(nn.Module):
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""
         rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
-        return self.trunk(ids, self.embed(ids), rope, self.attend)
+        attend = partial(self.attend, borders=self.borders(ids))
+        return self.trunk(ids, self.embed(ids), rope, attend)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention over whole sequences, the same in every layer."""
-        return attention(q, k, v, self.ops["attention"])
+    def borders(self, ids: Tensor) -> Tensor | None:
+        """Of the documents that attention stays inside of; None where it does not."""
+        if not self.config.documents:
+            return None
+        return document_borders(ids == self.config.bos_id, self.most_documents(ids.size(1)))
+
+    def most_documents(self, time: int) -> int:
+        """How many a sequence of that length may hold; 0: any number, as they do not count."""
+        return most_documents(self.ops["attention"], time) if self.config.documents else 0
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention over whole sequences or documents, the same in every layer."""
+        return attention(q, k, v, self.ops["attention"], borders)
 
     def trunk(
         self,

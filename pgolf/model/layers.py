@@ -365,8 +365,12 @@ class BigramHash(nn.Module):
         self.proj = Matrix(dim, width) if width != dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = bigram_rows(ids, self.embed.weight.size(0))
+    def forward(self, ids: Tensor, dtype: torch.dtype, starts: Tensor | None = None) -> Tensor:
+        """starts (N, T) bool: tokens that have no previous one."""
+        buckets = self.embed.weight.size(0)
+        rows = bigram_rows(ids, buckets)
+        if starts is not None:
+            rows = rows.masked_fill(starts, buckets - 1)
         products = _projected_table(rows, self.embed, self.proj, dtype)
         if products is None:
             return _projected(rows, self.embed, self.proj, dtype)

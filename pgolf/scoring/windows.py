@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pgolf.data.shards import check_documents
 from pgolf.errors import DataError
 from pgolf.model import GPT
 from pgolf.progress import Progress
@@ -89,7 +90,7 @@ def evaluate(
     starts, scored = starts[own], scored[own]
     device = next(model.parameters()).device
     offsets = np.arange(length + 1)
-    per_batch = max(batch_tokens // length, 1)
+    per_batch, most = max(batch_tokens // length, 1), model.most_documents(length)
     total = torch.zeros((), dtype=torch.float64, device=device)
     sums = Sums()
     with Progress(progress, len(starts), "windows", enabled=bool(progress) and ranks.first) as bar:
@@ -100,6 +101,8 @@ def evaluate(
             while n < per_batch and i + n < len(starts) and scored[i + n] == last:
                 n += 1
             rows = tokens[starts[i : i + n, None] + offsets].astype(np.int64)
+            if most:
+                check_documents(rows[:, :-1], most, model.config.bos_id)
             batch = torch.from_numpy(rows).to(device)
             total += model(batch[:, :-1], batch[:, 1:], last=last).double().sum()
             sums.targets += n * last

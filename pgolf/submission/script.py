@@ -173,23 +173,25 @@ def _source(module: str) -> str:
 def _never_asked(source: str) -> str:
     """A module without what nobody asks a script for.
 
-    That is what `--help` says of a setting, the least work of an operator, and how it calls the
-    compiled half, which no script has.
+    That is what `--help` says of a setting, the least work of an operator, its samples unless it
+    has Triton kernels, to which alone `pgolf.ops.compile` introduces a script by them, how it calls
+    the compiled half, which no script has, and `pgolf train`, whose place `pgolf.submission.entry`
+    takes.
     """
     tree = ast.parse(source)
-    dropped = {"cost"}
+    unasked = {"cost", "run"} | ({"samples"} if "in_triton(" not in source else set())
     for node in ast.walk(tree):
         called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
         if called == "opt":
             node.args[1] = ast.Constant("")
         elif called == "in_extension":
-            dropped.add(ast.unparse(node.args[1]))
+            unasked.add(ast.unparse(node.args[1]))
             node.args[1] = ast.parse("lambda run: {}", mode="eval").body
         elif called == "Operator":
             for keyword in node.keywords:
-                if keyword.arg == "cost":
+                if keyword.arg in unasked:
                     keyword.value = ast.Constant(None)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in dropped]
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in unasked]
     return ast.unparse(tree)
 
 
@@ -201,7 +203,7 @@ def minified(source: str, name: str) -> str:
     kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
-    if name == "pgolf.settings" or name.startswith("pgolf.ops."):
+    if name in ("pgolf.settings", "pgolf.training.run") or name.startswith("pgolf.ops."):
         source = _never_asked(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}

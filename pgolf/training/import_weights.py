@@ -32,7 +32,7 @@ WRAPPED = ("model", "state_dict", "model_state_dict")
 # Settings that change what the model computes and leave no trace in the shapes of its weights.
 UNSEEN = (
     "activation", "leaky_slope", "xsa_layers", "rope_dims", "rope_base", "layer_scale", "qk_norm",
-    "smear", "ve_layers", "softcap", "norm_eps",
+    "smear", "documents", "ve_layers", "softcap", "norm_eps",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pgolf import recipes
 from pgolf.config import Config
+from pgolf.data.held_out import check_held_out
 from pgolf.data.loader import Loader
 from pgolf.data.shards import load_validation
 from pgolf.data.tokenizer import load_tokenizer
@@ -101,6 +102,7 @@ def build_parts(session: Session) -> tuple[Any, ...]:
         slice_tokens(config),
         config.data.order,
         config.run.seed,
+        model.most_documents(config.data.seq_len),
     )
     return dtype, why, ops, model.to(ranks.device), loader, val, table
 
@@ -213,11 +215,15 @@ def run(
         alike(ranks, lambda: config, facts.software)
         with claimed_folder(config, ranks) as folder, mirrored(config, ranks, folder):
             folders.append(folder)
-            session = alike(
-                ranks,
-                lambda: open_session(config, ranks, folder, any_vocabulary, phases),
-                facts.data,
-            )
+
+            def opened() -> Session:
+                session = open_session(config, ranks, folder, any_vocabulary, phases)
+                allow = config.data.held_out == "allow"
+                if ranks.first and (found := check_held_out(session.dataset, allow)):
+                    print(f"warning: {found}", flush=True)
+                return session
+
+            session = alike(ranks, opened, facts.data)
             trainer = train(session, recipes.title(session.config), note)
             try:
                 with ranks.patient(trainer.clock.step, phase="packing and scoring"):

@@ -24,6 +24,17 @@ def paths(tmp_path):
     return find_shards(tmp_path, "train")
 
 
+def test_more_documents_than_there_is_room_for(tmp_path):
+    tokens = np.full(100, 5)
+    tokens[[0, 41, 42, 43, 50]] = 1
+    write_shard(tmp_path / "t_train_000000.bin", tokens)
+    ranks, (path,) = Ranks(0, 1, torch.device("cpu")), find_shards(tmp_path, "train")
+    for most in (0, 4):
+        Loader([path], ranks, 10, 8, 80, most_documents=most).next_batch(80)
+    with pytest.raises(DataError, match="of 8 tokens holds 4 documents, .* room for 3: use atten"):
+        Loader([path], ranks, 10, 8, 80, most_documents=3).next_batch(80)
+
+
 def loader(paths, seq, slice_tokens=0, order="sequential", seed=3, rank=0, world=1) -> Loader:
     ranks = Ranks(rank, world, torch.device("cpu"))
     return Loader(paths, ranks, TOTAL, seq, slice_tokens or seq, order, seed)

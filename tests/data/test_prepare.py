@@ -110,7 +110,8 @@ def test_the_same_text_gives_the_same_bytes(paragraphs, tmp_path):
     for name in ("a", "b"):
         prepare(Texts(paragraphs), tmp_path / name, "x", vocab_size=400)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["manifest.json", "tokenizer.model", "x_train_000000.bin", "x_val_000000.bin"]
+    shards = ["x_train_000000.bin", "x_val_000000.bin"]
+    assert files == ["manifest.json", "tokenizer.model", "val_documents.bin", *shards]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

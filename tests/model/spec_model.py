@@ -7,8 +7,10 @@ Letters: B rows, T positions, D model width, H query heads, G key/value heads, d
 V vocabulary, L layers.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -155,6 +157,14 @@ def value_embedding(p: Params, ids: Tensor) -> Tensor:
 
 def logits(p: Params, cfg: ModelConfig, ids: Tensor) -> Tensor:
     """Capped logits, (B, T) -> (B, T, V)."""
+    if cfg.documents:  # each of them as if it were all
+        alone = dataclasses.replace(cfg, documents=False)
+        rows = []
+        for row in ids:
+            starts = [0, *(t for t in range(1, len(row)) if int(row[t]) == cfg.bos_id), len(row)]
+            each = [logits(p, alone, row[None, a:b])[0] for a, b in pairwise(starts)]
+            rows.append(torch.cat(each))
+        return torch.stack(rows)
     x = smear(p, cfg, norm(embed(p, cfg, ids), cfg.norm_eps), ids)
     x0 = x
     ve_layers = resolve_layers("ve_layers", cfg.ve_layers, cfg.layers)

@@ -22,6 +22,7 @@ SWITCHES = {
     "resid_mix_off": dict(resid_mix="off"),
     "smear_off": dict(smear="off"),
     "smear_bos_masked": dict(smear="bos_masked", bos_id=3),
+    "documents": dict(documents=True, bos_id=3),
     "untied": dict(tied_embedding=False),
     "no_qk_norm": dict(qk_norm=False),
     "no_softcap": dict(softcap=0.0),

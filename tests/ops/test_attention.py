@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -13,9 +14,19 @@ from pgolf.config import ModelConfig
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
-from pgolf.ops.attention import OPERATOR, PACKAGES, _forward, _module, attention
+from pgolf.ops.attention import (
+    OPERATOR,
+    PACKAGES,
+    _backward,
+    _forward,
+    _module,
+    attention,
+    most_documents,
+    reference,
+)
 from pgolf.ops.choose import Choice, choose, choose_all, obstacles, parse, with_attention
 from pgolf.ops.testing import Call, kernel
+from pgolf.ops.varlen import document_borders
 
 from . import test_autocast, test_derivatives, test_operators
 from .cases import small
@@ -60,9 +71,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def chosen(
-    impl: str = "auto", dtype: torch.dtype = BF16, size: int = 64, device: str = "cuda"
-) -> Choice:
-    cannot = obstacles("attention", size=size)
+    impl: str = "auto", dtype: torch.dtype = BF16, size: int = 64, device: str = "cuda",
+    documents: bool = False,
+) -> Choice:  # fmt: skip
+    cannot = obstacles("attention", size=size, documents=documents)
     return choose("attention", impl, device, dtype, cannot=cannot)
 
 
@@ -140,7 +152,9 @@ def test_what_flash_attn_cannot_take_goes_to_torch(machine) -> None:
 
 def test_a_cpu_never_imports_flash_attn(machine) -> None:
     machine(HOPPER, **dict.fromkeys(ALL, AssertionError("imported")))
-    assert chosen(device="cpu") == ("reference", "torch's scaled_dot_product_attention")
+    said = "torch's scaled_dot_product_attention; varlen: it is for documents=true"
+    assert chosen(device="cpu") == ("reference", said)
+    assert chosen(device="cpu", documents=True).impl == "varlen"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +255,7 @@ def test_the_rules_of_all_operators(backend: str) -> None:
             test_operators.test_accuracy(OPERATOR, backend, sample, dtype)
         test_operators.test_any_subset_of_gradients(OPERATOR, backend, sample)
         q, k, v = sample.build(torch.device("cpu"), BF16)[0]
-        y, lse = _forward(q, k, v, backend)
+        y, lse = _forward(q, k, v, None, backend)
         assert (y.shape, y.dtype, lse.dtype) == (q.shape, BF16, F32)
         assert lse.shape == (q.size(0), q.size(2), q.size(1))
     test_autocast.test_forward_under_autocast(OPERATOR, backend)
@@ -249,6 +263,82 @@ def test_the_rules_of_all_operators(backend: str) -> None:
     test_derivatives.test_second_derivatives_are_refused(OPERATOR, backend)
     with pytest.raises(RuntimeError, match=f"attention: impl={backend}: .*use impl='reference'"):
         torch.func.grad(lambda q: attention(q, q, q, backend).sum())(torch.ones(1, 2, 2, 8))
+
+
+# Where documents begin in two sequences of 33 tokens: nowhere else, at the beginning, in the
+# middle, in neighbouring places, at the end, everywhere.
+STARTS = {
+    "none": [], "first": [0, 33], "middle": [10, 40], "neighbours": [7, 8, 9, 50, 51],
+    "last": [32, 65], "all": list(range(66)),
+}  # fmt: skip
+
+
+def documents(where: str, most: int = 33) -> tuple[torch.Tensor, torch.Tensor]:
+    """(starts, borders) of two sequences of 33 tokens."""
+    starts = torch.zeros(66, dtype=torch.bool)
+    starts[STARTS[where]] = True
+    return starts.view(2, 33), document_borders(starts.view(2, 33), most)
+
+
+def check_documents(backend: str, where: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, 33, 8, 16, generator=g).to(dtype).split((4, 2, 2), dim=2)
+    for most in (5, 33) if where != "all" else (33,):
+        borders = documents(where, most)[1]
+        call = Call(reference, qkv, {"borders": borders}, differentiable=("q", "k", "v"))
+        assert call.problem(kernel(OPERATOR, backend)) == "", most
+
+
+@pytest.mark.parametrize("where", STARTS)
+def test_documents_one_by_one(where: str) -> None:
+    """The reference, and torch's kernel document by document, are attention of each alone."""
+    starts, borders = documents(where)
+    starts[:, 0] = True
+    assert borders.dtype == torch.int32 and borders.shape == (67,)
+    assert borders.unique().tolist() == [*starts.flatten().nonzero().flatten().tolist(), 66]
+    g = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(2, 33, 8, 16, generator=g).double().split((4, 2, 2), dim=2)
+    for impl in ("reference", "varlen"):
+        y = attention(q, k, v, impl, borders).flatten(0, 1)
+        for a, b in pairwise(borders.unique().tolist()):
+            own = [t.flatten(0, 1)[None, a:b] for t in (q, k, v)]
+            torch.testing.assert_close(y[a:b], attention(*own, "reference")[0])
+    for dtype in (F32, BF16, torch.float64):
+        check_documents("varlen", where, dtype)
+
+
+def test_documents_in_the_opaque_operators() -> None:
+    """Schema, fakes, autograd and tracing with borders."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(2, 33, 8, 16, generator=g).split((4, 2, 2), dim=2)
+    inputs = [t.contiguous() for t in (q, k, v)]
+    borders = documents("neighbours")[1]
+    y, lse = _forward(*inputs, borders, "varlen")
+    torch.library.opcheck(_backward, (y, *inputs, borders, y, lse, "varlen"))
+    inputs = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(_forward, (*inputs, borders, "varlen"))
+    inputs = [t.detach()[:, :, :, :4].double().requires_grad_() for t in inputs]
+    for impl in ("reference", "varlen"):
+        run = lambda *qkv: attention(*qkv, impl, borders)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_documents_without_room_are_none() -> None:
+    assert documents("neighbours", 3)[1].tolist() == [0, 7, 8, 33, 50, 51, 66]
+    assert most_documents("fa3", 2048) == 64 == most_documents("fa2", 1024)
+    assert most_documents("fa3", 8192) == 256 and most_documents("fa3", 33) == 33
+    assert most_documents("varlen", 8192) == most_documents("reference", 8192) == 8192
+
+
+def test_borders_of_another_kind_are_refused() -> None:
+    q = torch.ones(1, 2, 2, 8)
+    with pytest.raises(ValueError, match=r"borders is torch.int64 \(2,\): it has to be int32"):
+        attention(q, q, q, borders=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("where", STARTS)
+def test_documents_in_a_package(backend: str, where: str) -> None:
+    check_documents(backend, where, F32)
 
 
 @pytest.mark.parametrize("backend", ["fa4-plain"], indirect=True)

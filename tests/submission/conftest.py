@@ -50,7 +50,7 @@ def config(shards) -> Config:
     words = dict(word.split("=") for word in TINY)
     words |= {
         "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "zstd",
-        "out": "runs/somewhere", "device": "cpu",
+        "out": "runs/somewhere", "device": "cpu", "documents": "true",
     }  # fmt: skip
     return with_overrides(Config(recipe="demo"), words)
 

@@ -40,6 +40,7 @@ def test_scores_as_the_package_does(alone, one_run, script):
 def test_trains_and_writes_an_artifact(alone, script):
     done = alone("train_gpt.py", "train", ITERATIONS="2", SEED="7")
     assert done.returncode == 0, done.stderr
+    assert "attention       varlen (torch's, on each document by itself)" in done.stdout
     assert "step:2/2 train_loss:" in done.stdout and "val_bpb:" in done.stdout.splitlines()[-1]
     run = alone.folder / "runs" / "demo-seed7"
     assert read_artifact(run / "artifact").meta["seed"] == 7
@@ -62,7 +63,7 @@ def test_a_wrong_tokenizer_of_the_right_size_is_not_scored(one_run, config, shar
 
 @pytest.mark.slow
 def test_with_the_codec_of_the_recipes_it_needs_no_other(alone, config):
-    script = build_script(with_overrides(config, {"codec": "rans"}))
+    script = build_script(with_overrides(config, {"codec": "rans", "documents": "false"}))
     assert script.libraries == ["numpy", "sentencepiece", "torch", "triton"]
     (alone.folder / "train_gpt.py").write_bytes(script.data)
     done = alone("train_gpt.py", "train", ITERATIONS="2")
@@ -168,8 +169,8 @@ def test_only_what_a_script_never_does_is_missing(script):
     asked = {n.module for n in imports if isinstance(n, ast.ImportFrom)}
     missing = {m for m in asked if m.startswith("pgolf.")} - script.sources.keys()
     assert missing == {
-        "pgolf.child", "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
-        "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
+        "pgolf.child", "pgolf.data.held_out", "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum",
+        "pgolf.ops.param_update", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
         "pgolf.training.finish", "pgolf.training.last_words", "pgolf.training.mirrors",
         "pgolf.training.profile",
     }  # fmt: skip

@@ -21,11 +21,14 @@ from pgolf.artifact.container import read_artifact
 from pgolf.cli import main
 from pgolf.cli.sample import main as sample
 from pgolf.config import Config, ModelConfig, from_dict
+from pgolf.data.held_out import documents
+from pgolf.data.shards import open_shard, write_shard
 from pgolf.errors import ConfigError, DataError
 from pgolf.model import GPT
 from pgolf.scoring.job import Score, ScoreJob
 from pgolf.scoring.windows import Sums
 from pgolf.submission.script import build_script
+from pgolf.training import run
 from pgolf.training.finish import stopped_after_training
 from pgolf.training.repack import settings
 from pgolf.training.run_folder import RunFolder
@@ -265,6 +268,21 @@ def test_bad_input(train, tmp_path):
         assert code == 2, output
         assert message in output and "Traceback" not in output, output
         assert not out.exists()
+
+
+def test_a_held_out_document_is_not_trained_on(pgolf, shards, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(shards, tmp_path / "leaked"), tmp_path / "run"
+    shard = folder / "words_train_000000.bin"
+    place = next(documents(sorted(folder.glob("*_val_*"))))
+    tokens, leaked = np.array(open_shard(shard, None)), np.concatenate(place.parts)
+    write_shard(shard, np.concatenate([leaked, tokens])[: tokens.size])
+    said = f"{shard}: the document of {leaked.size} tokens at position 0 is one of words_val_* too"
+    words = "train", "demo", f"data={folder}", f"out={out}", *TINY
+    code, output = pgolf(*words)
+    assert code == 2 and said in output and "held_out=allow" in output and not out.exists()
+    monkeypatch.setattr(run, "train", lambda *args: (_ for _ in ()).throw(ConfigError("enough")))
+    code, output = pgolf(*words, "held_out=allow")
+    assert f"warning: {said}" in output and output.endswith("error: enough\n")
 
 
 def test_over_budget_is_an_error(pgolf, train, tmp_path):
