@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.data.loader import AHEAD, Loader
+from pgolf.data.loader import AHEAD, CARRIED, Loader
 from pgolf.data.order import order_of
 from pgolf.data.shards import find_shards, write_shard
 from pgolf.errors import ConfigError, DataError
@@ -166,6 +166,13 @@ def test_batches_are_independent_copies(paths):
     x.zero_()
     of_one.load_state_dict({"sequences": 0, "total": TOTAL})
     assert of_one.next_batch(8)[0].tolist() == [list(range(8))]
+
+
+def test_numbers_travel_with_the_tokens(paths):
+    one, other = loader(paths, 8), loader(paths, 8)
+    for numbers in [0.1, -2.0, 3e-9], [], [1.0] * CARRIED:
+        assert all(map(torch.equal, one.next_batch(16, numbers), other.next_batch(16)))
+        assert one.carried.tolist() == torch.tensor(numbers).tolist()
 
 
 def test_a_thread_reads_ahead(paths):
