@@ -3,7 +3,7 @@
     X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
     param_update(AdamW's parameters and gradients, Muon's parameters and X, averages)
 
-What changes from step to step is in one small tensor on the device.
+What changes from step to step is in one small tensor on the device, sent with a batch of tokens.
 """
 
 from collections.abc import Mapping, Sequence

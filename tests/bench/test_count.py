@@ -80,7 +80,7 @@ def test_attention_is_one_call_a_layer(reference):
 
 @needs_device
 def test_a_turn_of_the_loop(environment):
-    """No wait of the host but for an earlier step, no new memory, one copy of 16 bits a token and of rates."""
+    """No wait but for an earlier step, no new memory, one copy of 16 bits a token and of rates."""
     asked = replace(TINY, turn=True, world=8, qat=False, ops="triton")
     turn = run(asked, environment)["phases"]["turn"]
     assert turn["waits"] == {} and turn["waits_for_an_earlier_step"] == 1
