@@ -169,8 +169,8 @@ def test_only_what_a_script_never_does_is_missing(script):
     missing = {m for m in asked if m.startswith("pgolf.")} - script.sources.keys()
     assert missing == {
         "pgolf.child", "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
-        "pgolf.training.finish", "pgolf.training.last_words", "pgolf.training.mirrors",
-        "pgolf.training.profile",
+        "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.last_words",
+        "pgolf.training.mirrors", "pgolf.training.profile",
     }  # fmt: skip
 
 
