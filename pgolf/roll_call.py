@@ -1,4 +1,4 @@
-"""Which process of a run is missing: each says, when it is asked, that it lives and where it is.
+"""Which process of a run is missing: each says, when it is asked, that it lives.
 
 When a collective breaks, those that wait in it learn that someone is gone, at different times and
 not who. A thread in every process answers instead, over the store that torchrun keeps. One that
@@ -47,7 +47,7 @@ class RollCall:
         try:
             while not self._over.wait(INTERVAL):
                 if self.store.check(["call"]):
-                    self.store.set(f"here/{self.rank}", str(self.step))
+                    self.store.set(f"here/{self.rank}", "")
                     return
         except RuntimeError:  # the store has gone, with torchrun
             pass
@@ -57,21 +57,22 @@ class RollCall:
         self._thread.join(ANSWER)
 
     def missing(self) -> tuple[list[int], bool]:
-        """(ranks that do not answer, or that are behind those that wait for them; gone)."""
-        end = time.monotonic() + ANSWER
-        here: dict[int, int] = {}
+        """(ranks that do not answer, or that those who ask wait for; gone)."""
+        end, every = time.monotonic() + ANSWER, range(self.world)
+        silent = idle = list(every)
         try:
+            self.store.set(f"asks/{self.rank}", "")
             self.store.set("call", "")
-            while len(here) < self.world and time.monotonic() < end:
+            # All that wait ask at about the same time: who does not keeps them waiting.
+            while (silent or len(idle) > 1) and time.monotonic() < end:
                 time.sleep(INTERVAL / 5)
-                for rank in range(self.world):
-                    if rank not in here and self.store.check([f"here/{rank}"]):
-                        here[rank] = int(self.store.get(f"here/{rank}"))
+                silent, idle = (
+                    [r for r in every if not self.store.check([f"{what}/{r}"])]
+                    for what in ("here", "asks")
+                )
         except RuntimeError:
             return [], False
-        silent = [rank for rank in range(self.world) if rank not in here]
-        behind = [r for r, step in here.items() if step < max(here.values())]
-        return silent or sorted(behind), bool(silent)
+        return silent or idle, bool(silent)
 
     def first_words(self) -> tuple[list[int], str, str] | None:
         """What was put down first, as (ranks that ended, what became of them, why); None: nothing.

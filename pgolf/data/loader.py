@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -17,13 +17,18 @@ from pgolf.errors import ConfigError, DataError
 from pgolf.ranks import Ranks
 
 AHEAD = 2  # micro-steps
+CARRIED = 64  # floats that have room before the tokens
 
 
 class _Reading(NamedTuple):
-    """A batch that is being read: its first sequence, and (n, T + 1) tokens once that is done."""
+    """A batch that is being read: its first sequence, and (n, T + 1) tokens once that is done.
+
+    They are the end of what is sent.
+    """
 
     first: int
     tokens: torch.Tensor
+    sent: torch.Tensor
     done: Future[None]
 
 
@@ -75,8 +80,13 @@ class Loader:
         self._reader = ThreadPoolExecutor(1, "batches")
         self._ahead: deque[_Reading] = deque()
 
-    def next_batch(self, local_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(
+        self, local_tokens: int, numbers: Sequence[float] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's next micro-step: inputs and targets, int64 of shape (L / T, T).
+
+        Args:
+            numbers: that go to the device in the same copy, to `carried` (fp32); CARRIED at most.
 
         Raises:
             ConfigError: `local_tokens` is not a positive multiple of the sequence length.
@@ -98,7 +108,11 @@ class Loader:
         batch = reading.popleft()
         batch.done.result()
         self.position += of_all
-        tokens = batch.tokens.to(self.device, non_blocking=True)
+        head = 2 * len(numbers)
+        batch.sent[:head].view(torch.float32)[:] = torch.tensor(numbers)
+        sent = batch.sent.to(self.device, non_blocking=True)
+        self.carried = sent[:head].view(torch.float32)
+        tokens = sent[2 * CARRIED :].view(batch.tokens.shape)
         # Two tensors, not one that they share: both are aligned, as compiled code wants them.
         x, y = (part.to(torch.int64) for part in (tokens[:, :-1], tokens[:, 1:]))
         return x, y
@@ -109,9 +123,11 @@ class Loader:
         """Let the reader fill in a batch."""
         # From page-locked memory a copy needs no wait; torch gives it out again only after that.
         # And it is taken here: the reader's thread has no device.
-        shape, pinned = (count, self.seq_len + 1), self.device.type == "cuda"
-        tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
-        return _Reading(first, tokens, self._reader.submit(self._fill, first, tokens.numpy()))
+        size, pinned = count * (self.seq_len + 1), self.device.type == "cuda"
+        sent = torch.empty(2 * CARRIED + size, dtype=torch.uint16, pin_memory=pinned)
+        tokens = sent[2 * CARRIED :].view(count, -1)
+        done = self._reader.submit(self._fill, first, tokens.numpy())
+        return _Reading(first, tokens, sent, done)
 
     def _fill(self, first: int, rows: np.ndarray) -> None:
         starts = self.order(first, len(rows)).tolist()

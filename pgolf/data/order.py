@@ -36,8 +36,15 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
         seed: decides cuts, beginnings and permutations.
 
     Raises:
-        ConfigError: the shards hold less than two blocks, or slices are not of whole sequences.
+        ConfigError: the shards hold less than a sequence and its last target, or than two blocks;
+            or slices are not of whole sequences.
     """
+    needed = seq_len + 1 if name == "sequential" else 2 * seq_len
+    if total < needed:
+        raise ConfigError(
+            f"order={name} needs {needed} tokens or more for seq_len={seq_len}, the shards hold "
+            f"{total}: use more text or a smaller seq_len"
+        )
     if name == "sequential":
         rows, ragged = divmod(slice_tokens, seq_len)
         if rows < 1 or ragged:
@@ -51,11 +58,6 @@ def order_of(name: str, total: int, seq_len: int, slice_tokens: int, seed: int) 
 
         return sequential
     blocks = total // seq_len - 1  # wherever they are cut, with a target behind the last token
-    if blocks < 1:
-        raise ConfigError(
-            f"order={name} needs {2 * seq_len} tokens or more for sequences of {seq_len}, the "
-            f"shards hold {total}: use order=sequential"
-        )
     stride = _stride(blocks)
 
     @lru_cache(maxsize=1)  # a permutation of all blocks is large

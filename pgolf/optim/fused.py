@@ -3,7 +3,7 @@
     X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
     param_update(AdamW's parameters and gradients, Muon's parameters and X, averages)
 
-What changes from step to step is written to one small tensor on the device, once a step.
+What changes from step to step is in one small tensor on the device, sent with a batch of tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.config import OptimConfig
-from pgolf.ops.multi_tensor import adamw_row, scalars_row
+from pgolf.ops.multi_tensor import COLUMNS, adamw_row, scalars_row
 from pgolf.ops.muon_momentum import muon_momentum
 from pgolf.ops.newton_schulz import newton_schulz_all
 from pgolf.ops.param_update import param_update
@@ -46,8 +46,6 @@ class FusedStep:
         self.params = [*self.others, *self.matrices]
         self.groups = [i for i, g in enumerate(adamw.param_groups) for _ in g["params"]]
         self.groups += [len(adamw.param_groups)] * len(self.matrices)
-        rows = len(adamw.param_groups) + 1
-        self.scalars = torch.empty(rows, len(scalars_row()), device=self.params[0].device)
         self.read_state()
 
     def read_state(self) -> None:
@@ -70,48 +68,52 @@ class FusedStep:
         for p in self.others:
             self.adamw.state[p]["step"] = torch.tensor(float(self.count), device=p.device)
 
-    def _write_scalars(self, average_rate: float) -> None:
-        """The numbers of this step, from the optimisers' groups to the device."""
+    def numbers(self, average_rate: float) -> list[float]:
+        """Of the next step: rows of scalars, from the optimisers' groups, end to end."""
         common = {"average_rate": average_rate, "max_norm": self.max_norm}
         rows = [
             adamw_row(
-                self.count, g["lr"], g["betas"], g["eps"], weight_decay=g["weight_decay"], **common
+                self.count + 1, g["lr"], g["betas"], g["eps"], weight_decay=g["weight_decay"],
+                **common,
             )
             for g in self.adamw.param_groups
-        ]
+        ]  # fmt: skip
         muon = {n: self.muon.param_groups[0][n] for n in ("lr", "momentum", "weight_decay")}
-        numbers = [*rows, scalars_row(**muon, **common)]
-        # From page-locked memory the host need not wait until the GPU comes to this copy.
-        sent = torch.tensor(numbers, pin_memory=self.scalars.is_cuda)
-        self.scalars.copy_(sent, non_blocking=True)
+        return [x for row in (*rows, scalars_row(**muon, **common)) for x in row]
 
     @torch.no_grad()
     def step(
         self,
         grads: Mapping[nn.Parameter, Tensor],
         norm: Tensor,
+        numbers: Sequence[float] | Tensor,
         averages: Sequence[Tensor] = (),
-        average_rate: float = 0.0,
     ) -> None:
         """One update from the gradients, whose norm is `norm` (0-d).
 
-        `averages` are fp32, one for each of `params`; they move by `average_rate` towards them.
+        `numbers` are those of this step, on the device or still to be sent there. `averages` are
+        fp32, one for each of `params`; they move by the numbers' average_rate towards them.
         If the norm is not finite nothing moves, but the host's count of steps, from which AdamW's
         bias corrections follow: the host does not know yet, and ends the run when it does.
         """
+        if not isinstance(numbers, Tensor):
+            # From page-locked memory the host need not wait until the GPU comes to this copy.
+            numbers = torch.tensor(numbers, pin_memory=norm.is_cuda)
+        scalars = numbers.to(norm.device, non_blocking=True).view(-1, len(COLUMNS))
         self.count += 1
-        self._write_scalars(average_rate)
-        directions = self._directions(grads, norm) if self.matrices else []
+        directions = self._directions(grads, norm, scalars[-1]) if self.matrices else []
         param_update(
             self.params, [*(grads[p] for p in self.others), *directions], self.exp_avgs,
-            self.exp_avg_sqs, norm, self.scalars, self.groups, averages, self.ops["param_update"],
+            self.exp_avg_sqs, norm, scalars, self.groups, averages, self.ops["param_update"],
         )  # fmt: skip
 
-    def _directions(self, grads: Mapping[nn.Parameter, Tensor], norm: Tensor) -> list[Tensor]:
+    def _directions(
+        self, grads: Mapping[nn.Parameter, Tensor], norm: Tensor, scalars: Tensor
+    ) -> list[Tensor]:
         """Orthogonalised, one a matrix."""
         options = self.muon.ns_options
         stacks = muon_momentum(
-            [grads[p] for p in self.matrices], self.momenta, norm, self.scalars[-1],
+            [grads[p] for p in self.matrices], self.momenta, norm, scalars,
             self.muon.nesterov, options["dtype"], options["row_norm"], options["safety"],
             self.ops["muon_momentum"],
         )  # fmt: skip

@@ -90,6 +90,15 @@ class Optimizers:
         elif averages:
             raise ValueError("averages need a kernel for param_update")
 
+    def numbers(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> list[float]:
+        """What a step with these arguments reads on the device, to be sent there beforehand."""
+        for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        return self.fused.numbers(average_rate) if self.fused else []
+
     def step(
         self,
         grads: Mapping[nn.Parameter, Tensor],
@@ -97,6 +106,7 @@ class Optimizers:
         lr_scale: float,
         momentum: float,
         average_rate: float = 0.0,
+        sent: Tensor | None = None,
     ) -> None:
         """Clip the global gradient norm and update.
 
@@ -106,6 +116,7 @@ class Optimizers:
             lr_scale: factor of every learning rate.
             momentum: Muon's.
             average_rate: how far averages move towards the new parameters; 0 leaves them alone.
+            sent: what `numbers` gave, where it is on the device already.
 
         If the norm is not finite, parameters, momenta, moments and `averages` stay as they were.
 
@@ -118,13 +129,9 @@ class Optimizers:
                 f"{len(missing)} parameters have no gradient, {missing[0]} among them: run a "
                 "backward pass first"
             )
-        for optimizer, base in zip((self.muon, self.adamw), self.base_lr, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * lr_scale
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
+        numbers = self.numbers(lr_scale, momentum, average_rate)
         if self.fused:
-            self.fused.step(grads, norm, self.averages, average_rate)
+            self.fused.step(grads, norm, numbers if sent is None else sent, self.averages)
             return
         for p in self.params:
             p.grad = grads[p].to(p.dtype)

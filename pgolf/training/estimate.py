@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from pgolf.config import Config
+from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.groups import kind_of
 from pgolf.optim.schedule import Clock, Schedule
@@ -82,8 +83,18 @@ def time_line(config: Config, clock: Clock, targets: int, step: float, token: fl
         targets: validation tokens that are scored.
         step: seconds of a step.
         token: seconds of a token of a pass, forward and backward, with all ranks at work.
+
+    Raises:
+        ConfigError: there is no time for a single step.
     """
     schedule, e = Schedule(config), config.eval
+    if not clock.step and 0 < schedule.max_seconds < step:
+        s = config.schedule
+        reserve = f" less reserve_s={s.reserve_s:g}" * bool(s.reserve_s)
+        raise ConfigError(
+            f"max_seconds={s.max_seconds:g}{reserve} is too short: a step takes {step:.2g} s here; "
+            "allow more time, or lower batch_tokens"
+        )
     steps = [float(schedule.max_steps - clock.step)] if schedule.max_steps else []
     if schedule.max_seconds:
         steps.append((schedule.max_seconds - clock.seconds) // step)

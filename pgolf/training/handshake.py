@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pgolf.errors import PgolfError, TrainingError
 from pgolf.ranks import Ranks, named
+from pgolf.training.joining import join
 from pgolf.training.last_words import last_words, said
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def fail_together(error: PgolfError, device: str) -> None:
     def fail() -> None:
         raise error
 
-    ranks = Ranks.start("cpu" if device == "cpu" else "auto")
+    ranks = join("cpu" if device == "cpu" else "auto")
     with last_words(ranks, ""):
         alike(ranks, fail, lambda nothing: {})
 

@@ -43,7 +43,7 @@ def last_words(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
                 how = resume_command(recipe, folders[0].path)
                 error.args = (f"{error}; go on with `{how}`",)
             with suppress(StorageError):
-                _tell_torchrun(error)
+                tell_torchrun(error)
             _part(ranks, lost)
         if error is e:
             raise
@@ -100,7 +100,7 @@ def _put_down(
     return mine
 
 
-def _tell_torchrun(error: BaseException) -> None:
+def tell_torchrun(error: BaseException) -> None:
     """Name the reason in torchrun's table, in the format of torch's ErrorHandler.
 
     The root cause is there what has the earliest whole second, so ranks that end because of another

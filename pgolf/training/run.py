@@ -20,13 +20,13 @@ from pgolf.model.init import init_weights
 from pgolf.ops.choose import choose_all, with_attention
 from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
-from pgolf.ranks import Ranks
 from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt
+from pgolf.training.joining import exchange_once, join
 from pgolf.training.last_words import last_words
 from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
@@ -209,10 +209,11 @@ def run(
         build_script: what makes the code that is counted, of the settings.
     """
     started, phases = time.perf_counter(), Phases()
-    ranks = Ranks.start(config.run.device)
+    ranks = join(config.run.device)
     note = ", ".join(f"{k}={v}" for k, v in environment.items())
     with last_words(ranks, config.recipe) as folders:
         alike(ranks, lambda: config, facts.software)
+        exchange_once(ranks)
         with claimed_folder(config, ranks) as folder, mirrored(config, ranks, folder):
             folders.append(folder)
 

@@ -267,6 +267,6 @@ class RunFolder:
             except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as e:
                 problems.append(f"{path.name}: {e}")
         raise DataError(
-            f"no checkpoint to resume from in {self.path}"
-            + (f" ({'; '.join(problems)})" if problems else ": none was written yet")
+            f"no checkpoint to resume from in {self.path} "
+            f"({'; '.join(problems) or 'none was written yet'}): begin anew with another out=FOLDER"
         )

@@ -5,7 +5,7 @@ Off the clock: compilation, validation and checkpoints of it. On the clock: ever
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,21 +88,25 @@ class Trainer:
         self, lr_scale: float, momentum: float, average_rate: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
-        total = self._passes(self.accum)
-        return total, self.update(lr_scale, momentum, average_rate)
+        rates = lr_scale, momentum, average_rate
+        total = self._passes(self.accum, self.optimizers.numbers(*rates))
+        return total, self.update(*rates, self.loader.carried)
 
-    def update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
+    def update(self, *rates: float | torch.Tensor) -> torch.Tensor:
         """What ends a step after its passes; the norm of its gradient."""
         grads, norm = self.exchange.reduce()
-        self.optimizers.step(grads, norm, lr_scale, momentum, average_rate)
+        self.optimizers.step(grads, norm, *rates)
         self.exchange.publish()
         return norm
 
-    def _passes(self, count: int) -> torch.Tensor:
-        """Forward and backward of `count` micro-steps; what they add to the mean loss."""
+    def _passes(self, count: int, numbers: Sequence[float] = ()) -> torch.Tensor:
+        """Forward and backward of `count` micro-steps; what they add to the mean loss.
+
+        `numbers` go to the device with the tokens.
+        """
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
-            x, y = self.loader.next_batch(self.local_tokens)
+            x, y = self.loader.next_batch(self.local_tokens, numbers)
             loss = self.forward(x, y)
             # Ranks' gradients are summed: a mean, then, without a pass that divides.
             (loss / (self.accum * self.ranks.world)).backward()

@@ -10,6 +10,7 @@ import torch
 from bench import count
 from bench.counting import build, extension, launches
 from bench.counting.worker import Request, run
+from pgolf.data.loader import CARRIED
 
 TABLE = Path(count.__file__).parent / "results" / "count-pr1473.json"
 
@@ -79,13 +80,13 @@ def test_attention_is_one_call_a_layer(reference):
 
 @needs_device
 def test_a_turn_of_the_loop(environment):
-    """No wait of the host but for an earlier step, no new memory, one copy of 16 bits a token."""
+    """No wait but for an earlier step, no new memory, one copy of 16 bits a token and of rates."""
     asked = replace(TINY, turn=True, world=8, qat=False, ops="triton")
     turn = run(asked, environment)["phases"]["turn"]
     assert turn["waits"] == {} and turn["waits_for_an_earlier_step"] == 1
     assert turn["allocations"] == turn["pinned_allocations"] == 0
     assert turn["copies_to_device"] == turn["copies_to_host"] == 1
-    assert turn["bytes_to_device"] == 2 * (TOKENS + asked.sequences)
+    assert turn["bytes_to_device"] == 2 * (TOKENS + asked.sequences) + FP32 * CARRIED
     once = dict.fromkeys(("reduce_scatter", "all_reduce", "all_gather"), 1)
     assert turn["control"] == 1 and turn["collectives"] == once
     assert turn["launches_forward"] > 4 * L and turn["launches_backward"] > 8 * L

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.data.loader import AHEAD, Loader
+from pgolf.data.loader import AHEAD, CARRIED, Loader
 from pgolf.data.order import order_of
 from pgolf.data.shards import find_shards, write_shard
 from pgolf.errors import ConfigError, DataError
@@ -179,6 +179,13 @@ def test_batches_are_independent_copies(paths):
     assert of_one.next_batch(8)[0].tolist() == [list(range(8))]
 
 
+def test_numbers_travel_with_the_tokens(paths):
+    one, other = loader(paths, 8), loader(paths, 8)
+    for numbers in [0.1, -2.0, 3e-9], [], [1.0] * CARRIED:
+        assert all(map(torch.equal, one.next_batch(16, numbers), other.next_batch(16)))
+        assert one.carried.tolist() == torch.tensor(numbers).tolist()
+
+
 def test_a_thread_reads_ahead(paths):
     """What is asked for next is there already; another length is read anew."""
     of_one = loader(paths, 4)
@@ -199,9 +206,11 @@ def test_bad_arguments(paths):
             loader(paths, 8, slices)
     with pytest.raises(DataError, match="no training shards"):
         loader([], 4)
-    for order in ("coprime", "shuffled"):
-        with pytest.raises(ConfigError, match=f"order={order} needs 108 tokens .* hold {TOTAL}"):
-            loader(paths, 54, order=order)
+    for order, seq in ("coprime", 54), ("shuffled", 54), ("sequential", TOTAL):
+        told = f"order={order} needs 108 tokens .* seq_len={seq}, the shards hold {TOTAL}: use more"
+        with pytest.raises(ConfigError, match=told):
+            loader(paths, seq, order=order)
+    assert loader(paths, TOTAL - 1).next_batch(TOTAL - 1)  # no token of a sequence comes twice
     assert loader(paths, 53, order="coprime").next_batch(53)
 
 

@@ -83,6 +83,16 @@ def test_state_goes_on(kinds: tuple[dict, dict]) -> None:
 
 
 @needs_cpp
+def test_numbers_that_are_there_are_what_a_step_takes() -> None:
+    (net, optimisers), (same, others) = pair(CPP), pair(CPP)
+    for step in range(2):
+        sent = torch.tensor(others.numbers(0.25, 0.8))
+        optimisers.step(*gradients(optimisers, step), 0.25, 0.8)
+        others.step(*gradients(others, step), 1.0, 0.95, sent=sent)
+        assert all(map(torch.equal, net.parameters(), same.parameters()))
+
+
+@needs_cpp
 def test_averages_follow() -> None:
     net = model()
     averages = {n: torch.full(p.shape, 7.0) for n, p in net.named_parameters()}

@@ -171,8 +171,8 @@ def test_only_what_a_script_never_does_is_missing(script):
     assert missing == {
         "pgolf.child", "pgolf.data.held_out", "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum",
         "pgolf.ops.param_update", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
-        "pgolf.training.finish", "pgolf.training.last_words", "pgolf.training.mirrors",
-        "pgolf.training.profile",
+        "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.last_words",
+        "pgolf.training.mirrors", "pgolf.training.profile",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 The fault is patched in here, so the package knows nothing of it.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -31,6 +32,13 @@ def at_step(fail: Callable[[], None]) -> None:
 
 def raise_a_bug() -> None:
     raise RuntimeError("the injected bug")
+
+
+def hang() -> None:
+    """For good, where a signal's handler does not come."""
+    pthreads, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    for _ in range(2):
+        pthreads.pthread_mutex_lock(mutex)
 
 
 def while_packing(fail: Callable[[], None]) -> None:
@@ -82,6 +90,7 @@ def spoil(folder: Path) -> None:
 
 FAULTS = {
     "bug": lambda: at_step(raise_a_bug),
+    "hangs": lambda: at_step(hang),
     "exit": lambda: at_step(lambda: os._exit(0)),
     "packing": lambda: while_packing(raise_a_bug),
     "killed": lambda: while_packing(lambda: os.kill(os.getpid(), signal.SIGKILL)),

@@ -5,6 +5,7 @@ import torch
 
 from pgolf import cli
 from pgolf.config import Config, with_overrides
+from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.optim.schedule import Clock
 from pgolf.recipes import get
@@ -57,6 +58,15 @@ def test_time_names_what_shortens_it() -> None:
     assert "about 10s of training" in rest and "shorter" not in rest
     limited = with_overrides(config, {"max_seconds": 7200, "max_tokens": 0})
     assert "max_tokens=N or max_seconds=N" in time_line(limited, Clock(), 16_384, 2.0, 0.003)
+
+
+def test_a_budget_without_a_step_is_refused() -> None:
+    config = with_overrides(get("demo").config(), {"max_seconds": 3, "reserve_s": 1.5})
+    told = "max_seconds=3 less reserve_s=1.5 is too short: a step takes 2 s here; allow more time"
+    with pytest.raises(ConfigError, match=told):
+        time_line(config, Clock(), 16_384, 2.0, 0.003)
+    assert "0 steps" in time_line(config, Clock(1, 2048, 1.2), 16_384, 2.0, 0.003)  # it goes on
+    assert "(1 steps" in time_line(config, Clock(), 16_384, 1.5, 0.003)
 
 
 def test_quick_gives_way_to_what_is_given(monkeypatch) -> None:

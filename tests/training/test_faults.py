@@ -126,7 +126,7 @@ def run(shards, tmp_path):
 def faulty(shards, tmp_path):
     """What a run says, in lines of ours, that has a fault on rank 1; and that run.
 
-    All its processes are gone soon after the first of these lines.
+    All its processes are gone soon after the first of these lines, or `patience` later.
     """
     started = []
 
@@ -140,7 +140,7 @@ def faulty(shards, tmp_path):
         started.append(run := Run(data, tmp_path / "run", program, words))
         run.wait(run.all_there, 240)
         run.wait(lambda: "\npgolf" in f"\n{run.said.read_text()}", 240)
-        lines = run.ended(DETECTED)
+        lines = run.ended(DETECTED + settings.get("patience", 0))
         assert run.torchrun.wait(SOON) != 0
         return lines, run
 
@@ -193,6 +193,14 @@ def test_a_rank_with_a_bug_is_named_with_its_message(faulty):
     assert run.tracebacks() == [1] and run.root_cause() == (1, BUG)
     assert run.exit_codes() == {0: 3, 1: 1, 2: 3}
     assert last_checkpoint(run) == 5
+
+
+def test_a_rank_that_hangs_in_a_step_is_named(faulty):
+    """It lives, and is where the others are."""
+    (line, ended), run = faulty("hangs", patience=3)
+    assert ended == "pgolf: SIGTERM: ended in the middle of a step"
+    assert "(rank 0): error: step 10: rank 1 kept the others waiting for 3 s; go on with" in line
+    assert run.tracebacks() == [] and last_checkpoint(run) == 5
 
 
 def test_a_rank_that_exits_silently_is_named(faulty):

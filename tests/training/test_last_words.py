@@ -49,6 +49,7 @@ def end(monkeypatch, tmp_path):
         return raised.value, json.loads(file.read_text())["message"]
 
     ended.die = lambda rank: alive[rank].roll_call._stop()
+    ended.calls = [ranks.roll_call for ranks in alive.values()]
     yield ended
     for ranks in alive.values():
         ranks.roll_call._stop()
@@ -121,6 +122,12 @@ def test_a_rank_that_torchrun_ends_names_the_one_that_is_gone(end):
     assert str(lost) == "step 10: rank 1 ended without a word: killed?"
     other, _ = end(2, RuntimeError(GLOO))
     assert str(other) == str(lost) and other.quiet and not lost.quiet
+
+
+def test_a_rank_that_lives_and_does_not_come_is_named(end):
+    end.calls[2].store.set("asks/2", "")  # it has waited for as long as rank 0
+    lost, _ = end(0, RuntimeError("gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms"))
+    assert str(lost) == "step 10: rank 1 kept the others waiting for 1800 s"
 
 
 def test_a_rank_that_is_stopped_says_so(end):

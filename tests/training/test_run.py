@@ -260,6 +260,7 @@ def test_bad_input(train, tmp_path):
         (("bits_overrides=blocks.9.*=8", "qat_start=1"), "matches no matrix"),
         (("device=cuda",), "no GPU"),
         (("max_tokens=0", "max_steps=0"), "no budget"),
+        (("max_seconds=1e-6",), "max_seconds=1e-06 is too short: a step takes 0."),
     ]
     for words, message in cases:
         if words == ("device=cuda",) and torch.cuda.is_available():

@@ -66,7 +66,8 @@ class Recorder:
 class Batches:
     """Endless random tokens."""
 
-    def next_batch(self, local_tokens):
+    def next_batch(self, local_tokens, numbers):
+        self.carried = torch.tensor(numbers)
         tokens = torch.randint(0, 400, (2, local_tokens // SEQ_LEN, SEQ_LEN))
         return tokens[0], tokens[1]
 
@@ -191,6 +192,7 @@ def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
         trainer, folder, _ = build(monkeypatch, *words, ops=ops)
         assert bool(trainer.optimizers.fused) == bool(ops)
         trainer.train(unasked())
+        assert bool(trainer.loader.carried.numel()) == bool(ops)
         lines = [m for m in folder.lines if m["kind"] == "train"]
         found.append((lines, trainer.averager.export()))
     (ours, (mine, words)), (torchs, (theirs, same)) = found
