@@ -70,8 +70,9 @@ class FusedStep:
         for p in self.others:
             self.adamw.state[p]["step"] = torch.tensor(float(self.count), device=p.device)
 
-    def _write_scalars(self, average_rate: float) -> None:
-        """The numbers of this step, from the optimisers' groups to the device."""
+    def set_rates(self, average_rate: float) -> None:
+        """The host's part of a step: its numbers, from the optimisers' groups to the device."""
+        self.count += 1
         common = {"average_rate": average_rate, "max_norm": self.max_norm}
         rows = [
             adamw_row(
@@ -85,7 +86,6 @@ class FusedStep:
         sent = torch.tensor(numbers, pin_memory=self.scalars.is_cuda)
         self.scalars.copy_(sent, non_blocking=True)
 
-    @torch.no_grad()
     def step(
         self,
         grads: Mapping[nn.Parameter, Tensor],
@@ -99,8 +99,14 @@ class FusedStep:
         If the norm is not finite nothing moves, but the host's count of steps, from which AdamW's
         bias corrections follow: the host does not know yet, and ends the run when it does.
         """
-        self.count += 1
-        self._write_scalars(average_rate)
+        self.set_rates(average_rate)
+        self.update(grads, norm, averages)
+
+    @torch.no_grad()
+    def update(
+        self, grads: Mapping[nn.Parameter, Tensor], norm: Tensor, averages: Sequence[Tensor] = ()
+    ) -> None:
+        """The part of `step` that is on the device, with the rates that were set."""
         directions = self._directions(grads, norm) if self.matrices else []
         param_update(
             self.params, [*(grads[p] for p in self.others), *directions], self.exp_avgs,

@@ -88,7 +88,7 @@ class Trainer:
         self, lr_scale: float, momentum: float, average_rate: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
-        total = self._passes(self.accum)
+        total = self.passes(self.accum)
         return total, self.update(lr_scale, momentum, average_rate)
 
     def update(self, lr_scale: float, momentum: float, average_rate: float = 0.0) -> torch.Tensor:
@@ -98,11 +98,17 @@ class Trainer:
         self.exchange.publish()
         return norm
 
-    def _passes(self, count: int) -> torch.Tensor:
-        """Forward and backward of `count` micro-steps; what they add to the mean loss."""
+    def passes(
+        self, count: int, batch: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of `count` micro-steps; what they add to the mean loss.
+
+        Args:
+            batch: that each takes; None: the loader's next ones.
+        """
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
-            x, y = self.loader.next_batch(self.local_tokens)
+            x, y = batch or self.loader.next_batch(self.local_tokens)
             loss = self.forward(x, y)
             # Ranks' gradients are summed: a mean, then, without a pass that divides.
             (loss / (self.accum * self.ranks.world)).backward()
@@ -134,7 +140,7 @@ class Trainer:
                     self.step_seconds = self._now() - began
             self.pass_seconds = self.step_seconds / self.accum
         else:
-            self._passes(1)
+            self.passes(1)
             passed = self._now()
             self.pass_seconds = passed - started
             self.update(0.0, self.config.optim.momentum_start)

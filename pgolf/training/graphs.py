@@ -1,0 +1,247 @@
+"""A step as CUDA graphs: the host starts three of them instead of some hundred kernels.
+
+    publishing   weights as the passes read them, with the all-gather
+    pass         forward and backward of a micro-step; a second one adds to what the first left
+    update       reduce-scatter, norm, optimisers
+
+A graph is the work of one eager call, with the addresses and the numbers that it had. So what
+changes from turn to turn is in tensors that the host fills before: tokens, and the optimisers'
+rates, the average's among them. Late QAT is a switch on the device, SWA's snapshots are taken
+between turns, and no shape changes. All graphs share one pool of memory: their turns follow one
+another.
+
+They are captured once a run's state is there, whose tensors stay where they are, and a step of
+theirs is compared with an eager one. The publishing graph is captured first and has to run first:
+the update goes back through it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.errors import ConfigError
+from pgolf.optim.groups import fuses
+from pgolf.progress import format_seconds
+from pgolf.training.trainer import Trainer
+
+# Where kernels add in no fixed order two eager steps differ as well: a replayed one may be so many
+# times as far from the first as the second is, but never by this part of what a tensor moves.
+TIMES, PART = 4, 0.5
+
+
+class Capture:
+    """Makes graphs that share a pool of memory."""
+
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph of a call, and what that returned, filled in by each replay.
+
+        Raises:
+            RuntimeError: the call did what no graph can hold.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # A thread of NCCL's own asks about its events all the time.
+        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+            return graph, work()
+
+
+class Graphs:
+    """The graphs of a trainer's step.
+
+    Raises:
+        RuntimeError: a capture failed; the trainer goes on eagerly after `forget_passes`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.optimizers, self.update = trainer.optimizers, trainer.optimizers.fused.update
+        cursor, capture = trainer.loader.state_dict(), Capture()
+        # The addresses at which passes find their tokens.
+        self.batch = [t.clone() for t in trainer.loader.next_batch(trainer.local_tokens)]
+        trainer.loader.load_state_dict(cursor)
+        self.publishing, _ = capture(trainer.exchange.publish)
+        first, self.loss = capture(self._pass)
+        self.passes = [first]
+        if trainer.accum > 1:
+            self.passes.append(capture(self._further_pass)[0])
+        self.updating, (self.gradients, self.norm) = capture(self._update)
+        self.publish()
+
+    def __len__(self) -> int:
+        return 2 + len(self.passes)
+
+    def _pass(self) -> Tensor:
+        return self.trainer.passes(1, self.batch)
+
+    def _further_pass(self) -> None:
+        self.loss += self._pass()
+
+    def _update(self) -> tuple[dict, Tensor]:
+        found = self.trainer.exchange.reduce()
+        self.update(*found, self.optimizers.averages)
+        return found
+
+    def publish(self) -> None:
+        """`Exchange.publish`, which a replayed update can go back through."""
+        self.publishing.replay()
+
+    def step(
+        self, lr_scale: float, momentum: float, average_rate: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """`Trainer.step`; the results are overwritten by the next one."""
+        trainer = self.trainer
+        for n in range(trainer.accum):
+            torch._foreach_copy_(self.batch, trainer.loader.next_batch(trainer.local_tokens))
+            self.passes[n > 0].replay()
+        # The host's part as it is; what it starts on the device is the graph.
+        self.optimizers.fused.update = lambda *args: self.updating.replay()
+        rates = lr_scale, momentum, average_rate
+        self.optimizers.step(self.gradients, self.norm, *rates)
+        del self.optimizers.fused.update
+        self.publish()
+        return self.loss, self.norm
+
+    def release(self) -> None:
+        """Give up the graphs; those of NCCL's work must not outlive its group."""
+        for graph in (self.updating, *reversed(self.passes), self.publishing):
+            graph.reset()
+
+
+def forget_passes(trainer: Trainer) -> None:
+    """Let the next step be an eager one, whatever a capture left behind."""
+    for leaf in (*trainer.exchange.leaves.values(), *trainer.model.parameters()):
+        leaf.grad = None
+    trainer.exchange.passes = 0
+    trainer.exchange.publish()
+
+
+# --- a replayed step beside an eager one --------------------------------------------------------
+
+
+class Trial:
+    """Steps from one state, that of the trainer, which `restore` puts back."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        fused = trainer.optimizers.fused
+        named = {n: p.detach() for n, p in trainer.model.named_parameters()}
+        for kind, tensors in (
+            ("momentum", fused.momenta), ("first moment", fused.exp_avgs),
+            ("second moment", fused.exp_avg_sqs), ("average", trainer.optimizers.averages),
+        ):  # fmt: skip
+            named |= {f"{kind} {i}": t for i, t in enumerate(tensors)}
+        self.state = named | {"published weights": trainer.exchange.published}
+        self.before = {n: t.clone() for n, t in self.state.items()}
+        self.cursor, self.count = trainer.loader.state_dict(), fused.count
+
+    def restore(self, publish: Callable[[], None]) -> None:
+        for name, t in self.state.items():
+            t.copy_(self.before[name])
+        self.trainer.loader.load_state_dict(self.cursor)
+        self.trainer.optimizers.fused.count = self.count
+        publish()
+
+    def outcome(self, publish: Callable[[], None], step: Callable) -> dict[str, Tensor]:
+        """What a step makes of the state, its loss and norm."""
+        self.restore(publish)
+        loss, norm = step(1.0, self.trainer.config.optim.momentum_start, 0.5)
+        return {n: t.clone() for n, t in (self.state | {"loss": loss, "norm": norm}).items()}
+
+    def distances(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+        """By tensor, how far two outcomes are apart, as a part of what the first moved it."""
+        parts = []
+        for name, t in one.items():
+            begin = self.before[name].double() if name in self.before else 0.0
+            apart = torch.linalg.vector_norm(t.double() - other[name].double())
+            moved = torch.linalg.vector_norm(t.double() - begin)
+            parts.append(torch.where(apart == 0, apart, apart / moved))
+        return dict(zip(one, torch.stack(parts).tolist(), strict=True))
+
+    def verdict(self, eager: list[dict[str, Tensor]], replayed: dict[str, Tensor]) -> str:
+        """What is wrong with a replayed step, '' if nothing.
+
+        Args:
+            eager: outcomes of two.
+        """
+        limit = min(TIMES * max(self.distances(*eager).values()), PART)
+        found = self.distances(eager[0], replayed)
+        name = max(found, key=lambda n: (found[n] != found[n], found[n]))
+        if found[name] <= limit:
+            return ""
+        return (
+            f"in a replayed step {name} differs from an eager one's by {found[name]:.2g} of what "
+            f"it moves, and may by {limit:.2g}"
+        )
+
+
+def _made(trainer: Trainer) -> tuple[Graphs | None, str]:
+    """Graphs that do what the eager step does, or None and why, on every rank; the state stays."""
+    trial, graphs, why = Trial(trainer), None, ""
+    eager = [trial.outcome(trainer.exchange.publish, trainer.step) for _ in range(2)]
+    trial.restore(trainer.exchange.publish)
+    try:
+        graphs = Graphs(trainer)
+    except RuntimeError as e:
+        why = f"the capture failed: {str(e).splitlines()[0]}"
+    # A rank that has none must not leave the others alone in their collectives.
+    if sum(trainer.ranks.sum([graphs is None])) == 0:
+        why = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step))
+        trial.restore(graphs.publish)
+        if sum(trainer.ranks.sum([bool(why)])) == 0:
+            return graphs, ""
+    if graphs:
+        graphs.release()
+    forget_passes(trainer)
+    return None, why or "another rank says why"
+
+
+# --- for a run ----------------------------------------------------------------------------------
+
+
+def obstacle(trainer: Trainer) -> str:
+    """Why there can be no graphs, or ''."""
+    if trainer.ranks.device.type != "cuda":
+        return f"graphs need CUDA, and this runs on {trainer.ranks.device}"
+    if not fuses(trainer.ops):
+        return "graphs need kernels for the optimisers' step: choose them in ops"
+    return ""
+
+
+def captures(trainer: Trainer) -> AbstractContextManager[None]:
+    """A block in which a trainer's steps are replayed, where graphs=... and the device allow it.
+
+    Raises:
+        ConfigError: graphs=true, and there can be none; at once.
+    """
+    wanted, found = trainer.config.run.graphs, obstacle(trainer)
+    if wanted == "true" and found:
+        raise ConfigError(f"graphs=true: {found}; or leave it at graphs=auto")
+    return _captured(trainer, wanted != "false" and not found)
+
+
+@contextmanager
+def _captured(trainer: Trainer, wanted: bool) -> Iterator[None]:
+    if not wanted or trainer.schedule.finished(trainer.clock):
+        yield
+        return
+    began = time.perf_counter()
+    with trainer.session.phases("warm_up"):
+        graphs, why = _made(trainer)
+    took = format_seconds(time.perf_counter() - began)
+    trainer.say(f"graphs: {len(graphs)} in {took}" if graphs else f"graphs: off, {why}")
+    if not graphs:
+        yield
+        return
+    trainer.step, trainer.exchange.publish = graphs.step, graphs.publish
+    try:
+        yield
+    finally:
+        del trainer.step, trainer.exchange.publish
+        graphs.release()
+        forget_passes(trainer)
