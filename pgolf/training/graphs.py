@@ -62,8 +62,8 @@ class Graphs:
         self.trainer = trainer
         self.optimizers, self.update = trainer.optimizers, trainer.optimizers.fused.update
         cursor, capture = trainer.loader.state_dict(), Capture()
-        # The addresses at which passes find their tokens.
-        self.batch = [t.clone() for t in trainer.loader.next_batch(trainer.local_tokens)]
+        # Where passes find their tokens.
+        self.batch = [torch.zeros_like(t) for t in trainer.loader.next_batch(trainer.local_tokens)]
         trainer.loader.load_state_dict(cursor)
         self.publishing, _ = capture(trainer.exchange.publish)
         first, self.loss = capture(self._pass)
@@ -147,10 +147,15 @@ class Trial:
         self.trainer.optimizers.fused.count = self.count
         publish()
 
-    def outcome(self, publish: Callable[[], None], step: Callable) -> dict[str, Tensor]:
+    def outcome(
+        self,
+        publish: Callable[[], None],
+        step: Callable,
+        rates: tuple[float, float, float] = (1.0, 0.9, 0.5),
+    ) -> dict[str, Tensor]:
         """What a step makes of the state, its loss and norm."""
         self.restore(publish)
-        loss, norm = step(1.0, self.trainer.config.optim.momentum_start, 0.5)
+        loss, norm = step(*rates)
         return {n: t.clone() for n, t in (self.state | {"loss": loss, "norm": norm}).items()}
 
     def distances(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
@@ -184,6 +189,8 @@ def _made(trainer: Trainer) -> tuple[Graphs | None, str]:
     """Graphs that do what the eager step does, or None and why, on every rank; the state stays."""
     trial, graphs, why = Trial(trainer), None, ""
     eager = [trial.outcome(trainer.exchange.publish, trainer.step) for _ in range(2)]
+    # A number that is captured is another one than that of the step that is compared.
+    trial.outcome(trainer.exchange.publish, trainer.step, (0.5, 0.8, 0.25))
     trial.restore(trainer.exchange.publish)
     try:
         graphs = Graphs(trainer)
@@ -238,10 +245,10 @@ def _captured(trainer: Trainer, wanted: bool) -> Iterator[None]:
     if not graphs:
         yield
         return
+    eager = trainer.step, trainer.exchange.publish
     trainer.step, trainer.exchange.publish = graphs.step, graphs.publish
     try:
         yield
     finally:
-        del trainer.step, trainer.exchange.publish
-        graphs.release()
-        forget_passes(trainer)
+        trainer.step, trainer.exchange.publish = eager
+        graphs.release()  # nothing else: other ranks may be gone
