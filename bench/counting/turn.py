@@ -149,9 +149,10 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         ranks = stack.enter_context(_ranks(request.world, device))
         trainer = _trainer(request, folder, ranks)
+        capturing = captures(trainer)
         trainer.warm_up()
         check = _beside_eager(device, trainer) if request.graphs else None
-        stack.enter_context(captures(trainer))
+        stack.enter_context(capturing)
         addresses = check() if check else None
         notes = _Log(device)
         queue_step = trainer._queue_step

@@ -17,7 +17,7 @@ the update goes back through it.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,10 +34,22 @@ TIMES, PART = 4, 0.5
 
 
 class Capture:
-    """Makes graphs that share a pool of memory."""
+    """Makes graphs that share a pool of memory.
+
+    Until `close` all work is on a stream of its own: compiled passes keep the nodes that take their
+    gradients, with the stream of the first pass, and a capture must not touch the default one.
+    """
 
     def __init__(self):
+        self.before = torch.cuda.current_stream()
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream.wait_stream(self.before)
+        torch.cuda.set_stream(self.stream)
+
+    def close(self) -> None:
+        """Go back to the stream before."""
+        self.before.wait_stream(self.stream)
+        torch.cuda.set_stream(self.before)
 
     def __call__(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of a call, and what that returned, filled in by each replay.
@@ -58,10 +70,10 @@ class Graphs:
         RuntimeError: a capture failed; the trainer goes on eagerly after `forget_passes`.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer, capture: Capture):
         self.trainer = trainer
         self.optimizers, self.update = trainer.optimizers, trainer.optimizers.fused.update
-        cursor, capture = trainer.loader.state_dict(), Capture()
+        cursor = trainer.loader.state_dict()
         # Where passes find their tokens.
         self.batch = [torch.zeros_like(t) for t in trainer.loader.next_batch(trainer.local_tokens)]
         trainer.loader.load_state_dict(cursor)
@@ -185,7 +197,7 @@ class Trial:
         )
 
 
-def _made(trainer: Trainer) -> tuple[Graphs | None, str]:
+def _made(trainer: Trainer, capture: Capture) -> tuple[Graphs | None, str]:
     """Graphs that do what the eager step does, or None and why, on every rank; the state stays."""
     trial, graphs, why = Trial(trainer), None, ""
     eager = [trial.outcome(trainer.exchange.publish, trainer.step) for _ in range(2)]
@@ -193,7 +205,7 @@ def _made(trainer: Trainer) -> tuple[Graphs | None, str]:
     trial.outcome(trainer.exchange.publish, trainer.step, (0.5, 0.8, 0.25))
     trial.restore(trainer.exchange.publish)
     try:
-        graphs = Graphs(trainer)
+        graphs = Graphs(trainer, capture)
     except RuntimeError as e:
         why = f"the capture failed: {str(e).splitlines()[0]}"
     # A rank that has none must not leave the others alone in their collectives.
@@ -223,32 +235,32 @@ def obstacle(trainer: Trainer) -> str:
 def captures(trainer: Trainer) -> AbstractContextManager[None]:
     """A block in which a trainer's steps are replayed, where graphs=... and the device allow it.
 
+    To be called before the first pass.
+
     Raises:
         ConfigError: graphs=true, and there can be none; at once.
     """
     wanted, found = trainer.config.run.graphs, obstacle(trainer)
     if wanted == "true" and found:
         raise ConfigError(f"graphs=true: {found}; or leave it at graphs=auto")
-    return _captured(trainer, wanted != "false" and not found)
+    return nullcontext() if found or wanted == "false" else _captured(trainer, Capture())
 
 
 @contextmanager
-def _captured(trainer: Trainer, wanted: bool) -> Iterator[None]:
-    if not wanted or trainer.schedule.finished(trainer.clock):
-        yield
-        return
-    began = time.perf_counter()
-    with trainer.session.phases("warm_up"):
-        graphs, why = _made(trainer)
-    took = format_seconds(time.perf_counter() - began)
-    trainer.say(f"graphs: {len(graphs)} in {took}" if graphs else f"graphs: off, {why}")
-    if not graphs:
-        yield
-        return
-    eager = trainer.step, trainer.exchange.publish
-    trainer.step, trainer.exchange.publish = graphs.step, graphs.publish
+def _captured(trainer: Trainer, capture: Capture) -> Iterator[None]:
+    eager, graphs = (trainer.step, trainer.exchange.publish), None
     try:
+        if not trainer.schedule.finished(trainer.clock):
+            began = time.perf_counter()
+            with trainer.session.phases("warm_up"):
+                graphs, why = _made(trainer, capture)
+            took = format_seconds(time.perf_counter() - began)
+            trainer.say(f"graphs: {f'{len(graphs)} in {took}' if graphs else f'off, {why}'}")
+        if graphs:
+            trainer.step, trainer.exchange.publish = graphs.step, graphs.publish
         yield
     finally:
         trainer.step, trainer.exchange.publish = eager
-        graphs.release()  # nothing else: other ranks may be gone
+        if graphs:
+            graphs.release()  # nothing else: other ranks may be gone
+        capture.close()

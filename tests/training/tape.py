@@ -67,6 +67,10 @@ class Capture:
 
     made: list[Tape] = []
     resets: list[Tape] = []
+    closed: list["Capture"] = []
+
+    def close(self) -> None:
+        self.closed.append(self)
 
     def __call__(self, work):
         tape = Tape()

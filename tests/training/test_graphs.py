@@ -53,6 +53,7 @@ def taped(monkeypatch):
     monkeypatch.setattr(graphs, "obstacle", lambda trainer: "")
     Capture.made.clear()
     Capture.resets.clear()
+    Capture.closed.clear()
 
 
 def made(monkeypatch, *words: str):
@@ -113,7 +114,7 @@ def test_graphs_end_before_the_group_in_the_order_of_their_use(monkeypatch, tape
     monkeypatch.setattr(trainer, "_collect", stop)
     with pytest.raises(KeyError, match="stop"), graphs.captures(trainer):
         trainer.train(unasked())
-    assert Capture.resets == Capture.made[::-1]
+    assert Capture.resets == Capture.made[::-1] and len(Capture.closed) == 1
     assert trainer.step.__name__ == "slow_step"
     assert trainer.exchange.publish.__func__ is Exchange.publish
 
