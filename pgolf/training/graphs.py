@@ -7,12 +7,9 @@
 A graph is the work of one eager call, with the addresses and the numbers that it had. So what
 changes from turn to turn is in tensors that the host fills before: tokens, and the optimisers'
 rates, the average's among them. Late QAT is a switch on the device, SWA's snapshots are taken
-between turns, and no shape changes. All graphs share one pool of memory: their turns follow one
-another.
-
-They are captured once a run's state is there, whose tensors stay where they are, and a step of
-theirs is compared with an eager one. The publishing graph is captured first and has to run first:
-the update goes back through it.
+between turns, and no shape changes. The publishing graph is captured first and has to run first:
+the update goes back through it. They are captured once a run's state is there, whose tensors stay
+where they are, and a step of theirs is compared with an eager one.
 """
 
 import time
@@ -85,9 +82,6 @@ class Graphs:
         self.updating, (self.gradients, self.norm) = capture(self._update)
         self.publish()
 
-    def __len__(self) -> int:
-        return 2 + len(self.passes)
-
     def _pass(self) -> Tensor:
         return self.trainer.passes(1, self.batch)
 
@@ -133,9 +127,6 @@ def forget_passes(trainer: Trainer) -> None:
     trainer.exchange.publish()
 
 
-# --- a replayed step beside an eager one --------------------------------------------------------
-
-
 class Trial:
     """Steps from one state, that of the trainer, which `restore` puts back."""
 
@@ -159,12 +150,7 @@ class Trial:
         self.trainer.optimizers.fused.count = self.count
         publish()
 
-    def outcome(
-        self,
-        publish: Callable[[], None],
-        step: Callable,
-        rates: tuple[float, float, float] = (1.0, 0.9, 0.5),
-    ) -> dict[str, Tensor]:
+    def outcome(self, publish: Callable, step: Callable, *rates: float) -> dict[str, Tensor]:
         """What a step makes of the state, its loss and norm."""
         self.restore(publish)
         loss, norm = step(*rates)
@@ -191,26 +177,28 @@ class Trial:
         name = max(found, key=lambda n: (found[n] != found[n], found[n]))
         if found[name] <= limit:
             return ""
-        return (
-            f"in a replayed step {name} differs from an eager one's by {found[name]:.2g} of what "
-            f"it moves, and may by {limit:.2g}"
-        )
+        much = f"{found[name]:.2g} of what it moves, and may by {limit:.2g}"
+        return f"in a replayed step {name} differs from an eager one's by {much}"
 
 
 def _made(trainer: Trainer, capture: Capture) -> tuple[Graphs | None, str]:
     """Graphs that do what the eager step does, or None and why, on every rank; the state stays."""
     trial, graphs, why = Trial(trainer), None, ""
-    eager = [trial.outcome(trainer.exchange.publish, trainer.step) for _ in range(2)]
+    rates, publish = (1.0, 0.9, 0.5), trainer.exchange.publish
+    eager = [trial.outcome(publish, trainer.step, *rates) for _ in range(2)]
     # A number that is captured is another one than that of the step that is compared.
-    trial.outcome(trainer.exchange.publish, trainer.step, (0.5, 0.8, 0.25))
-    trial.restore(trainer.exchange.publish)
+    trial.outcome(publish, trainer.step, 0.5, 0.8, 0.25)
+    trial.restore(publish)
     try:
         graphs = Graphs(trainer, capture)
     except RuntimeError as e:
-        why = f"the capture failed: {str(e).splitlines()[0]}"
+        first: BaseException = e
+        while first.__context__:  # the end of a capture that is lost is an error too
+            first = first.__context__
+        why = f"the capture failed: {str(first).splitlines()[0]}"
     # A rank that has none must not leave the others alone in their collectives.
     if sum(trainer.ranks.sum([graphs is None])) == 0:
-        why = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step))
+        why = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step, *rates))
         trial.restore(graphs.publish)
         if sum(trainer.ranks.sum([bool(why)])) == 0:
             return graphs, ""
@@ -218,9 +206,6 @@ def _made(trainer: Trainer, capture: Capture) -> tuple[Graphs | None, str]:
         graphs.release()
     forget_passes(trainer)
     return None, why or "another rank says why"
-
-
-# --- for a run ----------------------------------------------------------------------------------
 
 
 def obstacle(trainer: Trainer) -> str:
@@ -233,9 +218,7 @@ def obstacle(trainer: Trainer) -> str:
 
 
 def captures(trainer: Trainer) -> AbstractContextManager[None]:
-    """A block in which a trainer's steps are replayed, where graphs=... and the device allow it.
-
-    To be called before the first pass.
+    """A block in which steps are replayed, if graphs=... allows it; made before the first pass.
 
     Raises:
         ConfigError: graphs=true, and there can be none; at once.
@@ -255,7 +238,8 @@ def _captured(trainer: Trainer, capture: Capture) -> Iterator[None]:
             with trainer.session.phases("warm_up"):
                 graphs, why = _made(trainer, capture)
             took = format_seconds(time.perf_counter() - began)
-            trainer.say(f"graphs: {f'{len(graphs)} in {took}' if graphs else f'off, {why}'}")
+            made = f"{2 + len(graphs.passes)} in {took}" if graphs else f"off, {why}"
+            trainer.say(f"graphs: {made}")
         if graphs:
             trainer.step, trainer.exchange.publish = graphs.step, graphs.publish
         yield

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.counting.client import Device
+from bench.counting.replay import pool_of, spans
 from pgolf.ops.xsa import xsa
 
 
@@ -106,12 +107,9 @@ def main(log: Path) -> None:
     }
     copied = torch.zeros(64, pin_memory=True)
     copied.copy_(out)
-    segments = [
-        (s["address"], s["address"] + s["total_size"])
-        for s in torch.cuda.memory_snapshot()
-        if tuple(s["segment_pool_id"]) == tuple(graph.pool())
-    ]
-    device.note(kind="told", said=said, copied=copied.tolist()[:2], pool=segments)
+    device.note(
+        kind="told", said=said, copied=copied.tolist()[:2], pool=pool_of(graph), x=spans([x])[0]
+    )
     graph.reset()
     device.close()
 

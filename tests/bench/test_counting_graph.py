@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.counting import build, launches
+from bench.counting import build, launches, replay
 
-pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "there is one")
+needs_device = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "there is one")
 
 
 @pytest.fixture(scope="module")
@@ -38,40 +38,62 @@ def works(events):
     return [e for e in events if launches.kind_of(e)]
 
 
+@needs_device
 def test_a_replay_is_the_eager_turn(phases, told):
     """Launch by launch; the turn's own tensors lie in the graph's pool, others where they did."""
-    eager, (graph, *replayed) = works(phases["eager"]), phases["replay"]
-    assert graph["kind"] == "graph" and graph["works"] == len(replayed) == len(eager) > 5
-    place = {"arguments", "stream"}
-    names: dict[int, int] = {}
-    for before, after in zip(eager, replayed, strict=True):
-        assert {k: v for k, v in before.items() if k not in place} == {
-            k: v for k, v in after.items() if k not in place
-        }
-        for one, other in zip(before.get("arguments", []), after.get("arguments", []), strict=True):
-            if one != other:
-                assert names.setdefault(one, other) == other
-                assert any(start <= other < end for start, end in told["pool"]), before
-    kinds = {e["kind"] for e in replayed}
-    assert names and kinds >= {"kernel", "gemm", "attention", "memcpy_to_device"}
-    assert len({e["stream"] for e in eager}) == 1
-    assert {e["stream"] for e in replayed} == {0}
+    eager, replayed = phases["eager"], phases["replay"]
+    kept = [told["x"]]
+    assert replay.compare(eager, replayed, told["pool"], kept, 0) > 10
+    graph, *others = replayed
+    assert graph["kind"] == "graph" and graph["works"] == len(others) == len(works(eager))
+    assert {e["kind"] for e in others} >= {"kernel", "gemm", "attention", "memcpy_to_device"}
+    assert len({e["stream"] for e in works(eager)}) == 1 and {e["stream"] for e in others} == {0}
+    with pytest.raises(launches.CountingError, match="goes to"):
+        replay.compare(eager, replayed, told["pool"][:0], kept, 0)
 
 
+def kernel(*arguments, name="k"):
+    return {"kind": "kernel", "api": "driver", "name": name, "arguments": [*arguments]}
+
+
+GRAPH, SENT = {"kind": "graph"}, {"kind": "memcpy_to_device", "arguments": [1, 2]}
+
+
+def test_steps_that_differ():
+    own, kept = [(100, 200)], [(10, 20)]
+    eager = [kernel(15), SENT, kernel(7, name="cast"), kernel(50, 15)]
+    replayed = [SENT, kernel(9, name="copy"), GRAPH, kernel(15), kernel(150, 15)]
+    assert replay.compare(eager, replayed, own, kept, 1) == 3
+    for fault, said in (
+        (replayed[:-1], "1 launches in graphs, 2 in an eager step"),
+        (replayed[:3], "0 launches in graphs"),
+        ([*replayed[:4], kernel(150, 15, name="l")], "a graph launches"),
+        ([*replayed[:-1], kernel(50, 115)], "goes to 0x73 in a graph, and to 0xf"),  # what is kept
+        ([*replayed[:-1], kernel(60, 15)], "goes to 0x3c in a graph"),  # nobody's
+        ([*replayed[:-1], {**kernel(150, 15), "grid": [2, 1, 1]}], "'grid'"),
+    ):
+        with pytest.raises(launches.CountingError, match=said):
+            replay.compare(eager, fault, own, kept, 1)
+
+
+@needs_device
 def test_a_capture_runs_nothing(phases):
     assert not works(phases["capture"])
     assert all(e["kind"] == "wait" for e in phases["capture"])  # before it began
 
 
+@needs_device
 def test_a_replay_copies_what_is_there_then(told):
     assert told["copied"] == [3.0, 3.0]
 
 
+@needs_device
 def test_triton_kernels_have_their_arguments(phases):
     launched = [e for e in phases["replay"] if e.get("api") == "driver"]
     assert launched and all(e["arguments"][0] > 1 << 20 for e in launched)
 
 
+@needs_device
 @pytest.mark.parametrize(
     "what, said",
     [
