@@ -19,7 +19,7 @@ from pgolf.errors import ConfigError, PgolfError, StorageError
 from pgolf.extension import CUDA_VARIABLE
 from pgolf.files import atomic_write
 
-QAT, EAGER = "+qat", "+eager"
+QAT, EAGER, GRAPHS = "+qat", "+eager", "+graphs"
 SETTINGS = (
     "reference",
     "triton",
@@ -28,7 +28,7 @@ SETTINGS = (
     "reference,fake_quant=triton" + QAT,
     "auto" + QAT,
 )
-TURN = ("reference", "auto")
+TURN = ("reference", "auto", "auto" + GRAPHS)
 DECODING = ("reference" + EAGER, "auto" + EAGER, "reference", "auto")
 
 DESCRIPTION = """\
@@ -59,7 +59,7 @@ EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
 kernels of torch; gemm, calls of cuBLAS; then attention, memsets and copies.
 With +qat, block matrices pass through fake_quant, switched off, as in a run with late QAT; with
-+eager there is no torch.compile.
++eager there is no torch.compile, with +graphs (and --step) steps are replayed as CUDA graphs.
 Exit code: 0 counted, 2 a bad argument, no counting device here, or counts that do not add up.
 
 examples:
@@ -67,7 +67,7 @@ examples:
   python -m bench count pr1473 --ops reference+qat --ops reference,fake_quant=triton+qat
   python -m bench count demo --micro 16x256 --json counts.json layers=4
   python -m bench count pr1473 --decode --micro 64x2048
-  python -m bench count pr1473 --step --world 8
+  python -m bench count pr1473 --step --world 8 --ops reference --ops auto+graphs
 """
 
 
@@ -95,8 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument(
         "--ops", action="append", metavar="CHOICE",
-        help="operators as ops= of a run names them, +qat and +eager; may be repeated (default: "
-        f"{', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
+        help="operators as ops= of a run names them, +graphs, +qat, +eager; may be repeated "
+        f"(default: {', then '.join(SETTINGS)}; with --decode {', then '.join(DECODING)}; "
         f"with --step {', then '.join(TURN)})",
     )  # fmt: skip
     parser.add_argument(
@@ -143,19 +143,26 @@ def setting(base: Request, text: str) -> Request:
     """`base` with the operators, the late QAT and the eager mode that `text` names.
 
     Raises:
-        ConfigError: it names an attention.
+        ConfigError: it names an attention, or graphs without the loop.
     """
     if "attention=" in text:
         raise ConfigError(f"--ops {text}: attention counts as one call a pass: leave it out")
     ops = text.removesuffix(EAGER)
+    qat = ops.endswith(QAT)
+    ops = ops.removesuffix(QAT)
+    graphs = ops.endswith(GRAPHS)
+    if graphs and not base.turn:
+        raise ConfigError(f"--ops {text}: graphs are of the training loop, so with --step")
     return replace(
-        base, ops=ops.removesuffix(QAT), qat=ops.endswith(QAT), compiled=not text.endswith(EAGER)
-    )
+        base, ops=ops.removesuffix(GRAPHS), graphs=graphs, qat=qat,
+        compiled=not text.endswith(EAGER),
+    )  # fmt: skip
 
 
 def name_of(request: Request) -> str:
     """The text of a request's setting."""
-    return request.ops + QAT * request.qat + EAGER * (not request.compiled)
+    suffixes = (GRAPHS, request.graphs), (QAT, request.qat), (EAGER, not request.compiled)
+    return request.ops + "".join(name for name, there in suffixes if there)
 
 
 def count(
@@ -181,7 +188,7 @@ def count(
         for request in requests:
             name = name_of(request)
             result = run(request, environment)
-            first = found.get(name_of(replace(request, ops="reference")))
+            first = found.get(name_of(replace(request, ops="reference", graphs=False)))
             found[name] = {k: result[k] for k in ("device", "versions", "phases")}
             table = _turn_lines if request.turn else _lines
             say("\n".join(table(name, result, first)))
@@ -223,6 +230,9 @@ def _turn_lines(name: str, result: dict, reference: dict | None) -> Iterator[str
         ]
         differs = f"   (reference: {shown[1]})" * (shown[0] != shown[1])
         yield f"  {label.replace('_', ' '):26}{shown[0]}{differs}"
+    if before:
+        ratio = result["phases"]["turn"]["host_ms"]["turn"] / before["host_ms"]["turn"]
+        yield f"  {'host, part of reference':26}{ratio:.3f}"
 
 
 def _details(result: dict) -> Iterator[str]:
@@ -249,7 +259,8 @@ def write(path: Path, found: dict[str, dict], request: Request, command: str) ->
         StorageError: the file can't be written, or what is there is not such a file.
         ConfigError: it holds counts of something else.
     """
-    what = asdict(replace(request, ops="", qat=False, compiled=True))
+    what = asdict(replace(request, ops="", qat=False, compiled=True, graphs=False))
+    del what["graphs"]
     if not request.turn:
         del what["turn"], what["world"]
     table = {"command": command, "counted": what, "versions": {}}

@@ -307,6 +307,11 @@ class RunConfig:
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
+    graphs: str = opt(
+        "auto",
+        "replay steps as CUDA graphs; auto = on CUDA, with kernels for the optimisers' step",
+        choices=("auto", "true", "false"),
+    )
     patience: float = opt(
         30.0, "seconds that a rank may keep the others waiting in a step (4 steps, if longer)", ge=1
     )

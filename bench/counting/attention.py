@@ -21,7 +21,7 @@ def install(device: Device) -> None:
 
     def note(name: str, *tensors: Tensor) -> None:
         moved = sum(t.numel() * t.element_size() for t in tensors)
-        device.note(kind="attention", name=name, bytes=moved)
+        device.work(kind="attention", name=name, bytes=moved)
 
     def _flash_attn_forward(
         q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, num_splits: int = 1

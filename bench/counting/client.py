@@ -39,6 +39,16 @@ class Device:
         """A line in the log, in its place among the launches; `kind` says what it is."""
         self._library.counting_note(json.dumps(event).encode())
 
+    def work(self, **event: object) -> None:
+        """Likewise of work on the current stream, which a graph that is captured records.
+
+        Raises:
+            RuntimeError: a capture forbids it.
+        """
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if self._library.counting_work(json.dumps(event).encode(), stream):
+            raise RuntimeError(f"{event}: a capture goes on, and this is not on its stream")
+
     def close(self) -> None:
         """End the log.
 

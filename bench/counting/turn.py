@@ -5,6 +5,7 @@
 `pgolf train`'s own loop goes round, as rank 0 of a world whose other ranks are not there: torch's
 fake process group takes collectives and does nothing. What is counted is what one turn does besides
 the arithmetic: launches, waits of the host, copies, allocations, collectives, the host's CPU time.
+With graphs all of a turn is `rest`, and what they launch has to be what an eager step does.
 """
 
 import json
@@ -21,11 +22,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from bench.counting import replay
 from bench.counting.launches import CountingError, kind_of, phases, read
 from bench.counting.worker import Request, build_model
 
 STEPS = 10_000  # of the run, whose last ones go round: weights are averaged by then
 TURNS = 14
+CASTS = 2  # launches that make tokens of what was read, before any graph
 COUNTED = (6, 7)  # two in the middle, which have to be alike
 # The wait for the step before the last but one: it keeps the host from running away, and on a GPU
 # that is the bottleneck it is what the host does all day.
@@ -71,8 +74,11 @@ def _ranks(world: int, device: Any) -> Iterator[Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             # the first tensor on the GPU is the whole that is exchanged; the host's go over gloo
             tensors = [t for t in args if isinstance(t, torch.Tensor)]
-            where = "collective" if tensors[0].is_cuda else "control"
-            device.note(kind=where, name=name, bytes=max(t.nbytes for t in tensors))
+            event = dict(name=name, bytes=max(t.nbytes for t in tensors))
+            if tensors[0].is_cuda:
+                device.work(kind="collective", **event)
+            else:
+                device.note(kind="control", **event)
             return function(*args, **kwargs)
 
         return call
@@ -111,6 +117,7 @@ def _trainer(request: Request, folder: Path, ranks: Any) -> Any:
         "log_every": 1000, "compile": "on" if request.compiled else "off",
         # counted turns are those before late QAT, or after it
         "qat_start": 0.0 if request.qat else 1.0, "device": "cuda",
+        "graphs": str(request.graphs).lower(),
     })  # fmt: skip
     shard = folder / "counted_train_000000.bin"
     tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, 4 * passes + 4)
@@ -133,6 +140,7 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
 
     from bench.counting import attention
     from bench.counting.client import Device
+    from pgolf.training.graphs import captures
 
     os.environ.pop("LD_PRELOAD", None)
     device = Device(log)
@@ -141,7 +149,11 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         ranks = stack.enter_context(_ranks(request.world, device))
         trainer = _trainer(request, folder, ranks)
+        capturing = captures(trainer)
         trainer.warm_up()
+        check = _beside_eager(device, trainer) if request.graphs else None
+        stack.enter_context(capturing)
+        addresses = check() if check else None
         notes = _Log(device)
         queue_step = trainer._queue_step
 
@@ -163,20 +175,42 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
     device.close()
 
     events = phases(read(log))
+    same = addresses and replay.compare(events["eager"], events["replayed"], *addresses, CASTS)
     counted = [_turn(events, n, memory) for n in COUNTED]
     if counted[0] != counted[1]:
         raise CountingError(f"two turns differ: {counted}")
-    spent = {
-        where: min(notes.milliseconds[n, where] for n in range(2, TURNS - 2))
-        for where in ("forward", "backward", "rest")
-    }
+    turns, parts = range(2, TURNS - 2), ("forward", "backward", "rest")
+    spent = {where: min(notes.milliseconds[n, where] for n in turns) for where in parts}
+    spent["turn"] = min(sum(notes.milliseconds[n, where] for where in parts) for n in turns)
     return {
         "device": device.name,
         "versions": _versions(),
         "phases": {
-            "turn": counted[0] | {"host_ms": {k: round(v, 2) for k, v in spent.items()}}
+            "turn": counted[0]
+            | ({"addresses_compared": same} if request.graphs else {})
+            | {"host_ms": {k: round(v, 2) for k, v in spent.items()}}
         },
     }
+
+
+def _beside_eager(device: Any, trainer: Any) -> Callable[[], tuple[list, list]]:
+    """Log an eager step, and when called a replayed one; gives (graphs' own, kept) addresses."""
+    from pgolf.training.graphs import Trial
+
+    def step(name: str) -> None:
+        device.note(kind="phase", name=name)
+        trainer.step(0.0, trainer.config.optim.momentum)
+        device.note(kind="phase", name="")
+
+    def call() -> tuple[list, list]:
+        step("replayed")
+        graphs = trainer.step.__self__
+        own = replay.pool_of(graphs.publishing) + replay.spans([*graphs.batch, graphs.numbers])
+        state = [*Trial(trainer).state.values(), trainer.exchange.gradients]
+        return own, replay.spans(state)
+
+    step("eager")
+    return call
 
 
 def _versions() -> dict[str, str]:
@@ -194,6 +228,7 @@ def _turn(events: dict[str, list[dict]], number: int, memory: dict[int, tuple]) 
     collectives = [e for e in every if e["kind"] == "collective"]
     before, after = memory[number], memory[number + 1]
     return {
+        "graphs": sum(e["kind"] == "graph" for e in every),
         **{f"launches_{w}": sum(bool(kind_of(e)) for e in part) for w, part in parts.items()},
         "waits": {name: n for name, n in sorted(waits.items()) if name != PACING},
         "waits_for_an_earlier_step": waits[PACING],

@@ -37,6 +37,7 @@ class Request:
         decode: not a training step, but one more token of each sequence, the last of `tokens`.
         turn: a whole turn of the training loop, as `bench.counting.turn` counts it.
         world: ranks of that loop.
+        graphs: whether it replays CUDA graphs.
     """
 
     recipe: str = "pr1473"
@@ -49,6 +50,7 @@ class Request:
     decode: bool = False
     turn: bool = False
     world: int = 1
+    graphs: bool = False
 
 
 def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:

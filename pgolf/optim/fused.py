@@ -81,7 +81,6 @@ class FusedStep:
         muon = {n: self.muon.param_groups[0][n] for n in ("lr", "momentum", "weight_decay")}
         return [x for row in (*rows, scalars_row(**muon, **common)) for x in row]
 
-    @torch.no_grad()
     def step(
         self,
         grads: Mapping[nn.Parameter, Tensor],
@@ -101,6 +100,17 @@ class FusedStep:
             numbers = torch.tensor(numbers, pin_memory=norm.is_cuda)
         scalars = numbers.to(norm.device, non_blocking=True).view(-1, len(COLUMNS))
         self.count += 1
+        self.update(grads, norm, scalars, averages)
+
+    @torch.no_grad()
+    def update(
+        self,
+        grads: Mapping[nn.Parameter, Tensor],
+        norm: Tensor,
+        scalars: Tensor,
+        averages: Sequence[Tensor] = (),
+    ) -> None:
+        """The part of `step` that is on the device; scalars has a row a group."""
         directions = self._directions(grads, norm, scalars[-1]) if self.matrices else []
         param_update(
             self.params, [*(grads[p] for p in self.others), *directions], self.exp_avgs,

@@ -24,6 +24,7 @@ from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
+from pgolf.training.graphs import captures
 from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.joining import exchange_once, join
@@ -147,6 +148,7 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
     """Train a new model until the budget is spent; the arguments are those of `build`."""
     config, ranks, folder = session.config, session.ranks, session.folder
     trainer = build(session, title, note)
+    capturing = captures(trainer)
     try:
         ranks.on_first(lambda: folder.open(config, session.dataset))
         if config.run.resume:
@@ -156,7 +158,7 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
                 trainer.warm_up()
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
-        with Interrupt(folder.path, config.recipe) as interrupt, frozen_objects():
+        with Interrupt(folder.path, config.recipe) as interrupt, capturing, frozen_objects():
             with session.phases("training"):
                 trainer.train(interrupt)
     except BaseException:

@@ -89,7 +89,7 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of all micro-steps, then one update: (mean loss, gradient norm)."""
         rates = lr_scale, momentum, average_rate
-        total = self._passes(self.accum, self.optimizers.numbers(*rates))
+        total = self.passes(self.accum, self.optimizers.numbers(*rates))
         return total, self.update(*rates, self.loader.carried)
 
     def update(self, *rates: float | torch.Tensor) -> torch.Tensor:
@@ -99,14 +99,21 @@ class Trainer:
         self.exchange.publish()
         return norm
 
-    def _passes(self, count: int, numbers: Sequence[float] = ()) -> torch.Tensor:
+    def passes(
+        self,
+        count: int,
+        numbers: Sequence[float] = (),
+        batch: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Forward and backward of `count` micro-steps; what they add to the mean loss.
 
-        `numbers` go to the device with the tokens.
+        Args:
+            numbers: that go to the device with the tokens.
+            batch: that each takes; None: the loader's next ones.
         """
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
-            x, y = self.loader.next_batch(self.local_tokens, numbers)
+            x, y = batch or self.loader.next_batch(self.local_tokens, numbers)
             loss = self.forward(x, y)
             # Ranks' gradients are summed: a mean, then, without a pass that divides.
             (loss / (self.accum * self.ranks.world)).backward()
@@ -138,7 +145,7 @@ class Trainer:
                     self.step_seconds = self._now() - began
             self.pass_seconds = self.step_seconds / self.accum
         else:
-            self._passes(1)
+            self.passes(1)
             passed = self._now()
             self.pass_seconds = passed - started
             self.update(0.0, self.config.optim.momentum_start)

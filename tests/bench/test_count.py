@@ -11,6 +11,7 @@ from bench import count
 from bench.counting import build, extension, launches
 from bench.counting.worker import Request, run
 from pgolf.data.loader import CARRIED
+from pgolf.extension import CUDA_VARIABLE
 
 TABLE = Path(count.__file__).parent / "results" / "count-pr1473.json"
 
@@ -91,6 +92,28 @@ def test_a_turn_of_the_loop(environment):
     assert turn["control"] == 1 and turn["collectives"] == once
     assert turn["launches_forward"] > 4 * L and turn["launches_backward"] > 8 * L
     assert all(milliseconds > 0 for milliseconds in turn["host_ms"].values())
+
+
+@needs_device
+@pytest.mark.slow
+@pytest.mark.skipif(bool(extension.missing()), reason=extension.missing() or "there are kernels")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_turn_of_graphs(environment, compiled):
+    """Three launches of the host for all; what they start is what the eager step does."""
+    asked = replace(TINY, turn=True, world=8, qat=False, ops="auto", graphs=True, compiled=compiled)
+    kernels = {CUDA_VARIABLE: str(extension.build())}
+    turn, eager = (
+        run(request, {**environment, **kernels})["phases"]["turn"]
+        for request in (asked, replace(asked, graphs=False))
+    )
+    assert turn["graphs"] == 3 and turn["addresses_compared"] > 300
+    of_eager = sum(eager[f"launches_{part}"] for part in ("forward", "backward", "rest"))
+    copies = 1  # of the tokens, to where a graph finds them
+    assert turn["launches_rest"] == of_eager + copies
+    assert turn["launches_forward"] == turn["launches_backward"] == 0
+    others = ("waits", "allocations", "pinned_allocations", "copies_to_device", "copies_to_host",
+              "collectives", "collective_bytes", "control")  # fmt: skip
+    assert {k: turn[k] for k in others} == {k: eager[k] for k in others}
 
 
 @needs_device
@@ -215,6 +238,7 @@ def test_a_device_that_does_not_compile(monkeypatch, tmp_path):
         (["--micro", "0x16"], "--micro 0x16: it is sequences x tokens"),
         (["nothing"], "unknown recipe 'nothing'"),
         (["pr1473", "layerz=3"], "layerz"),
+        (["--ops", "auto+graphs"], "--ops auto+graphs: graphs are of the training loop"),
         (["--ops", "attention=fa4"], "--ops attention=fa4: attention counts as one call a pass"),
     ],
 )
@@ -262,10 +286,13 @@ def table():
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("text", ["reference", "auto+qat", "xsa=cuda+eager", "auto+qat+eager"])
+@pytest.mark.parametrize(
+    "text", ["reference", "auto+qat", "xsa=cuda+eager", "auto+graphs", "auto+graphs+qat+eager"]
+)
 def test_settings_have_one_name(text):
-    request = count.setting(TINY, text)
+    request = count.setting(replace(TINY, turn=True), text)
     assert count.name_of(request) == text
+    assert request.graphs == ("+graphs" in text)
     assert (request.qat, request.compiled) == ("+qat" in text, "+eager" not in text)
 
 

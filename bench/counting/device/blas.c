@@ -32,12 +32,29 @@ static int reads_c(const void *beta, int bits) {
 
 /* ---- handles ---- */
 
+static void *fresh(size_t bytes) {
+    void *made = calloc(1, bytes);
+    if (!made)
+        refuse("cuBLAS without host memory");
+    return made;
+}
+
+struct blas {
+    cudaStream_t stream;
+};
+
+static cudaStream_t stream_of(cublasHandle_t handle) { return ((struct blas *)handle)->stream; }
+
 EXPORT cublasStatus_t cublasCreate_v2(cublasHandle_t *handle) {
-    *handle = (cublasHandle_t)1;
+    *handle = fresh(sizeof(struct blas));
     return CUBLAS_STATUS_SUCCESS;
 }
-EXPORT cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) { return CUBLAS_STATUS_SUCCESS; }
+EXPORT cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) {
+    free(handle);
+    return CUBLAS_STATUS_SUCCESS;
+}
 EXPORT cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
+    ((struct blas *)handle)->stream = stream;
     return CUBLAS_STATUS_SUCCESS;
 }
 EXPORT cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void *space, size_t bytes) {
@@ -65,15 +82,24 @@ EXPORT cublasStatus_t cublasSetSmCountTarget(cublasHandle_t handle, int count) {
 
 /* ---- products ---- */
 
+static cublasStatus_t product(cudaStream_t stream, const char *call, const char *operations, long m,
+                              long n, long k, long batch, int bits_a, int bits_b, int bits_c,
+                              int reads_c, const void *a, const void *b, const void *c) {
+    if (capture_allows(call, stream))
+        return CUBLAS_STATUS_EXECUTION_FAILED;
+    log_gemm(call, operations, m, n, k, batch, bits_a, bits_b, bits_c, reads_c, a, b, c, stream);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 EXPORT cublasStatus_t cublasGemmStridedBatchedEx(
     cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
     const void *alpha, const void *a, cudaDataType type_a, int lda, long long stride_a,
     const void *b, cudaDataType type_b, int ldb, long long stride_b, const void *beta, void *c,
     cudaDataType type_c, int ldc, long long stride_c, int batch, cublasComputeType_t compute,
     cublasGemmAlgo_t algorithm) {
-    log_gemm("cublasGemmStridedBatchedEx", letters(op_a, op_b), m, n, k, batch, bits_of(type_a),
-             bits_of(type_b), bits_of(type_c), reads_c(beta, bits_of(type_c)));
-    return CUBLAS_STATUS_SUCCESS;
+    return product(stream_of(handle), "cublasGemmStridedBatchedEx", letters(op_a, op_b), m, n, k,
+                   batch, bits_of(type_a), bits_of(type_b), bits_of(type_c), reads_c(beta,
+                   bits_of(type_c)), a, b, c);
 }
 EXPORT cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t op_a,
                                    cublasOperation_t op_b, int m, int n, int k, const void *alpha,
@@ -81,24 +107,23 @@ EXPORT cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t op_a
                                    cudaDataType type_b, int ldb, const void *beta, void *c,
                                    cudaDataType type_c, int ldc, cublasComputeType_t compute,
                                    cublasGemmAlgo_t algorithm) {
-    log_gemm("cublasGemmEx", letters(op_a, op_b), m, n, k, 1, bits_of(type_a), bits_of(type_b),
-             bits_of(type_c), reads_c(beta, bits_of(type_c)));
-    return CUBLAS_STATUS_SUCCESS;
+    return product(stream_of(handle), "cublasGemmEx", letters(op_a, op_b), m, n, k, 1,
+                   bits_of(type_a), bits_of(type_b), bits_of(type_c), reads_c(beta,
+                   bits_of(type_c)), a, b, c);
 }
 EXPORT cublasStatus_t cublasSgemm_v2(cublasHandle_t handle, cublasOperation_t op_a,
                                      cublasOperation_t op_b, int m, int n, int k,
                                      const float *alpha, const float *a, int lda, const float *b,
                                      int ldb, const float *beta, float *c, int ldc) {
-    log_gemm("cublasSgemm", letters(op_a, op_b), m, n, k, 1, 32, 32, 32, reads_c(beta, 32));
-    return CUBLAS_STATUS_SUCCESS;
+    return product(stream_of(handle), "cublasSgemm", letters(op_a, op_b), m, n, k, 1, 32, 32, 32,
+                   reads_c(beta, 32), a, b, c);
 }
 EXPORT cublasStatus_t cublasSgemmStridedBatched(
     cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
     const float *alpha, const float *a, int lda, long long stride_a, const float *b, int ldb,
     long long stride_b, const float *beta, float *c, int ldc, long long stride_c, int batch) {
-    log_gemm("cublasSgemmStridedBatched", letters(op_a, op_b), m, n, k, batch, 32, 32, 32,
-             reads_c(beta, 32));
-    return CUBLAS_STATUS_SUCCESS;
+    return product(stream_of(handle), "cublasSgemmStridedBatched", letters(op_a, op_b), m, n, k,
+                   batch, 32, 32, 32, reads_c(beta, 32), a, b, c);
 }
 
 /* ---- cuBLASLt: handles are ours, so their opaque types hold what a product's shape needs ---- */
@@ -107,16 +132,9 @@ struct layout {
     int bits;
     long rows, columns, batch;
 };
-struct product {
+struct operations {
     cublasOperation_t op_a, op_b;
 };
-
-static void *fresh(size_t bytes) {
-    void *made = calloc(1, bytes);
-    if (!made)
-        refuse("cuBLASLt without host memory");
-    return made;
-}
 
 EXPORT cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType type,
                                                  uint64_t rows, uint64_t columns, int64_t ld) {
@@ -138,7 +156,7 @@ EXPORT cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t la
 }
 EXPORT cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out,
                                                cublasComputeType_t compute, cudaDataType scale) {
-    *out = fresh(sizeof(struct product)); /* both operations N */
+    *out = fresh(sizeof(struct operations)); /* both operations N */
     return CUBLAS_STATUS_SUCCESS;
 }
 EXPORT cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t description) {
@@ -148,11 +166,11 @@ EXPORT cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t description
 EXPORT cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t description,
                                                      cublasLtMatmulDescAttributes_t attribute,
                                                      const void *value, size_t bytes) {
-    struct product *product = (struct product *)description;
+    struct operations *of = (struct operations *)description;
     if (attribute == CUBLASLT_MATMUL_DESC_TRANSA)
-        product->op_a = *(const cublasOperation_t *)value;
+        of->op_a = *(const cublasOperation_t *)value;
     if (attribute == CUBLASLT_MATMUL_DESC_TRANSB)
-        product->op_b = *(const cublasOperation_t *)value;
+        of->op_b = *(const cublasOperation_t *)value;
     return CUBLAS_STATUS_SUCCESS;
 }
 EXPORT cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
@@ -185,15 +203,14 @@ EXPORT cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                                      cublasLtMatrixLayout_t layout_d,
                                      const cublasLtMatmulAlgo_t *algorithm, void *workspace,
                                      size_t workspace_bytes, cudaStream_t stream) {
-    const struct product *product = (const struct product *)description;
+    const struct operations *of = (const struct operations *)description;
     const struct layout *left = (const struct layout *)layout_a;
     const struct layout *right = (const struct layout *)layout_b;
     const struct layout *result = (const struct layout *)layout_d;
-    long k = product->op_a == CUBLAS_OP_N ? left->columns : left->rows;
-    log_gemm("cublasLtMatmul", letters(product->op_a, product->op_b), result->rows,
-             result->columns, k, result->batch, left->bits, right->bits, result->bits,
-             reads_c(beta, result->bits));
-    return CUBLAS_STATUS_SUCCESS;
+    long k = of->op_a == CUBLAS_OP_N ? left->columns : left->rows;
+    return product(stream, "cublasLtMatmul", letters(of->op_a, of->op_b), result->rows,
+                   result->columns, k, result->batch, left->bits, right->bits, result->bits,
+                   reads_c(beta, result->bits), a, b, d);
 }
 
 /* The rest of cuBLAS would run on handles that are not its own. */

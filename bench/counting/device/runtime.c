@@ -24,94 +24,6 @@ EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
     *can = 0;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaDeviceSynchronize(void) {
-    log_wait(__func__);
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaGetLastError(void) { return cudaSuccess; }
-EXPORT cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
-EXPORT const char *cudaGetErrorName(cudaError_t error) { return "counting device"; }
-EXPORT const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation ? "the counting device is out of memory"
-                                              : "error of the counting device";
-}
-
-/* ---- streams and events: nothing is pending, ever ---- */
-
-static void *handle(void) { return malloc(1); } /* an address of its own */
-
-EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-    *stream = handle();
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamCreate(cudaStream_t *stream) {
-    return cudaStreamCreateWithPriority(stream, 0, 0);
-}
-EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
-    return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaSuccess; }
-EXPORT cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaSuccess; }
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    log_wait(__func__);
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
-    *priority = 0;
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream,
-                                         enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream,
-                                            enum cudaStreamCaptureStatus *status,
-                                            unsigned long long *id, cudaGraph_t *graph,
-                                            const cudaGraphNode_t **nodes,
-                                            const cudaGraphEdgeData **edges, size_t *count) {
-    *status = cudaStreamCaptureStatusNone;
-    if (id)
-        *id = 0;
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
-    function(data);
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    *event = handle();
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) {
-    return cudaEventCreateWithFlags(event, 0);
-}
-EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaSuccess; }
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
-                                            unsigned flags) {
-    return cudaSuccess;
-}
-EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    log_wait(__func__);
-    return cudaSuccess;
-}
-/* Not a time: whoever compares candidates finds them equal and keeps the first. */
-EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    *milliseconds = 1.0f;
-    return cudaSuccess;
-}
-
 /* ---- kernels: registered by constructors of the libraries that hold them, found by their host function ---- */
 
 #define BUCKETS (1u << 18) /* libtorch_cuda registers some 60,000 */
@@ -153,8 +65,10 @@ EXPORT void __cudaRegisterFunction(void **module, const char *function, char *de
 static cudaError_t start(const void *function, dim3 grid, dim3 block, size_t shared,
                          cudaStream_t stream) {
     const char *name = kernels[bucket_of(function)].name;
-    log_launch("runtime", name ? name : "?", grid, block, shared, stream);
-    return cudaSuccess;
+    cudaError_t error = capture_allows(name ? name : "?", stream);
+    if (!error)
+        log_launch("runtime", name ? name : "?", grid, block, shared, "", stream);
+    return error;
 }
 
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments,

@@ -1,0 +1,5 @@
+"""In place of pgolf.training.graphs: a script's optimisers take numbers of the host's."""
+
+from contextlib import nullcontext
+
+captures = nullcontext
