@@ -195,7 +195,7 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
 
 def _beside_eager(device: Any, trainer: Any) -> Callable[[], tuple[list, list]]:
     """Log an eager step, and when called a replayed one; gives (graphs' own, kept) addresses."""
-    from pgolf.training.graphs import Trial
+    from pgolf.training.graphs import Graphs, Trial
 
     def step(name: str) -> None:
         device.note(kind="phase", name=name)
@@ -203,8 +203,10 @@ def _beside_eager(device: Any, trainer: Any) -> Callable[[], tuple[list, list]]:
         device.note(kind="phase", name="")
 
     def call() -> tuple[list, list]:
-        step("replayed")
         graphs = trainer.step.__self__
+        if not isinstance(graphs, Graphs):
+            raise CountingError("graphs are off: why stands above")
+        step("replayed")
         own = replay.pool_of(graphs.publishing) + replay.spans([*graphs.batch, graphs.numbers])
         state = [*Trial(trainer).state.values(), trainer.exchange.gradients]
         return own, replay.spans(state)
