@@ -56,7 +56,7 @@ docs: setup
 	@$(python) docs/api.py
 
 matrix: setup
-	@$(python) -m bench matrix
+	@$(python) -m bench matrix --changed
 
 clean:
 	rm -rf build dist pgolf.egg-info pgolf/_C.*.so .pytest_cache .ruff_cache .hypothesis

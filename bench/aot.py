@@ -17,17 +17,18 @@ TABLE = Path(__file__).parent / "results" / "aot.json"
 Table = dict[str, dict[str, Row]]  # versions -> row name -> figures
 
 DESCRIPTION = """\
-Compile every Triton kernel, with every configuration of triton_kernels/configs.json, for sm_90
-(H100), and every kernel of csrc/cuda with nvcc for sm_80 and sm_90a; read registers, shared memory,
-spills and instructions from the result. Needs triton, and nvcc with g++, but no GPU: nothing runs,
-and no time is measured. Without an nvcc in $CUDA_HOME/bin or on PATH: pip install -e '.[nvcc]'.
+Compile every Triton kernel, with every configuration of triton_kernels/configs.json and of
+bench/candidates.py, for sm_90 (H100), and every kernel of csrc/cuda with nvcc for sm_80 and sm_90a;
+read registers, shared memory, spills and instructions from the result. Needs triton, and nvcc with
+g++, but no GPU: nothing runs, and no time is measured. Without an nvcc in $CUDA_HOME/bin or on
+PATH: pip install -e '.[nvcc]'.
 
 Checked always: nothing spills to local memory, shared memory fits into a block of an H100 (232,448
-bytes), the instructions that a kernel is built around are there (REQUIRED in bench/aot_checks.py),
-and every row of configs.json is reached by a launch of bench/aot_cases.py. Checked where the table
-knows the installed versions of triton and ptxas, or of nvcc: every figure is the one in the table;
-of those of executed instructions, which bench/aot_items.py declares the loops of, none is more than
-5 % worse.
+bytes), blocks that are meant to share an SM (PER_SM) fit there, the instructions that a kernel is
+built around are there (REQUIRED in bench/aot_checks.py), and every row of configs.json is reached
+by a launch of bench/aot_cases.py. Checked where the table knows the installed versions of triton
+and ptxas, or of nvcc: every figure is the one in the table; of those of executed instructions,
+which bench/aot_items.py declares the loops of, none is more than 5 % worse.
 """
 EPILOG = """\
 Columns: registers a thread; shared memory in bytes a block; local loads and stores; then how often

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from bench.sass import Function, count
 
 SHARED_LIMIT = 232448  # bytes that a block can have on sm_90
+# What the blocks of an SM share: bytes, of which each block has 1 KB for the system, and registers,
+# which a warp gets by 256.
+SM_SHARED, SM_REGISTERS = 233472, 65536
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ REQUIRED = {
     "xsa_forward_kernel": VECTORS,
     "xsa_backward_kernel": VECTORS,
     "leaky_relu2_up_tma": TMA_GEMM,
-    "leaky_relu2_dgrad_tma": TMA_GEMM,
+    # What the forward pass saved comes by pointers.
+    "leaky_relu2_dgrad_tma": Required((*TMA_GEMM.wide, "LDG.128")),
     "leaky_relu2_up": POINTER_GEMM,
     "leaky_relu2_dgrad": POINTER_GEMM,
     "newton_schulz_norms": Required(always=("LDG.128",)),
@@ -108,6 +112,20 @@ def failures(name: str, kernel: str, wide: bool, row: Row) -> list[str]:
             found.append(f"no {opcodes}")
     found += [opcode for opcode in required.never if row[opcode]]
     return [f"{name}: {text}" for text in found]
+
+
+def crowded(name: str, row: Row, warps: int, blocks: int) -> list[str]:
+    """Why so many blocks of a kernel do not fit onto an SM; one line each."""
+    shared = blocks * (row["shared"] + 1024)
+    registers = blocks * warps * -(-row["registers"] * 32 // 256) * 256
+    return [
+        f"{name}: {blocks} blocks an SM need {needed:.0f} {of}, it has {there}"
+        for needed, of, there in (
+            (shared, "bytes of shared memory", SM_SHARED),
+            (registers, "registers", SM_REGISTERS),
+        )
+        if needed > there
+    ]
 
 
 def unreached(reached: Iterable[tuple[str, int]], known: Mapping[str, int]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench import aot_checks, sass
+from bench import aot_checks, candidates, sass
 from bench.aot_cases import cases
 from pgolf.triton_kernels.launch import Launch, configs, intercepted
 
@@ -50,20 +50,22 @@ def compile_all(
 ) -> tuple[dict[str, aot_checks.Row], list[str]]:
     """(figures by row name, what is wrong) of what bench/aot_cases.py launches of these kernels.
 
-    Each different result is compiled once, and said. A row has the name of the first case that led
-    to it, with a number where that case led to several of one kernel.
+    With each row of configs.json that a launch picks, and with what bench/candidates.py has. Each
+    different result is compiled once, and said. A row has the name of the first case that led to
+    it, with a number where that case led to several of one kernel.
 
     Args:
         kernels: how many rows each has in configs.json.
     """
-    rows, failures, seen, reached, case = {}, [], [], set(), None
+    rows, failures, seen, reached = {}, [], [], set()
+    wanted, case, suffix = kernels.keys(), None, ""
 
     def handle(launch: Launch) -> None:
         kernel = launch.kernel.__name__
-        if kernel not in kernels:
+        if kernel not in wanted:
             return
         reached.add((kernel, configs()[kernel].index(launch.config)))
-        name = f"{kernel}: {case.name}"
+        name = f"{kernel}: {case.name}{suffix}"
         try:
             compiled = compile_launch(launch)
         except Exception as e:  # Triton's, MLIR's and ptxas's errors have no class in common
@@ -77,11 +79,19 @@ def compile_all(
         name += f" #{same + 1}" if same else ""
         rows[name] = _row(kernel, compiled)
         failures.extend(aot_checks.failures(name, kernel, case.dtype == "bf16", rows[name]))
+        blocks = launch.config.blocks.get("PER_SM", 1)
+        failures.extend(aot_checks.crowded(name, rows[name], launch.config.num_warps, blocks))
         say(name, rows[name])
 
     with intercepted(handle):
         for case in cases():
             case.call()
+        for kernel in sorted(kernels.keys() & candidates.CANDIDATES.keys()):
+            for number, candidate in enumerate(candidates.CANDIDATES[kernel], 1):
+                wanted, suffix = {kernel}, f", candidate {number}"
+                with candidates.taken(kernel, candidate):
+                    for case in cases():
+                        case.call()
     return rows, failures + aot_checks.unreached(reached, kernels)
 
 

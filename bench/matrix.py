@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,16 @@ from pgolf.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "matrix.json"
-SOURCES = ("pgolf", "triton_kernels", "csrc", "tests/ops")
+# What each step is a test of.
+SOURCES = {
+    "model": ("pgolf", "csrc"),
+    "operators": ("pgolf", "triton_kernels", "csrc", "tests/ops"),
+    "aot": (
+        "triton_kernels", "bench/aot_cases.py", "bench/aot_checks.py", "bench/aot_compile.py",
+        "bench/candidates.py",
+    ),
+    "training": ("pgolf", "csrc"),
+}  # fmt: skip
 WIDTH = ("layers=2", "dim=64", "heads=4", "kv_heads=2", "mlp_hidden=96", "seq_len=64")
 
 DESCRIPTION = """\
@@ -37,6 +46,7 @@ Exit code: 0 all passed, 1 something failed, 2 a bad argument or no environment.
 
 examples:
   python -m bench matrix                   everything, written to bench/results/matrix.json
+  python -m bench matrix --changed         what has not passed with the sources as they are
   python -m bench matrix --torch 2.9.1     one of them; those of others stay in the file
 """
 
@@ -54,6 +64,8 @@ def main(argv: list[str]) -> int:
         help=f"only these ({' '.join(TESTED)})")
     add("--step", nargs="+", choices=STEPS, default=list(STEPS), metavar="NAME",
         help=f"only these ({' '.join(STEPS)})")
+    add("--changed", action="store_true",
+        help="leave out what the file says has passed with these sources and versions")
     add("--venvs", type=Path, default=ROOT / "build" / "matrix", metavar="FOLDER",
         help="where the environments are, torch-VERSION each (build/matrix)")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="the file of results")
@@ -65,9 +77,10 @@ def main(argv: list[str]) -> int:
         for version in args.torch:
             python = environment(version, args.venvs)
             old = results.get(version, {})
-            results[version] = tested(version, python, args.step, old)
-            ordered = {v: results[v] for v in TESTED if v in results}
-            atomic_write(args.json, json.dumps(ordered, indent=1) + "\n")
+            for entry in tested(version, python, args.step, old, args.changed):
+                results[version] = entry
+                ordered = {v: results[v] for v in TESTED if v in results}
+                atomic_write(args.json, json.dumps(ordered, indent=1) + "\n")
     except PgolfError as e:
         print(f"python -m bench matrix: {e}", file=sys.stderr)
         return e.exit_code
@@ -108,8 +121,14 @@ def requirements() -> list[str]:
     return [package.strip() for package, _, marker in parts if marker.strip() in wanted]
 
 
-def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
-    """The entry of a version in the file: results of the wanted steps, old ones of the others."""
+def tested(
+    version: str, python: str, wanted: list[str], old: Found, changed: bool = False
+) -> Iterator[Found]:
+    """The entry of a version in the file after each wanted step: its result, old ones of others.
+
+    Args:
+        changed: leave out steps that have passed with the sources and versions as they are.
+    """
     code = (
         "import json, platform, numpy, torch, triton; print(json.dumps({'torch': torch.__version__,"
         "'triton': triton.__version__, 'python': platform.python_version(), "
@@ -120,8 +139,12 @@ def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
         raise PgolfError(f"{python} has torch {versions['torch']}, not {version}: remove its venv")
     steps = dict(old.get("steps", {}))
     for name in wanted:
+        hashes, started = sources(name), time.perf_counter()
+        known = steps.get(name, {}) if versions == old.get("versions") else {}
+        if changed and known.get("passed") and known["sources"] == hashes:
+            print(f"torch {version}: {name} has passed", flush=True)
+            continue
         print(f"torch {version}: {name} ...", flush=True)
-        hashes, started = sources(), time.perf_counter()
         done = STEPS[name](python)
         passed = done.returncode == 0
         if not passed:
@@ -133,7 +156,7 @@ def tested(version: str, python: str, wanted: list[str], old: Found) -> Found:
             "said": said(done.stdout),
             "sources": hashes,
         }
-    return {"versions": versions, "steps": {n: steps[n] for n in STEPS if n in steps}}
+        yield {"versions": versions, "steps": {n: steps[n] for n in STEPS if n in steps}}
 
 
 def said(text: str) -> str:
@@ -142,16 +165,16 @@ def said(text: str) -> str:
     return re.sub(r"\s+in [\d.]+s( \([\d:]+\))?", "", lines[-1].strip("= ")) if lines else ""
 
 
-def sources() -> dict[str, str]:
-    """sha256 of what was tested, by folder."""
+def sources(step: str) -> dict[str, str]:
+    """sha256 of what a step tests, by file or folder."""
     found = {}
-    for folder in SOURCES:
+    for name in SOURCES[step]:
         digest = hashlib.sha256()
-        for file in sorted((ROOT / folder).rglob("*")):
+        for file in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
             if file.is_file() and file.suffix in (".py", ".json", ".h", ".cpp", ".cu", ".cuh"):
                 digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
                 digest.update(file.read_bytes())
-        found[folder] = digest.hexdigest()[:16]
+        found[name] = digest.hexdigest()[:16]
     return found
 
 

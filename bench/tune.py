@@ -1,8 +1,9 @@
 """`python -m bench tune OPERATOR`: better rows for triton_kernels/configs.json, found on this GPU.
 
 For each row that the benchmark sizes reach, a walk from the row as it is: all its neighbours (a
-tile size halved or doubled, warps likewise, a stage more or less) are compiled, checked against
-float64 and timed, the fastest is gone on from, until none is faster. Nothing is tuned at run time.
+tile size halved or doubled, warps likewise, a stage more or less) and what bench/candidates.py has
+for it are compiled, checked against float64 and timed, the fastest is gone on from, until none is
+faster. Nothing is tuned at run time.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cases, schema, timing
+from bench import candidates, cases, schema, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
 from pgolf.ops.operator import OPERATORS, Sample
@@ -242,8 +243,9 @@ def _walk(
     first_ms = best_ms = measured(best)
     if math.isinf(first_ms):
         raise PgolfError(f"{kernel}[{row}] itself is wrong on this GPU: run `python -m bench ops`")
+    far = candidates.of(kernel, best)
     while True:
-        nearest = min(neighbours(best), key=measured)
+        nearest = min([*far, *neighbours(best)], key=measured)
         if measured(nearest) >= FASTER * best_ms:
             return best, best_ms, first_ms
         best, best_ms = nearest, measured(nearest)

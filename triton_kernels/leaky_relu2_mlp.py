@@ -54,30 +54,51 @@ def activate(
 
 
 @triton.jit
-def differentiate(
-    acc, post, bits, rstd, rows, tile_n, t, words, slope,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """acc * act'(post, bits) * rstd, in fp32."""
+def load_signs(bits, rows, tile_n, t, words, BLOCK_N: tl.constexpr):
+    """Sign words of a tile, anything beyond the edges."""
     columns, offsets = word_offsets(rows, tile_n, words, BLOCK_N)
-    inside = (rows < t)[:, None] & (columns < words)[None, :]
-    packed = tl.load(bits + offsets, mask=inside, other=0)
+    return tl.load(bits + offsets, mask=(rows < t)[:, None] & (columns < words)[None, :])
+
+
+@triton.jit
+def load_post(post, rows, tile_n, t, f, BLOCK_N: tl.constexpr):
+    """post of a tile, anything beyond the edges.
+
+    By pointers: it is waited for where it is used, what a descriptor loads where it is loaded.
+    """
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * f + columns[None, :]
+    return tl.load(post + offsets, mask=(rows < t)[:, None] & (columns < f)[None, :])
+
+
+@triton.jit
+def differentiate(acc, post, packed, rstd, rows, t, slope):
+    """acc * act'(post, bits) * rstd, in fp32."""
     positive = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    factor = tl.where(tl.reshape(positive, (BLOCK_M, BLOCK_N)) != 0, 2.0, -2.0 * slope)
+    factor = tl.where(tl.reshape(positive, acc.shape) != 0, 2.0, -2.0 * slope)
     if rstd is not None:
         factor *= load_rstd(rstd, rows, t)
     return acc * (factor * tl.sqrt(post.to(tl.float32)))
 
 
 @triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def leaky_relu2_up_tma(
     h, w_up, post, bits, rstd, t, d, f, words, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PER_SM: tl.constexpr,
 ):  # fmt: skip
     """post, bits from descriptors of h (t, d), w_up (f, d) and post (t, f)."""
     tl.assume(d > 0)  # spares a second copy of the epilogue, for accumulators of nothing
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PER_SM == 1
+    ):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, d, BLOCK_K):
@@ -86,11 +107,10 @@ def leaky_relu2_up_tma(
             acc = tl.dot(left, right.T, acc)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         # In halves: beside a whole tile of post a fourth stage does not fit in shared memory.
-        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        halves = tl.split(pair)
+        parts = halves(acc)
         for half in tl.static_range(2):
             value = activate(
-                halves[half], bits, rstd, rows, 2 * tile_n + half, t, words, slope,
+                parts[half], bits, rstd, rows, 2 * tile_n + half, t, words, slope,
                 BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
             corner = [tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)]
@@ -101,28 +121,48 @@ def leaky_relu2_up_tma(
 def leaky_relu2_dgrad_tma(
     dout, w_down, post, bits, rstd, dpre, t, d, f, words, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PER_SM: tl.constexpr,
 ):  # fmt: skip
-    """dpre from descriptors of dout (t, d), w_down (d, f), post (t, f) and dpre (t, f)."""
+    """dpre from descriptors of dout (t, d), w_down (d, f) and dpre (t, f) and a pointer to post.
+
+    The epilogue goes through a tile in quarters. It finds signs and post of the first two, which
+    were requested before the last products, and requests those of the others two quarters ahead.
+    """
     tl.assume(d > 0)  # spares a second copy of the epilogue, for accumulators of nothing
+    f = tl.multiple_of(f, 8)  # as TMA asks of dpre's rows, so that post is read 16 bytes at once
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PER_SM == 1
+    ):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        signs = tl.zeros((BLOCK_M, QUARTER // 16), tl.int32)
+        this = tl.zeros((BLOCK_M, QUARTER), tl.bfloat16)
+        following = this
         for start in range(0, d, BLOCK_K):
             left = dout.load([tile_m * BLOCK_M, start])
             right = w_down.load([start, tile_n * BLOCK_N])
+            wanted = tl.where(start + BLOCK_K < d, 0, t)  # rows
+            rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            signs = load_signs(bits, rows, 2 * tile_n, wanted, words, 2 * QUARTER)
+            this = load_post(post, rows, 4 * tile_n, wanted, f, QUARTER)
+            following = load_post(post, rows, 4 * tile_n + 1, wanted, f, QUARTER)
             acc = tl.dot(left, right, acc)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        # In halves: a whole tile of post beside one of dpre does not fit in shared memory.
-        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        halves = tl.split(pair)
+        sums = halves(acc)
         for half in tl.static_range(2):
-            corner = [tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)]
-            value = differentiate(
-                halves[half], post.load(corner), bits, rstd, rows, 2 * tile_n + half, t, words,
-                slope, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            dpre.store(corner, value.to(tl.bfloat16))
+            parts, packed = halves(sums[half]), halves(signs)
+            if half == 0:
+                signs = load_signs(bits, rows, 2 * tile_n + 1, t, words, 2 * QUARTER)
+            for i in tl.static_range(2):
+                part = 4 * tile_n + 2 * half + i
+                saved = this
+                this = following
+                if half == 0:
+                    following = load_post(post, rows, part + 2, t, f, QUARTER)
+                value = differentiate(parts[i], saved, packed[i], rstd, rows, t, slope)
+                dpre.store([tile_m * BLOCK_M, part * QUARTER], value.to(tl.bfloat16))
 
 
 @triton.jit
@@ -161,10 +201,11 @@ def leaky_relu2_dgrad(
         dout, w_down, rows, cols, t, f, d, stride_dt, stride_dd, stride_wd, stride_wf,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
+    packed = load_signs(bits, rows, tile_n, t, words, BLOCK_N)
+    saved = load_post(post, rows, tile_n, t, f, BLOCK_N)
+    value = differentiate(acc, saved, packed, rstd, rows, t, slope)
     offsets = rows.to(tl.int64)[:, None] * f + cols[None, :]
     inside = (rows < t)[:, None] & (cols < f)[None, :]
-    saved = tl.load(post + offsets, mask=inside, other=0.0)
-    value = differentiate(acc, saved, bits, rstd, rows, tile_n, t, words, slope, BLOCK_M, BLOCK_N)
     tl.store(dpre + offsets, value.to(dpre.dtype.element_ty), mask=inside)
 
 
@@ -247,9 +288,8 @@ def down_dgrad(
                 leaky_relu2_dgrad_tma, _persistent_grid(config, dout, f), config,
                 dout=TensorDescriptor.from_tensor(dout, [block_m, block_k]),
                 w_down=TensorDescriptor.from_tensor(w_down, [block_k, block_n]),
-                post=TensorDescriptor.from_tensor(post, [block_m, block_n // 2]),
-                dpre=TensorDescriptor.from_tensor(dpre, [block_m, block_n // 2]),
-                bits=bits, rstd=rstd, **sizes,
+                dpre=TensorDescriptor.from_tensor(dpre, [block_m, block_n // 4]),
+                post=post, bits=bits, rstd=rstd, **sizes,
             )  # fmt: skip
         else:
             config = _pick_pointer("leaky_relu2_dgrad", dout)
@@ -314,11 +354,11 @@ def _tiles(config: Config, rows: int, columns: int) -> int:
 
 
 def _persistent_grid(config: Config, x: Tensor, columns: int) -> tuple[int]:
-    """One program on each multiprocessor, at most one a tile."""
+    """PER_SM programs on each multiprocessor, at most one a tile."""
     count = H100_SMS
     if x.is_cuda:
         count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return (min(count, _tiles(config, x.size(0), columns)),)
+    return (min(count * config.blocks["PER_SM"], _tiles(config, x.size(0), columns)),)
 
 
 def _pick_pointer(kernel: str, x: Tensor) -> Config:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench import aot, aot_cuda
-from bench.aot_checks import REQUIRED, differences, failures, unreached
+from bench.aot_checks import REQUIRED, crowded, differences, failures, unreached
 from bench.sass import Function, count
+from pgolf.cli.doctor import TESTED
 from pgolf.errors import PgolfError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,6 +217,20 @@ def test_without_nvcc_one_line_says_so(monkeypatch, tmp_path) -> None:
     assert aot_cuda.nvcc() == str(tmp_path / "nvidia/cu13/bin/nvcc")
 
 
+@pytest.mark.parametrize(
+    ("figures", "complaints"),
+    [
+        ({"registers": 121, "shared": 115712}, []),  # registers are given out by 8 a thread
+        ({"registers": 129, "shared": 115713}, [
+            "x: 2 blocks an SM need 233474 bytes of shared memory, it has 233472",
+            "x: 2 blocks an SM need 69632 registers, it has 65536",
+        ]),
+    ],
+)  # fmt: skip
+def test_blocks_that_are_meant_to_share_an_sm_fit(figures: dict, complaints: list[str]) -> None:
+    assert crowded("x", UP | figures, warps=8, blocks=2) == complaints
+
+
 def test_a_configuration_that_nothing_reaches_fails() -> None:
     known = {"a": 2, "b": 1}
     assert unreached([("a", 0), ("a", 1), ("b", 0)], known) == []
@@ -314,6 +329,16 @@ def test_instructions_are_counted_with_their_modifiers() -> None:
         "div.full.f32": 1, "div.rn.f32": 1, "wgmma.mma_async": 1,
     }  # fmt: skip
     assert count(SASS + PTX, wanted) == wanted
+
+
+def test_the_table_has_the_same_rows_of_each_triton_that_is_tested() -> None:
+    rows = {
+        versions.split(",")[0]: set(table)
+        for versions, table in json.loads(aot.TABLE.read_text(encoding="utf-8")).items()
+        if versions.startswith("triton ")
+    }
+    assert rows.keys() == {f"triton {version}" for version in TESTED.values()}
+    assert len(set(map(frozenset, rows.values()))) == 1
 
 
 @needs_triton

@@ -22,9 +22,9 @@ def test_the_results_are_those_of_the_tested_versions() -> None:
         assert entry["versions"]["torch"].split("+")[0] == version
         assert entry["versions"]["triton"] == TESTED[version]
         assert list(entry["steps"]) == [name for name in matrix.STEPS if name in entry["steps"]]
-        for step in entry["steps"].values():
+        for name, step in entry["steps"].items():
             assert set(step) == {"passed", "seconds", "date", "said", "sources"}
-            assert list(step["sources"]) == list(matrix.SOURCES)
+            assert list(step["sources"]) == list(matrix.SOURCES[name])
 
 
 def test_the_readme_shows_them() -> None:
@@ -77,6 +77,40 @@ def test_steps_are_kept_until_they_run_again(ran, tmp_path, capsys) -> None:
     assert ran[4:] == ["training"]
     again = json.loads(file.read_text())["2.9.1"]["steps"]
     assert again["aot"] == first["aot"] and list(again) == list(first)
+
+
+def test_what_has_passed_and_has_not_changed_is_left_out(ran, tmp_path, monkeypatch) -> None:
+    hashes = dict.fromkeys(matrix.STEPS, {"pgolf": "a"})
+    monkeypatch.setattr(matrix, "sources", lambda step: hashes[step])
+    words = ("--torch", "2.9.1", "--changed")
+    assert run(tmp_path, *words) == 1
+    assert ran == list(matrix.STEPS) == list(matrix.SOURCES)
+    assert run(tmp_path, *words) == 1
+    assert ran[4:] == ["aot"], "it has failed"
+    hashes["training"] = {"pgolf": "b"}
+    assert run(tmp_path, *words, "--step", "model", "training") == 1
+    assert ran[5:] == ["training"]
+    file = tmp_path / "matrix.json"
+    entry = json.loads(file.read_text())
+    entry["2.9.1"]["versions"]["numpy"] = "1.0"
+    file.write_text(json.dumps(entry))
+    assert run(tmp_path, *words) == 1
+    assert ran[6:] == list(matrix.STEPS)
+
+
+def test_each_step_is_written_when_it_has_run(ran, tmp_path, monkeypatch) -> None:
+    def ended(python: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(matrix.STEPS, "aot", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--torch", "2.9.1")
+    written = json.loads((tmp_path / "matrix.json").read_text())
+    assert list(written["2.9.1"]["steps"]) == ["model", "operators"]
+
+
+def test_hashes_are_of_all_that_a_step_names() -> None:
+    assert [len(set(matrix.sources(step).values())) for step in matrix.SOURCES] == [2, 4, 5, 2]
 
 
 def test_without_the_extension_nothing_is_tested(ran, tmp_path, monkeypatch, capsys) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if not interpreting():
     pytest.skip("Triton kernels are not interpreted here", allow_module_level=True)
 
-from bench import gpu_parts, tune  # noqa: E402
+from bench import candidates, gpu_parts, tune  # noqa: E402
 from pgolf.ops.testing import Call  # noqa: E402
 from pgolf.triton_kernels import launch as launches  # noqa: E402
 from pgolf.triton_kernels.launch import Launch  # noqa: E402
@@ -144,6 +144,20 @@ def test_a_write_that_fails_leaves_the_table(table, monkeypatch) -> None:
         go(best_at(8, 4))
     assert table.read_bytes() == before
     assert [p.name for p in table.parent.iterdir()] == ["configs.json"]
+
+
+def test_candidates_are_tried_though_the_way_to_them_is_slower(table, monkeypatch) -> None:
+    far = candidates.Candidate({"BLOCK_PAIRS": 2}, num_warps=1, num_stages=1)  # it is 16, with 4
+    monkeypatch.setitem(candidates.CANDIDATES, KERNEL, [far])
+
+    def timer(launch: Launch) -> float:
+        config = launch.config
+        return 2.0 - (config.blocks["BLOCK_PAIRS"] == 2 and config.num_warps == 1)
+
+    assert go(timer) == 0
+    row = json.loads(table.read_text())[KERNEL][ROW]
+    assert row["blocks"] == {"BLOCK_PAIRS": 2} and row["num_warps"] == 1
+    assert "before 2 with BLOCK_PAIRS 16, 4 warps" in row["reason"]
 
 
 def test_neighbours_are_one_step_away() -> None:

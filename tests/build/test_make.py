@@ -84,7 +84,7 @@ def test_gpu(checkout):
 
 def test_matrix(checkout):
     assert run(["make", "matrix"], checkout).returncode == 0
-    assert log(checkout) == [BUILD, "-m bench matrix"]
+    assert log(checkout) == [BUILD, "-m bench matrix --changed"]
 
 
 def test_no_slow_test_is_said_and_no_failure(checkout):

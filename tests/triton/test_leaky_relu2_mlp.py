@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
+from bench import candidates
 from pgolf.triton_kernels import leaky_relu2_mlp as mlp
 from pgolf.triton_kernels.launch import Launch, configs, intercepted
 from pgolf.triton_kernels.leaky_relu2_mlp import down_dgrad, up
@@ -332,6 +336,46 @@ def test_launches_on_meta_tensors(monkeypatch) -> None:
     assert first.grid == second.grid == (132,)
     blocks = [first.arguments[name].block_shape for name in ("h", "w_up", "post")]
     assert blocks == [[128, 64], [256, 64], [128, 128]]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "candidate"),
+    [(kernel, one) for kernel, found in candidates.CANDIDATES.items() for one in found],
+)
+def test_candidates_for_tuning(kernel: str, candidate: candidates.Candidate, monkeypatch) -> None:
+    """Against float64 as well; their programs share multiprocessors."""
+    with candidates.taken(kernel, candidate):
+        check(random_inputs(130, 72, 264, BF16, with_rstd=True), 0.5, tma=True)
+        monkeypatch.undo()
+        x = [torch.empty(shape, dtype=BF16, device="meta") for shape in ((98304, 8), (264, 8))]
+        h, w_up = x
+        found = launched(lambda: down_dgrad(h, w_up.T.contiguous(), *up(h, w_up, 0.5), 0.5))
+    grids = {launch.kernel.__name__: launch.grid for launch in found}
+    assert grids.pop(kernel) == (2 * 132,) and list(grids.values()) == [(132,)]
+
+
+def test_half_of_what_was_saved_is_requested_before_the_last_products() -> None:
+    x = random_inputs(128, 128, 256, BF16, with_rstd=False)  # one tile, two blocks of d
+    post, bits = up(x.h, x.w_up, 0.5, tma=True)
+    saved, events = np.union1d(addresses(post), addresses(bits)), []
+    load, dot = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot
+
+    def noted_load(self, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        if wanted := int(np.isin(pointers.data[mask.data], saved).sum()):
+            events.append(wanted)
+        return load(self, pointers, mask, *rest, **named)
+
+    def noted_dot(*operands: Any) -> Any:
+        events.append("products")
+        return dot(*operands)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", noted_load),
+        mock.patch.object(InterpreterBuilder, "create_dot", noted_dot),
+    ):
+        down_dgrad(x.dout, x.w_down, post, bits, 0.5, tma=True)
+    half = [128 * 4, 128 * 64, 128 * 64]  # words of signs, elements of post in quarters
+    assert events == ["products", *half, "products", *half]
 
 
 def test_every_configuration_is_reached() -> None:
