@@ -125,6 +125,7 @@ class Loader:
         # And it is taken here: the reader's thread has no device.
         size, pinned = count * (self.seq_len + 1), self.device.type == "cuda"
         sent = torch.empty(2 * CARRIED + size, dtype=torch.uint16, pin_memory=pinned)
+        sent[: 2 * CARRIED].zero_()
         tokens = sent[2 * CARRIED :].view(count, -1)
         done = self._reader.submit(self._fill, first, tokens.numpy())
         return _Reading(first, tokens, sent, done)

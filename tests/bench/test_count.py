@@ -108,7 +108,7 @@ def test_a_turn_of_graphs(environment, compiled):
     )
     assert turn["graphs"] == 3 and turn["addresses_compared"] > 300
     of_eager = sum(eager[f"launches_{part}"] for part in ("forward", "backward", "rest"))
-    copies = 1  # of the tokens, to where a graph finds them
+    copies = 2  # of the tokens and of the rates, to where graphs find them
     assert turn["launches_rest"] == of_eager + copies
     assert turn["launches_forward"] == turn["launches_backward"] == 0
     others = ("waits", "allocations", "pinned_allocations", "copies_to_device", "copies_to_host",
