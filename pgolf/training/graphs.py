@@ -12,9 +12,10 @@ the update goes back through it. They are captured once a run's state is there, 
 where they are, and a step of theirs is compared with an eager one.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from pgolf.errors import ConfigError
 from pgolf.ops.multi_tensor import COLUMNS
 from pgolf.optim.groups import fuses
 from pgolf.progress import format_seconds
+from pgolf.ranks import Ranks
+from pgolf.training.handshake import gathered
 from pgolf.training.trainer import Trainer
 
 # Where kernels add in no fixed order two eager steps differ as well: a replayed one may be so many
@@ -56,16 +59,23 @@ class Capture:
             RuntimeError: the call did what no graph can hold.
         """
         graph = torch.cuda.CUDAGraph()
-        # A thread of NCCL's own asks about its events all the time.
-        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
-            return graph, work()
+        try:
+            # A thread of NCCL's own asks about its events all the time.
+            with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+                return graph, work()
+        except RuntimeError:
+            # Where CUDA gave the capture up, torch's allocator still takes it for one.
+            with suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            raise
 
 
 class Graphs:
     """The graphs of a trainer's step.
 
     Raises:
-        RuntimeError: a capture failed; the trainer goes on eagerly after `forget_passes`.
+        RuntimeError: a capture failed, on any rank; says which and why. The trainer goes on eagerly
+            after `forget_passes`.
     """
 
     def __init__(self, trainer: Trainer, capture: Capture):
@@ -78,12 +88,25 @@ class Graphs:
         self.batch = [torch.zeros_like(t) for t in batch]
         self.numbers = torch.zeros_like(trainer.loader.carried)
         trainer.loader.load_state_dict(cursor)
-        self.publishing, _ = capture(trainer.exchange.publish)
-        first, self.loss = capture(self._pass)
+
+        def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+            found, why = None, ""
+            try:
+                found = capture(work)
+            except RuntimeError as e:
+                why = f"the capture failed: {_cause(e)}"
+            # A rank that has no graph must not leave the others alone in their collectives.
+            if why := _first_reason(trainer.ranks, why):
+                raise RuntimeError(why)
+            return found
+
+        self.publishing, _ = captured(trainer.exchange.publish)
+        first, self.loss = captured(self._pass)
         self.passes = [first]
         if trainer.accum > 1:
-            self.passes.append(capture(self._further_pass)[0])
-        self.updating, (self.gradients, self.norm) = capture(self._update)
+            self.passes.append(captured(self._further_pass)[0])
+        self.updating, (self.gradients, self.norm) = captured(self._update)
+        self.zeros = dict(trainer.exchange.zeros)  # graphs read them, and it may take larger ones
         self.publish()
 
     def _pass(self) -> Tensor:
@@ -199,20 +222,32 @@ def _made(trainer: Trainer, capture: Capture) -> tuple[Graphs | None, str]:
     try:
         graphs = Graphs(trainer, capture)
     except RuntimeError as e:
-        first: BaseException = e
-        while first.__context__:  # the end of a capture that is lost is an error too
-            first = first.__context__
-        why = f"the capture failed: {str(first).splitlines()[0]}"
-    # A rank that has none must not leave the others alone in their collectives.
-    if sum(trainer.ranks.sum([graphs is None])) == 0:
-        why = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step, *rates))
-        trial.restore(graphs.publish)
-        if sum(trainer.ranks.sum([bool(why)])) == 0:
-            return graphs, ""
+        why = str(e)
     if graphs:
+        found = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step, *rates))
+        trial.restore(graphs.publish)
+        why = _first_reason(trainer.ranks, found)
+        if not why:
+            return graphs, ""
         graphs.release()
     forget_passes(trainer)
-    return None, why or "another rank says why"
+    graphs = None
+    gc.collect()  # what was captured, and its memory
+    torch.cuda.empty_cache()
+    return None, why
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, a line of it: the end of a capture that is lost is an error too."""
+    while error.__context__:
+        error = error.__context__
+    return str(error).splitlines()[0]
+
+
+def _first_reason(ranks: Ranks, why: str) -> str:
+    """What the first rank that has a reason says, on every rank; '' if none has."""
+    said = enumerate(gathered(ranks, why)) if ranks.world > 1 else [(0, why)]
+    return next((f"rank {r}: {w}" if ranks.world > 1 else w for r, w in said if w), "")
 
 
 def obstacle(trainer: Trainer) -> str:

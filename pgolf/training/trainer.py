@@ -236,7 +236,9 @@ class Trainer:
         """
         over: list[Step] = []
         stop = 0
-        while len(pace) > (0 if stop or any(self._due()) else self._ahead(pace)):
+        while len(pace) > (ahead := 0 if stop or any(self._due()) else self._ahead(pace)):
+            if not ahead:  # a wait for a GPU, which may wait for a rank, knows no patience
+                self.ranks.gather([0.0])
             step = pace.pull()
             told = self.ranks.gather(
                 [step.clock.seconds, interrupt.number, step.loss, step.norm]

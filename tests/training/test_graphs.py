@@ -191,21 +191,38 @@ def test_a_fault_switches_graphs_off(monkeypatch, taped, capsys, fault, said):
 
 
 @needs_cpp
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", [0, 2, 3])
 def test_a_rank_that_has_none_has_company(monkeypatch, taped, capsys, at):
-    """What one finds, at the capture or after it, all do."""
+    """What one finds, at a capture or after all, all do."""
     asked = []
 
-    def summed(self, values):
-        asked.append(list(values))
-        return [float(len(asked) == at + 1)]
+    def first_reason(ranks, why):
+        asked.append(why)
+        return "rank 5: no room" if len(asked) == at + 1 else ""
 
     trainer, _ = made(monkeypatch)
-    monkeypatch.setattr(Ranks, "sum", summed)
+    monkeypatch.setattr(graphs, "_first_reason", first_reason)
     with graphs.captures(trainer):
         assert trainer.step.__name__ == "slow_step"
-    assert asked == [[False]] * (at + 1)
-    assert "graphs: off, another rank says why" in capsys.readouterr().out
+    assert asked == [""] * (at + 1)
+    assert "graphs: off, rank 5: no room" in capsys.readouterr().out
+
+
+def test_the_first_rank_with_a_reason_is_named(monkeypatch):
+    ranks = Ranks(0, 3, torch.device("cpu"))
+    for said, wanted in ((["", "", ""], ""), (["", "no room", "why"], "rank 1: no room")):
+        monkeypatch.setattr(graphs, "gathered", lambda ranks, mine, said=said: said)
+        assert graphs._first_reason(ranks, "") == wanted
+
+
+@needs_cpp
+def test_zeros_that_graphs_read_outlive_larger_ones(monkeypatch, taped):
+    trainer, _ = made(monkeypatch)
+    with graphs.captures(trainer):
+        exchange, held = trainer.exchange, trainer.step.__self__.zeros
+        before = dict(exchange.zeros)
+        exchange._zeros(1 << 20, torch.float32)
+        assert all(held[dtype] is zeros for dtype, zeros in before.items())
 
 
 def test_noise_of_eager_steps_is_allowed_for():
