@@ -333,24 +333,25 @@ class Table(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def _projected(rows: Tensor, table: Table, proj: Matrix | None, dtype: torch.dtype) -> Tensor:
-    """Rows of a table, projected."""
-    found = table(rows).to(dtype)
-    return found if proj is None else proj(found)
-
-
-def _projected_table(
-    rows: Tensor, table: Table, proj: Matrix | None, dtype: torch.dtype
-) -> Tensor | None:
-    """A table, projected, where that is less work than its rows, and None elsewhere.
-
-    E[rows] W^T = (E W^T)[rows]. The gradient of a product is a sum over tokens, hence the fp32.
-    """
+def _gathered(
+    rows: Tensor,
+    table: Table,
+    proj: Matrix | None,
+    dtype: torch.dtype,
+    scales: Sequence[Tensor | None] = (None,),
+) -> list[Tensor]:
+    """Rows of a table, projected, times each of the 0-d scales."""
     trains = torch.is_grad_enabled() and table.weight.requires_grad
     if not trains or rows.numel() <= table.weight.size(0):
-        return None
+        found = table(rows).to(dtype)
+        found = found if proj is None else proj(found)
+        return [found if scale is None else found * scale.to(dtype) for scale in scales]
+    # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
+    # gradients are sums over the table then. That of a product is a sum over tokens, so it is fp32.
     products = table.weight if proj is None else proj(table.weight.to(dtype))
-    return products.to(compute_dtype(dtype))
+    products = products.to(compute_dtype(dtype))
+    tables = [products if scale is None else products * scale for scale in scales]
+    return [F.embedding(rows, t).to(dtype) for t in tables]
 
 
 class BigramHash(nn.Module):
@@ -371,10 +372,7 @@ class BigramHash(nn.Module):
         rows = bigram_rows(ids, buckets)
         if starts is not None:
             rows = rows.masked_fill(starts, buckets - 1)
-        products = _projected_table(rows, self.embed, self.proj, dtype)
-        if products is None:
-            return _projected(rows, self.embed, self.proj, dtype)
-        return F.embedding(rows, products).to(dtype)
+        return _gathered(rows, self.embed, self.proj, dtype)[0]
 
 
 class ValueEmbedding(nn.Module):
@@ -388,12 +386,7 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype, scales: Sequence[Tensor]) -> list[Tensor]:
         """(N, T, G d) for each of the layers that have these `scales`."""
-        products = _projected_table(ids, self.embed, self.proj, dtype)
-        if products is None:
-            value = _projected(ids, self.embed, self.proj, dtype) * self.scale.to(dtype)
-            return [value * scale.to(dtype) for scale in scales]
-        # Scales of the table's rows: their gradients are sums over the table and not over tokens.
-        return [F.embedding(ids, products * (self.scale * s)).to(dtype) for s in scales]
+        return _gathered(ids, self.embed, self.proj, dtype, [self.scale * s for s in scales])
 
 
 class SmearGate(nn.Module):

@@ -116,7 +116,7 @@ class Optimizers:
             lr_scale: factor of every learning rate.
             momentum: Muon's.
             average_rate: how far averages move towards the new parameters; 0 leaves them alone.
-            sent: what `numbers` gave, where it is on the device already.
+            sent: what `numbers` gave for the same rates, where it is on the device already.
 
         If the norm is not finite, parameters, momenta, moments and `averages` stay as they were.
 
@@ -129,9 +129,9 @@ class Optimizers:
                 f"{len(missing)} parameters have no gradient, {missing[0]} among them: run a "
                 "backward pass first"
             )
-        numbers = self.numbers(lr_scale, momentum, average_rate)
+        numbers = self.numbers(lr_scale, momentum, average_rate) if sent is None else sent
         if self.fused:
-            self.fused.step(grads, norm, numbers if sent is None else sent, self.averages)
+            self.fused.step(grads, norm, numbers, self.averages)
             return
         for p in self.params:
             p.grad = grads[p].to(p.dtype)

@@ -87,20 +87,6 @@ def test_what_differs_in_a_token_or_is_short_is_another(tmp_path, val):
 # --- in a folder ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prepared(documents, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared")
-    (folder / "t.txt").write_text("".join(documents))
-    prepare(TextSource([folder / "t.txt"]), folder / "d", "x", vocab_size=400,
-            val_fraction=0.3, shard_tokens=40_000)  # fmt: skip
-    return folder / "d"
-
-
-@pytest.fixture
-def ours(prepared, tmp_path):
-    return shutil.copytree(prepared, tmp_path / "d")
-
-
 def leak(folder) -> int:
     """Put a held-out document into the last training shard; its position."""
     (first,) = list(folder.glob("x_val_000000.bin"))

@@ -8,26 +8,9 @@ import numpy as np
 import pytest
 
 from pgolf.data.manifest import Dataset
-from pgolf.data.prepare import prepare
-from pgolf.data.readers import TextSource
 from pgolf.data.shards import write_shard
 from pgolf.data.tokenizer import load_tokenizer, train_tokenizer
 from pgolf.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def prepared(documents, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared")
-    (folder / "t.txt").write_text("".join(documents))
-    prepare(TextSource([folder / "t.txt"]), folder / "d", "x", vocab_size=400,
-            val_fraction=0.3, shard_tokens=40_000)  # fmt: skip
-    return folder / "d"
-
-
-@pytest.fixture
-def ours(prepared, tmp_path):
-    """A prepared folder to damage."""
-    return shutil.copytree(prepared, tmp_path / "d")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -354,26 +352,24 @@ def test_candidates_for_tuning(kernel: str, candidate: candidates.Candidate, mon
     assert grids.pop(kernel) == (2 * 132,) and list(grids.values()) == [(132,)]
 
 
-def test_half_of_what_was_saved_is_requested_before_the_last_products() -> None:
+def test_half_of_what_was_saved_is_requested_before_the_last_products(monkeypatch) -> None:
     x = random_inputs(128, 128, 256, BF16, with_rstd=False)  # one tile, two blocks of d
     post, bits = up(x.h, x.w_up, 0.5, tma=True)
     saved, events = np.union1d(addresses(post), addresses(bits)), []
     load, dot = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot
 
-    def noted_load(self, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    def noted_load(self, pointers, mask, *rest, **named):
         if wanted := int(np.isin(pointers.data[mask.data], saved).sum()):
             events.append(wanted)
         return load(self, pointers, mask, *rest, **named)
 
-    def noted_dot(*operands: Any) -> Any:
+    def noted_dot(*operands):
         events.append("products")
         return dot(*operands)
 
-    with (
-        mock.patch.object(InterpreterBuilder, "create_masked_load", noted_load),
-        mock.patch.object(InterpreterBuilder, "create_dot", noted_dot),
-    ):
-        down_dgrad(x.dout, x.w_down, post, bits, 0.5, tma=True)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", noted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", noted_dot)
+    down_dgrad(x.dout, x.w_down, post, bits, 0.5, tma=True)
     half = [128 * 4, 128 * 64, 128 * 64]  # words of signs, elements of post in quarters
     assert events == ["products", *half, "products", *half]
 
