@@ -58,7 +58,7 @@ REQUIRED = {
     "newton_schulz_product": POINTER_GEMM,
     "fake_quant_forward_kernel": QUANTISER,
     "fake_quant_backward_kernel": QUANTISER,
-    "sum_rows_kernel": Required(),  # eight columns of four bytes of a row at once
+    "part_sums_columns": Required(),  # eight columns of four bytes of a row at once
     "xsa_forward_rows": ROWS,
     "xsa_backward_rows": ROWS,
     "qk_rope_forward": ROWS,

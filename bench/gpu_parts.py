@@ -43,7 +43,9 @@ OPERATORS = (
     "embed_smear",
 )  # fmt: skip
 # Of weights, gradients and states, which the record has in fp32.
-FP32_OPERATORS = ("param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant")
+FP32_OPERATORS = (
+    "param_update", "muon_momentum", "grad_norm", "part_sums", "weight_cast", "fake_quant",
+)  # fmt: skip
 TUNED = ("leaky_relu2_mlp", "newton_schulz")
 SAMPLES = ("98304", "bank", "matrices", "pr1473", "1536x512", "512x1536", "512x512")
 

@@ -47,10 +47,11 @@ struct ResidualNormUpstream {
   const void *x_in, *rstd, *d_total, *d_x_in, *dh;
 };
 
-// (T, D), null where there is none: dbranch and dskip only where they differ from dx. parameters
-// (P, D) and partials (parts, P, D) are float, or double for double.
+// (T, D), null where there is none: dbranch and dskip only where they differ from dx. partials
+// (parts, P, D), whose sums over parts are the gradients of parameters, is float, or double for
+// double.
 struct ResidualNormGradients {
-  void *dx, *dbranch, *dskip, *dx0, *parameters, *partials;
+  void *dx, *dbranch, *dskip, *dx0, *partials;
 };
 
 constexpr int64_t kMaxResidualWidth = 4096;  // D

@@ -130,8 +130,8 @@ def _decoding(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     import torch
 
     from pgolf.model.decode import WINDOW, Decoder, pick
+    from pgolf.model.embeddings import Table
     from pgolf.model.frozen import frozen_copy
-    from pgolf.model.layers import Table
 
     _, model, _ = build_model(request)
     model = frozen_copy(model, ops=model.ops)

@@ -55,14 +55,13 @@ Heads checked_gradient(const std::string& name, const QkRopeShape& shape, int64_
 }
 
 void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address partials,
-                            int64_t partial_rows, Address d_gain) {
+                            int64_t partial_rows) {
   const int64_t parts = rope_parts(tokens_of(shape)).count;
   if (partial_rows != parts) {
     refuse("partial_rows", partial_rows, "it has to be " + std::to_string(parts));
   }
   check_pointer("dqkv", dqkv, packed_count(shape));
   check_pointer("partials", partials, parts * shape.heads);
-  check_pointer("d_gain", d_gain, shape.heads);
 }
 
 template <typename On>
@@ -78,9 +77,9 @@ void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address factor
 template <typename On>
 void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Address factor,
                       Address dq, Address dk, Address dv, Address dv_again, Address dqkv,
-                      Address partials, int64_t partial_rows, Address d_gain, int dtype, int64_t n,
-                      int64_t t, int64_t h, int64_t g, int64_t d, int64_t half, double eps,
-                      bool norm, const Strides& dq_strides, const Strides& dk_strides,
+                      Address partials, int64_t partial_rows, int dtype, int64_t n, int64_t t,
+                      int64_t h, int64_t g, int64_t d, int64_t half, double eps, bool norm,
+                      const Strides& dq_strides, const Strides& dk_strides,
                       const Strides& dv_strides, const Strides& dv_again_strides, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
   const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
@@ -89,15 +88,15 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
                                      checked_gradient("dv", shape, g, dv, dv_strides),
                                      checked_gradient("dv_again", shape, g, dv_again,
                                                       dv_again_strides)};
-  check_gradient_outputs(shape, dqkv, partials, partial_rows, d_gain);
-  launch::qk_rope_backward(on, shape, in, gradients, dqkv, partials, d_gain);
+  check_gradient_outputs(shape, dqkv, partials, partial_rows);
+  launch::qk_rope_backward(on, shape, in, gradients, dqkv, partials);
 }
 
 const Functions functions = {
     {
         PGOLF_BOTH(qk_rope, "qkv cos sin gain factor value q k v dtype n t h g d half eps norm"),
         PGOLF_BOTH(qk_rope_backward,
-                   "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows d_gain "
+                   "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows "
                    "dtype n t h g d half eps norm dq_strides dk_strides dv_strides "
                    "dv_again_strides"),
     },

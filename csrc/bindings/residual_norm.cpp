@@ -48,8 +48,8 @@ ResidualNormUpstream checked_upstream(const ResidualNormShape& shape, Address x_
 
 ResidualNormGradients checked_gradients(const ResidualNormShape& shape,
                                         const ResidualNormInputs& in, Address dx, Address dbranch,
-                                        Address dskip, Address dx0, Address parameters,
-                                        Address partials, int64_t partial_rows) {
+                                        Address dskip, Address dx0, Address partials,
+                                        int64_t partial_rows) {
   const int64_t count = shape.rows * shape.width, parts = residual_parts(shape.rows).count;
   const int64_t numbers = residual_parameters(in) * shape.width;
   if (partial_rows != parts) {
@@ -59,10 +59,8 @@ ResidualNormGradients checked_gradients(const ResidualNormShape& shape,
   if (in.branch_scale) check_pointer("dbranch", dbranch, count);
   if (in.skip_weight) check_pointer("dskip", dskip, count);
   if (in.mix) check_pointer("dx0", dx0, count);
-  check_pointer("parameters", parameters, numbers);
   check_pointer("partials", partials, parts * numbers);
-  return {dx,  dbranch,    dskip,
-          dx0, parameters, partials};
+  return {dx, dbranch, dskip, dx0, partials};
 }
 
 template <typename On>
@@ -80,14 +78,13 @@ template <typename On>
 void residual_norm_backward(Address total, Address branch, Address branch_scale, Address skip,
                             Address skip_weight, Address x0, Address mix, Address x_in,
                             Address rstd, Address d_total, Address d_x_in, Address dh, Address dx,
-                            Address dbranch, Address dskip, Address dx0, Address parameters,
-                            Address partials, int64_t partial_rows, int dtype, int64_t rows,
-                            int64_t width, double scale, double eps, bool factored, On on) {
+                            Address dbranch, Address dskip, Address dx0, Address partials,
+                            int64_t partial_rows, int dtype, int64_t rows, int64_t width,
+                            double scale, double eps, bool factored, On on) {
   const auto shape = checked_shape<On>(dtype, rows, width, scale, eps, factored);
   const auto in = checked_inputs(shape, total, branch, branch_scale, skip, skip_weight, x0, mix);
   const auto upstream = checked_upstream(shape, x_in, rstd, d_total, d_x_in, dh);
-  const auto out = checked_gradients(shape, in, dx, dbranch, dskip, dx0, parameters, partials,
-                                     partial_rows);
+  const auto out = checked_gradients(shape, in, dx, dbranch, dskip, dx0, partials, partial_rows);
   launch::residual_norm_backward(on, shape, in, upstream, out);
 }
 
@@ -98,7 +95,7 @@ const Functions functions = {
                    "width scale eps factored"),
         PGOLF_BOTH(residual_norm_backward,
                    "total branch branch_scale skip skip_weight x0 mix x_in rstd d_total d_x_in dh "
-                   "dx dbranch dskip dx0 parameters partials partial_rows dtype rows width scale "
+                   "dx dbranch dskip dx0 partials partial_rows dtype rows width scale "
                    "eps factored"),
     },
     {

@@ -278,8 +278,7 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
 }
 
 void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
-                      const QkRopeGradients& gradients, void* dqkv, void* partials, void* d_gain,
-                      int threads) {
+                      const QkRopeGradients& gradients, void* dqkv, void* partials, int threads) {
   with_operator(shape, in, [&](auto element, const auto& op) {
     using T = decltype(element);
     using F = compute_t<T>;
@@ -301,11 +300,6 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
       }
       end_streaming();
     });
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts.count; ++part) sum += sums[part * shape.heads + h];
-      static_cast<F*>(d_gain)[h] = static_cast<F>(sum);
-    }
   });
 }
 

@@ -180,11 +180,6 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
       }
       end_streaming();
     });
-    for (int64_t i = 0; i < numbers; ++i) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts.count; ++part) sum += partials[part * numbers + i];
-      static_cast<F*>(out.parameters)[i] = static_cast<F>(sum);
-    }
   });
 }
 

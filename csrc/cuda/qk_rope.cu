@@ -8,7 +8,6 @@
 #include "cuda/device.cuh"
 #include "cuda/head_lanes.h"
 #include "cuda/launch.h"
-#include "cuda/partials.cuh"
 #include "cuda/qk_rope.cuh"
 #include "heads.h"
 #include "rms_norm.h"
@@ -220,12 +219,12 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
 
 const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              const QkRopeGradients& gradients, void* dqkv, void* partials,
-                             void* d_gain, void* stream) {
+                             void* stream) {
   const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
   const Heads dv_again = gradients.dv_again;
   const Parts parts = rope_parts(shape.batch * shape.time);
   const Span span(shape, parts.each);
-  const char* error = with_element(shape.dtype, [&](auto element) {
+  return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const bool vectors = aligned_heads<T>(shape, in) &&
                          aligned({dq.data, dk.data, dv.data, dv_again.data, dqkv},
@@ -245,9 +244,6 @@ const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                     static_cast<float*>(partials));
     });
   });
-  if (error) return error;
-  return sum_rows<1>(static_cast<const float*>(partials), parts.count, shape.heads,
-                  static_cast<float*>(d_gain), stream);
 }
 
 }  // namespace pgolf::cuda

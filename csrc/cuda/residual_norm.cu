@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
-#include "cuda/partials.cuh"
 #include "cuda/residual_rows.cuh"
 
 namespace pgolf::cuda {
@@ -323,7 +322,7 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                        (upstream.dh ? kH : 0);
   const int64_t parts = residual_parts(shape.rows).count, parameters = residual_parameters(in);
   float* const partials = static_cast<float*>(out.partials);
-  const char* error = with_element(shape.dtype, [&](auto element) {
+  return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Inputs<T> inputs(shape, in);
     const bool vectors = inputs.aligned_rows() &&
@@ -339,9 +338,6 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                     Gradients<T>(out), parameters, partials);
     });
   });
-  if (error || parameters == 0) return error;
-  return sum_rows(partials, parts, parameters * shape.width,
-                  static_cast<float*>(out.parameters), stream);
 }
 
 }  // namespace pgolf::cuda

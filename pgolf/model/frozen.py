@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pgolf.model.embeddings import Table
 from pgolf.model.gpt import GPT
-from pgolf.model.layers import Matrix, Table
+from pgolf.model.layers import Matrix
 
 
 def frozen_copy(

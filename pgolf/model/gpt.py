@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.device import DTYPES
-from pgolf.model.layers import BigramHash, Block, SmearGate, Stream, Table, ValueEmbedding
+from pgolf.model.deferred_sums import with_deferred_sums
+from pgolf.model.embeddings import BigramHash, SmearGate, Table, ValueEmbedding
+from pgolf.model.layers import Block, LayerVectors, Stream
 from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.operator import OPERATORS
@@ -163,12 +165,12 @@ class GPT(nn.Module):
             values = dict(zip(self.ve_index, found, strict=True))
         skips: list[Tensor] = []
         middle = None
-        stream = Stream(x0)
+        stream, vectors = Stream(x0), self.vectors(x0)
         for i, block in enumerate(self.blocks):
-            skip, back = None, i - self.encoder
-            if 0 <= back < self.encoder:  # the first takes the state itself
-                skip = skips.pop() if back else None, self.skip_weights[back]
-            total, stream = block(stream, skip, x0, rope, values.pop(i, None), partial(attend, i))
+            skip = None if vectors[i].skip_weight is None else skips.pop()
+            total, stream = block(
+                stream, skip, x0, vectors[i], rope, values.pop(i, None), partial(attend, i)
+            )
             if 0 < i < self.encoder:
                 skips.append(total)
             if self.backout is not None and i == c.layers // 2:
@@ -180,6 +182,20 @@ class GPT(nn.Module):
             skip_weight=None if middle is None else -self.backout.expand(c.dim),
             eps=c.norm_eps, impl=self.ops["residual_norm"],
         )[1]  # fmt: skip
+
+    def vectors(self, x0: Tensor) -> list[LayerVectors]:
+        """Of all blocks, whose second half takes the skips of the first, the last one first."""
+        weights = {self.encoder + i: self.skip_weights[i] for i in range(self.encoder)}
+        layers = [
+            block.vectors(weights.get(i), own_skip=i == min(weights, default=None))
+            for i, block in enumerate(self.blocks)
+        ]
+        # (Where weight_cast folds no branch scales in, their gradients are sums over tokens too.)
+        kernels = {"part_sums", "residual_norm", "qk_rope", "weight_cast"}
+        running = {name for name, impl in self.ops.items() if impl != "reference"}
+        if not kernels <= running or not torch.is_grad_enabled():
+            return layers
+        return with_deferred_sums(layers, x0, self.ops["part_sums"])
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (.., V) in fp32 of features x (.., D)."""

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
-from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import Factored, residual_norm
-from pgolf.ops.tensors import compute_dtype
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 
@@ -147,6 +145,20 @@ class BlockWeights(NamedTuple):
     mlp_scale: Tensor | None
 
 
+class LayerVectors(NamedTuple):
+    """The vectors of a block as its forward pass takes them.
+
+    `norm_sums` and `gain_sums` are what `residual_norm` and `qk_rope` leave the sums to that are
+    their gradients (`with_deferred_sums`); None: they are summed there.
+    """
+
+    mix: Tensor | None  # (2, D) of the state and of x0; None mixes nothing in
+    skip_weight: Tensor | None  # (D,) of another layer's state, if it takes one
+    gain: Tensor  # (H,) of queries
+    norm_sums: Tensor | None = None
+    gain_sums: Tensor | None = None
+
+
 class Attention(nn.Module):
     """Causal self attention with q/k norm, partial RoPE, query gain and optional XSA."""
 
@@ -168,6 +180,7 @@ class Attention(nn.Module):
         self,
         h: Factored,
         weights: BlockWeights,
+        vectors: LayerVectors,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
         attend: Attend,
@@ -176,8 +189,9 @@ class Attention(nn.Module):
         c = self.config
         batch, time, _ = h.y.shape
         q, k, *values = qk_rope(
-            F.linear(h.y, weights.qkv), *rope, self.q_gain, c.heads, c.kv_heads, c.norm_eps,
+            F.linear(h.y, weights.qkv), *rope, vectors.gain, c.heads, c.kv_heads, c.norm_eps,
             c.qk_norm, value, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
+            sums=vectors.gain_sums,
         )  # fmt: skip
         y = attend(q, k, values[0])
         if self.exclusive:
@@ -276,6 +290,14 @@ class Block(nn.Module):
         left = (None, None) if self.fold() else (self.attn_scale, self.mlp_scale)
         return BlockWeights(qkv, out, up, down, *left)
 
+    def vectors(self, skip_weight: Tensor | None, own_skip: bool) -> LayerVectors:
+        """With the weight (D,) of a skip, if it has one; `own_skip`: of the state before it."""
+        mix, weight = self.resid_mix, skip_weight
+        if own_skip:  # x + weight x: a factor of the mix
+            own, other = (1.0, torch.zeros_like(weight)) if mix is None else mix
+            mix, weight = torch.stack(((1 + weight) * own, other)), None
+        return LayerVectors(mix, weight, self.attn.q_gain)
+
     def weights(self, dtype: torch.dtype) -> BlockWeights:
         """The matrices in `dtype`, fake-quantised in late QAT; whether scales are folded in."""
         *qkv, out, up, down = cast_all(self.matrices(), dtype, self.fold())
@@ -284,32 +306,26 @@ class Block(nn.Module):
     def forward(
         self,
         stream: Stream,
-        skip: tuple[Tensor | None, Tensor] | None,
+        skip: Tensor | None,
         x0: Tensor,
+        vectors: LayerVectors,
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
         attend: Attend,
     ) -> BlockOutput:
-        """What this block makes of the state before it, and of a skip (tensor, weight).
-
-        A skip of None is that state itself.
-        """
+        """What this block makes of the state before it, and of a skip (N, T, D) if it has one."""
         # What comes in is not added up yet: residual_norm adds the last block's branch and the
         # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
         # its skip. Scales that `weights` folded in, by the same condition, are not applied again.
         x, branch, scale = stream
         weights = self.published or self.weights(x.dtype)
-        skipped, weight = skip or (None, None)
-        mix = self.resid_mix
-        if weight is not None and skipped is None:  # x + weight x: a factor of the mix
-            own, other = (1.0, torch.zeros_like(weight)) if mix is None else mix
-            mix, weight = torch.stack(((1 + weight) * own, other)), None
         total, x, h = self._normed(
-            "qk_rope", x, branch=branch, branch_scale=scale, skip=skipped, skip_weight=weight,
-            x0=x0, mix=mix, keep_total=True,
+            "qk_rope", x, branch=branch, branch_scale=scale, skip=skip,
+            skip_weight=vectors.skip_weight, x0=x0, mix=vectors.mix, sums=vectors.norm_sums,
+            keep_total=True,
         )  # fmt: skip
-        branch = self.attn(h, weights, rope, value, attend)
+        branch = self.attn(h, weights, vectors, rope, value, attend)
         x, h = self._normed(
             "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale
         )
@@ -320,78 +336,3 @@ class Block(nn.Module):
         factored = self.ops[taker] != "reference"
         *others, h = residual_norm(x, **added, **self.norm, factored=factored)
         return (*others, h if factored else Factored(h, None))
-
-
-class Table(nn.Module):
-    """An embedding table (rows, width) in its own dtype."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
-
-
-def _gathered(
-    rows: Tensor,
-    table: Table,
-    proj: Matrix | None,
-    dtype: torch.dtype,
-    scales: Sequence[Tensor | None] = (None,),
-) -> list[Tensor]:
-    """Rows of a table, projected, times each of the 0-d scales."""
-    trains = torch.is_grad_enabled() and table.weight.requires_grad
-    if not trains or rows.numel() <= table.weight.size(0):
-        found = table(rows).to(dtype)
-        found = found if proj is None else proj(found)
-        return [found if scale is None else found * scale.to(dtype) for scale in scales]
-    # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
-    # gradients are sums over the table then. That of a product is a sum over tokens, so it is fp32.
-    products = table.weight if proj is None else proj(table.weight.to(dtype))
-    products = products.to(compute_dtype(dtype))
-    tables = [products if scale is None else products * scale for scale in scales]
-    return [F.embedding(rows, t).to(dtype) for t in tables]
-
-
-class BigramHash(nn.Module):
-    """Embedding of the hashed pair (previous id, id), projected to the residual width.
-
-    `scale` is applied where it is added to the tokens' embedding.
-    """
-
-    def __init__(self, buckets: int, width: int, dim: int, dtype: torch.dtype):
-        super().__init__()
-        self.embed = Table(buckets, width, dtype)
-        self.proj = Matrix(dim, width) if width != dim else None
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, ids: Tensor, dtype: torch.dtype, starts: Tensor | None = None) -> Tensor:
-        """starts (N, T) bool: tokens that have no previous one."""
-        buckets = self.embed.weight.size(0)
-        rows = bigram_rows(ids, buckets)
-        if starts is not None:
-            rows = rows.masked_fill(starts, buckets - 1)
-        return _gathered(rows, self.embed, self.proj, dtype)[0]
-
-
-class ValueEmbedding(nn.Module):
-    """One table of values that several layers add, each with a scale of its own."""
-
-    def __init__(self, vocab: int, width: int, kv_dim: int, dtype: torch.dtype):
-        super().__init__()
-        self.embed = Table(vocab, width, dtype)
-        self.proj = Matrix(kv_dim, width) if width != kv_dim else None
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, ids: Tensor, dtype: torch.dtype, scales: Sequence[Tensor]) -> list[Tensor]:
-        """(N, T, G d) for each of the layers that have these `scales`."""
-        return _gathered(ids, self.embed, self.proj, dtype, [self.scale * s for s in scales])
-
-
-class SmearGate(nn.Module):
-    """Holds the gate of `pgolf.ops.embed_smear`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(dim))

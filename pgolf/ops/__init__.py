@@ -9,6 +9,7 @@ from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.muon_momentum import muon_momentum
 from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_all
 from pgolf.ops.param_update import param_update
+from pgolf.ops.part_sums import part_sums
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_all",
     "param_update",
+    "part_sums",
     "qk_rope",
     "residual_norm",
     "rms_norm",

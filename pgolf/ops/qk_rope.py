@@ -27,7 +27,8 @@ from pgolf.ops.derivatives import rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.qk_rope_kernels import forward, launchers
+from pgolf.ops.part_sums import Sums, check_deferred
+from pgolf.ops.qk_rope_kernels import forward, launchers, part_count
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 
@@ -127,6 +128,11 @@ def _check(
         )
 
 
+def sums_of(tokens: int, gain: Tensor) -> Sums:
+    """What `part_sums.deferred` takes for a call with this gain, N T tokens."""
+    return Sums(part_count(tokens), [gain])
+
+
 def obstacle(impl: str, size: int) -> str:
     """Why `impl` cannot run heads of that size; '' if it can."""
     return beyond(SIZE_LIMITS, impl, size, "elements a head")
@@ -146,6 +152,7 @@ def qk_rope(
     *,
     factor: Tensor | None = None,
     split_v: bool = False,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Split a packed projection into q, k and v; norm and rotate q and k, scale q by its gain.
 
@@ -163,6 +170,8 @@ def qk_rope(
             multiplied by; None is 1.
         split_v: whether v comes twice. Kernels add up the gradients of both where they make that of
             qkv, and autograd has nothing to add (but for the gradient of `value`).
+        sums: what `part_sums.deferred` gives for `sums_of` these arguments: gain then gets its
+            gradient from there. None: from here.
 
     Returns:
         q (N, T, H, d), k and v (N, T, G, d), contiguous, with split_v v once more; of the
@@ -174,12 +183,14 @@ def qk_rope(
     qkv, cos, sin, gain, value, factor = _INPUTS(qkv, cos, sin, gain, value, factor)
     _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor)
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
+    if sums is not None:
+        check_deferred("qk_rope", sums, sums_of(qkv.shape[:2].numel(), gain), impl)
     if impl == "reference":
         return reference(
             qkv, cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v
         )
     q, k, v, again = forward(
-        qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm, split_v, impl
+        qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, split_v, impl
     )
     return (q, k, v, *([rerouted(v, again)] if split_v else []))
 

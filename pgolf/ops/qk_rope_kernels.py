@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pgolf.ops.derivatives import factor_gradient, register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.part_sums import sum_parts
 from pgolf.ops.tensors import addresses, contiguous, parts_of, unit_stride
 
 # Kernels sum d_gain over parts of the tokens, of so many at least; csrc/qk_rope.h
@@ -33,17 +34,20 @@ def _with_ticket(outputs: tuple[Tensor, ...], split_v: bool) -> tuple[Tensor, ..
 @torch.library.custom_op("pgolf::qk_rope", mutates_args=())
 def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
-    factor: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool, split_v: bool,
-    impl: str,
+    factor: Tensor | None, sums: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool,
+    split_v: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v and the ticket of a second v, if it is to `split_v`."""
+    """q, k, v and the ticket of a second v, if it is to `split_v`.
+
+    `sums` is what takes the gradient of gain in parts, where it does not get it itself.
+    """
     inputs = contiguous(qkv, cos, sin, gain, value, factor)
     outputs = launcher("qk_rope", impl, "forward")(*inputs, heads, kv_heads, eps, norm)
     return _with_ticket(outputs, split_v)
 
 
 @forward.register_fake
-def _(qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm, split_v, impl):
+def _(qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, split_v, impl):
     return _with_ticket(_outputs(qkv, heads, kv_heads), split_v)
 
 
@@ -51,21 +55,36 @@ def _(qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm, split_v, i
 def _backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,
-    heads: int, kv_heads: int, eps: float, norm: bool, impl: str,
+    heads: int, kv_heads: int, eps: float, norm: bool, deferred: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dqkv and the gradient of gain, `deferred` in parts."""
     gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv, dv_again)]
     inputs = contiguous(qkv, cos, sin, gain, factor)
-    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, heads, kv_heads, eps, norm)
+    settings = heads, kv_heads, eps, norm, deferred
+    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, *settings)
 
 
 @_backward.register_fake
-def _(dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, impl):
-    return qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
+def _(
+    dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred, impl
+):  # fmt: skip
+    return qkv.new_empty(qkv.shape), _room(qkv, gain) if deferred else gain.new_empty(gain.shape)
+
+
+def part_count(tokens: int) -> int:
+    """Of sums over so many tokens."""
+    return parts_of(tokens, MIN_PART, MAX_PARTS)
+
+
+def _room(qkv: Tensor, gain: Tensor) -> Tensor:
+    """For the sums over parts of the tokens (parts, H)."""
+    return gain.new_empty((part_count(qkv.shape[:2].numel()), gain.numel()))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, cos, sin, gain, value, factor, *settings, ctx.split_v, impl = inputs
-    ctx.settings = *settings, impl
+    qkv, cos, sin, gain, value, factor, sums, *settings, ctx.split_v, impl = inputs
+    ctx.deferred = sums is not None
+    ctx.settings = *settings, ctx.deferred, impl
     ctx.value_shape = None if value is None else value.shape
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, cos, sin, gain, factor)
@@ -84,9 +103,10 @@ def _gradient(
             dv, dv_again = dv + dv_again, None
         whole = dv_again if dv is None else dv
         dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
-    dqkv, d_gain = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
+    dqkv, gains = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
+    d_gain, d_sums = (None, gains) if ctx.deferred else (gains, None)
     d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[5] else None
-    return dqkv, None, None, d_gain, dvalue, d_factor, *(None for _ in ctx.settings), None
+    return dqkv, None, None, d_gain, dvalue, d_factor, d_sums, *(None for _ in ctx.settings)
 
 
 register_gradient("qk_rope", forward, _gradient, _setup_context)
@@ -114,18 +134,16 @@ def launchers(run: Run) -> dict[str, Callable]:
         return outputs
 
     def backward(
-        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm
+        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred
     ):  # fmt: skip
-        dqkv, d_gain = qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
-        parts = parts_of(qkv.shape[:2].numel(), MIN_PART, MAX_PARTS)
-        partials = gain.new_empty((parts, heads))
+        dqkv, parts = qkv.new_empty(qkv.shape), _room(qkv, gain)
         gradients = (dq, dk, dv, dv_again)
         run(
             "qk_rope_backward", qkv,
-            *addresses(qkv, cos, sin, gain, factor, *gradients, dqkv, partials),
-            parts, d_gain.data_ptr(), *_shape(qkv, cos, heads, kv_heads), eps, norm,
+            *addresses(qkv, cos, sin, gain, factor, *gradients, dqkv, parts),
+            parts.size(0), *_shape(qkv, cos, heads, kv_heads), eps, norm,
             *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
         )  # fmt: skip
-        return dqkv, d_gain
+        return dqkv, parts if deferred else sum_parts(run, [parts])
 
     return {"forward": forward, "backward": backward}

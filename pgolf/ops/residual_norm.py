@@ -31,7 +31,8 @@ from pgolf.ops.derivatives import rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.residual_norm_kernels import forward, launchers
+from pgolf.ops.part_sums import Sums, check_deferred
+from pgolf.ops.residual_norm_kernels import forward, launchers, part_count
 from pgolf.ops.tensors import compute_dtype, nbytes
 
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
@@ -128,6 +129,19 @@ def _check(
         )
 
 
+def sums_of(
+    rows: int, branch_scale: Tensor | None, skip_weight: Tensor | None, mix: Tensor | None
+) -> Sums:
+    """What `part_sums.deferred` takes for a call with these parameters, x of so many rows."""
+    parameters = [p for p in (branch_scale, skip_weight) if p is not None]
+    parameters += [mix] if _learns(mix) else []
+    return Sums(part_count(rows), parameters)
+
+
+def _learns(mix: Tensor | None) -> bool:
+    return mix is not None and mix.requires_grad and torch.is_grad_enabled()
+
+
 def obstacle(impl: str, width: int) -> str:
     """Why `impl` cannot run rows of that width; '' if it can."""
     return beyond(WIDTH_LIMITS, impl, width, "elements a row")
@@ -146,6 +160,7 @@ def residual_norm(
     eps: float = 1e-6,
     keep_total: bool = False,
     factored: bool = False,
+    sums: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor | Factored, ...]:
     """Add a branch and a skip to the residual stream, mix x0 in, and norm the result.
@@ -163,6 +178,8 @@ def residual_norm(
         eps: added to the mean square of a row before the root.
         keep_total: whether the sum before the mix, which a U-Net skip wants, is a result too.
         factored: whether h comes as `Factored`; then scale must not be 0.
+        sums: what `part_sums.deferred` gives for `sums_of` these arguments: the parameters then get
+            their gradients from there. None: from here.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 4096) or 'cuda' (fp32, bf16;
             D <= 4096).
 
@@ -178,6 +195,9 @@ def residual_norm(
     others = dict(zip(_INPUTS.optional, rest, strict=True))
     _check(x, others, scale, eps, factored)
     impl = resolve("residual_norm", impl, x, width=x.size(-1))
+    if sums is not None:
+        learned = [others[name] for name in ("branch_scale", "skip_weight", "mix")]
+        check_deferred("residual_norm", sums, sums_of(x.shape[:-1].numel(), *learned), impl)
     if impl == "reference":
         return reference(
             x, **others, scale=scale, eps=eps, keep_total=keep_total, factored=factored
@@ -186,9 +206,10 @@ def residual_norm(
     mixes = mix is not None
     if not mixes:
         others["x0"] = None
-    learns = mixes and mix.requires_grad and torch.is_grad_enabled()
-    stores_total = adds and mixes and (keep_total or learns)
-    total, x_in, h, rstd = forward(x, *others.values(), scale, eps, factored, stores_total, impl)
+    stores_total = adds and mixes and (keep_total or _learns(mix))
+    total, x_in, h, rstd = forward(
+        x, *others.values(), sums, scale, eps, factored, stores_total, impl
+    )
     if not adds:
         total = x
         x_in = x_in if mixes else x

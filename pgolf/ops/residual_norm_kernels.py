@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.part_sums import sum_parts
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of
 
 # Gradients of parameters are summed over parts of the rows, of so many at least;
@@ -44,28 +45,35 @@ def _gradients(
     x_in: Tensor, total: Tensor | None, branch_scale: Tensor | None, skip_weight: Tensor | None,
     mix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Room for dx, dbranch, dskip, dx0 and the gradients of parameters.
+    """Room for dx, dbranch, dskip, dx0 and the sums over parts of the rows (parts, numbers).
 
-    dbranch and dskip are empty where they would be dx. Rows of the last: of branch_scale, of
-    skip_weight, two of mix, where these are (of mix, where total is).
+    dbranch and dskip are empty where they would be dx. The numbers of a part are those of the
+    gradients of branch_scale, skip_weight and mix, where these are (of mix, where total is).
     """
     scaled, weighted, mixed = (t is not None for t in (branch_scale, skip_weight, mix))
-    rows = scaled + weighted + 2 * (mixed and total is not None)
+    width = x_in.size(-1)
+    numbers = (scaled + weighted + 2 * (mixed and total is not None)) * width
     return (
         x_in.new_empty(x_in.shape), _or_empty(x_in, scaled), _or_empty(x_in, weighted),
-        _or_empty(x_in, mixed), _wide(x_in, (rows, x_in.size(-1))),
+        _or_empty(x_in, mixed), _wide(x_in, (part_count(x_in.numel() // width), numbers)),
     )  # fmt: skip
+
+
+def part_count(rows: int) -> int:
+    """Of sums over so many rows."""
+    return parts_of(rows, MIN_PART, MAX_PARTS)
 
 
 @torch.library.custom_op("pgolf::residual_norm", mutates_args=())
 def forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-    factored: bool, stores_total: bool, impl: str,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, sums: Tensor | None,
+    scale: float, eps: float, factored: bool, stores_total: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, if it `stores_total`, x_in, h and rstd (...,).
 
-    Factored: the ticket of x_in as a factor of h, and the other factor in the place of rstd.
+    Factored: the ticket of x_in as a factor of h, and the other factor in the place of rstd. `sums`
+    is what takes the gradients of parameters in parts, where they do not get them themselves.
     """
     inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
     return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, factored, stores_total)
@@ -73,7 +81,8 @@ def forward(
 
 @forward.register_fake
 def _(
-    x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, factored, stores_total, impl
+    x, branch, branch_scale, skip, skip_weight, x0, mix, sums, scale, eps, factored, stores_total,
+    impl,
 ):  # fmt: skip
     return _results(x, branch, skip, mix, factored, stores_total)
 
@@ -83,27 +92,34 @@ def _backward(
     d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
     total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-    factored: bool, impl: str,
+    factored: bool, deferred: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dbranch, dskip, dx0 and the gradients of parameters, `deferred` in parts."""
     tensors = contiguous(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
     )
-    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps, factored)
+    return launcher("residual_norm", impl, "backward")(*tensors, scale, eps, factored, deferred)
 
 
 @_backward.register_fake
 def _(
     d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-    scale, eps, factored, impl,
+    scale, eps, factored, deferred, impl,
 ):  # fmt: skip
-    return _gradients(x_in, total, branch_scale, skip_weight, mix)
+    *gradients, parts = _gradients(x_in, total, branch_scale, skip_weight, mix)
+    return *gradients, parts if deferred else parts.new_empty(parts.size(1))
+
+
+_MIX = 6  # which argument of `forward` that is
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, branch, branch_scale, skip, skip_weight, x0, mix, *settings, stores_total, impl = inputs
+    x, branch, branch_scale, skip, skip_weight, x0, mix, sums, *settings, impl = inputs
+    *settings, stores_total = settings
     total, x_in, _, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.settings = *settings, impl
+    ctx.deferred = sums is not None
+    ctx.settings = *settings, ctx.deferred, impl
     ctx.adds = branch is not None, skip is not None
     # Kept are x_in, from which the backward kernel makes n = x_in rstd again, and rstd. The mix's
     # gradient alone needs total: x where nothing is added, else stored only if the mix learns or a
@@ -111,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # needs them: with a factor of 1 they get the gradient of x, and nobody reads them again.
     changes = any(ctx.adds) or mix is not None
     if not stores_total:
-        total = None if mix is None or any(ctx.adds) else x
+        total = x if ctx.needs_input_grad[_MIX] and not any(ctx.adds) else None
     ctx.save_for_backward(
         x_in if changes else x, rstd, total,
         None if branch_scale is None else branch, branch_scale,
@@ -127,15 +143,20 @@ def _gradient(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
         *ctx.settings,
     )  # fmt: skip
-    d_branch_scale = None if branch_scale is None else parameters[0]
-    d_skip_weight = None if skip_weight is None else parameters[int(branch_scale is not None)]
-    d_mix = None if mix is None or total is None else parameters[-2:]
+    d_branch_scale = d_skip_weight = d_mix = d_sums = None
+    if ctx.deferred:
+        d_sums = parameters
+    else:
+        rows = parameters.view(-1, x_in.size(-1))
+        d_branch_scale = None if branch_scale is None else rows[0]
+        d_skip_weight = None if skip_weight is None else rows[int(branch_scale is not None)]
+        d_mix = None if mix is None or total is None else rows[-2:]
     # What is added with a factor of 1 has the gradient of x: one tensor for all.
     return (
         dx,
         (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
         (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
-        None if mix is None else dx0, d_mix, *(None for _ in ctx.settings), None,
+        None if mix is None else dx0, d_mix, d_sums, *(None for _ in ctx.settings),
     )  # fmt: skip
 
 
@@ -165,23 +186,18 @@ def launchers(run: Run) -> dict[str, Callable]:
 
     def backward(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-        scale, eps, factored,
+        scale, eps, factored, deferred,
     ):  # fmt: skip
-        gradients = _gradients(x_in, total, branch_scale, skip_weight, mix)
-        *_, parameters = gradients
-        parts = parts_of(rstd.numel(), MIN_PART, MAX_PARTS)
-        if not parts:  # an empty tensor has no address by which it could be known to be there
-            parameters.zero_()
-            return gradients
-        partials = parameters.new_empty((parts, *parameters.shape))
-        run(
-            "residual_norm_backward", x_in,
-            *addresses(
-                total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
-                d_x_in, dh, *gradients, partials,
-            ),
-            parts, *shape(x_in), scale, eps, factored,
-        )  # fmt: skip
-        return gradients
+        *gradients, parts = _gradients(x_in, total, branch_scale, skip_weight, mix)
+        if rstd.numel():  # an empty tensor has no address by which it could be known to be there
+            run(
+                "residual_norm_backward", x_in,
+                *addresses(
+                    total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
+                    d_x_in, dh, *gradients, parts,
+                ),
+                parts.size(0), *shape(x_in), scale, eps, factored,
+            )  # fmt: skip
+        return *gradients, parts if deferred else sum_parts(run, [parts])
 
     return {"forward": forward, "backward": backward}

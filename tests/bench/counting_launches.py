@@ -15,7 +15,7 @@ from pgolf.ops.operator import OPERATORS
 
 NAMES = (
     "xsa", "residual_norm", "qk_rope", "softcap_cross_entropy", "weight_cast", "grad_norm",
-    "muon_momentum", "param_update",
+    "muon_momentum", "param_update", "part_sums",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ def main(log: Path) -> None:
     device.note(kind="stream", stream=side.cuda_stream)
     with operators_counted(device):
         for name in NAMES:
-            args, kwargs = OPERATORS[name].samples()[0].build(cuda, torch.bfloat16)
+            dtype = torch.float32 if name == "part_sums" else torch.bfloat16
+            args, kwargs = OPERATORS[name].samples()[0].build(cuda, dtype)
             with torch.cuda.stream(side):
                 device.note(kind="phase", name=name)
                 OPERATORS[name].call(*args, **kwargs, impl="cuda")

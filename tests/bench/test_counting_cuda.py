@@ -28,6 +28,7 @@ KERNELS = {
     "grad_norm": ["grad_norm_chunks", "grad_norm_finish"],
     "muon_momentum": ["muon_momentum_rows", "muon_momentum_scale"],
     "param_update": ["param_update_chunks"],
+    "part_sums": ["part_sums_columns"],
 }
 # The product; the sum of the losses, the count of targets that are not ignored, their ratio.
 TORCHS = {"softcap_cross_entropy": [*["aten"] * 5, "gemm"]}
@@ -77,7 +78,8 @@ def moved(phases, name):
 
 
 def test_bytes_of_launches(phases):
-    """By hand, for the first sample of each operator in bf16."""
+    """By hand, for the first sample of each operator in bf16, or fp32 where it has nothing else."""
+    assert moved(phases, "part_sums") == 4 * (5 * 7 + 70 * 8 + 33) + 4 * (7 + 8 + 33)
     numbers = (3 * 7, 4100, 1, 2 * 64, 8192)
     chunks = sum(-(-n // 4096) for n in numbers)
     assert moved(phases, "grad_norm") == 2 * sum(numbers) + 2 * 8 * chunks + 4 + 8

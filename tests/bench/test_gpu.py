@@ -231,7 +231,7 @@ def test_operators_are_timed_in_the_record_s_dtypes(record) -> None:
     commands = record["ops"].commands(1.0)
     assert [words_of(command, "--dtype") for command in commands] == [["bf16"], ["fp32"]]
     assert words_of(commands[1], "--op") == [
-        "param_update", "muon_momentum", "grad_norm", "weight_cast", "fake_quant"
+        "param_update", "muon_momentum", "grad_norm", "part_sums", "weight_cast", "fake_quant"
     ]  # fmt: skip
     files = [Path(*words_of(command, "--json")) for command in commands]
     assert [file.name for file in files] == ["ops.jsonl", "ops-fp32.jsonl"]

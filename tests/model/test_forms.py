@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import OptimConfig
-from pgolf.model import GPT
+from pgolf.model import GPT, deferred_sums
 from pgolf.model.layers import Matrix
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
@@ -45,6 +45,27 @@ def with_qat(model: GPT, impl: str, clip_mask: bool) -> torch.Tensor:
 def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, list[torch.Tensor]]:
     loss = model(*batch(model.config))
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "cuda"])
+def test_sums_of_all_layers_are_those_of_each(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit; with the middle skip, other skips, and a mix that nobody wants a gradient of."""
+    model = randomised(small(PUBLISHED["pr1473"]), torch.float32)
+    calls, run = [], deferred_sums.deferred
+    monkeypatch.setattr(
+        deferred_sums, "deferred", lambda sums, impl: calls.append(len(sums)) or run(sums, impl)
+    )
+    found = []
+    for how in (impl, "reference"):
+        twin = fused(model, impl)
+        twin.ops["part_sums"] = how
+        twin.blocks[1].resid_mix.requires_grad_(False)
+        twin(*batch(twin.config)).backward()
+        found.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
+    layers = model.config.layers
+    assert calls == [2 * layers - 1]
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
 
 
 @pytest.mark.parametrize(

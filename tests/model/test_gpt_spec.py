@@ -9,7 +9,7 @@ import torch
 
 from pgolf.config import ModelConfig
 from pgolf.model import GPT
-from pgolf.model.layers import ValueEmbedding
+from pgolf.model.embeddings import ValueEmbedding
 
 from . import spec_model
 from .published import PUBLISHED, small

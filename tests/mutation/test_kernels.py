@@ -64,7 +64,7 @@ def test_proofs_depend_on_all_files_of_an_operator() -> None:
 def test_a_cuda_kernel_brings_the_device_code_that_it_calls() -> None:
     origins = {(m.module, m.function) for m in cuda_mutants("xsa.cu")}
     assert {("cuda/device.cuh", "group_sum"), ("xsa.h", "xsa_norm")} <= origins
-    assert ("cuda/partials.cuh", "sum_rows_kernel") not in origins
+    assert ("cuda/multi_tensor.cuh", "for_elements") not in origins
 
 
 def test_a_kernel_brings_the_functions_that_it_calls() -> None:

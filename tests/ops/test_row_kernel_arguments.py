@@ -17,7 +17,7 @@ KERNELS = {
     "qk_rope": (ROPE, "qkv cos sin gain q k v", "value factor"),
     "qk_rope_backward": (
         {**ROPE, **STRIDES, "partial_rows": 1},
-        "qkv cos sin gain dqkv partials d_gain",
+        "qkv cos sin gain dqkv partials",
         "dq dk dv dv_again factor",
     ),
     "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts"),
@@ -32,8 +32,7 @@ KERNELS = {
     ),
     "residual_norm_backward": (
         {**RESIDUAL, "partial_rows": 1},
-        "total branch branch_scale skip skip_weight x0 mix x_in rstd dx dbranch dskip dx0 "
-        "parameters partials",
+        "total branch branch_scale skip skip_weight x0 mix x_in rstd dx dbranch dskip dx0 partials",
         "d_total d_x_in dh",
     ),
 }
