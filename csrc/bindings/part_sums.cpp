@@ -38,8 +38,7 @@ template <typename On>
 void part_sums(const Addresses& parts, const Sizes& rows, const Sizes& cols, Address sums,
                int64_t room, int dtype, On on) {
   const Dtype element = checked_dtype<On>("dtype", dtype);
-  if (element == Dtype::bf16) refuse("dtype", dtype, "it has to be 0 (fp32) or 2 (fp64)");
-  const int64_t itemsize = element == Dtype::fp64 ? 8 : 4;
+  const int64_t itemsize = element == Dtype::fp64 ? 8 : element == Dtype::fp32 ? 4 : 2;
   const Matrices matrices = checked_matrices(parts, rows, cols, sums, room, itemsize);
   launch::part_sums(on, matrices.list.data(), static_cast<int>(matrices.list.size()),
                     matrices.items, element);

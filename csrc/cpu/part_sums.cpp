@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "element.h"
+#include "cpu/dispatch.h"
 #include "host/parallel.h"
 #include "kernels.h"
 #include "multi_tensor.h"
@@ -11,14 +11,15 @@
 namespace pgolf::cpu::PGOLF_ISA {
 namespace {
 
-template <typename F>
+template <typename T>
 void sum_columns(const PartSumsMatrix& m, int64_t first, int64_t count) {
-  const F* row = static_cast<const F*>(m.parts) + first;
+  const T* row = static_cast<const T*>(m.parts) + first;
   double sums[kPartSumsColumns] = {};
   for (int64_t i = 0; i < m.rows; ++i, row += m.cols) {
-    for (int64_t c = 0; c < count; ++c) sums[c] += row[c];
+    for (int64_t c = 0; c < count; ++c) sums[c] += widen(row[c]);
   }
-  for (int64_t c = 0; c < count; ++c) static_cast<F*>(m.sums)[first + c] = static_cast<F>(sums[c]);
+  T* const out = static_cast<T*>(m.sums) + first;
+  for (int64_t c = 0; c < count; ++c) out[c] = narrow<T>(static_cast<compute_t<T>>(sums[c]));
 }
 
 }  // namespace
@@ -33,11 +34,9 @@ void part_sums(const PartSumsMatrix* matrices, int count, int64_t items, Dtype d
       const PartSumsMatrix& m = matrices[tensor_of(matrices, count, item)];
       const int64_t first = (item - m.first_item) * kPartSumsColumns;
       const int64_t columns = std::min(kPartSumsColumns, m.cols - first);
-      if (dtype == Dtype::fp64) {
-        sum_columns<double>(m, first, columns);
-      } else {
-        sum_columns<float>(m, first, columns);
-      }
+      with_element(dtype, [&](auto element) {
+        sum_columns<decltype(element)>(m, first, columns);
+      });
     }
   });
 }

@@ -11,18 +11,19 @@ constexpr int kRows = kThreads / kColumns;  // that a block reads at once
 
 using List = TensorList<PartSumsMatrix, 64>;  // a model has fewer vectors
 
+template <typename T>
 __global__ void __launch_bounds__(kThreads) part_sums_columns(List list) {
   __shared__ float sums[kThreads];
   const int64_t item = list.first_item + blockIdx.x;
   const PartSumsMatrix m = list.tensors[tensor_of(list.tensors, list.count, item)];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t col = (item - m.first_item) * kColumns + thread % kColumns;
-  const float* const parts = static_cast<const float*>(m.parts);
+  const T* const parts = static_cast<const T*>(m.parts);
   float sum = 0;
   if (col < m.cols) {
 #pragma unroll 4
     for (int64_t row = thread / kColumns; row < m.rows; row += kRows) {
-      sum += parts[row * m.cols + col];
+      sum += widen(parts[row * m.cols + col]);
     }
   }
   sums[thread] = sum;
@@ -30,15 +31,18 @@ __global__ void __launch_bounds__(kThreads) part_sums_columns(List list) {
     __syncthreads();
     if (thread < step) sums[thread] += sums[thread + step];
   }
-  if (thread < kColumns && col < m.cols) static_cast<float*>(m.sums)[col] = sums[thread];
+  if (thread < kColumns && col < m.cols) static_cast<T*>(m.sums)[col] = narrow<T>(sums[thread]);
 }
 
 }  // namespace
 
-const char* part_sums(const PartSumsMatrix* matrices, int count, int64_t items, Dtype,
+const char* part_sums(const PartSumsMatrix* matrices, int count, int64_t items, Dtype dtype,
                       void* stream) {
-  return for_each_list<List>(matrices, count, items, [&](const auto& list) {
-    return launch(part_sums_columns, list.end_item - list.first_item, kThreads, stream, list);
+  return with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    return for_each_list<List>(matrices, count, items, [&](const auto& list) {
+      return launch(part_sums_columns<T>, list.end_item - list.first_item, kThreads, stream, list);
+    });
   });
 }
 

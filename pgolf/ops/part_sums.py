@@ -11,7 +11,6 @@ Shapes: parts[m] (R, C), sums[m] (C,); R and C may differ from matrix to matrix.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, register_no_gradient
 from pgolf.ops.inputs import check_tensors
-from pgolf.ops.launch import DTYPE_CODES, Run, in_cpp, in_cuda, launcher, run_cpp, run_cuda
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
 
@@ -52,10 +51,10 @@ def _check(parts: Sequence[Tensor]) -> None:
     if not parts:
         raise ValueError("part_sums: parts is empty: give at least one matrix")
     for i, t in enumerate(parts):
-        if t.dim() != 2 or t.dtype not in (torch.float32, torch.float64):
+        if t.dim() != 2 or not t.is_floating_point():
             raise ValueError(
-                f"part_sums: parts[{i}] is {t.dtype} {tuple(t.shape)}: it has to be float32 or "
-                "float64, (R, C)"
+                f"part_sums: parts[{i}] is {t.dtype} {tuple(t.shape)}: it has to be of a float "
+                "dtype and (R, C)"
             )
         if t.dtype != parts[0].dtype or t.device != parts[0].device:
             raise ValueError(
@@ -68,9 +67,10 @@ def part_sums(parts: Sequence[Tensor], impl: str = "auto") -> list[Tensor]:
     """The sums over the rows of each matrix.
 
     Args:
-        parts: (R, C) of one dtype, fp32 or fp64, on one device; sizes may differ. Those that are
-            not contiguous are copied.
-        impl: 'auto', 'reference', 'cpu' (C++; sums in double) or 'cuda' (fp32).
+        parts: (R, C) of one dtype on one device; sizes may differ. Those that are not contiguous
+            are copied.
+        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64, all summed in double) or 'cuda'
+            (fp32, bf16).
 
     Returns:
         (C,) for each.
@@ -229,14 +229,7 @@ OPERATOR = register(
         call=part_sums,
         reference=reference,
         differentiable=(),
-        implementations={
-            "cpu": in_cpp(
-                "part_sums", dtypes=(torch.float32, torch.float64), **_launchers(run_cpp)
-            ),
-            "cuda": replace(
-                in_cuda("part_sums", **_launchers(run_cuda)), dtypes=(torch.float32,)
-            ),
-        },
+        implementations=in_extension(("part_sums",), _launchers),
         preferred={
             "cpu": [("cpu", "C++, sums in double (python -m bench ops --op part_sums)")],
             "cuda": [("cuda", "one launch for all layers (python -m bench count)")],

@@ -27,8 +27,7 @@ def main(log: Path) -> None:
     device.note(kind="stream", stream=side.cuda_stream)
     with operators_counted(device):
         for name in NAMES:
-            dtype = torch.float32 if name == "part_sums" else torch.bfloat16
-            args, kwargs = OPERATORS[name].samples()[0].build(cuda, dtype)
+            args, kwargs = OPERATORS[name].samples()[0].build(cuda, torch.bfloat16)
             with torch.cuda.stream(side):
                 device.note(kind="phase", name=name)
                 OPERATORS[name].call(*args, **kwargs, impl="cuda")

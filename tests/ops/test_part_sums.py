@@ -122,7 +122,7 @@ def test_sums_that_do_not_fit_are_refused(impl: str) -> None:
     [
         ([], "parts is empty"),
         ([torch.ones(3)], r"parts\[0\] is torch.float32 \(3,\)"),
-        ([torch.ones(3, 2).bfloat16()], "it has to be float32 or float64"),
+        ([torch.ones(3, 2).int()], "it has to be of a float dtype"),
         ([torch.ones(3, 2), torch.ones(3, 2).double()], r"parts\[1\] is torch.float64"),
     ],
 )
@@ -146,7 +146,7 @@ def test_arguments_that_reach_beyond_memory_are_refused(impl: str) -> None:
         (([0], [3], [2]), "parts is a null pointer"), (([at], [-3], [2]), "rows is -3"),
         (([at], [3], [3]), "room is 2"), (([at, at], [3, 3], [1, 2]), "room is 2"),
         (([at], [2**62], [2]), "rows is"), (([at], [3], [2], 0), "sums is a null pointer"),
-        (([at], [3], [2], at, 2, 1), "dtype is 1"), (([at], [3], [2], at, 2, 7), "dtype is 7"),
+        (([at], [3], [2], at, 2, 7), "dtype is 7"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call(*arguments)
