@@ -110,6 +110,7 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
     ids = torch.zeros(request.sequences, request.tokens, dtype=torch.int64, device="cuda")
     step = compile_graph(model, model.ops, ids.device) if request.compiled else model
     kept = {}  # a loss lives until the next one, as in the trainer's loop
+    one = torch.ones((), device=ids.device)
 
     def update() -> None:
         optimizers.step(*exchange.reduce(), 1.0, 0.9)
@@ -117,7 +118,7 @@ def _training(request: Request) -> tuple[dict[str, Callable[[], None]], dict]:
 
     return {
         "forward": lambda: kept.update(loss=step(ids, ids)),
-        "backward": lambda: kept["loss"].backward(),
+        "backward": lambda: kept["loss"].backward(one),
         "optimizer": update,
     }, {}
 

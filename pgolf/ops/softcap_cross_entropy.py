@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
-from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.derivatives import register_gradient, rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -109,7 +109,27 @@ def softcap_cross_entropy(
     if impl == "reference":
         return reference(x, w, targets, cap, reduction)
     gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return _forward(x, w, targets, cap, reduction, gradient, impl)[0]
+    losses, _, whole = _forward(x, w, targets, cap, reduction, gradient, impl)
+    if reduction == "none":
+        return losses
+    return _reduced(losses.detach(), whole if gradient else None, targets, reduction == "mean")
+
+
+def _reduced(losses: Tensor, whole: Tensor | None, targets: Tensor, mean: bool) -> Tensor:
+    """Their sum or mean, in the open: torch.compile makes one pass of what is a launch each.
+
+    Its gradient comes to the operator through `whole` (), which stands for the sum, or the mean
+    over all rows.
+    """
+    # On a CPU a sum in fp32 is off by more than each loss. (A GPU adds in trees.)
+    total = losses.sum(dtype=losses.dtype if losses.is_cuda else torch.float64)
+    if mean:
+        count = (targets != IGNORED).sum(dtype=losses.dtype)
+        total = total / count
+        if whole is not None:  # (Where nothing is ignored the factor is 1 to the bit.)
+            whole = whole * (losses.numel() / count.clamp(min=1))
+    total = total.to(losses.dtype)
+    return total if whole is None else rerouted(total, whole)
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -119,60 +139,58 @@ def softcap_cross_entropy(
 def _forward(
     x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str, gradient: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, dz, which of the mean has 1 / N in it, and for the mean how many are not ignored."""
-    mean = reduction == "mean"
+    """Losses, dz, which of the mean has 1 / N in it, and what stands for the sum or mean."""
     with without_autocast(x):
         z = F.linear(x, w)
-    factor = 1 / max(1, x.size(0)) if mean else 1.0
+    factor = 1 / max(1, x.size(0)) if reduction == "mean" else 1.0
     rows = launcher("softcap_cross_entropy", impl, "rows")
     losses = rows(z, targets.contiguous(), cap, factor, gradient)
-    count = losses.new_empty(0)
-    if reduction != "none":
-        # On a CPU a sum in fp32 is off by more than each loss. (A GPU adds in trees.)
-        wide = losses.dtype if losses.is_cuda else torch.float64
-        total = losses.sum(dtype=wide)
-        if mean:
-            count = (targets != IGNORED).sum(dtype=losses.dtype)
-            total = total / count
-        losses = total.to(losses.dtype)
-    return losses, z if gradient else z.new_empty(0), count
+    return losses, z if gradient else z.new_empty(0), _whole(losses, reduction)
+
+
+def _whole(losses: Tensor, reduction: str) -> Tensor:
+    """A ticket (see `rerouted`) of all losses together; empty where each has a gradient.
+
+    It is never read. Where that costs no launch it is 0, for tools that compare all results.
+    """
+    if reduction == "none":
+        return losses.new_empty(0)
+    return losses.new_empty(()) if losses.is_cuda else losses.new_zeros(())
 
 
 @_forward.register_fake
 def _(x, w, targets, cap, reduction, gradient, impl):
-    losses = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=compute_dtype(x.dtype))
-    count = losses.new_empty(() if reduction == "mean" else 0)
-    return losses, x.new_empty((x.size(0), w.size(0)) if gradient else 0), count
+    losses = x.new_empty(x.shape[:1], dtype=compute_dtype(x.dtype))
+    dz = x.new_empty((x.size(0), w.size(0)) if gradient else 0)
+    return losses, dz, _whole(losses, reduction)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w = inputs[:2]
-    ctx.mean = inputs[4] == "mean"
-    ctx.save_for_backward(x, w, *output[1:])
+    ctx.each = inputs[4] == "none"
+    ctx.save_for_backward(*inputs[:2], output[1])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
+def _gradient(ctx: Any, of_each: Tensor | None, _: None, of_whole: Tensor | None) -> tuple:
     """g is a factor of each row: of x and dx. One of all is that of w and dw, which are smaller.
 
     dz, which is larger, is never gone through for it.
     """
-    x, w, dz, count = ctx.saved_tensors
+    x, w, dz = ctx.saved_tensors
+    g = of_each if ctx.each else of_whole
     wants_x, wants_w = ctx.needs_input_grad[:2]
     if g is None:
         return (None,) * 7
-    if ctx.mean:  # (Where nothing is ignored the factor is 1 to the bit.)
-        g = g * (x.size(0) / count.clamp(min=1))
-    of_rows, factors = g.dim() > 0, g.reshape(-1, 1)
+    factors = g.reshape(-1, 1)
 
     def scaled(t: Tensor) -> Tensor:
         return (t * factors).to(t.dtype)  # (factors have dimensions: a product in their dtype)
 
     dx = dw = None
     if wants_x:
-        dx = scaled(dz @ w) if of_rows else dz @ scaled(w)
+        dx = scaled(dz @ w) if ctx.each else dz @ scaled(w)
     if wants_w:
-        dw = dz.mT @ scaled(x) if of_rows else scaled(dz.mT @ x)
+        dw = dz.mT @ scaled(x) if ctx.each else scaled(dz.mT @ x)
     return dx, dw, *(None,) * 5
 
 

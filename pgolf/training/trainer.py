@@ -16,6 +16,7 @@ from pgolf.data.loader import Loader
 from pgolf.errors import StorageError, TrainingError
 from pgolf.model import GPT
 from pgolf.ops.compile import compile_graph
+from pgolf.ops.tensors import compute_dtype
 from pgolf.optim.averaging import Averager
 from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers, fuses
@@ -64,6 +65,9 @@ class Trainer:
         limit = pass_limit(config, ranks.device)
         self.accum = micro_steps(d.batch_tokens, limit, d.seq_len, ranks.world)
         self.local_tokens = d.batch_tokens // ranks.world // self.accum
+        # What a pass's gradient starts from: what ranks and passes add up is a mean, at no launch.
+        dtype, passes = compute_dtype(model.compute_dtype), self.accum * ranks.world
+        self.share = torch.full((), 1 / passes, dtype=dtype, device=ranks.device)
         # Seconds of a step and of one of its passes, once warmed up; 0: not measured.
         self.step_seconds = self.pass_seconds = 0.0
         self.profile = Profile(session) if config.run.profile else None
@@ -115,10 +119,9 @@ class Trainer:
         for _ in range(count):
             x, y = batch or self.loader.next_batch(self.local_tokens, numbers)
             loss = self.forward(x, y)
-            # Ranks' gradients are summed: a mean, then, without a pass that divides.
-            (loss / (self.accum * self.ranks.world)).backward()
+            loss.backward(self.share)
             self.exchange.collect()
-            total += loss.detach() / self.accum
+            total.add_(loss.detach(), alpha=1 / self.accum)
         return total
 
     def _expected(self) -> Clock:
