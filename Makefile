@@ -37,6 +37,8 @@ setup: .venv/ready
 demo: setup
 	@$(python) -m pgolf train demo
 
+# Compiled modules are kept, whatever the environment says: hundreds of processes read them.
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	@$(python) -m ruff check .
 	@$(python) -m pytest $(parallel) --dist worksteal -m "not slow and not gpu"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cases, peers, plot, products, providers, restart, schema, timing
+from bench import against, cases, peers, plot, products, providers, restart, schema, timing
 from pgolf.device import pick_device
 from pgolf.errors import PgolfError
 from pgolf.ops.operator import OPERATORS, Operator, Sample
@@ -38,15 +38,19 @@ ahead of it; what the host takes to queue a call is a column of its own, and inp
   backward  its gradients alone; a fresh forward runs before each, off the clock
   both      forward and gradients
 Outputs are allocated on the clock, as in use; the gradient of the output is not.
+
+With --against, our kernels are timed in two checkouts, both built: processes of them take turns,
+and what is shown is the ratio of a case's times, here over there, with its 95 % interval.
 """
 EPILOG = """\
-Exit code: 0 all ran, 1 a provider is wrong, 2 a bad argument.
+Exit code: 0 all ran, 1 a provider is wrong or, with --against, slower by 3 %, 2 a bad argument.
 
 examples:
   python -m bench ops                                  everything that can run here
   python -m bench ops --op xsa --dtype bf16 --mode both --cold
   python -m bench ops --op xsa --providers eager compiled cpu --sample 8192 --threads 2
   python -m bench ops --json new.jsonl --plot plots/   figures to keep: one JSON object a line
+  python -m bench ops --against ../before --threads 2  is anything slower than in another checkout?
 """
 
 
@@ -90,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="(bf16 on a GPU, fp32 on a CPU)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=_positive, metavar="N", help="threads of a CPU (torch's choice)")
-    add("--rounds", type=_positive, default=50, metavar="N", help="(50)")
+    add("--rounds", type=_positive, metavar="N", help="(50; of each process of --against, 10)")
+    add("--against", type=Path, metavar="CHECKOUT",
+        help="another checkout, whose operators are timed in turn with these")
+    add("--pairs", type=_positive, default=10, metavar="N",
+        help="processes of each checkout for each operator (10)")
     add("--seconds", type=float, default=60.0, metavar="S",
         help="a table that would take longer gets fewer rounds (60)")
     add("--cold", action="store_true", help="flush the caches before each call")
@@ -120,10 +128,13 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     plots = plot.files(args.plot, [operator.name for operator in operators])
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.rounds = args.rounds or (10 if args.against else 50)
     malloc = args.malloc
     if device.type == "cuda" or (malloc == "kept" and not timing.keep_freed_memory()):
         malloc = "default"
     setting = schema.setting(device, shlex.join(["python", "-m", "bench", "ops", *argv]), malloc)
+    if args.against:
+        return against.compare(args, [o.name for o in operators], device, dtypes, setting)
     options = Options(
         device, names, args.mode, args.rounds, args.seconds, args.cold, setting, argv,
         list(args.failed),

@@ -59,6 +59,26 @@ class Timing(Setting):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paired(Setting):
+    """A line of `bench ops --against`: one case in two checkouts, whose processes took turns."""
+
+    operator: str
+    provider: str
+    mode: str
+    sample: str
+    dtype: str
+    cold: bool
+    rounds: int  # of a process, whose median is one number
+    pairs: int  # of processes
+    median_ms: float  # of the processes here
+    other_median_ms: float
+    ratio: float  # here / there: geometric mean of the pairs'
+    ratio_low: float  # its 95 % interval
+    ratio_high: float
+    other_commit: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepTiming(Setting):
     """A line of `bench step`: training steps of a recipe with one choice of operators."""
 

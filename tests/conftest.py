@@ -1,12 +1,14 @@
 """What all tests share."""
 
+import gc
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from _pytest.assertion.rewrite import AssertionRewritingHook
 
 from .proofs import Proofs
 from .simt.emulator import Missing, emulated_module
@@ -53,8 +55,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+def rewrite_nothing() -> None:
+    """No assertion of a test that is only listed fails; rewriting all takes seconds.
+
+    It is done again each time where PYTHONDONTWRITEBYTECODE is set.
+    """
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, AssertionRewritingHook)]
+
+
+def any_time_for_examples() -> None:
+    """No test depends on wall time, and the machines that run them are small and shared."""
+    from hypothesis import settings  # now, since the hook would rewrite it as well
+
+    settings.register_profile("pgolf", deadline=None)
+    settings.load_profile("pgolf")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A list of the tests builds nothing; otherwise this is done before workers are started."""
+    if config.option.collectonly:
+        rewrite_nothing()
+        gc.freeze()  # of what is imported by now, nothing is garbage
+        gc.disable()
+    any_time_for_examples()
     config.stash[EMULATED] = emulate_cuda(build=not config.option.collectonly)
     if config.option.prove and not config.option.collectonly:
         writes = not hasattr(config, "workerinput")
@@ -63,11 +86,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"emulated: {config.stash[EMULATED]}"
-
-
-# No test depends on wall time, and the machines that run them are small and shared.
-settings.register_profile("pgolf", deadline=None)
-settings.load_profile("pgolf")
 
 
 @pytest.fixture(scope="session")

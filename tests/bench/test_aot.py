@@ -52,6 +52,7 @@ def test_every_triton_kernel_passes_the_gate() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_a_triton_kernel_passes_the_gate(tmp_path: Path) -> None:
     """Though it is interpreted in this process."""
     table = tmp_path / "aot.json"
@@ -105,6 +106,7 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path, monkeypatc
 
 @needs_triton
 @needs_nvcc
+@pytest.mark.slow
 def test_a_cuda_kernel_passes_the_gate(tmp_path: Path) -> None:
     table = tmp_path / "aot.json"
     result = run_gate("--kernel", "grad_norm_chunks", "--table", str(table), "--update")

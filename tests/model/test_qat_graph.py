@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from pgolf.config import ModelConfig
 from pgolf.model import GPT, layers
@@ -82,6 +81,8 @@ def test_gradients_pass_straight_through_to_every_matrix() -> None:
 
 
 def test_one_graph_for_every_bits_clip_and_switch() -> None:
+    from torch._dynamo.utils import counters  # slow to import, so not where tests are listed
+
     torch._dynamo.reset()
     counters.clear()
     model, matrices, switch = prepared({})

@@ -1,5 +1,7 @@
 """GPTQ by a Hessian that knows too little: other text shows it, and the matrix is rounded."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -25,7 +27,9 @@ def statistics(count: int, seed: int, held_out: Calibration | None = None) -> Ca
     return Calibration({NAME: x.T @ x / count}, moments, count, held_out)
 
 
-TRUTH = statistics(100_000, 1).hessians[NAME]
+@cache
+def truth() -> torch.Tensor:
+    return statistics(100_000, 1).hessians[NAME]
 
 
 def stored(known: Calibration, damping: float, **settings) -> QuantizedModel:
@@ -36,7 +40,7 @@ def stored(known: Calibration, damping: float, **settings) -> QuantizedModel:
 
 
 def true_error(model: QuantizedModel) -> float:
-    return row_error(weights(ROWS, COLUMNS), dequantize(model.tensors[NAME]), TRUTH).sum()
+    return row_error(weights(ROWS, COLUMNS), dequantize(model.tensors[NAME]), truth()).sum()
 
 
 @pytest.mark.parametrize("grid", ["rows", "uniform"])

@@ -14,6 +14,7 @@ from bench.synthetic import Words
 from pgolf.cli import main
 from pgolf.data.prepare import prepare
 from pgolf.scoring import job
+from pgolf.training import finish
 
 from .tiny import ONE_THREAD, ROOT, TINY, replaced
 
@@ -68,7 +69,19 @@ def scoring_here(monkeypatch) -> None:
 
 
 @pytest.fixture
-def pgolf(scoring_here, capsys):
+def no_plots(monkeypatch) -> None:
+    """In place of a run's report, seconds of drawing: `finished` has one, tests/report the rest."""
+
+    def written(folder: Path) -> str:
+        file = folder / "report.html"
+        file.write_text("")
+        return str(file)
+
+    monkeypatch.setattr(finish, "report_line", written)
+
+
+@pytest.fixture
+def pgolf(scoring_here, no_plots, capsys):
     """Run a command of pgolf in this process, scoring included; returns (exit code, output)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from pgolf.training.run_folder import RunFolder, read_config
 from .tiny import TINY
 
 QUICK = [*TINY, "quantizer=lite", "attn_bits=16", "mlp_bits=16", "tok_bits=16", "bigram_bits=16"]
-QUICK += ["ve_bits=16", "grid=rows", "codec=zstd"]
+QUICK += ["ve_bits=16", "grid=rows"]
 
 
 def run(*words: object) -> int:

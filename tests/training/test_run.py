@@ -158,10 +158,13 @@ def test_the_end_is_kept_and_metrics_resume_exactly(pgolf, train, finished, tmp_
 
 
 def test_two_ranks_give_the_result_of_one(train_alone, finished, tmp_path):
-    """Same global batch, same result within rounding; rank 0 alone writes."""
+    """Same global batch, same result within rounding; rank 0 alone writes.
+
+    Here all codecs are tried, as by default: the smallest is what is decoded and scored.
+    """
     out = tmp_path / "two"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pgolf")
-    code, output = train_alone(f"out={out}", launcher=launcher)
+    code, output = train_alone(f"out={out}", "codec=auto", launcher=launcher)
     assert code == 0, output
     assert output.count("train_loss") == 20
     for one, two in zip(metrics(finished), metrics(out), strict=True):

@@ -14,7 +14,7 @@ TINY = [
     "rope_dims=8", "bigram_buckets=64", "bigram_dim=32", "ve_dim=32", "seq_len=32",
     "batch_tokens=256", "micro_tokens=128", "max_tokens=5120", "max_steps=20", "val_every=10",
     "val_tokens=640", "stride=8", "log_every=1", "checkpoint_every=5", "compute_dtype=fp32",
-    "qat_start=0.7", "ema_start=0.5", "small_numel=0", "zstd_level=3", "lzma_preset=1",
+    "qat_start=0.7", "ema_start=0.5", "small_numel=0", "codec=zstd", "zstd_level=3",
 ]  # fmt: skip
 
 
