@@ -51,11 +51,12 @@ TRAINING = (
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.data.order", "pgolf.model.decode",
     "pgolf.model.frozen", "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*",
-    "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
-    "pgolf.training.graphs", "pgolf.training.handshake", "pgolf.training.interrupt",
-    "pgolf.training.late_qat", "pgolf.training.pace", "pgolf.training.passes",
-    "pgolf.training.phases", "pgolf.training.run", "pgolf.training.run_data",
-    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.step_log",
+    "pgolf.training.added_loss", "pgolf.training.compiling", "pgolf.training.estimate",
+    "pgolf.training.export", "pgolf.training.graphs", "pgolf.training.handshake",
+    "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
+    "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
+    "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
+    "pgolf.training.step_log",
     "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.

@@ -22,6 +22,7 @@ from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
+from pgolf.training.compiling import compiled_once
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.graphs import captures
@@ -158,7 +159,12 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
                 trainer.warm_up()
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
-        with Interrupt(folder.path, config.recipe) as interrupt, capturing, frozen_objects():
+        with (
+            Interrupt(folder.path, config.recipe) as interrupt,
+            compiled_once(trainer),
+            capturing,
+            frozen_objects(),
+        ):
             with session.phases("training"):
                 trainer.train(interrupt)
     except BaseException:
