@@ -307,6 +307,11 @@ class RunConfig:
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
+    compile_cache: str = opt(
+        "auto",
+        "compiled code for the next run: a file (or a folder of them), which may travel; auto = a "
+        "folder under ~/.cache/pgolf; off",
+    )
     graphs: str = opt(
         "auto",
         "replay steps as CUDA graphs; auto = on CUDA, with kernels for the optimisers' step",

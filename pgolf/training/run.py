@@ -22,6 +22,7 @@ from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
+from pgolf.training.compile_cache import kept_code
 from pgolf.training.compiling import compiled_once
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
@@ -155,8 +156,7 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
         if config.run.resume:
             resume(trainer, folder)
         else:
-            with session.phases("warm_up"):
-                trainer.warm_up()
+            warm_up(trainer)
         if not trainer.schedule.finished(trainer.clock):
             trainer.say_estimate()
         with (
@@ -172,6 +172,12 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             folder.discard()
         raise
     return trainer
+
+
+def warm_up(trainer: Trainer) -> None:
+    """`Trainer.warm_up`, with the code that an earlier run has compiled."""
+    with trainer.session.phases("warm_up"), kept_code(trainer):
+        trainer.warm_up()
 
 
 def resume(trainer: Trainer, folder: RunFolder) -> None:
@@ -193,8 +199,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")
     if not trainer.schedule.finished(Clock(**state["clock"])):
-        with trainer.session.phases("warm_up"):
-            trainer.warm_up()
+        warm_up(trainer)
     state, path = folder.load(ranks.device)
     trainer.load_state_dict(state)
     trainer.session.phases.add(state.get("phases", {}))
