@@ -309,8 +309,7 @@ class RunConfig:
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
     compile_cache: str = opt(
         "auto",
-        "compiled code for the next run: a file (or a folder of them), which may travel; auto = a "
-        "folder under ~/.cache/pgolf; off",
+        "file or folder of compiled code for the next run; auto = under ~/.cache/pgolf; off",
     )
     graphs: str = opt(
         "auto",

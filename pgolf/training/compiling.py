@@ -8,11 +8,18 @@ from typing import Any
 import torch
 
 from pgolf.errors import TrainingError
+from pgolf.training.compile_cache import kept_code
 from pgolf.training.trainer import Trainer
 
 STANCE = "fail_on_recompile"
 # "- 1/0: what differs" of graph 0 of function 1; the first is the warm-up's.
 _REASON = re.compile(r"- (?:\[?\d+/)(\d+)\]?: (.+)")
+
+
+def warm_up(trainer: Trainer) -> None:
+    """`Trainer.warm_up`, with the code that an earlier run has compiled."""
+    with trainer.session.phases("warm_up"), kept_code(trainer):
+        trainer.warm_up()
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
-from pgolf.training.compile_cache import kept_code
-from pgolf.training.compiling import compiled_once
+from pgolf.training.compiling import compiled_once, warm_up
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.graphs import captures, replays
@@ -172,12 +171,6 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
             folder.discard()
         raise
     return trainer
-
-
-def warm_up(trainer: Trainer) -> None:
-    """`Trainer.warm_up`, with the code that an earlier run has compiled."""
-    with trainer.session.phases("warm_up"), kept_code(trainer):
-        trainer.warm_up()
 
 
 def resume(trainer: Trainer, folder: RunFolder) -> None:
