@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.training.compiling": "compiling.py",
     "pgolf.training.estimate": "estimate.py",
     "pgolf.training.graphs": "graphs.py",
     "pgolf.training.handshake": "handshake.py",
