@@ -307,6 +307,10 @@ class RunConfig:
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
+    compile_cache: str = opt(
+        "auto",
+        "file or folder of compiled code for the next run; auto = under ~/.cache/pgolf; off",
+    )
     graphs: str = opt(
         "auto",
         "replay steps as CUDA graphs; auto = on CUDA, with kernels for the optimisers' step",

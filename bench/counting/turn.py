@@ -149,7 +149,7 @@ def count_turn(request: Request, log: Path, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         ranks = stack.enter_context(_ranks(request.world, device))
         trainer = _trainer(request, folder, ranks)
-        capturing = captures(trainer)
+        capturing = stack.enter_context(captures(trainer))
         trainer.warm_up()
         check = _beside_eager(device, trainer) if request.graphs else None
         stack.enter_context(capturing)

@@ -29,6 +29,7 @@ REPLACED = {
     "pgolf.data.corpus": "corpus.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
+    "pgolf.training.compiling": "compiling.py",
     "pgolf.training.estimate": "estimate.py",
     "pgolf.training.graphs": "graphs.py",
     "pgolf.training.handshake": "handshake.py",
@@ -52,11 +53,12 @@ TRAINING = (
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.data.order", "pgolf.model.decode",
     "pgolf.model.frozen", "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*",
-    "pgolf.training.added_loss", "pgolf.training.estimate", "pgolf.training.export",
-    "pgolf.training.graphs", "pgolf.training.handshake", "pgolf.training.interrupt",
-    "pgolf.training.late_qat", "pgolf.training.pace", "pgolf.training.passes",
-    "pgolf.training.phases", "pgolf.training.run", "pgolf.training.run_data",
-    "pgolf.training.run_folder", "pgolf.training.session", "pgolf.training.step_log",
+    "pgolf.training.added_loss", "pgolf.training.compiling", "pgolf.training.estimate",
+    "pgolf.training.export", "pgolf.training.graphs", "pgolf.training.handshake",
+    "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
+    "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
+    "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
+    "pgolf.training.step_log",
     "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
@@ -128,7 +130,7 @@ def _settings(config: Config) -> str:
 
     # Where and how this machine ran is no part of a submission.
     here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto",
-            "profile": "", "log": "", "graphs": "auto"}  # fmt: skip
+            "profile": "", "log": "", "graphs": "auto", "compile_cache": "auto"}  # fmt: skip
     values = to_dict(with_overrides(config, here))
     return repr(difference(values, to_dict(Config())))
 

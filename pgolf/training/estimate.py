@@ -3,9 +3,12 @@
 Memory of a rank, in bytes, is about
 
     state + passing + max(tokens x kept, state) + 0.77 GB
+    state + passing + tokens x kept + 4 (state + published) + 0.77 GB    with CUDA graphs
 
 state: weights, Muon's momentum of matrices and AdamW's two of the rest, all in the parameter's
 dtype, and an fp32 copy for each average; the second one is the checkpoint that is being written.
+Graphs keep what a pass needs for good, in a pool of their own, and beside it are four states while
+a replayed step is compared with two eager ones; published: one weight of `passing`.
 passing: of a matrix the published weight, its gradient, and that in the buffer that ranks
 exchange, all in the compute dtype; of the rest a gradient. tokens: those of one pass. kept, a
 token: layers x (8 dim + 7 kv + 1.2 hidden) + 10 dim activations of the compute dtype, and logits
@@ -32,19 +35,21 @@ FORWARD = 1 / 3  # of the time of forward and backward
 SLOW = 30.0  # seconds of scoring above which what shortens it is said
 
 
-def memory(model: GPT, config: Config, tokens: int) -> float:
-    """Bytes that training takes at most on a rank, about; see the module's formula."""
+def memory(model: GPT, config: Config, tokens: int, graphs: bool = False) -> float:
+    """Bytes that training takes at most on a rank, about; see the module's formulas."""
     m, side = config.model, config.optim.side_proj_optimizer
     copies = sum(a in config.average.averaging for a in ("ema", "swa"))
-    state = passing = 0
+    state = passing = published = 0
     for name, p in model.named_parameters():
         matrix = kind_of(name, side) == "matrix"
         state += p.numel() * (p.element_size() * (2 if matrix else 3) + 4 * copies)
+        published += p.numel() * model.compute_dtype.itemsize * matrix
         passing += p.numel() * (3 * model.compute_dtype.itemsize if matrix else p.element_size())
     kv = m.dim // m.heads * m.kv_heads
     kept = m.layers * (8 * m.dim + 7 * kv + 1.2 * m.mlp_hidden) + 10 * m.dim
     activations = tokens * (kept * model.compute_dtype.itemsize + 8 * m.vocab_size)
-    return state + passing + max(activations, state) + LIBRARIES
+    beside = activations + 4 * (state + published) if graphs else max(activations, state)
+    return state + passing + beside + LIBRARIES
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -58,18 +63,21 @@ def free_memory(device: torch.device) -> float | None:
         return None
 
 
-def memory_line(model: GPT, config: Config, tokens: int, free: float | None = None) -> str:
+def memory_line(
+    model: GPT, config: Config, tokens: int, free: float | None = None, graphs: bool = False
+) -> str:
     """The memory of a run, that there is less where there is, and what a smaller pass takes.
 
     Args:
         free: bytes, None if that is not known.
+        graphs: whether steps are replayed.
     """
-    size, length = memory(model, config, tokens), config.data.seq_len
+    size, length = memory(model, config, tokens, graphs), config.data.seq_len
     line = f"about {size / 1e9:.1f} GB at its peak"
     if free is not None and size > free:
         line += f", MORE THAN THE {free / 1e9:.1f} GB THAT ARE FREE"
     fewer = max(CPU_TOKENS // length, 1) * length
-    less = memory(model, config, fewer)
+    less = memory(model, config, fewer, graphs)
     if less < 0.7 * size:
         line += f"; micro_tokens={fewer} takes {less / 1e9:.1f} GB"
     return line

@@ -19,6 +19,7 @@ from pgolf.training.session import Session
 # Settings that may differ: places on a rank's own machine, and what only rank 0 or each alone does.
 OWN_KEYS = {
     "data.data", "data.tokenizer", "run.out", "run.device", "run.patience", "run.log_every",
+    "run.compile_cache",
 }  # fmt: skip
 
 

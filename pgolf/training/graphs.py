@@ -259,16 +259,36 @@ def obstacle(trainer: Trainer) -> str:
     return ""
 
 
-def captures(trainer: Trainer) -> AbstractContextManager[None]:
-    """A block in which steps are replayed, if graphs=... allows it; made before the first pass.
+def replays(trainer: Trainer) -> bool:
+    """Whether graphs=... and the run allow graphs.
 
     Raises:
-        ConfigError: graphs=true, and there can be none; at once.
+        ConfigError: graphs=true, and there can be none.
     """
     wanted, found = trainer.config.run.graphs, obstacle(trainer)
     if wanted == "true" and found:
         raise ConfigError(f"graphs=true: {found}; or leave it at graphs=auto")
-    return nullcontext() if found or wanted == "false" else _captured(trainer, Capture())
+    return wanted != "false" and not found
+
+
+@contextmanager
+def captures(trainer: Trainer) -> Iterator[AbstractContextManager[None]]:
+    """All passes of a run, from the first one on, however it ends.
+
+    Yields:
+        A block in which steps are replayed, where they can be.
+
+    Raises:
+        ConfigError: graphs=true, and there can be none; at once.
+    """
+    if not replays(trainer):
+        yield nullcontext()
+        return
+    capture = Capture()
+    try:
+        yield _captured(trainer, capture)
+    finally:
+        capture.close()
 
 
 @contextmanager
@@ -289,4 +309,3 @@ def _captured(trainer: Trainer, capture: Capture) -> Iterator[None]:
         trainer.step, trainer.exchange.publish = eager
         if graphs:
             graphs.release()  # nothing else: other ranks may be gone
-        capture.close()

@@ -120,12 +120,12 @@ class Pace:
 
         Returns:
             tokens_per_second, of all ranks; wait_ms, in which the host waited for the GPU; memory,
-            the most bytes of tensors on this GPU so far, where there is one.
+            the most bytes that torch held of this GPU so far, where there is one, graphs' too.
         """
         tokens, seconds = clock.tokens - self._logged.tokens, clock.seconds - self._logged.seconds
         row = {"tokens_per_second": tokens / max(seconds, 1e-9), "wait_ms": 1000 * self._waited}
         if self._on_gpu:
-            row["memory"] = torch.cuda.max_memory_allocated()
+            row["memory"] = torch.cuda.max_memory_reserved()
         self._logged, self._waited = clock, 0.0
         return row
 

@@ -23,10 +23,12 @@ class Phases:
     Attributes:
         seconds: by phase, until one was last opened or closed; those of the parts of a run that
             was resumed are together.
+        cache: whether what was compiled was found compiled, "warm" or "cold"; None: not looked at.
     """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.cache: str | None = None
         self._open = [OTHER]
         self._since = time.perf_counter()
 
@@ -71,6 +73,7 @@ class Phases:
             rows[name] = {
                 "seconds": seconds, "on_clock": on, "limit": limit, "limit_seconds": most
             }  # fmt: skip
+        rows["compile"]["cache"] = self.cache
         return rows
 
 

@@ -22,9 +22,10 @@ from pgolf.optim.schedule import Clock
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
+from pgolf.training.compiling import compiled_once, warm_up
 from pgolf.training.estimate import free_memory, memory_line
 from pgolf.training.finish import finish, stopped_after_training
-from pgolf.training.graphs import captures
+from pgolf.training.graphs import captures, replays
 from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.joining import exchange_once, join
@@ -136,7 +137,7 @@ def build(session: Session, title: str, note: str = "") -> Trainer:
         f"{'es' * (trainer.accum > 1)} of {trainer.local_tokens:,} a rank",
     }
     reasons["memory"] = memory_line(
-        model, config, trainer.local_tokens, free_memory(ranks.device)
+        model, config, trainer.local_tokens, free_memory(ranks.device), replays(trainer)
     )
     if note:
         reasons["environment"] = note
@@ -148,19 +149,23 @@ def train(session: Session, title: str, note: str = "") -> Trainer:
     """Train a new model until the budget is spent; the arguments are those of `build`."""
     config, ranks, folder = session.config, session.ranks, session.folder
     trainer = build(session, title, note)
-    capturing = captures(trainer)
     try:
-        ranks.on_first(lambda: folder.open(config, session.dataset))
-        if config.run.resume:
-            resume(trainer, folder)
-        else:
-            with session.phases("warm_up"):
-                trainer.warm_up()
-        if not trainer.schedule.finished(trainer.clock):
-            trainer.say_estimate()
-        with Interrupt(folder.path, config.recipe) as interrupt, capturing, frozen_objects():
-            with session.phases("training"):
-                trainer.train(interrupt)
+        with captures(trainer) as capturing:
+            ranks.on_first(lambda: folder.open(config, session.dataset))
+            if config.run.resume:
+                resume(trainer, folder)
+            else:
+                warm_up(trainer)
+            if not trainer.schedule.finished(trainer.clock):
+                trainer.say_estimate()
+            with (
+                Interrupt(folder.path, config.recipe) as interrupt,
+                compiled_once(trainer),
+                capturing,
+                frozen_objects(),
+            ):
+                with session.phases("training"):
+                    trainer.train(interrupt)
     except BaseException:
         if not config.run.resume and not trainer.clock.step:
             folder.discard()
@@ -187,8 +192,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     if "clock" not in state:
         raise ConfigError(f"{path} holds imported weights: there is no training to resume")
     if not trainer.schedule.finished(Clock(**state["clock"])):
-        with trainer.session.phases("warm_up"):
-            trainer.warm_up()
+        warm_up(trainer)
     state, path = folder.load(ranks.device)
     trainer.load_state_dict(state)
     trainer.session.phases.add(state.get("phases", {}))

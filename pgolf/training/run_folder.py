@@ -30,7 +30,7 @@ KEEP = 2
 # What may differ between the first part of a run and its continuation. Data are compared by hash.
 FREE_KEYS = {
     "run.resume", "run.out", "run.device", "run.patience", "run.log_every", "run.checkpoint_every",
-    "run.profile", "run.log", "run.graphs", "data.data", "data.tokenizer",
+    "run.profile", "run.log", "run.graphs", "run.compile_cache", "data.data", "data.tokenizer",
     *(f"eval.{f.name}" for f in fields(EvalConfig)),
 }  # fmt: skip
 

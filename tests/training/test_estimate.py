@@ -30,6 +30,18 @@ def test_memory_is_what_was_counted() -> None:
     assert ";" not in memory_line(model(config, torch.bfloat16), config, 8192)
 
 
+def test_graphs_keep_what_a_pass_needs() -> None:
+    """Their pool is not free for the copies of the state that are compared, nor for checkpoints."""
+    config = get("pr1473").config()
+    meta = model(config, torch.bfloat16)
+    more = memory(meta, config, 98_304, graphs=True) - memory(meta, config, 98_304)
+    matrices = sum(p.numel() for p in meta.parameters() if p.ndim == 2)
+    assert 4 * 8 * matrices < more < 4 * 20 * matrices
+    state = memory(meta, config, 0) - memory(meta, config, 0, graphs=True)
+    assert state < 0  # with no token in a pass as well
+    assert memory_line(meta, config, 98_304, graphs=True) != memory_line(meta, config, 98_304)
+
+
 def test_memory_that_is_not_there_is_said() -> None:
     config = get("pr1473").config()
     meta = model(config, torch.bfloat16)

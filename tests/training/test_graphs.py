@@ -1,6 +1,6 @@
 """Replayed steps, with a tape of calls in place of a CUDA graph: see tape.py."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.optim.exchange import Exchange
 from pgolf.ranks import Ranks
-from pgolf.training import graphs
+from pgolf.training import graphs, run
 
 from .tape import Capture
 from .test_trainer import SEQ_LEN, build, unasked
@@ -63,11 +63,17 @@ def made(monkeypatch, *words: str):
     return trainer, folder
 
 
+@contextmanager
+def replaying(trainer):
+    with graphs.captures(trainer) as capturing, capturing:
+        yield
+
+
 def trained(monkeypatch, *words: str, replayed: bool, change=lambda trainer: None):
     """What a run logs, and everything it ends with."""
     trainer, folder = made(monkeypatch, *words)
     change(trainer)
-    with graphs.captures(trainer) if replayed else nullcontext():
+    with replaying(trainer) if replayed else nullcontext():
         trainer.train(unasked())
     state = trainer.state_dict()
     return [m for m in folder.lines if m["kind"] == "train"], {
@@ -113,11 +119,30 @@ def test_graphs_end_before_the_group_in_the_order_of_their_use(monkeypatch, tape
         raise KeyError("stop")
 
     monkeypatch.setattr(trainer, "_collect", stop)
-    with pytest.raises(KeyError, match="stop"), graphs.captures(trainer):
+    with pytest.raises(KeyError, match="stop"), replaying(trainer):
         trainer.train(unasked())
     assert Capture.resets == Capture.made[::-1] and len(Capture.closed) == 1
     assert trainer.step.__name__ == "slow_step"
     assert trainer.exchange.publish.__func__ is Exchange.publish
+
+
+@needs_cpp
+def test_the_stream_goes_back_if_there_is_no_training(monkeypatch, taped):
+    """What `train` warms up is in this block."""
+    trainer, folder = made(monkeypatch)
+    closed = []
+
+    def warm_up():
+        closed.append(len(Capture.closed))
+        raise KeyError("no memory")
+
+    monkeypatch.setattr(trainer, "warm_up", warm_up)
+    monkeypatch.setattr(folder, "open", lambda *args: None, raising=False)
+    monkeypatch.setattr(folder, "discard", lambda: None, raising=False)
+    monkeypatch.setattr(run, "build", lambda *args: trainer)
+    with pytest.raises(KeyError, match="no memory"):
+        run.train(trainer.session, "")
+    assert closed == [0] and len(Capture.closed) == 1
 
 
 @needs_cpp
@@ -134,11 +159,11 @@ def test_a_run_goes_on_from_a_checkpoint(monkeypatch, taped):
         return collect(pace, interrupt)
 
     monkeypatch.setattr(first, "_collect", collected)
-    with pytest.raises(KeyError, match="6"), graphs.captures(first):
+    with pytest.raises(KeyError, match="6"), replaying(first):
         first.train(stop)
     second, folder = made(monkeypatch)
     second.load_state_dict(first.state_dict())
-    with graphs.captures(second):
+    with replaying(second):
         second.train(unasked())
     lines = [m for m in folder.lines if m["kind"] == "train"]
     assert [m["loss"] for m in lines] == [m["loss"] for m in whole[0][6:]]
@@ -202,7 +227,7 @@ def test_a_rank_that_has_none_has_company(monkeypatch, taped, capsys, at):
 
     trainer, _ = made(monkeypatch)
     monkeypatch.setattr(graphs, "_first_reason", first_reason)
-    with graphs.captures(trainer):
+    with replaying(trainer):
         assert trainer.step.__name__ == "slow_step"
     assert asked == [""] * (at + 1)
     assert "graphs: off, rank 5: no room" in capsys.readouterr().out
@@ -218,7 +243,7 @@ def test_the_first_rank_with_a_reason_is_named(monkeypatch):
 @needs_cpp
 def test_zeros_that_graphs_read_outlive_larger_ones(monkeypatch, taped):
     trainer, _ = made(monkeypatch)
-    with graphs.captures(trainer):
+    with replaying(trainer):
         exchange, held = trainer.exchange, trainer.step.__self__.zeros
         before = dict(exchange.zeros)
         exchange._zeros(1 << 20, torch.float32)
@@ -240,9 +265,9 @@ def test_noise_of_eager_steps_is_allowed_for():
 def test_a_cpu_has_no_graphs(monkeypatch):
     trainer, _ = made(monkeypatch, "graphs=true")
     with pytest.raises(ConfigError, match="graphs=true: graphs need CUDA, and this runs on cpu"):
-        graphs.captures(trainer)
+        graphs.replays(trainer)
     trainer, _ = made(monkeypatch)
-    with graphs.captures(trainer):
+    with replaying(trainer):
         assert trainer.step.__name__ == "slow_step"
 
 

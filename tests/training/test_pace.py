@@ -99,6 +99,15 @@ def test_steps_are_queued_ahead_and_the_clock_is_that_of_the_gpu(on_gpu):
     assert all(m["memory"] >= 0 for m in lines)
 
 
+def test_memory_is_with_that_of_graphs(on_gpu, monkeypatch):
+    """Their pool is none of a tensor's while they are not captured."""
+    trainer, folder, *_ = on_gpu(forever(2.0), "val_every=0", "checkpoint_every=0")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    trainer.train(unasked())
+    assert {m["memory"] for m in folder.lines if m["kind"] == "train"} == {7}
+
+
 def test_what_looks_at_the_weights_waits_for_all_steps_and_is_off_the_clock(on_gpu):
     words = ("max_seconds=0", "max_steps=20", "val_every=7", "checkpoint_every=10")
     trainer, folder, clock, _ = on_gpu(forever(2.0), *words)

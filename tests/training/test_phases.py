@@ -68,6 +68,7 @@ def test_a_resumed_run_counts_what_came_before(clock):
         warm_up=lambda: setattr(clock, "now", clock.now + 3),
         load_state_dict=lambda state: None,
         clock=SimpleNamespace(step=5),
+        compiled=False,
         qat=SimpleNamespace(on=False),
     )
     folder = SimpleNamespace(

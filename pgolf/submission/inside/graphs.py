@@ -2,4 +2,5 @@
 
 from contextlib import nullcontext
 
-captures = nullcontext
+replays = bool
+captures = lambda trainer: nullcontext(nullcontext())  # noqa: E731
