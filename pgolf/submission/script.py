@@ -58,8 +58,7 @@ TRAINING = (
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
     "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
     "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
-    "pgolf.training.step_log",
-    "pgolf.training.trainer", "pgolf.triton_kernels.*",
+    "pgolf.training.step_log", "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, and tests of any.
 LEFT_OUT = {

@@ -165,11 +165,8 @@ class Trainer:
     def say_estimate(self) -> None:
         """What is left to do and how long it takes, as the warm-up measured it."""
         token = self.pass_seconds / self.local_tokens / self.ranks.world
-        targets = len(self.val) - 1
-        self.say(
-            f"  {'time':<15} "
-            + time_line(self.config, self.clock, targets, self.step_seconds, token)
-        )
+        line = time_line(self.config, self.clock, len(self.val) - 1, self.step_seconds, token)
+        self.say(f"  {'time':<15} {line}")
 
     def _now(self) -> float:
         self.synchronize()
