@@ -122,11 +122,11 @@ def test_one_byte_of_one_kernel(root, file, proofs):
 
 
 def test_a_header_is_part_of_those_that_include_it(root):
-    touch(root / "csrc" / "cuda" / "partials.cuh")
-    with_partial_sums = ("qk_rope", "residual_norm")
+    touch(root / "csrc" / "parts.h")
+    in_parts = ("qk_rope", "residual_norm")
     changed = {n for n in prove(root) if "mutation" in n}
     name = "tests/mutation/test_kernels.py::test_changed_kernels_are_noticed[{}.cu]"
-    assert changed == {name.format(kernel) for kernel in with_partial_sums}
+    assert changed == {name.format(kernel) for kernel in in_parts}
 
 
 def test_a_changed_harness_runs_all_of_its_proofs(root):

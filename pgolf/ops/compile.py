@@ -71,7 +71,7 @@ def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
 
     None where no kernel of pgolf runs on that device (those of attention, which every layer has,
     are another's, and nothing about them is long), nor where there is no gradient: operators
-    without one update weights, outside of compiled graphs.
+    without one are outside of compiled graphs, or reached by others' gradients.
     """
     known = operator.implementations.items()
     here = (n for n, i in known if i.runs_on(device) and not i.package and not i.missing())

@@ -114,10 +114,19 @@ def deferred(sums: Sequence[Sums], impl: str) -> list[Tensor]:
     operator's kernel has summed; when those of all have come, one launch adds them up.
 
     Args:
-        impl: of `part_sums`, but not the reference.
+        sums: each with parameters.
+        impl: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        ValueError: the implementation is the reference, whose sums are made at once.
+        RuntimeError: `impl` is not there on this machine.
     """
-    each = [len(s.parameters) for s in sums]
-    return _deferred([p for s in sums for p in s.parameters], each, [s.parts for s in sums], impl)
+    parameters = [p for s in sums for p in s.parameters]
+    impl = resolve("part_sums", impl, parameters[0])
+    if impl == "reference":
+        raise ValueError("part_sums: impl=reference defers no sums: leave `sums` out")
+    each, parts = [len(s.parameters) for s in sums], [s.parts for s in sums]
+    return _deferred(parameters, each, parts, impl)
 
 
 def check_deferred(operator: str, sums: Tensor, own: Sums, impl: str) -> None:
@@ -209,11 +218,12 @@ def samples() -> list[Sample]:
 
         return build
 
+    norms = [(512, 1024)] * 6 + [(512, 1536)] * 5  # mix, and weights of skips
     return [
         Sample("3 matrices", make([(5, 7), (70, 8), (1, 33)])),
         Sample("without rows or columns", make([(300, 3), (0, 9), (4, 0)])),
         Sample("70 matrices", make([(3, 5)] * 69 + [(40, 19)])),
-        Sample("PR 1473", make([(512, 1024)] * 6 + [(512, 1536)] * 5 + [(1024, 8)] * 11), True),
+        Sample("98304 tokens", make(norms + [(1024, 8)] * 11), bench=True),
     ]
 
 

@@ -19,6 +19,7 @@ result; the kernels compute in fp32 and round each result once, h from the x_in 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from pgolf.ops.derivatives import rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.part_sums import Sums, check_deferred
+from pgolf.ops.part_sums import Sums, check_deferred, deferred
 from pgolf.ops.residual_norm_kernels import forward, launchers, part_count
 from pgolf.ops.tensors import compute_dtype, nbytes
 
@@ -229,6 +230,9 @@ def rms_norm(x: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:
     return residual_norm(x, eps=eps, impl=impl)[1]
 
 
+_LATER = "later"  # the sums of a sample that has them deferred
+
+
 def samples() -> list[Sample]:
     """What the model's layers ask for; D is ragged in some."""
 
@@ -260,6 +264,7 @@ def samples() -> list[Sample]:
         "factored": make(3, 264, "branch", *skip, *mix, scale=0.5, keep_total=True, factored=True),
         "factored mlp": make(70, 24, "branch", factored=True),
         "factored norm": make(2, 17, scale=-1.5, factored=True),
+        "sums later": make(150, 17, *scaled, *skip, *mix, sums=_LATER),
         "0 tokens": make(0, 16, "branch", *mix),
     }
     big = {}
@@ -275,7 +280,7 @@ def cost(
     x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
     skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
     mix: Tensor | None = None, scale: float = 1.0, eps: float, keep_total: bool = False,
-    factored: bool = False,
+    factored: bool = False, sums: str | None = None,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once; kept are rstd and, for the gradient of mix, total.
 
@@ -300,22 +305,28 @@ def cost(
     )
 
 
-def _with_products(function: Callable) -> Callable:
-    """A function whose factored h is multiplied out: what tests and benchmarks compare."""
+def _of_samples(function: Callable) -> Callable:
+    """What tests and benchmarks call: a factored h is multiplied out, and sums may come later."""
 
     @functools.wraps(function)
-    def call(*args: Any, **named: Any) -> tuple[Tensor, ...]:
-        *others, h = function(*args, **named)
+    def call(x: Tensor, **named: Any) -> tuple[Tensor, ...]:
+        if named.pop("sums", None) == _LATER and function is residual_norm:
+            learned = [named.get(name) for name in ("branch_scale", "skip_weight", "mix")]
+            own = sums_of(x.shape[:-1].numel(), *learned)
+            if own.parameters and resolve("part_sums", named["impl"], x) != "reference":
+                (named["sums"],) = deferred([own], named["impl"])
+        *others, h = function(x, **named)
         return (*others, h.product() if isinstance(h, Factored) else h)
 
+    call.__signature__ = inspect.signature(residual_norm)
     return call
 
 
 OPERATOR = register(
     Operator(
         name="residual_norm",
-        call=_with_products(residual_norm),
-        reference=_with_products(reference),
+        call=_of_samples(residual_norm),
+        reference=_of_samples(reference),
         differentiable=("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
         implementations=in_extension(("residual_norm", "residual_norm_backward"), launchers),
         preferred={
