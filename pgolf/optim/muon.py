@@ -148,7 +148,8 @@ class Muon(torch.optim.Optimizer):
         if len(views) != len(kept) or any(a is not b for a, b in zip(views, kept, strict=True)):
             # There was no step with these yet, or a state was loaded.
             pairs = zip(params, kept, strict=True)
-            flat = torch.cat([(torch.zeros_like(p) if m is None else m).flatten() for p, m in pairs])
+            begun = [torch.zeros_like(p) if m is None else m for p, m in pairs]
+            flat = torch.cat([m.flatten() for m in begun])
             views = _views(flat, params)
             self.momenta[params[0]] = flat, views
             for state, view in zip(states, views, strict=True):
