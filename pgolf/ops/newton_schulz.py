@@ -11,7 +11,7 @@ Shapes: G (B, R, C), a batch of one shape.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +63,14 @@ def reference(
 
 def normalize(g: Tensor, dtype: torch.dtype, row_norm: bool, safety: float) -> Tensor:
     """X before the first step, of matrices (B, R, C)."""
-    x = g.to(compute_dtype(g.dtype))
-    if row_norm:
-        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    x = _dividend(g, row_norm)
     return (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
+
+
+def _dividend(g: Tensor, row_norm: bool) -> Tensor:
+    """What X is times its norm, in the dtype that this is computed in."""
+    x = g.to(compute_dtype(g.dtype))
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS) if row_norm else x
 
 
 def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -79,6 +83,84 @@ def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return (x.mT if tall else x).contiguous()
+
+
+def _in_place(
+    gs: Sequence[Tensor],
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    row_norm: bool,
+    safety: float,
+    normalized: bool,
+) -> list[Tensor]:
+    """The references of all batches in few launches, which no gradient goes back through.
+
+    Results of tall matrices are transposed views.
+    """
+    now, then = _Iterate.of(gs, dtype), _Iterate.of(gs, dtype)
+    if normalized:
+        for x, g in zip(now.results, gs, strict=True):
+            x.copy_(g)
+    else:
+        whole = [_dividend(g, row_norm) for g in gs]
+        norms = torch.stack(torch._foreach_norm([matrix for x in whole for matrix in x]))
+        divisors = (safety * norms + EPS).view(-1, 1, 1).split([x.size(0) for x in whole])
+        for x, dividend, divisor in zip(now.results, whole, divisors, strict=True):
+            torch.div(dividend, divisor, out=x)
+    with without_autocast(gs[0]):
+        for a, b, c in coefficients:
+            for x, gram in zip(now.xs, now.grams, strict=True):
+                torch.bmm(x, x.mT, out=gram)
+            # A product is added to a scaled matrix in place: one copy makes all such places.
+            then.flat.copy_(now.flat)
+            for added, gram in zip(then.of_size, now.of_size, strict=True):
+                added.baddbmm_(gram, gram, beta=b, alpha=c)
+            for added, gram, x in zip(then.xs, then.grams, now.xs, strict=True):
+                added.baddbmm_(gram, x, beta=a)
+            now, then = then, now
+    return now.results
+
+
+class _Iterate(NamedTuple):
+    """X of some batches, and room for X X^T, in one buffer.
+
+    Batches of one shape are one, the tall among them transposed. Gram matrices of one size lie side
+    by side, so that they are multiplied together.
+    """
+
+    flat: Tensor
+    of_size: list[Tensor]  # room for Gram matrices, (B, n, n)
+    grams: list[Tensor]  # that of each of xs
+    xs: list[Tensor]  # (B, n, m), n <= m, the smallest n first
+    results: list[Tensor]  # views of xs in the shapes of the batches
+
+    @classmethod
+    def of(cls, gs: Sequence[Tensor], dtype: torch.dtype) -> "_Iterate":
+        """Room for these."""
+        wide = [tuple(sorted(g.shape[1:])) for g in gs]
+        counts = dict.fromkeys(sorted(set(wide)), 0)
+        for g, shape in zip(gs, wide, strict=True):
+            counts[shape] += g.size(0)
+        sizes = dict.fromkeys((n for n, _ in counts), 0)
+        for (n, _), count in counts.items():
+            sizes[n] += count
+        places = [(count, n, n) for n, count in sizes.items()]
+        places += [(count, *shape) for shape, count in counts.items()]
+        lengths = list(map(math.prod, places))
+        flat = gs[0].new_empty(sum(lengths), dtype=dtype)
+        views = [t.view(p) for t, p in zip(flat.split(lengths), places, strict=True)]
+        of_size, xs = views[: len(sizes)], views[len(sizes) :]
+        grams = [
+            gram
+            for n, room in zip(sizes, of_size, strict=True)
+            for gram in room.split([count for shape, count in counts.items() if shape[0] == n])
+        ]
+        left = dict(zip(counts, xs, strict=True))
+        results = []
+        for g, shape in zip(gs, wide, strict=True):
+            x, left[shape] = left[shape].split([g.size(0), left[shape].size(0) - g.size(0)])
+            results.append(x.mT if g.size(1) > g.size(2) else x)
+        return cls(flat, of_size, grams, xs, results)
 
 
 def obstacle(impl: str, dtype: torch.dtype) -> str:
@@ -152,7 +234,10 @@ def newton_schulz_all(
     batches = [g if g.dim() == 3 else g[None] for g in gs]
     if impl == "reference":
         options = (coefficients, dtype, row_norm, safety, normalized)
-        outs = [reference(batch, *options) for batch in batches]
+        if torch.is_grad_enabled() or not all(map(len, batches)):
+            outs = [reference(batch, *options) for batch in batches]
+        else:
+            outs = _in_place(batches, *options)
     else:
         flat = [float(value) for triple in coefficients for value in triple]
         outs = _orthogonalise(batches, flat, dtype, row_norm, safety, normalized, impl)

@@ -5,7 +5,7 @@ are small: every rank holds and updates them alike.
 
     exchange  <- gradients of the published weights            reduce-scatter, each rank its sums
     own       <- gradients of the matrices behind them         through factor, grid and cast
-    small     <- all other gradients, squares of own           all-reduce: norm of everything
+    small     <- all other gradients, norm of own              all-reduce: norm of everything
     published <- own matrices: on their grid, scaled, cast     all-gather, after the update
 
 So no pass casts, packs or quantises a matrix, and of those nothing but what the passes read
@@ -148,15 +148,26 @@ class Exchange:
             raise ValueError("no gradients were collected: run a backward pass first")
         self.passes = 0
         reduced = self.ranks.reduce_scatter(self.gradients)
-        grads = self._through_the_cast(reduced.float() if self.widens else reduced)
+        reduced = reduced.float() if self.widens else reduced
+        grads = self._through_the_cast(reduced)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
             if p.grad is not None:  # of a factor that is folded in, only its owner knows it
                 grads[p] = p.grad
                 p.grad = None
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 and self.norm_impl != "reference":
             return grads, self._norm(list(grads.values()))
-        return grads, self._sum_small(grads, own)
+        # Where they are what was summed, one buffer is taken for all of them.
+        return grads, self._sum_small(grads, own if self._behind_a_cast() else [reduced])
+
+    def _behind_a_cast(self) -> list[int]:
+        """Which of own matrices have another gradient than what was published of them."""
+        scales = self.fold.scales if self.fold else [None] * len(self.own)
+        return [
+            i
+            for i, (m, scale) in enumerate(zip(self.own, scales, strict=True))
+            if scale is not None or (m.grid or {}).get("clip_mask")
+        ]
 
     def _through_the_cast(self, reduced: Tensor) -> dict[nn.Parameter, Tensor]:
         """Gradients of own matrices and of the factors in their rows, from those of the published.
@@ -166,41 +177,40 @@ class Exchange:
         # The graph of `publish` is still there: weights have not changed since.
         found = _views(reduced, self.starts.values(), map(self.layout.shapes.get, self.starts))
         grads = {m.weight: g for m, g in zip(self.own, found, strict=True)}
-        scales = self.fold.scales if self.fold else [None] * len(self.own)
-        kept = [
-            i
-            for i, (m, scale) in enumerate(zip(self.own, scales, strict=True))
-            if scale is not None or (m.grid or {}).get("clip_mask")
-        ]
-        if kept:
+        if kept := self._behind_a_cast():
             behind = [self.own[i].weight for i in kept]
-            behind += [scales[i] for i in kept if scales[i] is not None]
+            if self.fold:
+                behind += [scale for i in kept if (scale := self.fold.scales[i]) is not None]
             outs = [self.cast[i] for i in kept]
             into = [grads[self.own[i].weight].to(self.dtype) for i in kept]
             grads |= dict(zip(behind, torch.autograd.grad(outs, behind, into), strict=True))
         self.cast = []
         return grads
 
-    def _sum_small(self, grads: dict[nn.Parameter, Tensor], own: Sequence[Tensor]) -> Tensor:
+    def _sum_small(self, grads: dict[nn.Parameter, Tensor], own: list[Tensor]) -> Tensor:
         """Sum what every rank holds over ranks; the norm of all gradients."""
         pieces = [
             grads[p].reshape(-1).float() if p in grads else self._zeros(p.numel(), torch.float32)
             for p in self.small
         ]
-        square = self._norm(own).square() if own else self._zeros(1, torch.float32)
-        flat = torch.cat([*pieces, square.reshape(1)])
+        # A place of each rank for the norm of its own: the sum has the norm of everything.
+        norms = [self._zeros(1, torch.float32)] * self.ranks.world
+        if self.own:
+            norms[self.ranks.rank] = self._norm(own).reshape(1).float()
+        flat = torch.cat([*pieces, *norms])
         self.ranks.all_reduce(flat)
-        sizes = [p.numel() for p in self.small]
-        *summed, square = flat.split([*sizes, 1])
-        for p, g in zip(self.small, summed, strict=True):
-            grads[p] = g.view_as(p)
-        return (self._norm([flat[:-1]]).square() + square.squeeze(0)).sqrt()
+        if self.ranks.world > 1:
+            for p, g in zip(self.small, flat.split([*map(len, pieces), len(norms)]), strict=False):
+                grads[p] = g.view_as(p)
+        return self._norm([flat])
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         if self.norm_impl != "reference":
             return grad_norm(grads, self.norm_impl)[0]
         # In fewer launches than the operator's own reference takes.
         wide = compute_dtype(grads[0].dtype)
+        if len(grads) == 1:
+            return torch.linalg.vector_norm(grads[0], dtype=wide)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
 
     # --- weights ------------------------------------------------------------------------------

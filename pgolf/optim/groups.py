@@ -135,10 +135,14 @@ class Optimizers:
             return
         for p in self.params:
             p.grad = grads[p].to(p.dtype)
-        limit = self.config.grad_clip or float("inf")
-        torch.nn.utils.clip_grads_with_norm_(self.params, limit, norm)
-        # On the device: the host, which does not wait, hears of it two steps later.
-        self.muon.found_inf = self.adamw.found_inf = norm.isfinite().logical_not().float()
+        if limit := self.config.grad_clip:
+            # Both divide by it on their way, as clip_grads_with_norm_ would in a pass of its own.
+            scale = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
+            self.muon.grad_scale = self.adamw.grad_scale = scale
+        # On the device: the host, which does not wait, hears of it two steps later. (0 times
+        # what is not finite is NaN; isfinite takes four launches.)
+        self.muon.found_inf = norm * 0.0 != 0.0
+        self.adamw.found_inf = self.muon.found_inf.float()
         self.muon.step()
         self.adamw.step()
         self.muon.zero_grad(set_to_none=True)

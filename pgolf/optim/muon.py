@@ -5,7 +5,8 @@ Jordan et al. 2024, kellerjordan.github.io/posts/muon:
     buf <- mu buf + G;   U = G + mu buf (Nesterov) or buf;   X = newton_schulz(U)
     W <- W (1 - lr wd) - lr sqrt(max(1, rows / cols)) X
 
-Matrices of one shape are a batch, and the batches go through the iteration together.
+Matrices of one shape are a batch, and the batches go through the iteration together. All else is
+done on flat buffers that hold them one after the other, in launches whose number is not theirs.
 """
 
 from collections import defaultdict
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.ops.newton_schulz import newton_schulz_all, preset
-from pgolf.ops.tensors import compute_dtype
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,8 +32,10 @@ class Muon(torch.optim.Optimizer):
         ns_impl: implementation of `newton_schulz`.
 
     Attributes:
-        found_inf: one number on the device, fp32, as torch's fused optimisers have it: where it is
-            1 a step changes neither parameters nor momenta; None is 0. The host does not read it.
+        grad_scale: one number on the device, as torch's fused optimisers have it: gradients are
+            divided by it; None is 1.
+        found_inf: likewise: where it is not 0 a step changes neither parameters nor momenta; None
+            is 0. The host does not read it.
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -56,7 +58,10 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(list(params), defaults)
         self.nesterov, self.ns_dtype = nesterov, ns_dtype
+        self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        # By the first of the parameters that step together: momenta end to end, and their views.
+        self.momenta: dict[nn.Parameter, tuple[Tensor, list[Tensor]]] = {}
         coefficients, safety = preset(ns_coefficients, ns_steps)
         self.ns_options = {
             "coefficients": coefficients,
@@ -97,46 +102,62 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[p.shape].append(p)
-            stacks = [self._directions(alike, group) for alike in shapes.values()]
-            found = newton_schulz_all(stacks, **self.ns_options) if stacks else []
-            for (shape, params), updates in zip(shapes.items(), found, strict=True):
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                decay = self._or_one(1 - group["lr"] * group["weight_decay"], params[0])
-                torch._foreach_mul_(params, decay)
-                updates = self._or_zero(updates.to(params[0].dtype), 0.0)
-                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * scale)
+                    alike[p.dtype, p.device].append(p)
+            for params in alike.values():
+                self._step_together(params, group)
         return loss
 
-    def _directions(self, params: Sequence[nn.Parameter], group: dict) -> Tensor:
-        """(B, R, C) momenta of matrices of one shape, after adding their gradients."""
+    def _step_together(self, params: Sequence[nn.Parameter], group: dict) -> None:
+        """Step parameters of one dtype and device."""
+        shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        # To which -0.0 is added stays as it is, -0.0 itself too.
-        grads = list(self._or_zero(torch.stack([p.grad for p in params]), -0.0))
-        torch._foreach_mul_(buffers, self._or_one(group["momentum"], buffers[0]))
-        torch._foreach_add_(buffers, grads)
-        if not self.nesterov:
-            return torch.stack(buffers)
-        return torch.stack(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
+            shapes[p.shape].append(p)
+        params = [p for batch in shapes.values() for p in batch]
 
-    # What `found_inf` makes of a step is decided on the device: nobody waits for it, and a factor
-    # or a sum for all of a batch costs fewer launches than a choice for each matrix.
+        def batches(flat: Tensor) -> list[Tensor]:
+            parts = flat.split([len(batch) * shape.numel() for shape, batch in shapes.items()])
+            return [t.view(-1, *shape) for t, shape in zip(parts, shapes, strict=True)]
 
-    def _or_one(self, factor: float, like: Tensor) -> Tensor | float:
-        """The factor, but 1 where a gradient was not finite."""
+        lr, momentum = group["lr"], group["momentum"]
+        grads = torch.cat([p.grad.reshape(-1) for p in params])
+        if self.grad_scale is not None:
+            grads /= self.grad_scale
+        old = self._momenta(params)
+        new = torch.add(grads, old, alpha=momentum)
+        directions = torch.add(grads, new, alpha=momentum) if self.nesterov else new
+        found = newton_schulz_all(batches(directions), **self.ns_options)
+        changes = torch.cat([p.reshape(-1) for p in params]).mul_(-lr * group["weight_decay"])
+        for shape, batch, x in zip(shapes, batches(changes), found, strict=True):
+            batch.add_(x, alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
         if self.found_inf is None:
-            return factor
-        held = torch.full((), factor, dtype=compute_dtype(like.dtype), device=like.device)
-        return held.masked_fill_(self.found_inf.reshape(()) != 0, 1.0)
+            old.copy_(new)
+        else:  # on the device: nobody waits for it
+            bad = self.found_inf.reshape(()).bool()
+            torch.where(bad, old, new, out=old)
+            changes.masked_fill_(bad, -0.0)  # to which it is added, -0.0 too stays as it is
+        torch._foreach_add_(params, _views(changes, params))
 
-    def _or_zero(self, batch: Tensor, zero: float) -> Tensor:
-        """The batch, but zeros where a gradient was not finite."""
-        if self.found_inf is None:
-            return batch
-        return batch.masked_fill(self.found_inf.reshape(()) != 0, zero)
+    def _momenta(self, params: Sequence[nn.Parameter]) -> Tensor:
+        """Those of the parameters in one buffer, which the states are views of from now on."""
+        states = [self.state[p] for p in params]
+        flat, views = self.momenta.get(params[0], (None, []))
+        kept = [state.get("momentum_buffer") for state in states]
+        if len(views) != len(kept) or any(a is not b for a, b in zip(views, kept, strict=True)):
+            # There was no step with these yet, or a state was loaded.
+            pairs = zip(params, kept, strict=True)
+            begun = [torch.zeros_like(p) if m is None else m for p, m in pairs]
+            flat = torch.cat([m.flatten() for m in begun])
+            views = _views(flat, params)
+            self.momenta[params[0]] = flat, views
+            for state, view in zip(states, views, strict=True):
+                state["momentum_buffer"] = view
+        return flat
+
+
+def _views(flat: Tensor, params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Parts of a flat buffer, in the shapes of the parameters."""
+    parts = flat.split([p.numel() for p in params])
+    return [t.view_as(p) for t, p in zip(parts, params, strict=True)]

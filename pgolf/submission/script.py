@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -136,13 +137,14 @@ def _settings(config: Config) -> str:
 
 @functools.cache
 def _build(settings: str, codec: str, modules: tuple[str, ...]) -> Script:
+    loader = minified((INSIDE / "loader.py").read_text(encoding="utf-8"), "loader")
     sources = {name: minified(_source(name), name) for name in _named(modules, codec)}
+    sources = _without_unnamed(sources, loader)
     files = {}
     if "pgolf.triton_kernels" in sources:
         table = find_spec("pgolf.triton_kernels.launch").origin
         rows = json.loads(Path(table).with_name("configs.json").read_text(encoding="utf-8"))
         files["configs.json"] = json.dumps(rows, separators=(",", ":"))
-    loader = minified((INSIDE / "loader.py").read_text(encoding="utf-8"), "loader")
     parts = [f"settings={settings}\n{loader}"]
     for name, text in (sources | files).items():
         parts += [name, text]
@@ -197,6 +199,54 @@ def _never_asked(source: str) -> str:
                     keyword.value = ast.Constant(None)
     tree.body = [node for node in tree.body if getattr(node, "name", "") not in unasked]
     return ast.unparse(tree)
+
+
+def _without_unnamed(sources: dict[str, str], loader: str) -> dict[str, str]:
+    """Modules without functions and classes that no other line of a script names.
+
+    A word in a string is a name too, since `getattr` takes it; of a method nothing is known.
+    """
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    gone: set[tuple[str, str]] = set()
+    before = -1
+    while before != len(gone):
+        before = len(gone)
+        named = sum(map(_words, trees.values()), _words(ast.parse(loader)))
+        for module, tree in trees.items():
+            for node in [n for n in tree.body if _plain(n) and named[n.name] <= _words(n)[n.name]]:
+                gone.add((module, node.name))
+                tree.body.remove(node)
+    found = {}
+    for name, tree in trees.items():
+        for node in [n for n in tree.body if isinstance(n, ast.ImportFrom)]:
+            node.names = [a for a in node.names if (node.module, a.name) not in gone]
+        tree.body = [n for n in tree.body if getattr(n, "names", True)]
+        changed = ast.dump(tree) != ast.dump(ast.parse(sources[name]))
+        found[name] = minified(ast.unparse(tree), name) if changed else sources[name]
+    return found
+
+
+def _plain(node: ast.stmt) -> bool:
+    """Whether it defines a name and does nothing else, as a decorator that registers would."""
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return False
+    harmless = {"dataclass", "dataclass(frozen=True)", "contextmanager", "functools.cache"}
+    return all(ast.unparse(d) in harmless for d in node.decorator_list)
+
+
+def _words(tree: ast.AST) -> Counter[str]:
+    """How often it names what, in a string too; imports at the top do not count."""
+    found: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in tree.body:
+            found.update(a.name for a in node.names)
+        elif isinstance(node, ast.Name):
+            found[node.id] += 1
+        elif isinstance(node, ast.Attribute):
+            found[node.attr] += 1
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.update(re.findall(r"\w+", node.value))
+    return found
 
 
 @functools.cache

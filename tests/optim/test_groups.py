@@ -125,12 +125,14 @@ def test_adamw_follows_the_formula() -> None:
 
 @pytest.mark.parametrize(("limit", "size"), [(0.3, 1.0), (0.3, 1e-5), (0.0, 1.0)])
 def test_the_global_norm_is_clipped(limit: float, size: float) -> None:
-    """Seen through a plain stand-in for both optimisers: what gradients do they get?"""
+    """Seen through a plain stand-in for both optimisers: what do they get, and divide by?"""
     optimisers = Optimizers(model(table_dtype="fp32"), OptimConfig(grad_clip=limit))
     seen = {}
 
     def look() -> None:
-        seen.update({i: p.grad.clone() for i, p in enumerate(optimisers.params)})
+        assert optimisers.muon.grad_scale is getattr(optimisers.adamw, "grad_scale", None)
+        scale = optimisers.muon.grad_scale if limit else 1.0
+        seen.update({i: p.grad / scale for i, p in enumerate(optimisers.params)})
 
     optimisers.muon.step = look
     optimisers.adamw.step = lambda: None
