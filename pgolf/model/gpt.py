@@ -185,15 +185,15 @@ class GPT(nn.Module):
 
     def vectors(self, x0: Tensor) -> list[LayerVectors]:
         """Of all blocks, whose second half takes the skips of the first, the last one first."""
-        weights = {self.encoder + i: self.skip_weights[i] for i in range(self.encoder)}
-        layers = [
-            block.vectors(weights.get(i), own_skip=i == min(weights, default=None))
-            for i, block in enumerate(self.blocks)
-        ]
+        layers = []
+        for i, block in enumerate(self.blocks):
+            back = i - self.encoder
+            weight = self.skip_weights[back] if 0 <= back < self.encoder else None
+            layers.append(block.vectors(weight, own_skip=weight is not None and back == 0))
         # (Where weight_cast folds no branch scales in, their gradients are sums over tokens too.)
-        kernels = {"part_sums", "residual_norm", "qk_rope", "weight_cast"}
-        running = {name for name, impl in self.ops.items() if impl != "reference"}
-        if not kernels <= running or not torch.is_grad_enabled():
+        kernels = ("part_sums", "residual_norm", "qk_rope", "weight_cast")
+        running = [name for name in kernels if self.ops.get(name, "reference") != "reference"]
+        if len(running) < len(kernels) or not torch.is_grad_enabled():
             return layers
         return with_deferred_sums(layers, x0, self.ops["part_sums"])
 

@@ -35,11 +35,6 @@ class Sums(NamedTuple):
     parts: int
     parameters: Sequence[Tensor]
 
-    @property
-    def numbers(self) -> int:
-        """Of a part."""
-        return sum(p.numel() for p in self.parameters)
-
 
 def reference(parts: Sequence[Tensor]) -> list[Tensor]:
     """`part_sums` in plain torch."""
@@ -129,14 +124,19 @@ def deferred(sums: Sequence[Sums], impl: str) -> list[Tensor]:
     return _deferred(parameters, each, parts, impl)
 
 
+def _shape(sums: Sums) -> tuple[int, int]:
+    """(parts, numbers of a part)"""
+    return sums.parts, sum(p.numel() for p in sums.parameters)
+
+
 def check_deferred(operator: str, sums: Tensor, own: Sums, impl: str) -> None:
     """Raise ValueError unless `sums` of a call fits its own ones, and a kernel makes them."""
     if impl == "reference":
         raise ValueError(f"{operator}: impl=reference leaves no sums: give no `sums`")
-    if sums.shape != (own.parts, own.numbers):
+    wanted = _shape(own)
+    if tuple(sums.shape) != wanted:
         raise ValueError(
-            f"{operator}: sums is {tuple(sums.shape)}: for these tensors it has to be "
-            f"{(own.parts, own.numbers)}"
+            f"{operator}: sums is {tuple(sums.shape)}: for these tensors it has to be {wanted}"
         )
 
 
@@ -162,7 +162,7 @@ def _tickets(
     parameters: Sequence[Tensor], each: Sequence[int], parts: Sequence[int]
 ) -> list[Tensor]:
     groups = [Sums(*one) for one in zip(parts, _grouped(parameters, each), strict=True)]
-    return [s.parameters[0].new_empty(1).expand(s.parts, s.numbers) for s in groups]
+    return [s.parameters[0].new_empty(1).expand(_shape(s)) for s in groups]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
