@@ -96,9 +96,9 @@ def _pairs(
     """What both checkouts measure, this one's first in each pair, whichever ran first."""
     pairs = []
     for turn in range(count):
-        order = (HERE, other) if turn % 2 == 0 else (other, HERE)
-        made = {checkout: measure(checkout, words) for checkout in order}
-        pairs.append((made[HERE], made[other]))
+        both = [HERE, other]
+        made = [measure(checkout, words) for checkout in both[:: 1 if turn % 2 == 0 else -1]]
+        pairs.append(tuple(made if turn % 2 == 0 else reversed(made)))
         progress.update(1)
     return pairs
 

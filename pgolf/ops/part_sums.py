@@ -174,7 +174,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def _gradient(ctx: Any, parts: Sequence[Tensor | None]) -> tuple:
     given = [t for t in parts if t is not None]
     if not given:
-        return None, None, None, None
+        return [None] * len(ctx.shapes), None, None, None
     shapes = _grouped(ctx.shapes, ctx.each)
     there = [s for s, t in zip(shapes, parts, strict=True) if t is not None]
     sizes = [shape.numel() for group in there for shape in group]

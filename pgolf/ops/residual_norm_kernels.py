@@ -126,8 +126,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # skip wants it anyway. branch and skip are kept only where they have a factor, whose gradient
     # needs them: with a factor of 1 they get the gradient of x, and nobody reads them again.
     changes = any(ctx.adds) or mix is not None
-    if not stores_total:
-        total = x if ctx.needs_input_grad[_MIX] and not any(ctx.adds) else None
+    if not ctx.needs_input_grad[_MIX]:
+        total = None
+    elif not stores_total:
+        total = None if any(ctx.adds) else x
     ctx.save_for_backward(
         x_in if changes else x, rstd, total,
         None if branch_scale is None else branch, branch_scale,

@@ -235,11 +235,12 @@ def _plain(node: ast.stmt) -> bool:
 
 
 def _words(tree: ast.AST) -> Counter[str]:
-    """How often it names what, in a string too; imports at the top do not count."""
+    """How often it names what, in a string too; imports at the top do not count, but renamed."""
     found: Counter[str] = Counter()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in tree.body:
-            found.update(a.name for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            top = node in tree.body
+            found.update(a.name for a in node.names if a.asname or not top)
         elif isinstance(node, ast.Name):
             found[node.id] += 1
         elif isinstance(node, ast.Attribute):

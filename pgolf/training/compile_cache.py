@@ -52,7 +52,7 @@ def place(config: Config, key: str) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return Path(home, "pgolf", "compile", key + SUFFIX)
     path = Path(os.path.expanduser(named))
-    return path / (key + SUFFIX) if named.endswith("/") or path.is_dir() else path
+    return path / (key + SUFFIX) if named.endswith("/") or os.path.isdir(path) else path
 
 
 def write(path: Path, key: str, parts: Mapping[int, bytes]) -> None:
@@ -108,7 +108,12 @@ def kept_code(trainer: Trainer) -> Iterator[None]:
     Says whether it was `warm`, with nothing to compile, and puts that into the ledger. Whatever
     is wrong with the file is a warning.
     """
-    if not trainer.compiled or trainer.config.run.compile_cache in ("off", ""):
+    if not trainer.compiled:
+        yield
+        return
+    # All or none: a rank alone would wait for the others.
+    wanted = trainer.config.run.compile_cache not in ("off", "")
+    if not all(wants for (wants,) in trainer.ranks.gather([float(wanted)])):
         yield
         return
     key = key_of(trainer)
@@ -122,14 +127,14 @@ def kept_code(trainer: Trainer) -> Iterator[None]:
     if not cold and not loaded:
         said = "warm, from torch's own files on this machine"
     trainer.say(f"compiled code: {said}")
-    # All or none: a rank alone would wait for the others.
     if any(cold for (cold,) in trainer.ranks.gather([float(cold or not loaded)])):
         _save(trainer, path, key)
 
 
 def _misses() -> int:
-    """Graphs that Inductor had to compile so far."""
-    return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    """Graphs that Inductor had to compile so far, also past its cache."""
+    counters = torch._dynamo.utils.counters["inductor"]
+    return counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"]
 
 
 def _index(trainer: Trainer) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.counting.client import Device
-from bench.counting.eager import operators_counted
+from bench.counting.eager import Counted, operators_counted
 from pgolf.ops.operator import OPERATORS
 
 NAMES = (
@@ -28,7 +28,7 @@ def main(log: Path) -> None:
     with operators_counted(device):
         for name in NAMES:
             args, kwargs = OPERATORS[name].samples()[0].build(cuda, torch.bfloat16)
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), Counted(device):
                 device.note(kind="phase", name=name)
                 OPERATORS[name].call(*args, **kwargs, impl="cuda")
                 device.note(kind="phase", name="")

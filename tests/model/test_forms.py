@@ -59,11 +59,12 @@ def test_sums_of_all_layers_are_those_of_each(impl: str, monkeypatch: pytest.Mon
     for how in (impl, "reference"):
         twin = fused(model, impl)
         twin.ops["part_sums"] = how
-        twin.blocks[1].resid_mix.requires_grad_(False)
+        for i in (1, 7):  # without a skip of another layer, and with one
+            twin.blocks[i].resid_mix.requires_grad_(False)
         twin(*batch(twin.config)).backward()
         found.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
     layers = model.config.layers
-    assert calls == [2 * layers - 1]
+    assert calls == [2 * layers - 1]  # block 1 has nothing else to sum
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
 

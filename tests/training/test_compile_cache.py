@@ -128,10 +128,20 @@ def test_a_place_that_cannot_be_written_is_a_warning(tmp_path, torchs):
     assert said[-1].endswith("; training goes on")
 
 
+def test_a_rank_without_one_is_without_one_for_all(tmp_path, torchs, monkeypatch):
+    """compile_cache=off is each rank's own setting; what ranks exchange is not."""
+    ranks = SimpleNamespace(
+        first=True, world=2, device=torch.device("cuda", 0), gather=lambda mine: [mine, [0.0]]
+    )
+    monkeypatch.setattr(module, "gathered", None)  # nobody may call it
+    compiled(torchs, tmp_path, ranks)
+    assert not list(tmp_path.iterdir()) and not torchs.loaded
+
+
 def test_each_gpu_has_its_part(tmp_path, torchs, monkeypatch):
     """Rank 0 writes those of all, on two machines; where a part is missing the rank is cold."""
     ranks = SimpleNamespace(
-        first=True, world=4, device=torch.device("cuda", 0), gather=lambda mine: [mine, [0.0]]
+        first=True, world=4, device=torch.device("cuda", 0), gather=lambda mine: [mine] * 4
     )
     every = [(0, b"code"), (1, b"one"), (0, b"there"), (1, b"there")]
     monkeypatch.setattr(module, "gathered", lambda ranks, mine: every)
