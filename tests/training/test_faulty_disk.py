@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.training import run
+from pgolf.training import finish, run
 from pgolf.training.run_folder import RunFolder
 
 from .faulty_disk import FaultyDisk, Kills, full_where
@@ -20,6 +20,9 @@ WORDS = (
     "val_every=0", "val_tokens=64", "eval_tokens=64", "stride=32", "score_live=false",
     "calibration_sequences=2", "qat_start=1",
 )  # fmt: skip
+
+
+REPORT_LINE = finish.report_line  # which fixtures replace
 
 
 @pytest.fixture
@@ -111,8 +114,9 @@ def test_a_kill_at_any_call(trained, tmp_path):
     assert steps == sorted(steps) and set(steps) == {0, 1, 2}
 
 
-def test_a_disk_that_is_full_after_training(train, tmp_path):
+def test_a_disk_that_is_full_after_training(train, monkeypatch, tmp_path):
     """What was trained is kept, and packed and scored once there is room."""
+    monkeypatch.setattr(finish, "report_line", REPORT_LINE)
     out = tmp_path / "run"
     for name in ("artifact", "result.json", "report.html"):
         with pytest.MonkeyPatch.context() as patch:
