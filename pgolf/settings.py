@@ -309,7 +309,7 @@ class RunConfig:
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
     compile_cache: str = opt(
         "auto",
-        "file or folder of compiled code for the next run; auto = under ~/.cache/pgolf; off",
+        "on CUDA, file or folder of compiled code for the next run; auto = in ~/.cache/pgolf; off",
     )
     graphs: str = opt(
         "auto",

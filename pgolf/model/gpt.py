@@ -190,7 +190,8 @@ class GPT(nn.Module):
             back = i - self.encoder
             weight = self.skip_weights[back] if 0 <= back < self.encoder else None
             layers.append(block.vectors(weight, own_skip=weight is not None and back == 0))
-        # (Where weight_cast folds no branch scales in, their gradients are sums over tokens too.)
+        # (Where weight_cast folds no branch scales in, their gradients are sums over tokens too. A
+        # script leaves operators out that it has no kernels for.)
         kernels = ("part_sums", "residual_norm", "qk_rope", "weight_cast")
         running = [name for name in kernels if self.ops.get(name, "reference") != "reference"]
         if len(running) < len(kernels) or not torch.is_grad_enabled():

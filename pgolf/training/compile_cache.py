@@ -103,7 +103,7 @@ def read(path: Path, key: str) -> dict[int, bytes]:
 
 @contextmanager
 def kept_code(trainer: Trainer) -> Iterator[None]:
-    """A block that compiles: with the code of an earlier run, which it leaves for the next one.
+    """A block that compiles, on a GPU with an earlier run's code, and leaves it for the next one.
 
     Says whether it was `warm`, with nothing to compile, and puts that into the ledger. Whatever
     is wrong with the file is a warning.
@@ -111,24 +111,34 @@ def kept_code(trainer: Trainer) -> Iterator[None]:
     if not trainer.compiled:
         yield
         return
-    # All or none: a rank alone would wait for the others.
-    wanted = trainer.config.run.compile_cache not in ("off", "")
-    if not all(wants for (wants,) in trainer.ranks.gather([float(wanted)])):
-        yield
-        return
     key = key_of(trainer)
-    path = place(trainer.config, key)
-    loaded = _load(trainer, path, key)
+    path = place(trainer.config, key) if _wanted(trainer) else None
+    loaded = path is not None and _load(trainer, path, key)
     before = _misses()
     yield
     cold = _misses() > before
     trainer.session.phases.cache = "cold" if cold else "warm"
-    said = f"cold, {path} had nothing for it" if cold else f"warm, from {path}"
-    if not cold and not loaded:
-        said = "warm, from torch's own files on this machine"
+    if cold:
+        said = "cold" if path is None else f"cold, {path} had nothing for it"
+    else:
+        said = f"warm, from {path}" if loaded else "warm, from torch's own files on this machine"
     trainer.say(f"compiled code: {said}")
-    if any(cold for (cold,) in trainer.ranks.gather([float(cold or not loaded)])):
+    if path is not None and any(
+        lacks for (lacks,) in trainer.ranks.gather([float(cold or not loaded)])
+    ):
         _save(trainer, path, key)
+
+
+def _wanted(trainer: Trainer) -> bool:
+    """Whether a file is used: by all ranks or none, as one alone would wait for the others.
+
+    Not on a CPU, where g++ compiles anew whatever is in it.
+    """
+    named, on_gpu = trainer.config.run.compile_cache, trainer.ranks.device.type == "cuda"
+    if not on_gpu and named not in ("auto", "off", ""):
+        trainer.say(f"warning: compile_cache={named}: code for a CPU is not kept in a file")
+    wants = on_gpu and named not in ("off", "")
+    return all(wants for (wants,) in trainer.ranks.gather([float(wants)]))
 
 
 def _misses() -> int:

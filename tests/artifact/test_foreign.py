@@ -29,7 +29,9 @@ RAW = b"\x0e\0\0\0" + b'{"tensors": 1}' + bytes(range(256))
 MAKERS = {
     "a file of torch.save, as final_model.pt": saved,
     "torch.save, as": lambda: saved(_use_new_zipfile_serialization=False),
-    "compressed with zlib, the quantised model of a public": lambda: zlib.compress(saved(), 9),
+    "compressed with zlib, the quantised model of a public script": lambda: zlib.compress(
+        saved(), 9
+    ),
     "compressed with lzma, the quantised": lambda: lzma.compress(saved(), preset=9),
     "compressed with zstd, the quantised": lambda: zstandard.compress(saved(), 22),
     "a safetensors file": lambda: len(HEADER).to_bytes(8, "little") + HEADER + bytes(4),

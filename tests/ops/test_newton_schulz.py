@@ -114,3 +114,17 @@ def test_strided_input_is_read_right_and_not_written() -> None:
         newton_schulz(view, dtype=torch.float32), newton_schulz(g, dtype=torch.float32)
     )
     assert torch.equal(view, kept)
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_without_a_gradient_all_shapes_together_are_each_by_itself(row_norm, normalized) -> None:
+    """Tall ones beside their transposes, two batches of one shape, Gram matrices of one size."""
+    shapes = [*SHAPES, (8, 30), (8, 24)]
+    gs = [sample(shape, i % 3 + 1).double() for i, shape in enumerate(shapes)]
+    options = {"dtype": torch.float64, "row_norm": row_norm, "normalized": normalized}
+    with torch.no_grad():
+        together = newton_schulz_all(gs, **options, impl="reference")
+    for g, found in zip(gs, together, strict=True):
+        alone = newton_schulz_all([g.requires_grad_()], **options, impl="reference")[0]
+        torch.testing.assert_close(found, alone.detach(), rtol=0, atol=1e-12)

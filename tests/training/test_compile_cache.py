@@ -1,6 +1,7 @@
 """Compiled code that is kept: what a run does with files that are there, whole, strange or not."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,10 @@ def torchs(monkeypatch):
     return state
 
 
-def compiled(torchs, named, ranks=ALONE):
+GPU = replace(ALONE, device=torch.device("cuda"))
+
+
+def compiled(torchs, named, ranks=GPU):
     """The lines and the ledger's word of a run that compiles once."""
     said, phases = [], Phases()
     trainer = SimpleNamespace(
@@ -157,15 +161,16 @@ def test_each_gpu_has_its_part(tmp_path, torchs, monkeypatch):
 def test_a_rank_that_is_warm_sends_its_part_as_well(tmp_path, torchs, monkeypatch):
     """If another one is cold: all take part in the exchange, or none."""
     write(tmp_path / "file", KEY, {0: b"old"})
+    others = iter([1.0, 1.0, 1.0, 0.0])  # wants a file, lacks code; wants one, and has it
     ranks = SimpleNamespace(
-        first=True, world=2, device=torch.device("cpu"), gather=lambda mine: [mine, [1.0]]
-    )
+        first=True, world=2, device=torch.device("cuda", 0),
+        gather=lambda mine: [mine, [next(others)]],
+    )  # fmt: skip
     sent = []
     monkeypatch.setattr(module, "gathered", lambda ranks, mine: sent.append(mine) or [mine, mine])
     assert compiled(torchs, tmp_path / "file", ranks)[1] == "warm" and sent == [(0, b"code")]
-    ranks.gather = lambda mine: [mine, [0.0]]
     compiled(torchs, tmp_path / "file", ranks)
-    assert len(sent) == 1
+    assert len(sent) == 1 and not list(others)
 
 
 def test_a_folder_has_so_many_files_at_most(tmp_path):
@@ -195,7 +200,18 @@ def test_places(tmp_path, monkeypatch):
 @pytest.mark.parametrize("word", ["off", ""])
 def test_off_touches_nothing(tmp_path, torchs, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
-    assert compiled(torchs, word) == ([], None) and not list(tmp_path.iterdir())
+    for words in ("cold", "warm, from torch's own files on this machine"):
+        assert compiled(torchs, word) == ([f"compiled code: {words}"], words[:4])
+        torchs.new = 0
+    assert not list(tmp_path.iterdir()) and not torchs.loaded
+
+
+def test_on_a_cpu_there_is_no_file(tmp_path, torchs, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled(torchs, "auto", ALONE) == (["compiled code: cold"], "cold")
+    (warning, _), _ = compiled(torchs, tmp_path / "code", ALONE)
+    assert warning.endswith("/code: code for a CPU is not kept in a file")
+    assert not list(tmp_path.iterdir()) and not torchs.loaded
 
 
 def test_the_key_is_of_what_decides_the_code():
