@@ -29,6 +29,7 @@ SETTINGS = (
     "auto" + QAT,
 )
 TURN = ("reference", "auto", "auto" + GRAPHS)
+DETAILS = ("gemms", "kernels", "aten", "operators", "kernels_rest")
 DECODING = ("reference" + EAGER, "auto" + EAGER, "reference", "auto")
 
 DESCRIPTION = """\
@@ -192,7 +193,7 @@ def count(
             found[name] = {k: result[k] for k in ("device", "versions", "phases")}
             table = _turn_lines if request.turn else _lines
             say("\n".join(table(name, result, first)))
-            if detail and not request.turn:
+            if detail:
                 say("\n".join(_details(result)))
     return found
 
@@ -222,6 +223,8 @@ def _turn_lines(name: str, result: dict, reference: dict | None) -> Iterator[str
     yield f"\n{name}   ({result['device']}, {version_of(result)})"
     before = reference["phases"]["turn"] if reference else {}
     for label, value in result["phases"]["turn"].items():
+        if label in DETAILS:
+            continue
         shown = [
             ", ".join(f"{k} {v:,}" for k, v in each.items()) or "none"
             if isinstance(each, dict)
@@ -237,8 +240,8 @@ def _turn_lines(name: str, result: dict, reference: dict | None) -> Iterator[str
 
 def _details(result: dict) -> Iterator[str]:
     for phase, part in result["phases"].items():
-        for label in ("gemms", "kernels", "aten", "operators"):
-            for name, value in part[label].items():
+        for label in DETAILS:
+            for name, value in part.get(label, {}).items():
                 yield f"  {phase} {label} {name}: {value}"
 
 

@@ -10,6 +10,7 @@ With graphs all of a turn is `rest`, and what they launch has to be what an eage
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 from bench.counting import replay
-from bench.counting.launches import CountingError, kind_of, phases, read
+from bench.counting.launches import CountingError, gemm_name, kernel_name, kind_of, phases, read
 from bench.counting.worker import Request, build_model
 
 STEPS = 10_000  # of the run, whose last ones go round: weights are averaged by then
@@ -32,6 +33,7 @@ CASTS = 2  # launches that make tokens of what was read, before any graph
 COUNTED = (6, 7)  # two in the middle, which have to be alike
 # The wait for the step before the last but one: it keeps the host from running away, and on a GPU
 # that is the bottleneck it is what the host does all day.
+_TELLS = re.compile("(?i)^(?!gpu_kernel).*(kernel|copy|functor|ops|cleanup)")  # of names in those of torch's kernels
 PACING = "cudaEventSynchronize"
 
 
@@ -242,7 +244,22 @@ def _turn(events: dict[str, list[dict]], number: int, memory: dict[int, tuple]) 
         "collectives": dict(sorted(Counter(e["name"] for e in collectives).items())),
         "collective_bytes": sum(e["bytes"] for e in collectives),
         "control": sum(e["kind"] == "control" for e in every),
+        "kernels_rest": dict(sorted(Counter(map(_kernel, filter(kind_of, parts["rest"]))).items())),
     }
+
+
+def _kernel(event: dict[str, Any]) -> str:
+    """What a launch is, with its kind."""
+    import torch
+
+    kind = kind_of(event)
+    if kind == "gemm":
+        return f"gemm {gemm_name(**event)}"
+    if kind == "aten":
+        # The kernel, and what it computes: the first of its template arguments that says so.
+        names = re.findall(r"[A-Za-z]\w*", torch._C._demangle(event["name"]))
+        return " ".join([kind, *[n for n in dict.fromkeys(names) if _TELLS.search(n)][:2]])
+    return f"{kind} {kernel_name(event)}" if event["kind"] == "kernel" else event["kind"]
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def test_a_turn_of_the_loop(environment):
     assert turn["control"] == 1 and turn["collectives"] == once
     assert turn["launches_forward"] > 4 * L and turn["launches_backward"] > 8 * L
     assert all(milliseconds > 0 for milliseconds in turn["host_ms"].values())
+    named = turn["kernels_rest"]
+    assert sum(named.values()) == turn["launches_rest"] and not any("_ZN" in name for name in named)
 
 
 @needs_device
