@@ -33,6 +33,7 @@ class Exchange:
         model: on its device, the same on every rank; from now on it reads the published weights.
         passes: forward and backward passes of a step.
         ops: operator -> implementation, for the optimisers; the reference where none is named.
+        limit: what this rank's gradients are clipped to (`local_limit`); 0: they are not.
 
     Attributes:
         held: names of the parameters that this rank updates, in the model's order. Others are as
@@ -45,8 +46,9 @@ class Exchange:
         ranks: Ranks,
         passes: int = 1,
         ops: Mapping[str, str] | None = None,
+        limit: float = 0.0,
     ):
-        self.ranks, self.dtype = ranks, model.compute_dtype
+        self.ranks, self.dtype, self.limit = ranks, model.compute_dtype, limit
         self.norm_impl = (ops or {}).get("grad_norm", "reference")
         # Torch's optimisers take gradients in the parameters' dtype: one cast is for all of them.
         narrow = self.dtype.itemsize < 4
@@ -147,6 +149,8 @@ class Exchange:
         else:
             raise ValueError("no gradients were collected: run a backward pass first")
         self.passes = 0
+        if self.limit:
+            self._clip()
         reduced = self.ranks.reduce_scatter(self.gradients)
         reduced = reduced.float() if self.widens else reduced
         grads = self._through_the_cast(reduced)
@@ -159,6 +163,16 @@ class Exchange:
             return grads, self._norm(list(grads.values()))
         # Where they are what was summed, one buffer is taken for all of them.
         return grads, self._sum_small(grads, own if self._behind_a_cast() else [reduced])
+
+    def _clip(self) -> None:
+        """Clip this rank's gradients, before others' are added.
+
+        A matrix counts as the passes read it: scaled, if a factor is folded into it. Gradients are
+        shares of a mean over ranks here, and the limit is one of this rank's own mean.
+        """
+        grads = [self.gradients, *(p.grad for p in self.small if p.grad is not None)]
+        norm = self.ranks.world * self._norm(grads)
+        torch._foreach_mul_(grads, (self.limit / (norm + 1e-6)).clamp(max=1.0))
 
     def _behind_a_cast(self) -> list[int]:
         """Which of own matrices have another gradient than what was published of them."""

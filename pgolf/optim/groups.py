@@ -1,6 +1,7 @@
 """Which parameter goes to which optimiser."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def fuses(ops: Mapping[str, str]) -> bool:
     return any(ops.get(name, "reference") != "reference" for name in fused.OPERATORS)
 
 
+def local_limit(config: OptimConfig, world: int) -> float:
+    """What each rank's own gradients are clipped to; 0: nothing, as all ranks' are clipped."""
+    return config.grad_clip if config.clip_scope == "local" and world > 1 else 0.0
+
+
 class Optimizers:
     """Muon and AdamW of one model, stepped together.
 
@@ -37,6 +43,7 @@ class Optimizers:
         ops: operator -> implementation; the reference where none is named.
         averages: by parameter name, fp32: moving averages that a step through the operators moves.
         held: names of the parameters to step, which need not be all; None: all.
+        world: ranks, each of which may have clipped its own gradients before.
     """
 
     def __init__(
@@ -46,7 +53,10 @@ class Optimizers:
         ops: Mapping[str, str] | None = None,
         averages: Mapping[str, Tensor] | None = None,
         held: Collection[str] | None = None,
+        world: int = 1,
     ):
+        if local_limit(config, world):  # what comes here was clipped
+            config = replace(config, grad_clip=0.0)
         self.config, ops = config, ops or {}
         kinds = {n: kind_of(n, config.side_proj_optimizer) for n, _ in model.named_parameters()}
         self.of_muon = {name for name, kind in kinds.items() if kind == "matrix"}  # held or not

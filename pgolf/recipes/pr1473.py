@@ -71,6 +71,7 @@ RECIPE = Recipe(
         (
             V("quantizer", "gptq", "C"),
             V("calibration", "self", "C"),
+            V("clip_scope", "local", "C", "each rank by a factor of its own"),
             V("codec", "lzma", "C", "lzma-9, in our container"),
         ),
     ),

@@ -19,7 +19,7 @@ from pgolf.ops.compile import compile_graph
 from pgolf.ops.tensors import compute_dtype
 from pgolf.optim.averaging import Averager
 from pgolf.optim.exchange import Exchange
-from pgolf.optim.groups import Optimizers, fuses
+from pgolf.optim.groups import Optimizers, fuses, local_limit
 from pgolf.optim.schedule import Clock, Schedule
 from pgolf.progress import format_seconds
 from pgolf.scoring.bpb import ByteTable
@@ -72,7 +72,8 @@ class Trainer:
         self.step_seconds = self.pass_seconds = 0.0
         self.profile = Profile(session) if config.run.profile else None
         self.qat = LateQat(model, config, ranks.device)
-        self.exchange = Exchange(model, ranks, self.accum, ops)
+        limit = local_limit(config.optim, ranks.world)
+        self.exchange = Exchange(model, ranks, self.accum, ops, limit)
         self.averager = Averager(model, self.schedule, fuses(ops), self.exchange.held)
         self.optimizers = self._new_optimizers()
         self.compiled = compiles(config, ranks.device)
@@ -83,8 +84,9 @@ class Trainer:
     def _new_optimizers(self) -> Optimizers:
         """Without a state."""
         return Optimizers(
-            self.model, self.config.optim, self.ops, self.averager.averages, self.exchange.held
-        )
+            self.model, self.config.optim, self.ops, self.averager.averages, self.exchange.held,
+            self.ranks.world,
+        )  # fmt: skip
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -333,15 +335,9 @@ class Trainer:
     def score(self, stride: int, label: str = "") -> Sums:
         """Sums over the validation tokens with the model's present weights, all ranks together."""
         sums = evaluate(
-            self.forward,
-            self.val,
-            self.table,
-            self.config.data.seq_len,
-            stride,
-            self.config.eval.eval_tokens,
-            self.ranks,
-            label,
-        )
+            self.forward, self.val, self.table, self.config.data.seq_len, stride,
+            self.config.eval.eval_tokens, self.ranks, label,
+        )  # fmt: skip
         return sums.over(self.ranks)
 
     def validate(self) -> None:

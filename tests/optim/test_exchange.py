@@ -1,6 +1,7 @@
 """What goes round between ranks: the same step for any number of them, and no factor forgotten."""
 
 import copy
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -149,6 +150,51 @@ def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
         if name != "published":  # whose order the number of ranks decides
             atol = 2e-5 * tensor.abs().max().item() + 1e-7
             torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e3])
+def test_ranks_clip_their_own_gradients(limit) -> None:
+    """As the published form of PR 1473: by torch's function, before the mean over ranks."""
+    model = of("pr1473", "plain", torch.float64)
+    vocabulary = model.config.vocab_size
+    batches = [[(ids + rank) % vocabulary for ids in batch(model.config)] for rank in range(3)]
+
+    def own(ranks: Ranks) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        copied = copy.deepcopy(model)
+        exchange = Exchange(copied, ranks, limit=limit)
+        (copied(*batches[ranks.rank]) / ranks.world).backward()
+        grads, norm = exchange.reduce()
+        names = {p: n for n, p in copied.named_parameters()}
+        return {names[p]: g.clone() for p, g in grads.items()}, norm
+
+    plain = copy.deepcopy(model)
+    wanted = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
+    norms = []
+    for ids in batches:
+        plain.zero_grad()
+        plain(*ids).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), limit).item())
+        for name, p in plain.named_parameters():
+            wanted[name] += p.grad / 3
+    assert len({*norms}) == 3 and all((n > limit) == (limit < 1) for n in norms)
+    whole = torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt()
+    for grads, norm in on_ranks(3, own):
+        torch.testing.assert_close(norm.double(), whole, rtol=1e-6, atol=0)
+        for name, g in grads.items():
+            torch.testing.assert_close(g.double(), wanted[name], rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_a_gradient_of_one_rank_that_is_not_finite_is_everyones() -> None:
+    """Clipping does not hide it: the step that follows changes nothing."""
+    model = of("pr1473", "plain")
+
+    def run(ranks: Ranks) -> torch.Tensor:
+        copied = copy.deepcopy(model)
+        exchange = Exchange(copied, ranks, limit=1.0)
+        backward(copied, math.inf if ranks.rank else 1.0)
+        return exchange.reduce()[1]
+
+    assert not any(norm.isfinite() for norm in on_ranks(2, run))
 
 
 @forms

@@ -11,7 +11,7 @@ from pgolf.config import ModelConfig, OptimConfig
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 from pgolf.ops.grad_norm import grad_norm
-from pgolf.optim.groups import Optimizers, kind_of
+from pgolf.optim.groups import Optimizers, kind_of, local_limit
 
 SMALL = dict(vocab_size=16, dim=16, heads=2, kv_heads=1, mlp_hidden=24, ve_dim=6, rope_dims=4)
 BLOCK_MATRICES = [
@@ -185,3 +185,11 @@ def test_state_round_trips() -> None:
 def test_newton_schulz_is_in_bf16_where_the_hardware_has_it(monkeypatch, asked, flags, expected):
     monkeypatch.setattr(device, "cpu_flags", lambda: flags)
     assert Optimizers(model(), OptimConfig(ns_dtype=asked)).muon.ns_dtype == expected
+
+
+def test_what_each_rank_clipped_is_not_clipped_again() -> None:
+    config = OptimConfig(grad_clip=0.5, clip_scope="local")
+    limits = [Optimizers(model(), config, world=world).config.grad_clip for world in (1, 2)]
+    assert limits == [0.5, 0.0], "one rank's own gradients are all there are"
+    assert [local_limit(config, 1), local_limit(config, 2)] == [0.0, 0.5]
+    assert local_limit(OptimConfig(grad_clip=0.5), 2) == 0.0
