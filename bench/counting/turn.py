@@ -33,8 +33,9 @@ CASTS = 2  # launches that make tokens of what was read, before any graph
 COUNTED = (6, 7)  # two in the middle, which have to be alike
 # The wait for the step before the last but one: it keeps the host from running away, and on a GPU
 # that is the bottleneck it is what the host does all day.
-_TELLS = re.compile("(?i)^(?!gpu_kernel).*(kernel|copy|functor|ops|cleanup)")  # of names in those of torch's kernels
 PACING = "cudaEventSynchronize"
+# Of the names in that of a kernel of torch's, those that say what it does.
+_TELLS = re.compile("(?i)^(?!gpu_kernel).*(kernel|copy|functor|ops|cleanup)")
 
 
 class _Log:
