@@ -71,6 +71,11 @@ class Muon(torch.optim.Optimizer):
             "impl": ns_impl,
         }
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: torch keeps only what all optimisers have."""
+        own = ("nesterov", "ns_dtype", "ns_options", "grad_scale", "found_inf", "momenta")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with settings of their own.
 

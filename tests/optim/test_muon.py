@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 
 import numpy as np
@@ -208,3 +209,22 @@ def test_a_closure_is_called_once_with_gradients_and_its_loss_returned() -> None
     first, second = optimiser.step(closure), optimiser.step(closure)
     assert [first, second] == losses and second < first
     assert optimiser.step() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_goes_on_by_itself(copied) -> None:
+    params = weights()
+    optimiser = muon(params)
+
+    def step(one: Muon, number: int) -> list[torch.Tensor]:
+        (group,) = one.param_groups
+        for name, p in zip(SHAPES, group["params"], strict=True):
+            p.grad = gradient(name, number)
+        one.step()
+        return [p.detach().clone() for p in group["params"]]
+
+    before = step(optimiser, 0)
+    copied_to = copied(optimiser)
+    after = step(copied_to, 1)
+    assert all(map(torch.equal, before, params.values())), "the original stands still"
+    assert all(map(torch.equal, after, step(optimiser, 1)))
