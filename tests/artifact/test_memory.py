@@ -19,35 +19,51 @@ pytestmark = pytest.mark.skipif(
 )
 
 PEAK = """
-import sys
+import os, sys
 from pathlib import Path
 from pgolf.artifact.container import read_artifact
 from pgolf.errors import ArtifactError
 
-def peak():  # of this program alone: ru_maxrss would count the parent's from before exec
+def peak():  # of this process alone: ru_maxrss would count the parent's from before fork or exec
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) << 10
 
-files = sorted(Path(sys.argv[1]).iterdir())
-read_artifact(files[0])
-before = peak()
-for file in files[1:]:
-    try:
-        read_artifact(file)
-    except ArtifactError:
-        pass
-print(peak() - before)
+for folder in sys.stdin:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    files = sorted(Path(folder.rstrip()).iterdir())
+    read_artifact(files[0])
+    before = peak()
+    for file in files[1:]:
+        try:
+            read_artifact(file)
+        except ArtifactError:
+            pass
+    print(peak() - before, flush=True)
+    os._exit(0)
 """
 
 
-def peak_growth(folder: Path) -> int:
-    """Bytes by which reading all files but the first raises the peak of a fresh process."""
+@pytest.fixture(scope="module")
+def peak_growth():
+    """Bytes by which reading all files of a folder but the first raises the peak of a process.
+
+    Each folder gets a process of its own, forked from one that has imported what it needs.
+    """
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder)], cwd=root, text=True,
-                          capture_output=True, check=True)
-    return int(done.stdout)
+    with subprocess.Popen([sys.executable, "-c", PEAK], cwd=root, text=True, bufsize=1,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+        def call(folder: Path) -> int:
+            process.stdin.write(f"{folder}\n")
+            return int(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
+        assert process.wait() == 0
 
 
-def test_no_attack_takes_much_memory(tmp_path, forge, good):
+def test_no_attack_takes_much_memory(tmp_path, peak_growth, forge, good):
     (tmp_path / "00-good").write_bytes(good)
     for i, attack in enumerate(ATTACKS, 1):
         (tmp_path / f"{i:02}").write_bytes(ATTACKS[attack](forge)[0])
@@ -59,7 +75,7 @@ def test_no_attack_takes_much_memory(tmp_path, forge, good):
     ("zstd", "bytes"), ("lzma", "bytes"), ("brotli", "bytes"), ("zstd", "columns"),
 ])
 def test_reading_a_body_takes_a_small_multiple_of_what_is_declared(
-    tmp_path, forge, good, name: str, packing: str
+    tmp_path, peak_growth, forge, good, name: str, packing: str
 ):
     side = 6000
     table = [["a", 6, [side, side], *ONE[3:]]]
@@ -71,7 +87,7 @@ def test_reading_a_body_takes_a_small_multiple_of_what_is_declared(
     assert len(body) < peak_growth(tmp_path) < (8 << 20) + 2 * len(body)
 
 
-def test_looking_up_takes_little_memory(tmp_path, forge):
+def test_looking_up_takes_little_memory(tmp_path, peak_growth, forge):
     """A body whose every row has an index, which becomes int64 on the way."""
     rows = 4_000_000
     for name, count in (("0", 1), ("1", rows)):
@@ -81,7 +97,7 @@ def test_looking_up_takes_little_memory(tmp_path, forge):
     assert 5 * rows < peak_growth(tmp_path) < (24 << 20) + 2 * 5 * rows
 
 
-def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, forge, good):
+def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, peak_growth, forge, good):
     shape = (500, 8000)
     codes = (np.random.default_rng(0).normal(0, 5, shape)).astype(np.int8)
     line = ["a", 6, list(shape), 2, 0, None]
@@ -94,7 +110,7 @@ def test_reading_a_stream_takes_little_more_than_its_codes(tmp_path, forge, good
 @pytest.mark.parametrize("shapes", [
     [(256, 8192)], [(1, 4 << 20)], [(0, 1 << 29)] * 9, [(1, 1)] * 2000,
 ], ids=["many codes", "wide", "empty", "many matrices"])
-def test_small_streams_end_soon_in_little_memory(tmp_path, forge, good, shapes):
+def test_small_streams_end_soon_in_little_memory(tmp_path, peak_growth, forge, good, shapes):
     """As much work as streams of their sizes may declare, all codes being 0."""
     lines = [[f"t{i}", 6, shape, 2, None, None] for i, shape in enumerate(shapes)]
     stream = streamed(*(np.zeros(shape, np.int8) for shape in shapes))
