@@ -186,6 +186,12 @@ def _refuse_if_alive(file: int, lock: Path, path: Path | str) -> None:
         )
 
 
+def user_cache(name: str) -> Path:
+    """The folder of what pgolf keeps for its next runs under a name, which may not be there yet."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "pgolf", name)
+
+
 def _fsync(path: Path) -> None:
     """Bring a file's content, or a folder's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -7,12 +7,14 @@ a script holds every line of pgolf that it runs. Libraries from outside stay imp
 import ast
 import bz2
 import functools
+import hashlib
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
@@ -20,6 +22,7 @@ from pkgutil import iter_modules
 from pgolf import extras
 from pgolf.codecs import CODECS, body_codec
 from pgolf.config import Config, to_dict, with_overrides
+from pgolf.submission.source_cache import cached
 
 PACKAGE = "pgolf"
 INSIDE = Path(__file__).with_name("inside")
@@ -137,9 +140,10 @@ def _settings(config: Config) -> str:
 
 @functools.cache
 def _build(settings: str, codec: str, modules: tuple[str, ...]) -> Script:
-    loader = minified((INSIDE / "loader.py").read_text(encoding="utf-8"), "loader")
-    sources = {name: minified(_source(name), name) for name in _named(modules, codec)}
-    sources = _without_unnamed(sources, loader)
+    originals = {name: _source(name) for name in _named(modules, codec)}
+    originals["loader"] = (INSIDE / "loader.py").read_text(encoding="utf-8")
+    sources = cached(_key(originals), lambda: _smallest(originals))
+    loader = sources.pop("loader")
     files = {}
     if "pgolf.triton_kernels" in sources:
         table = find_spec("pgolf.triton_kernels.launch").origin
@@ -149,6 +153,21 @@ def _build(settings: str, codec: str, modules: tuple[str, ...]) -> Script:
     for name, text in (sources | files).items():
         parts += [name, text]
     return Script(packed("\0".join(parts).encode()), sources)
+
+
+def _key(originals: dict[str, str]) -> str:
+    """A hash of what the smallest form of modules depends on: they, this one, what it calls."""
+    extras.python_minifier()  # or the error that says how to install it
+    versions = sys.version, version("python-minifier")
+    decides = json.dumps((versions, Path(__file__).read_text(encoding="utf-8"), originals))
+    return hashlib.sha256(decides.encode()).hexdigest()
+
+
+def _smallest(originals: dict[str, str]) -> dict[str, str]:
+    """All of them minified, without what no other names."""
+    sources = {name: minified(text, name) for name, text in originals.items()}
+    loader = sources.pop("loader")
+    return {**_without_unnamed(sources, loader), "loader": loader}
 
 
 def _named(modules: Iterable[str], codec: str) -> list[str]:
@@ -207,23 +226,35 @@ def _without_unnamed(sources: dict[str, str], loader: str) -> dict[str, str]:
     A word in a string is a name too, since `getattr` takes it; of a method nothing is known.
     """
     trees = {name: ast.parse(text) for name, text in sources.items()}
+    words = {node: _words(node) for tree in trees.values() for node in tree.body}
+    named: Counter[str] = Counter()
+    for found in (*words.values(), *map(_words, ast.parse(loader).body)):
+        named.update(found)
     gone: set[tuple[str, str]] = set()
-    before = -1
-    while before != len(gone):
-        before = len(gone)
-        named = sum(map(_words, trees.values()), _words(ast.parse(loader)))
-        for module, tree in trees.items():
-            for node in [n for n in tree.body if _plain(n) and named[n.name] <= _words(n)[n.name]]:
-                gone.add((module, node.name))
-                tree.body.remove(node)
-    found = {}
-    for name, tree in trees.items():
+    unnamed = True
+    while unnamed:
+        unnamed = [
+            (module, node)
+            for module, tree in trees.items()
+            for node in tree.body
+            if _plain(node) and named[node.name] <= words[node][node.name]
+        ]
+        for module, node in unnamed:
+            gone.add((module, node.name))
+            trees[module].body.remove(node)
+            named.subtract(words[node])
+    smaller = {module for module, _ in gone}
+    for module, tree in trees.items():
         for node in [n for n in tree.body if isinstance(n, ast.ImportFrom)]:
-            node.names = [a for a in node.names if (node.module, a.name) not in gone]
+            left = [a for a in node.names if (node.module, a.name) not in gone]
+            if len(left) < len(node.names):
+                smaller.add(module)
+                node.names = left
         tree.body = [n for n in tree.body if getattr(n, "names", True)]
-        changed = ast.dump(tree) != ast.dump(ast.parse(sources[name]))
-        found[name] = minified(ast.unparse(tree), name) if changed else sources[name]
-    return found
+    return {
+        name: minified(ast.unparse(trees[name]), name) if name in smaller else text
+        for name, text in sources.items()
+    }
 
 
 def _plain(node: ast.stmt) -> bool:
@@ -234,13 +265,12 @@ def _plain(node: ast.stmt) -> bool:
     return all(ast.unparse(d) in harmless for d in node.decorator_list)
 
 
-def _words(tree: ast.AST) -> Counter[str]:
-    """How often it names what, in a string too; imports at the top do not count, but renamed."""
+def _words(statement: ast.stmt) -> Counter[str]:
+    """How often one of a module names what, in a string too; a plain import does not count."""
     found: Counter[str] = Counter()
-    for node in ast.walk(tree):
+    for node in ast.walk(statement):
         if isinstance(node, ast.ImportFrom):
-            top = node in tree.body
-            found.update(a.name for a in node.names if a.asname or not top)
+            found.update(a.name for a in node.names if a.asname or node is not statement)
         elif isinstance(node, ast.Name):
             found[node.id] += 1
         elif isinstance(node, ast.Attribute):
