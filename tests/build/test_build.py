@@ -10,8 +10,17 @@ import pytest
 
 from .checkout import ROOT, build, compiled, copy_checkout, load_setup, python, run
 
-# Minutes of compiling on two cores.
-compiles_everything = pytest.mark.slow
+# What these builds read. Other versions of Python and setuptools meet `make setup`, which builds in
+# any case, and test_install.py.
+SOURCES = (
+    "setup.py", "pyproject.toml", "MANIFEST.in", "csrc", "triton_kernels", "pgolf/__init__.py",
+    "pgolf/py.typed",
+)  # fmt: skip
+
+
+def compiles_everything(test):
+    """Minutes on two cores."""
+    return pytest.mark.slow(pytest.mark.proves(*SOURCES)(test))
 
 
 @pytest.fixture(scope="module")
