@@ -1,4 +1,4 @@
-"""What `import pgolf` offers: loaded when it is first asked for, torch when it is called."""
+"""The functions of `import pgolf`: loaded on first use; torch is loaded when they are called."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train(recipe: str, /, **settings: Any) -> dict[str, Any] | None:
         the first.
 
     Raises:
-        PgolfError: what the command would end with.
+        PgolfError: the command would end with the same message.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pgolf.cli does, and why
     return start(recipe, {key: _plain(value) for key, value in settings.items()})
@@ -73,7 +73,7 @@ def _plain(value: Any) -> Any:
 def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Train, pack, decode and score a recipe; what result.json holds, None on ranks but the first.
 
-    The contest's environment names fill in what `settings` leave open, for a new run.
+    For a new run, the contest's environment variables fill in what `settings` do not give.
 
     Args:
         name: of the recipe.

@@ -1,7 +1,7 @@
 """Python processes that pgolf starts: they see the modules that this one sees, and end with it.
 
-A module of the user's folder that is called as one of Python's or of pgolf's must not take its
-place, and the copy of pgolf that runs here has to run there, wherever it was found.
+A module in the user's folder with the name of one of Python's or pgolf's must not replace it, and
+the child runs the same copy of pgolf as this process.
 """
 
 import os
@@ -17,7 +17,7 @@ from pgolf.stop import handled
 
 # Runs with `python -c`, which puts '' in front of the search path: the working directory. (-P would
 # leave it out, from Python 3.11 on.) On Linux the child is sent SIGTERM when its parent ends,
-# however that happens; an execv keeps that. Ctrl-C reaches both, and the parent has the words.
+# however that happens; an execv keeps that. Ctrl-C reaches both, and the parent prints the message.
 _START = """
 import sys
 sys.path[:] = {path!r} + [p for p in sys.path if p and p not in {path!r}]
@@ -45,26 +45,26 @@ def search_path() -> list[str]:
     return [os.path.abspath(p) for p in sys.path if p not in ("", ".", os.getcwd())]
 
 
-def _command(code: str, *words: str) -> list[str]:
+def _command(code: str, *arguments: str) -> list[str]:
     start = _START.format(path=search_path(), parent=os.getpid())
-    return [sys.executable, "-c", start + code, *words]
+    return [sys.executable, "-c", start + code, *arguments]
 
 
-def _run(code: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(code, *words), encoding="utf-8", errors="replace", **how)
+def _run(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(code, *arguments), encoding="utf-8", errors="replace", **options)
 
 
 def run_code(
-    code: str, *words: str, packages: tuple[str, ...] = ("pgolf",), **how: Any
+    code: str, *arguments: str, packages: tuple[str, ...] = ("pgolf",), **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the text of a program in a process of its own, and wait for its end.
 
     Args:
-        words: its arguments.
-        packages: those that have to be the ones of this process, which has imported them.
-        how: more arguments of `subprocess.run`; output is text in UTF-8.
+        arguments: of its command line.
+        packages: imported from the files that this process has imported them from.
+        options: more arguments of `subprocess.run`; output is text in UTF-8.
     """
-    return _run(_imports(packages) + code, *words, **how)
+    return _run(_imports(packages) + code, *arguments, **options)
 
 
 def _imports(packages: tuple[str, ...]) -> str:
@@ -72,13 +72,13 @@ def _imports(packages: tuple[str, ...]) -> str:
     return _PACKAGES.format(packages=files)
 
 
-def run_module(module: str, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+def run_module(module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a module of pgolf, or of another package that is imported here, as `run_code` does."""
     packages = tuple(sorted({"pgolf", module.partition(".")[0]}))
-    return run_code(_MODULE.format(module), *words, packages=packages, **how)
+    return run_code(_MODULE.format(module), *arguments, packages=packages, **options)
 
 
-def run_forwarding(module: str, *words: str) -> tuple[int, list[int]]:
+def run_forwarding(module: str, *arguments: str) -> tuple[int, list[int]]:
     """Run a module of pgolf as `run_module` does, and send it the signals that come here.
 
     It is in a session of its own, where Ctrl-C does not reach it twice.
@@ -94,7 +94,7 @@ def run_forwarding(module: str, *words: str) -> tuple[int, list[int]]:
             process.send_signal(number)
 
     with handled(forward, signal.SIGINT):
-        command = _command(_imports(("pgolf",)) + _MODULE.format(module), *words)
+        command = _command(_imports(("pgolf",)) + _MODULE.format(module), *arguments)
         process = subprocess.Popen(command, start_new_session=True)
         for number in sent:  # before it was there
             process.send_signal(number)
@@ -103,7 +103,7 @@ def run_forwarding(module: str, *words: str) -> tuple[int, list[int]]:
 
 
 def run_script(
-    script: Path | str, *words: str, env: Mapping[str, str], **how: Any
+    script: Path | str, *arguments: str, env: Mapping[str, str], **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run a file as `python FILE` would, as `run_code` does; it is not given pgolf.
 
@@ -112,4 +112,4 @@ def run_script(
     """
     code = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
     env = {**env, "PYTHONPATH": os.pathsep.join(search_path())}
-    return _run(code, str(script), *words, env=env, **how)
+    return _run(code, str(script), *arguments, env=env, **options)

@@ -48,10 +48,10 @@ SECTIONS = {
     f.name: f.default_factory for f in fields(Config) if f.name not in ("recipe", "as_published")
 }
 
-# Words of `pgolf train` that stand for several keys.
+# Settings of `pgolf train` that stand for several keys.
 PRESETS = ("quick", "as_published")
 
-# The contest's scripts are configured by environment variables; fingers know these names.
+# The contest's scripts are configured by environment variables; its users know these names.
 ENVIRONMENT = {
     "SEED": "seed",
     "DATA_PATH": "data",
@@ -65,7 +65,7 @@ ENVIRONMENT = {
 }
 
 
-# Other words for a key, and keys that have another name now.
+# Other names of a key, and keys that have another name now.
 ALIASES = {"budget": "budget_bytes"}
 RENAMED = {"seed_exact": "as_published"}
 
@@ -105,7 +105,7 @@ def find_key(key: str) -> tuple[str, dataclasses.Field]:
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A copy with some keys changed; values may be text. Checks every value and how they fit.
 
-    A budget that is given, or another grid or quantizer, decides fit_to_budget where that is not.
+    If fit_to_budget is not given, a given budget or another grid or quantizer decides it.
     """
     changed: dict[str, dict[str, Any]] = {}
     for key, text in overrides.items():
@@ -129,17 +129,17 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def fits_budgets(q: QuantConfig) -> bool:
-    """Whether matrices have steps that can be turned until they fill a budget."""
+    """Whether the steps of matrices can be chosen so that they fill a budget."""
     return (q.grid, q.quantizer) == ("uniform", "gptq")
 
 
-def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     """['layers=4', 'seed=1'] -> {'layers': '4', 'seed': '1'}."""
     overrides = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{word!r} is not key=value, for example layers=4")
+            raise ConfigError(f"{argument!r} is not key=value, for example layers=4")
         if key in overrides:
             raise ConfigError(f"{key} is given twice: {overrides[key]} and {value}")
         overrides[key] = value

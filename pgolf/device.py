@@ -32,13 +32,13 @@ def driver() -> str:
     return match[0] if match else text.splitlines()[0]
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of 'auto', 'cpu' or 'cuda'.
 
     Raises:
         ConfigError: CUDA was asked for and there is none.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
@@ -55,10 +55,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def pick_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype of 'auto', 'bf16' or 'fp32', and why."""
-    if wanted != "auto":
-        return DTYPES[wanted], "as asked"
+    if name != "auto":
+        return DTYPES[name], "as asked"
     if device.type == "cuda":
         return torch.bfloat16, "GPU"
     flags = cpu_flags() & {"avx512_bf16", "amx_bf16"}

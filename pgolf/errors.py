@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one message each, which names the value and the remedy.
+"""Errors that the user can fix: one message each, which names the value and the remedy.
 
 The command line prints them as one line and exits with `exit_code`; anything else is a bug and
 keeps its traceback.
@@ -11,7 +11,7 @@ class PgolfError(Exception):
     """Base of every error that pgolf raises on purpose."""
 
     exit_code = 2
-    quiet = False  # whether another process says it
+    quiet = False  # whether another process prints it
 
 
 class ConfigError(PgolfError):
@@ -46,7 +46,7 @@ class LostRank(TrainingError):
     """A process of the run is gone or stands still, and the others end.
 
     Args:
-        quiet: whether another one of those that are left says so.
+        quiet: whether another one of the remaining processes prints this.
         ranks: those that are gone, as far as is known.
     """
 

@@ -1,7 +1,7 @@
 """Libraries that are imported where they are needed.
 
-Each function raises ConfigError if its library is not installed, or does not load; the message says
-how to mend that.
+Each function raises ConfigError if its library is not installed or does not load; the message says
+how to fix that.
 """
 
 from importlib import import_module
@@ -24,9 +24,9 @@ def python_minifier() -> ModuleType:
 
 def matplotlib() -> ModuleType:
     """matplotlib with its figures, which takes a second to load."""
-    how = "figures need the library matplotlib", "pip install --upgrade matplotlib"
-    library = _loaded("matplotlib", *how)
-    _loaded("matplotlib.figure", *how)
+    need, remedy = "figures need the library matplotlib", "pip install --upgrade matplotlib"
+    library = _loaded("matplotlib", need, remedy)
+    _loaded("matplotlib.figure", need, remedy)
     return library
 
 

@@ -1,8 +1,8 @@
 """Writing files so that a reader sees the old content or the new, never a half.
 
-All that pgolf leaves on disk goes through `atomic_write` or `atomic_folder`; only metrics.jsonl
-grows by lines, and resuming drops one that is not whole. Symbolic links are followed. Whoever works
-at a place for longer holds a `claim` on it.
+All that pgolf writes goes through `atomic_write` or `atomic_folder`; only metrics.jsonl grows by
+lines, and resuming drops one that is not whole. Symbolic links are followed. A process that works
+with a file or folder for longer holds a `claim` on it.
 """
 
 import errno
@@ -22,7 +22,7 @@ from pgolf.errors import InUseError, StorageError
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Say in words what stopped a write to `path`."""
+    """Turn an OSError of a write to `path` into a StorageError that says what to do."""
     try:
         yield
     except OSError as e:
@@ -73,9 +73,9 @@ def claim(path: Path | str, wait: bool = False) -> Iterator[Path]:
     """Keep `path`, a file or folder to be written, from all other processes while the block runs.
 
     `.NAME.lock` beside it is locked, and names process and host. The lock ends with its process,
-    however that ends: a file that is left says nothing. What a process that was killed has left
-    half written beside `path` is removed. (In a folder where nothing can be made beside it, such as
-    a mounted one, the file is in it.)
+    however that ends; a remaining lock file locks nothing. Half-written files that a killed process
+    left beside `path` are removed. (If nothing can be created beside a folder, such as a mounted
+    one, the lock file is in it.)
 
     Args:
         path: need not exist.
@@ -98,9 +98,9 @@ def claim(path: Path | str, wait: bool = False) -> Iterator[Path]:
         with storage_errors(real):
             os.truncate(file, 0)
             os.pwrite(file, f"{os.getpid()} {platform.node()}\n".encode(), 0)
-            for left in real.parent.iterdir():
-                if _is_left(left.name, real.name):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            for remains in real.parent.iterdir():
+                if _is_left(remains.name, real.name):
+                    shutil.rmtree(remains) if remains.is_dir() else remains.unlink(missing_ok=True)
         yield real
     finally:
         with suppress(OSError):
@@ -111,7 +111,7 @@ def claim(path: Path | str, wait: bool = False) -> Iterator[Path]:
 
 
 def _is_left(name: str, of: str) -> bool:
-    """Whether a file or folder is what an interrupted write of `of` leaves: `.NAME.PID.tmp`.
+    """Whether a file or folder is the rest of an interrupted write of `of`: `.NAME.PID.tmp`.
 
     Not `.NAME.PID.old.tmp`, which may be the only copy.
     """
@@ -122,7 +122,7 @@ def _is_left(name: str, of: str) -> bool:
 def _locked(lock: Path, path: Path | str, wait: bool) -> int:
     """The descriptor of the lock file, made if need be, once this process alone has it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    said = False
+    announced = False
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -132,9 +132,9 @@ def _locked(lock: Path, path: Path | str, wait: bool) -> int:
                 holder = f"{path} is in use by {_holder(file)}"
                 if not wait:
                     raise InUseError(f"{holder}: choose another place, or wait for it") from None
-                if not said:
+                if not announced:
                     print(f"waiting: {holder}", file=sys.stderr, flush=True)
-                said = True
+                announced = True
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as e:
                 if e.errno not in _NO_LOCKS:
@@ -160,7 +160,7 @@ def _named(file: int) -> tuple[int, str] | None:
 
 
 def _holder(file: int) -> str:
-    """Who holds a lock, in words."""
+    """Who holds a lock, as part of a message."""
     pid, host = _named(file) or (0, "")
     if not pid:
         return "another process"
@@ -168,7 +168,7 @@ def _holder(file: int) -> str:
 
 
 def _refuse_if_alive(file: int, lock: Path, path: Path | str) -> None:
-    """Without locks, what the lock file says has to do.
+    """Without locks, decide by the process that the lock file names.
 
     Raises:
         InUseError: the process lives, or is on another host, where it cannot be looked for.

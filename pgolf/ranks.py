@@ -95,22 +95,22 @@ class Ranks:
                 result = work()
             except Exception as e:
                 failure = e
-        told = failure
+        shared = failure
         if failure is not None and not isinstance(failure, PgolfError):
-            told = TrainingError(f"rank 0 failed: {type(failure).__name__}: {failure}")
-        told = self.broadcast_object(told)
-        if told is None:
+            shared = TrainingError(f"rank 0 failed: {type(failure).__name__}: {failure}")
+        shared = self.broadcast_object(shared)
+        if shared is None:
             return result
-        told.quiet = not self.first
-        raise failure or told
+        shared.quiet = not self.first
+        raise failure or shared
 
-    def broadcast_object(self, thing: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's, on every rank; it is pickled."""
         if self.world == 1:
-            return thing
-        told = [thing]
-        dist.broadcast_object_list(told, 0, self.control)
-        return told[0]
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, self.control)
+        return values[0]
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """As many numbers of every rank, in the order of ranks, in float64."""

@@ -1,8 +1,8 @@
-"""Which process of a run is missing: each says, when it is asked, that it lives.
+"""Which process of a run is missing: each answers, when asked, that it is alive.
 
-When a collective breaks, those that wait in it learn that someone is gone, at different times and
-not who. A thread in every process answers instead, over the store that torchrun keeps. One that
-fails and can still say so puts that down there first.
+When a collective breaks, the processes that wait in it learn at different times that one is gone,
+but not which. So a thread in every process answers over the store that torchrun keeps. A process
+that fails writes the reason there first, if it can.
 """
 
 import atexit
@@ -75,7 +75,7 @@ class RollCall:
         return silent or idle, bool(silent)
 
     def first_words(self) -> tuple[list[int], str, str] | None:
-        """What was put down first, as (ranks that ended, what became of them, why); None: nothing.
+        """What was written first, as (ranks that ended, what became of them, why); None: nothing.
 
         `pgolf.training.last_words` does that.
         """

@@ -1,4 +1,4 @@
-"""Being asked to end: every signal that does so becomes an exception, so that nothing is left.
+"""Being asked to end: every signal that does so becomes an exception, so that code can tidy up.
 
 Ctrl-C, `kill`, a terminal that is closed, and the warnings that schedulers send before they kill
 (SIGUSR1, SIGUSR2, SIGXCPU).

@@ -34,8 +34,8 @@ def test_a_module_of_the_working_directory_takes_nobodys_place(traps):
                     "print(json.dumps([json.__file__, pgolf.__file__, t.__file__]))",
                     capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found[1] == pgolf.__file__ and not any(f.startswith(str(traps)) for f in found)
+    paths = json.loads(done.stdout)
+    assert paths[1] == pgolf.__file__ and not any(f.startswith(str(traps)) for f in paths)
     done = run_module("pgolf", "--version", capture_output=True)
     assert done.stdout == f"pgolf {pgolf.__version__}\n", done.stderr
 

@@ -55,17 +55,17 @@ def test_in_use_names_the_process_until_it_has_ended(tmp_path, holder):
 def test_waiting_says_so(tmp_path, holder, capfd, monkeypatch):
     flock = files.fcntl.flock
 
-    def let_go(file, how):
-        if how == files.fcntl.LOCK_EX:
+    def let_go(file, operation):
+        if operation == files.fcntl.LOCK_EX:
             holder.communicate()
-        flock(file, how)
+        flock(file, operation)
 
-    def said():
+    def output():
         return capfd.readouterr().err
 
     monkeypatch.setattr(files.fcntl, "flock", let_go)
     with claim(tmp_path / "x", wait=True):
-        assert f"waiting: {tmp_path / 'x'} is in use by process {holder.pid}" in said()
+        assert f"waiting: {tmp_path / 'x'} is in use by process {holder.pid}" in output()
         assert (tmp_path / ".x.lock").read_text().startswith(f"{os.getpid()} ")
 
 

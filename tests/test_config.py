@@ -77,15 +77,15 @@ def test_overrides_leave_the_original_alone() -> None:
     assert other.optim is base.optim
 
 
-def test_words() -> None:
+def test_arguments() -> None:
     assert parse_overrides(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
-    for words, told in (
+    for arguments, message in (
         (["layers"], "key=value"),
         (["=4"], "key=value"),
         (["a=1", "a=2"], "twice"),
     ):
-        with pytest.raises(ConfigError, match=told):
-            parse_overrides(words)
+        with pytest.raises(ConfigError, match=message):
+            parse_overrides(arguments)
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_words() -> None:
 def test_values_take_the_type_of_their_field(key: str, text: object, value: object) -> None:
     config = with_overrides(Config(), {key: text})
     section, spec = find_key(key)
-    found = getattr(getattr(config, section), spec.name)
-    assert found == value and type(found) is type(value)
+    actual = getattr(getattr(config, section), spec.name)
+    assert actual == value and type(actual) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_value_of_the_wrong_kind_is_named(key: str, text: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "told"),
+    ("key", "text", "message"),
     [
         ("layers", 0, "at least 1"),
         ("layers", 257, "at most 256"),
@@ -167,10 +167,10 @@ def test_a_value_of_the_wrong_kind_is_named(key: str, text: object) -> None:
         ("attention", "flash", "must be one of"),
     ],
 )
-def test_limits(key: str, text: object, told: str) -> None:
+def test_limits(key: str, text: object, message: str) -> None:
     with pytest.raises(ConfigError, match=key) as error:
         with_overrides(Config(), {key: text})
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_section_survives_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ([], "expected an object"),
         (None, "expected an object"),
@@ -273,8 +273,8 @@ def test_a_section_survives_alone() -> None:
         ({"xsa_layers": None}, "xsa_layers"),
     ],
 )
-def test_a_damaged_section_is_refused(values: object, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_damaged_section_is_refused(values: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         section_from_dict(ModelConfig, values)
 
 
@@ -321,12 +321,12 @@ def test_overrides_are_taken_or_refused_with_a_configerror(overrides: dict) -> N
 
 
 @given(st.lists(st.text(max_size=12), max_size=4))
-def test_words_are_split_or_refused(words: list[str]) -> None:
+def test_arguments_are_split_or_refused(arguments: list[str]) -> None:
     try:
-        overrides = parse_overrides(words)
+        overrides = parse_overrides(arguments)
     except ConfigError:
         return
-    assert [f"{k}={v}" for k, v in overrides.items()] == words
+    assert [f"{k}={v}" for k, v in overrides.items()] == arguments
 
 
 def test_one_key_by_two_names_is_refused() -> None:

@@ -98,8 +98,8 @@ def write_folder(path):
 
 def content(path) -> dict[str, str]:
     """Of a file or folder, by name."""
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    return {p.name: p.read_text() for p in found}
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {p.name: p.read_text() for p in files}
 
 
 def prepared(folder, write):
@@ -174,7 +174,7 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "no space left"),
         (errno.EROFS, "no permission"),
@@ -182,8 +182,8 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
         (errno.ENOTDIR, "Not a directory"),
     ],
 )
-def test_errors_in_words(tmp_path, number, words):
-    with pytest.raises(StorageError, match=words), storage_errors(tmp_path):
+def test_errors_in_words(tmp_path, number, message):
+    with pytest.raises(StorageError, match=message), storage_errors(tmp_path):
         raise OSError(number, os.strerror(number))
 
 

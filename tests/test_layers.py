@@ -50,15 +50,15 @@ def layer(module: str) -> int:
 
 def imports(file: Path) -> set[str]:
     """Modules of pgolf that a file imports, at any depth of its code."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            modules |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             inside = {f"{node.module}.{a.name}" for a in node.names}
             is_package = node.module == "pgolf"
-            found |= inside if is_package else {node.module}
-    return {m for m in found if m == "pgolf" or m.startswith("pgolf.")}
+            modules |= inside if is_package else {node.module}
+    return {m for m in modules if m == "pgolf" or m.startswith("pgolf.")}
 
 
 def test_imports_point_down():

@@ -13,19 +13,19 @@ from pgolf.recipes import get
 
 
 def parser() -> Parser:
-    found = Parser(prog="pgolf pack")
-    found.add_argument("run")
-    found.add_argument("--out")
-    found.add_argument("--val-tokens", type=int)
-    found.add_argument("--text", nargs="+")
-    found.add_argument("--json", action="store_true")
-    found.add_argument("overrides", nargs="*", metavar=SETTINGS)
-    return found
+    parser = Parser(prog="pgolf pack")
+    parser.add_argument("run")
+    parser.add_argument("--out")
+    parser.add_argument("--val-tokens", type=int)
+    parser.add_argument("--text", nargs="+")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar=SETTINGS)
+    return parser
 
 
-@pytest.mark.parametrize("word", [["--out", "x"], ["--out=x"], ["out=x"]])
-def test_an_option_with_and_without_dashes(word: list[str]) -> None:
-    args = parser().parse_intermixed_args(["r", "layers=2", *word, "val_tokens=3"])
+@pytest.mark.parametrize("arguments", [["--out", "x"], ["--out=x"], ["out=x"]])
+def test_an_option_with_and_without_dashes(arguments: list[str]) -> None:
+    args = parser().parse_intermixed_args(["r", "layers=2", *arguments, "val_tokens=3"])
     assert (args.out, args.val_tokens, args.overrides) == ("x", 3, ["layers=2"])
 
 
@@ -38,7 +38,7 @@ def test_values_that_look_like_options_stay_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["--seed", "3"], "write seed=3"),
         (["layers=2", "--seed=3"], "write seed=3"),
@@ -51,13 +51,13 @@ def test_values_that_look_like_options_stay_values() -> None:
         (["LAYER=6"], "did you mean layers?"),
     ],
 )
-def test_train_says_how_settings_are_written(words: list[str], told: str, capsys) -> None:
-    assert cli.main(["train", "demo", *words]) == 2
-    assert told in capsys.readouterr().err
+def test_train_says_how_settings_are_written(arguments: list[str], message: str, capsys) -> None:
+    assert cli.main(["train", "demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["eval", "r", "strid=3"], "did you mean --stride?"),
         (["eval", "r", "layers=3"], "options are --"),
@@ -69,9 +69,9 @@ def test_train_says_how_settings_are_written(words: list[str], told: str, capsys
         (["train", "DEMOO"], "did you mean demo?"),
     ],
 )
-def test_other_commands_name_their_options(words: list[str], told: str, capsys) -> None:
-    assert cli.main(words) == 2
-    assert told in capsys.readouterr().err
+def test_other_commands_name_their_options(arguments: list[str], message: str, capsys) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The command line: `pgolf COMMAND ...`, also `python -m pgolf` and under torchrun.
 
-A file of this package holds each command, with a `main(argv)`. Heavy modules are imported by the
+Each command has a file in this package, with a `main(argv)`. Heavy modules are imported by the
 command that needs them, so --help is quick.
 """
 

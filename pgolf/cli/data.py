@@ -23,13 +23,13 @@ Turn your own text into a folder of shards with a tokenizer and a manifest.
   pgolf data prepare --text web.parquet --field content --out data/web
   zstdcat web.jsonl.zst | pgolf data prepare --text - --out data/web
 
-JSON (lines of objects, or an array) and Parquet (pip install 'pgolf[parquet]') hold one document a
-record, in the field "{FIELD}" or --field; any other file is plain UTF-8 text, one document up to
-16 KiB, else cut at blank lines about every 4 KiB. Each may be compressed by gzip. Of a folder, at
-any depth, files of these suffixes are read, in capitals too, with or without .gz:
+JSON (lines of objects, or an array) and Parquet (pip install 'pgolf[parquet]') hold one document
+per record, in the field "{FIELD}" or --field; any other file is plain UTF-8 text, one document up
+to 16 KiB, else cut at blank lines about every 4 KiB. Each may be compressed by gzip. In a folder,
+at any depth, files with these suffixes are read, in capitals too, with or without .gz:
 {" ".join(KINDS)}
-Hidden files and others are counted and said. Nothing of the text is changed, but a byte order mark
-at the beginning is left out. A hash of its text decides whether a document is held out. Train on
+Other files and hidden ones are counted, not read. The text is not changed, but a byte order mark at
+the beginning is left out. The hash of a document's text decides whether it is held out. Train on
 the folder with
 
   pgolf train demo data=data/book
@@ -40,19 +40,19 @@ Download the contest's shards and tokenizer (needs pip install 'pgolf[data]').
   pgolf data fetch --variant sp1024 --train-shards 1     (0.3 GB, for a first try)
   pgolf data fetch --variant sp1024                      (80 shards, 16 GB)
 
-What is there already is checked and kept, so the command can simply be run again.
+Files that are there already are checked and kept, so the command can simply be run again.
 MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and folder.
 """
 _INFO = """\
-Say what a folder of shards holds: corpus, tokenizer, tokens, bytes.
+Show what a folder of shards holds: corpus, tokenizer, tokens, bytes.
 
   pgolf data info data/book
   pgolf data info data/datasets/fineweb10B_sp1024
   pgolf data info shards --tokenizer tokenizer.model
 """
 _VERIFY = """\
-Read every shard: header, size, tokens within the vocabulary, made by this tokenizer, sha256 as the
-manifest states it; and no document of 16 tokens or more that is held out in a training shard.
+Read every shard and check its header, size, tokenizer, tokens within the vocabulary and the sha256
+of the manifest, and that no training shard holds a held-out document of 16 tokens or more.
 
   pgolf data verify data/book
 """
@@ -98,7 +98,7 @@ def _parser() -> Parser:
     f.add_argument("--out", default="data", metavar="DIR", help="default: %(default)s")
 
     for name, what, text in (
-        ("info", "say what a folder holds", _INFO),
+        ("info", "show what a folder holds", _INFO),
         ("verify", "read and check every shard", _VERIFY),
     ):
         q = commands.add_parser(name, help=what, description=text, formatter_class=raw)

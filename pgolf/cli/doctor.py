@@ -1,4 +1,4 @@
-"""`pgolf doctor`: what this machine and this installation have, and what that means for a run."""
+"""`pgolf doctor`: what this machine and this installation have, and what a run will use."""
 
 import importlib
 import importlib.metadata
@@ -46,10 +46,10 @@ def _version(package: str) -> str:
 
 def _torch() -> str:
     """torch's version, and a warning if no release of that series was tested."""
-    found = str(torch.__version__)
-    if _series(found) in map(_series, TESTED):
-        return found
-    return f"{found}, WARNING: not tested with it, but with {', '.join(TESTED)} (make matrix)"
+    installed = str(torch.__version__)
+    if _series(installed) in map(_series, TESTED):
+        return installed
+    return f"{installed}, WARNING: not tested with it, but with {', '.join(TESTED)} (make matrix)"
 
 
 def _series(release: str) -> tuple[str, ...]:
@@ -120,10 +120,10 @@ def _operators() -> list[tuple[str, str]]:
 
 
 def rows() -> list[tuple[str, str]]:
-    """(subject, finding) of everything that is looked at."""
+    """(subject, finding) of everything that is checked."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(Path.cwd()).free
-    found = [
+    machine = [
         ("pgolf", f"{pgolf.__version__} at {Path(pgolf.__file__).parent}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
         ("torch", _torch()),
@@ -139,16 +139,16 @@ def rows() -> list[tuple[str, str]]:
         ("CUDA kernels", no_cuda() or "have code for this GPU"),
         *_operators(),
     ]
-    return found + [
+    return machine + [
         (name, _version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()
     ]
 
 
 def report() -> str:
     """The findings as a table of two columns, a line each."""
-    found = rows()
-    width = max(len(subject) for subject, _ in found)
-    return "\n".join(f"{subject:<{width}}  {finding}" for subject, finding in found)
+    findings = rows()
+    width = max(len(subject) for subject, _ in findings)
+    return "\n".join(f"{subject:<{width}}  {finding}" for subject, finding in findings)
 
 
 def main(argv: list[str]) -> int:

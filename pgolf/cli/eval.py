@@ -21,8 +21,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="pgolf eval",
         description="Score an artifact in bits per byte, in a fresh process that loads only the "
-        "artifact and the validation shards. Beside the config.json of its run it is scored as the "
-        "run was; result.json there is compared, and what differs is said.",
+        "artifact and the validation shards. Beside the config.json of its run it is scored as in "
+        "the run, and compared with result.json there.",
         epilog="examples: pgolf eval runs/demo-seed1337; pgolf eval runs/demo-seed1337 "
         "--stride 256; pgolf eval small data=data/mine",
     )
@@ -65,7 +65,7 @@ def differences(run: Path, artifact: Path, now: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Score, print one line, and say how that compares with what the run states."""
+    """Score, print one line, and compare that with the run's own score."""
     args = _parser().parse_args(argv)
     artifact = artifact_of(args.artifact)
     run = artifact.parent
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     scored = trained.eval if trained else EvalConfig()
     stride = scored.stride if args.stride is None else args.stride
     val_tokens = scored.val_tokens if args.val_tokens is None else args.val_tokens
-    wanted = args.dtype or (trained.run.compute_dtype if trained else "auto")
+    dtype_name = args.dtype or (trained.run.compute_dtype if trained else "auto")
     if stride < 1 or val_tokens < 0:
         raise ConfigError("--stride must be at least 1 and --val-tokens at least 0")
     if args.data:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     else:
         dataset = find_dataset(run, trained.data, tokenizer=args.tokenizer)
     device = pick_device(args.device)
-    dtype = pick_dtype(wanted, device)[0]
+    dtype = pick_dtype(dtype_name, device)[0]
     # Sums of other batches round differently: the run's, so that its score is repeated.
     settings = replace(scored, stride=stride, val_tokens=val_tokens)
     job = ScoreJob.of(artifact, dataset, settings, Ranks(0, 1, device), dtype, "scoring")
@@ -105,6 +105,6 @@ def main(argv: list[str]) -> int:
         "val_targets": sums.targets,
         "scored_by": {"ranks": 1, "device": device.type, "dtype": job.dtype},
     }
-    if found := differences(run, artifact, same):
-        print(found)
+    if comparison := differences(run, artifact, same):
+        print(comparison)
     return 0

@@ -20,7 +20,7 @@ from pgolf.training.session import Session
 
 
 def refuse_to_replace(out: Path) -> None:
-    """Raise ConfigError if what stands at `out` is a scored artifact, or none at all."""
+    """Raise ConfigError if the file at `out` is a scored artifact, or no artifact at all."""
     file = writable_file(out)
     if not file.exists():
         return
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="artifact file to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--force", action="store_true",
-                        help="replace whatever file stands at --out")  # fmt: skip
+                        help="replace whatever file is at --out")  # fmt: skip
     parser.add_argument("--data", default="", help="the run's shards, if they were moved")
     parser.add_argument("overrides", nargs="*", metavar=SETTINGS, help="settings to change")
     args = parser.parse_intermixed_args(argv)

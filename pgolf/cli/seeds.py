@@ -1,4 +1,4 @@
-"""`pgolf train RECIPE seeds=1,2,3`: the same run with several seeds, and what their scores say."""
+"""`pgolf train RECIPE seeds=1,2,3`: the same run with several seeds, and their scores compared."""
 
 import json
 import math
@@ -20,22 +20,24 @@ from pgolf.recipes import get
 from pgolf.report.t_test import t_test
 
 
-def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
-    """Train a recipe with each seed in a process of its own, then compare; says and writes it.
+def train_seeds(recipe: str, overrides: Mapping[str, str]) -> None:
+    """Train a recipe with each seed in its own process, then print and write a comparison.
 
     Args:
-        words: key -> text as on the command line, `seeds` and perhaps `against` among them.
+        overrides: key -> text as on the command line, with `seeds` and perhaps `against`.
 
     Raises:
-        ConfigError: a word is wrong, or a folder is taken; no run has begun then.
+        ConfigError: a setting is wrong, or a folder is taken; no run has begun then.
         PgolfError: a run failed, or was stopped; the results of the others are kept.
     """
-    settings = {k: v for k, v in words.items() if k not in ("seeds", "against")}
-    seeds, scores = _seeds(words["seeds"]), _against(words.get("against", ""))
+    settings = {k: v for k, v in overrides.items() if k not in ("seeds", "against")}
+    seeds, scores = _seeds(overrides["seeds"]), _against(overrides.get("against", ""))
     names = {key: key if key in PRESETS else find_key(key)[1].name for key in settings}
     by_name = {names[key]: value for key, value in settings.items()}
     if "seed" in by_name:
-        raise ConfigError(f"seed={by_name['seed']} and seeds={words['seeds']}: give one of them")
+        raise ConfigError(
+            f"seed={by_name['seed']} and seeds={overrides['seeds']}: give one of them"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(
             "seeds= starts a process a run: under torchrun start each run with seed=N "
@@ -51,8 +53,8 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
             f"{folders[begun[0]]} holds a run already: choose another out=, or go on with "
             "resume=true"
         )
-    again = shlex.join(["pgolf", "train", recipe, *(f"{k}={v}" for k, v in words.items())])
-    again += "" if resume else " resume=true"
+    command = ["pgolf", "train", recipe, *(f"{k}={v}" for k, v in overrides.items())]
+    resume_command = shlex.join(command) + ("" if resume else " resume=true")
     failed = []
     for seed, folder in folders.items():
         given = {**by_name, "seed": str(seed), "out": str(folder)}
@@ -67,7 +69,7 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
         )
         if signals:
             where = f"in seed {seed}" if code else f"after seed {seed}"
-            error = PgolfError(f"stopped {where}; go on with `{again}`")
+            error = PgolfError(f"stopped {where}; go on with `{resume_command}`")
             error.exit_code = 128 + signals[0]
             raise error
         if code:
@@ -83,8 +85,8 @@ def train_seeds(recipe: str, words: Mapping[str, str]) -> None:
     atomic_write(f"{base}-seeds.json", json.dumps(summary | {"failed": failed}, indent=2) + "\n")
     print(f"\n{summary_table(summary)}\n{base}-seeds.json")
     if failed:
-        many = f"seed{'s' * (len(failed) > 1)} {', '.join(map(str, failed))}"
-        raise PgolfError(f"{many} failed, see above; what is left to do: `{again}`")
+        which = f"seed{'s' * (len(failed) > 1)} {', '.join(map(str, failed))}"
+        raise PgolfError(f"{which} failed, see above; what is left to do: `{resume_command}`")
 
 
 def _seeds(text: str) -> list[int]:
