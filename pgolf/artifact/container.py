@@ -5,11 +5,11 @@
     body  = length(u32) header, integers, low bytes of all halves, high bytes of all halves
 
 All numbers are little-endian. The digest covers the 17 bytes before it and all that follows it. The
-body is packed by the codec, or by lzma if that is rans. `header` says what the header is and which
-arrays the file has. Integers are codes and indices of steps. With the codec rans they are not in
-the body but in the stream, which is nothing otherwise. In a body, integers are a byte each, row by
-row; codes may also be column by column (packing "columns"). Halves are fp16; their high bytes
-repeat far more than their low ones, so the two kinds lie apart.
+body is packed by the codec, or by lzma if that is rans. The module `header` describes the header
+and the arrays of a file. Integers are codes and indices of steps. With the codec rans they are in
+the stream; with other codecs they are in the body, and the stream is empty. In a body, integers are
+a byte each, row by row; codes may also be column by column (packing "columns"). Halves are fp16;
+their high bytes repeat far more than their low ones, so the two are stored apart.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Artifact:
     Attributes:
         layout: the header, and the arrays that the tensors are made from.
         body_bytes, stream_bytes: of the packed body and of the stream; all else is the head.
-        decoded_bytes: of the body as it was before, and a byte for each code of the stream.
+        decoded_bytes: of the unpacked body, and a byte for each code of the stream.
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -157,20 +157,20 @@ def _arrays(header: Header, data: Tensor, stream: memoryview | None) -> dict[Key
         raise ArtifactError(f"the table needs {needed} bytes of data, there are {data.numel()}")
     if stream is None:
         pieces = data[: sum(sizes)].split(sizes)
-        found = [_unpack(p, header.packing, a) for p, a in zip(pieces, integers, strict=True)]
+        decoded = [_unpack(p, header.packing, a) for p, a in zip(pieces, integers, strict=True)]
     else:
-        found = _decode_stream(stream, integers)
-    for array, matrix in zip(integers, found, strict=True):
+        decoded = _decode_stream(stream, integers)
+    for array, matrix in zip(integers, decoded, strict=True):
         limit = 1 << (array.bits - 1)
         if matrix.numel() and not -limit <= int(matrix.min()) <= int(matrix.max()) < limit:
             raise ArtifactError(f"tensor {array.owner}: a code does not fit {array.bits} bits")
 
     low, high = data[sum(sizes) :].view(2, count)
     numbers = torch.stack((low, high), dim=1).view(torch.float16).flatten()
-    found += numbers.split([math.prod(a.shape) for a in halves])
+    decoded += numbers.split([math.prod(a.shape) for a in halves])
     return {
         (a.owner, a.kind): values.view(a.shape)
-        for a, values in zip([*integers, *halves], found, strict=True)
+        for a, values in zip([*integers, *halves], decoded, strict=True)
     }
 
 

@@ -1,7 +1,7 @@
-"""What a file is that is no artifact, told by its first bytes, and how its weights come in.
+"""Recognises files of other programs by their first bytes, and says how to import their weights.
 
-Public scripts of the contest leave two files: `final_model.pt` (torch.save), and the quantised
-model, torch.save again and compressed. Brotli's files have no mark to know them by.
+Public scripts of the contest write two files: `final_model.pt` (torch.save), and the quantised
+model, also torch.save but compressed. Brotli's files have no mark to recognise them by.
 """
 
 import io
@@ -13,8 +13,10 @@ from pgolf.errors import ArtifactError
 
 OURS = b"PGOLF"
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
-HEAD_BYTES = 1 << 16  # enough of a file, or of what a compressed one holds, to know it by
-HOW = "`pgolf import FILE --recipe NAME --out RUN` makes a run folder with an artifact of it"
+HEAD_BYTES = 1 << 16  # enough of a file, or of what a compressed one holds, to recognise it by
+IMPORT_HINT = (
+    "`pgolf import FILE --recipe NAME --out RUN` makes a run folder with an artifact of it"
+)
 
 
 def compressor(data: bytes) -> str:
@@ -72,23 +74,25 @@ def kind(data: bytes) -> str:
 
 
 def explain(data: bytes) -> str:
-    """A file that is wanted as an artifact or a run folder, in words: what it is, what to do."""
-    packed = compressor(data)
-    found = kind(data)
-    if found == "artifact":
+    """What a file given as an artifact or a run folder really is, and what to do with it."""
+    compression = compressor(data)
+    file_kind = kind(data)
+    if file_kind == "artifact":
         return "an artifact"
-    if found == "safetensors":
-        return f"a safetensors file: {HOW}"
-    if found == "torch":
-        of = ", the quantised model of a public script" if packed else ", as final_model.pt is"
-        way = f" compressed with {packed}" if packed else ""
-        return f"a file of torch.save{way}{of}: {HOW}"
-    if found == "raw":
+    if file_kind == "safetensors":
+        return f"a safetensors file: {IMPORT_HINT}"
+    if file_kind == "torch":
+        of = ", the quantised model of a public script" if compression else ", as final_model.pt is"
+        way = f" compressed with {compression}" if compression else ""
+        return f"a file of torch.save{way}{of}: {IMPORT_HINT}"
+    if file_kind == "raw":
         return (
-            f"compressed with {packed}, in the layout of PR 478's script, which pgolf does not "
-            "read: import the final_model.pt that lies beside it"
+            f"compressed with {compression}, in the layout of PR 478's script, which pgolf does "
+            "not read: import the final_model.pt that lies beside it"
         )
-    return f"compressed with {packed}, and what it holds is unknown" if packed else "unknown"
+    if compression:
+        return f"compressed with {compression}, and what it holds is unknown"
+    return "unknown"
 
 
 def refuse_foreign(path: Path) -> None:

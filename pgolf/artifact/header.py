@@ -7,9 +7,9 @@
 A line of six is a matrix of integer codes. `group` is the entropy coder's; `columns` is null or the
 index of a line of "columns", the vectors of column factors, which several matrices may share.
 
-`steps` and the `base` of a column vector say how such fp16 numbers are stored. An integer is the
-index of a step in `pgolf.quant.step_grid`: what is stored is an int8 distance from it for each
-number. null stands for the halves themselves.
+`steps` and the `base` of a column vector say how their fp16 numbers are stored. An integer is the
+index of a step in `pgolf.quant.step_grid`, and each number is stored as its int8 distance from that
+index. null means that the halves themselves are stored.
 
 The arrays of a file follow from the table, in this order: codes, indices of steps, indices of
 column factors, then as halves steps, column factors and values; each kind in the order of its
@@ -94,11 +94,11 @@ class Array(NamedTuple):
 def arrays(header: Header) -> tuple[list[Array], list[Array]]:
     """The integer arrays of a file, all of them matrices, and its halves, in their order."""
     matrices = [e for e in header.tensors if e.bits != 16]
-    found = [Array(e.name, "codes", e.bits, e.shape, e.group) for e in matrices]
-    found += [_numbers(e.name, "steps", e.shape[0], e.steps) for e in matrices]
-    found += [_numbers(i, "columns", v.length, v.base) for i, v in enumerate(header.columns)]
-    found += [Array(e.name, "values", 16, e.shape) for e in header.tensors if e.bits == 16]
-    return [a for a in found if a.bits != 16], [a for a in found if a.bits == 16]
+    table = [Array(e.name, "codes", e.bits, e.shape, e.group) for e in matrices]
+    table += [_numbers(e.name, "steps", e.shape[0], e.steps) for e in matrices]
+    table += [_numbers(i, "columns", v.length, v.base) for i, v in enumerate(header.columns)]
+    table += [Array(e.name, "values", 16, e.shape) for e in header.tensors if e.bits == 16]
+    return [a for a in table if a.bits != 16], [a for a in table if a.bits == 16]
 
 
 def _numbers(owner: str | int, kind: str, length: int, base: int | None) -> Array:

@@ -1,4 +1,4 @@
-"""What a model is stored as: the header of its artifact, and the arrays that go with it."""
+"""How a model is stored: the header of its artifact, and the arrays that go with it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -60,7 +60,7 @@ def lay_out(tensors: Mapping[str, QuantizedTensor], meta: Mapping[str, Any]) -> 
 
 
 def _distances(numbers: Tensor) -> tuple[int | None, Tensor]:
-    """Base and int8 distances (1, n) of fp16 numbers (n,) on the grid of steps; or they as halves.
+    """Base and int8 distances (1, n) of fp16 numbers (n,) on the grid of steps; else None and they.
 
     The base is about their median: the entropy coder expects small distances of either sign.
     """

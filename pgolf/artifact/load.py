@@ -1,4 +1,4 @@
-"""From an artifact's bytes to a model that can score or speak."""
+"""From an artifact's bytes to a model that can score or generate text."""
 
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ def load_model(
             shapes = {n: tuple(p.shape) for n, p in GPT(config).named_parameters()}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ArtifactError(f"{path}: metadata does not describe a model: {e}") from e
-    found = {n: t.shape for n, t in artifact.tensors.items()}
-    if found != shapes:
+    stored = {n: t.shape for n, t in artifact.tensors.items()}
+    if stored != shapes:
         wrong = sorted(
-            n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n)
+            n for n in stored.keys() | shapes.keys() if stored.get(n) != shapes.get(n)
         )[0]
         raise ArtifactError(
-            f"{path}: tensor {wrong} is {found.get(wrong, 'missing')}, "
+            f"{path}: tensor {wrong} is {stored.get(wrong, 'missing')}, "
             f"the model needs {shapes.get(wrong, 'no such tensor')}"
         )
     sizes = operator_sizes(config, dtype, dtype)

@@ -1,4 +1,4 @@
-"""Where the artifact is: commands take a run folder as well as the file."""
+"""Finds the artifact: commands take a run folder as well as the file."""
 
 from pathlib import Path
 

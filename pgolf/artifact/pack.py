@@ -1,6 +1,6 @@
-"""Writing artifacts: what is stored and how, and the smallest of all codecs and packings.
+"""Writes artifacts with the codec and packing that give the smallest file.
 
-The format is described in `container` and `header`, what is stored how in `layout`.
+`container` and `header` describe the format, `layout` decides how each array is stored.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ def forms(config: ArtifactConfig) -> list[tuple[str, str]]:
 
 
 def form_name(name: str, packing: str) -> str:
-    """A codec and packing in words: 'zstd columns', or 'rans', which has but one."""
+    """The name of a codec and packing: 'zstd columns', or 'rans', which has only one."""
     return f"{name} {packing}" if name in GENERAL else name
 
 

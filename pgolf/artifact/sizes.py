@@ -1,9 +1,9 @@
-"""Whose the bytes of an artifact are: by group and by tensor.
+"""The bytes of an artifact by group and by tensor.
 
-With the codec rans, the bytes of codes and of indices of steps are what its own model says that
-they take: exact but for rounding and the few words that the stream ends with. All else is packed as
-one, and its bytes are estimates: the order-0 entropy of each array of integers, and of the bytes of
-all halves together; each part is scaled so that its sum is that of the file.
+With the codec rans, the bytes of codes and of indices of steps come from the coder's own model:
+they are exact except for rounding and the few words that end the stream. All else is packed as one,
+and its bytes are estimates: the order-0 entropy of each array of integers, and of the bytes of all
+halves together, scaled so that they add up to those of the file.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class Part(NamedTuple):
 def byte_shares(artifact: Artifact) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a file by group, which add up to its size, and by tensor.
 
-    Those of a tensor are with its steps and column factors; factors that it shares count for the
-    first tensor that has them. What is missing to the size is head and header.
+    A tensor's bytes include its steps and column factors; shared factors count for the first tensor
+    that has them. The rest of the file is head and header.
     """
     layout = artifact.layout
     table, matrices = layout.integers()

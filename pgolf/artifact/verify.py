@@ -1,4 +1,4 @@
-"""Checking an artifact fully, and listing what it holds."""
+"""Checks an artifact fully and lists what it holds."""
 
 import json
 import math
@@ -54,8 +54,8 @@ class VerifyReport:
 
     def to_text(self) -> str:
         """A table of the tensors, the sizes and the meta data."""
-        found = self.to_dict()
-        rows = found["tensors"]
+        report = self.to_dict()
+        rows = report["tensors"]
         width = max([4, *(len(row["name"]) for row in rows)])
         lines = [
             f"{'name':{width}}  {'stored as':9}  {'steps':7}  {'columns':>11}  "
@@ -69,17 +69,17 @@ class VerifyReport:
                 f"{columns:>11}  {row['file_bytes']:10,}  {per_weight:>11}  "
                 f"{' x '.join(map(str, row['shape'])) or 'scalar'}"
             )
-        groups = ", ".join(f"{name} {size:,}" for name, size in found["bytes_by_group"].items())
-        codes = "coded by rans" if found["codec"] == "rans" else f"as {found['packing']}"
+        groups = ", ".join(f"{name} {size:,}" for name, size in report["bytes_by_group"].items())
+        codes = "coded by rans" if report["codec"] == "rans" else f"as {report['packing']}"
         lines += [
             "",
             "Bytes are those of the file, with steps and column factors; factors that several "
             "tensors share count for the first.",
             f"bytes by group: {groups}",
-            f"{len(rows)} tensors, {found['weights']:,} weights, {found['decoded_bytes']:,} bytes "
-            f"decoded (codes {codes})",
-            f"meta: {json.dumps(found['meta'], sort_keys=True)}",
-            f"{self.path}: valid, {found['file_bytes']:,} bytes with {found['codec']}",
+            f"{len(rows)} tensors, {report['weights']:,} weights, "
+            f"{report['decoded_bytes']:,} bytes decoded (codes {codes})",
+            f"meta: {json.dumps(report['meta'], sort_keys=True)}",
+            f"{self.path}: valid, {report['file_bytes']:,} bytes with {report['codec']}",
         ]
         return "\n".join(lines)
 

@@ -5,12 +5,12 @@ The general ones take and give bytes:
     compress(data: bytes, level: int) -> bytes
     decompress(data: bytes | memoryview, size: int) -> bytearray
 
-`size` is what the file declares. `decompress` returns exactly so many bytes or raises
-ArtifactError, and at no time holds more than a small multiple of `size`.
+`size` is what the file declares. `decompress` returns exactly this many bytes or raises
+ArtifactError, and never holds more than a small multiple of `size`.
 
 `rans` is the entropy coder for codes of weights. It takes int8 matrices, each with the number of a
 group: matrices of a group are expected to be alike. Its encoder is the module `rans_encode`, so
-that decoding does not load it. All that is no code is left to a general codec beside it.
+that decoding does not load it. A general codec beside it packs everything else.
 """
 
 from importlib import import_module

@@ -3,9 +3,9 @@
     stream = head of each piece, 4 bytes; final states, 5 bytes a lane; words (u16)
 
 Numbers are little-endian. A vector's codes go to the lanes in turn, as many at once as there are
-lanes (F. Giesen, "Interleaved entropy coders", arXiv 1402.3392). There is a word for CODES_A_WORD
-codes at least, and a vector counts for VECTOR_CODES more, with zeros behind if need be. So decoding
-takes a second or two, and beyond that time in proportion to the data's size, whatever it declares.
+lanes (F. Giesen, "Interleaved entropy coders", arXiv 1402.3392). A stream has at least one word per
+CODES_A_WORD codes, where a vector counts as VECTOR_CODES more; zeros pad it if need be. So decoding
+takes a second or two plus time in proportion to the data's size, whatever it declares.
 The encoder is `rans_encode`.
 """
 

@@ -1,21 +1,21 @@
-"""What the entropy coder knows about quantised weights: shared by encoder and decoder.
+"""The entropy coder's model of quantised weights, shared by encoder and decoder.
 
 The codes of a trained matrix are close to independent, symmetric and bell-shaped, with a variance
-that is near to a product of a factor per row and one per column. So a matrix (R, C) is coded
+that is nearly a product of a factor per row and one per column. So a matrix (R, C) is coded
 vector by vector along its shorter side: V = min(R, C) vectors of N = max(R, C) codes, and
 
-- the level of each vector, its mean magnitude in quarter octaves, is sent ahead of the codes;
+- the level of each vector, its mean magnitude in quarter octaves, is sent before the codes;
 - the factor of each of the N lines across the vectors is learned from the vectors before.
 
 Their product is the predicted magnitude of a code. Rounded to quarter octaves it is the context,
 and each context has an adaptive table of magnitudes, which starts from a bell of that width and
 which all matrices of a group share. A code and its negative are equally likely.
 
-Rows that are nearly the same, as the embeddings of tokens that no text has, are found by the
-encoder and replaced by their differences from the mean of such rows above.
+The encoder replaces rows that are nearly the same, such as the embeddings of tokens that no text
+has, by their differences from the mean of such rows above.
 
-What is kept for each line takes some 100 bytes, so a matrix with a side of more than LONGEST is cut
-into pieces, each of which is coded as a matrix: memory beside the codes has a bound.
+The state of each line takes some 100 bytes, so a matrix with a side of more than LONGEST is cut
+into pieces, each coded as a matrix: this bounds the memory beside the codes.
 
 All arithmetic is on integers, so encoder and decoder agree on every machine. The tables serve a
 range coder or rANS (J. Duda, "Asymmetric numeral systems", arXiv 1311.2540).

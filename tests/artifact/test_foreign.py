@@ -39,10 +39,10 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("words", MAKERS)
-def test_every_command_says_what_it_is(words, tmp_path, capsys):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_command_says_what_it_is(kind, tmp_path, capsys):
     file = tmp_path / "final_model.pt"
-    file.write_bytes(MAKERS[words]())
+    file.write_bytes(MAKERS[kind]())
     commands = (
         ["verify", file],
         ["sample", file],
@@ -52,7 +52,7 @@ def test_every_command_says_what_it_is(words, tmp_path, capsys):
     for command in commands:
         assert main([str(word) for word in command]) == 2, command
         output = capsys.readouterr().err
-        assert words in output and "import" in output and str(file) in output, command
+        assert kind in output and "import" in output and str(file) in output, command
         assert len(output.splitlines()) == 1
 
 

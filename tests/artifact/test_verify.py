@@ -37,15 +37,15 @@ def test_lists_every_tensor_and_the_sizes(written, model, capsys):
 def test_json_has_what_the_table_has(written, model, meta, capsys):
     path, packed = written
     assert main([str(path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == verify(path).to_dict()
-    assert set(found) == {
+    report = json.loads(capsys.readouterr().out)
+    assert report == verify(path).to_dict()
+    assert set(report) == {
         "path", "format", "codec", "packing", "file_bytes", "decoded_bytes", "weights",
         "bytes_by_group", "meta", "tensors",
     }
-    assert (found["codec"], found["file_bytes"]) == (packed.codec, path.stat().st_size)
-    assert found["meta"] == meta and found["bytes_by_group"] == packed.groups
-    rows = {row["name"]: row for row in found["tensors"]}
+    assert (report["codec"], report["file_bytes"]) == (packed.codec, path.stat().st_size)
+    assert report["meta"] == meta and report["bytes_by_group"] == packed.groups
+    rows = {row["name"]: row for row in report["tensors"]}
     assert {name: row["file_bytes"] for name, row in rows.items()} == packed.tensors
     fc = rows["blocks.6.mlp.fc.weight"]
     assert (fc["stored"], fc["shape"], fc["steps"]) == ("int8", [50, 24], "indices")
