@@ -64,12 +64,12 @@ class Fit:
     """What was chosen, and the choices beside it.
 
     Attributes:
-        chosen: the finest setting found whose size is within the budget.
+        chosen: the finest setting tried whose size is within the budget.
         coarser: with one matrix's step coarser by one index, or None at the end of the grid.
         finer: with one matrix's step finer.
         probes: how many settings were measured to get there.
-        full: whether the size is in the window under the budget; False where even the finest
-            steps leave room, or no setting is nearer.
+        full: whether the size is in the window under the budget; False if even the finest steps
+            leave bytes unused, or no setting is nearer.
     """
 
     chosen: Probe
@@ -178,20 +178,20 @@ def _search(
     at = min(max(start, lowest), highest)
     count = 0
     while count < PROBES:
-        found, count = probe(at), count + 1
-        if found.size > budget:
-            exceeds = found
+        result, count = probe(at), count + 1
+        if result.size > budget:
+            exceeds = result
             if at == highest:
                 raise BudgetError(
-                    f"{found.size - budget:,} bytes too large even with the coarsest steps: use "
+                    f"{result.size - budget:,} bytes too large even with the coarsest steps: use "
                     "a smaller model or a larger budget_bytes",
-                    found.size - budget,
+                    result.size - budget,
                 )
         else:
-            fits = found
-            if found.size >= _least(budget) or at == lowest:
+            fits = result
+            if result.size >= _least(budget) or at == lowest:
                 break
-        stride = 2.0 ** (count - 1) * (found.size - target) / slope
+        stride = 2.0 ** (count - 1) * (result.size - target) / slope
         at = min(max(at + stride, lowest), highest)
         if fits and exceeds:
             share = (exceeds.size - target) / (exceeds.size - fits.size)
@@ -283,7 +283,7 @@ class Steps:
 def fill_budget(
     steps: Steps, budget: int, size: Callable[[QuantizedModel], int], progress: bool = True
 ) -> tuple[QuantizedModel, Fit]:
-    """The model whose size is just within the budget, and how it was found.
+    """The model whose size is just within the budget, and the fit that led to it.
 
     Args:
         size: bytes of a model after the real codec, the same on every rank.
@@ -302,22 +302,22 @@ def fill_budget(
         model = steps.at(indices)
         return size(model), expected_loss(model)
 
-    found = fit(steps.level, steps.nominal, steps.weights, budget, measure, progress)
-    return steps.at(found.chosen.steps), found
+    fitted = fit(steps.level, steps.nominal, steps.weights, budget, measure, progress)
+    return steps.at(fitted.chosen.steps), fitted
 
 
-def fit_lines(found: Fit, budget: int) -> list[str]:
-    """What was chosen and what lies beside it, for people."""
-    size, loss = found.chosen.size, found.chosen.loss
+def fit_lines(fitted: Fit, budget: int) -> list[str]:
+    """The fit as lines for people: the choice and its neighbours."""
+    size, loss = fitted.chosen.size, fitted.chosen.loss
     lines = [
-        f"steps fitted with {found.probes} probes: {size:,} bytes, {budget - size:,} below the "
+        f"steps fitted with {fitted.probes} probes: {size:,} bytes, {budget - size:,} below the "
         f"{budget:,} that code leaves; expected to add {loss:.5f} nats a token"
     ]
-    if not found.full:
+    if not fitted.full:
         lines.append("  finer steps than these are not offered, or are too large")
-    for word, probe in (("coarser", found.coarser), ("finer", found.finer)):
+    for word, probe in (("coarser", fitted.coarser), ("finer", fitted.finer)):
         if probe is not None:
-            name = next(n for n, i in probe.steps.items() if i != found.chosen.steps[n])
+            name = next(n for n, i in probe.steps.items() if i != fitted.chosen.steps[n])
             lines.append(
                 f"  next {word}: {name}, {probe.size - size:+,} bytes, "
                 f"{probe.loss - loss:+.2e} nats a token"

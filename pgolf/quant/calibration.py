@@ -1,4 +1,4 @@
-"""The text that Hessians are taken from: parts of the training shards, or the model's own words.
+"""The text that Hessians are computed on: parts of the training shards, or the model's own text.
 
 Self-generated text needs no data at all (PR 1019): N sequences with a first token drawn uniformly
 from the tokenizer's pieces, the others from the model at temperature 0.8.

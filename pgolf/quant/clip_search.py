@@ -85,7 +85,7 @@ def uniform_step(w: Tensor, relative_step: float) -> Tensor:
 def clip_of_step(step: Tensor, w: Tensor, plan: TensorPlan) -> Tensor:
     """Clip factors (R,) that give rows of w (R, C) `step`, 0-d or (R,), or the least without clip.
 
-    Above 1 for most rows: their largest weight is not worth the largest code.
+    Above 1 for most rows: their largest weight is below the value of the largest code.
     """
     largest, qmax = w.abs().amax(dim=1), 2 ** (plan.bits - 1) - 1
     steps = torch.maximum(step, snap(largest / qmax, covering_index))

@@ -1,10 +1,10 @@
-"""GPTQ: quantise column by column, and let the columns that are left make up for each error.
+"""GPTQ: quantise column by column, and let the remaining columns make up for each error.
 
 The error of a matrix W (R, C) that is stored as Q is what its outputs notice: with the inputs x of
 calibration and their Hessian H = mean(x xᵀ) (C, C), a row's is e H eᵀ, e = w - q. Quantising the
 columns in order of falling diag(H), with the upper triangular U of (H + damping)^-1 = Uᵀ U,
 
-    e_j = (w_j - q_j) / U_jj,        w_k -= e_j U_jk   for the columns k > j that are left,
+    e_j = (w_j - q_j) / U_jj,        w_k -= e_j U_jk   for the remaining columns k > j,
 
 gives the least error of each step, and sum_j e_j² is the error of the row under the damped H.
 
@@ -61,8 +61,8 @@ class Factors(Mapping[str, "Factor | None"]):
     def __getitem__(self, name: str) -> Factor | None:
         key = id(self.hessians[name])
         if key not in self._made:
-            words = ", ".join(self._names[key])
-            self._made[key] = factorize(self.hessians[name], self.damping, words)
+            names = ", ".join(self._names[key])
+            self._made[key] = factorize(self.hessians[name], self.damping, names)
         return self._made[key]
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would factor it

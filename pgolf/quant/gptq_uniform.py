@@ -1,4 +1,4 @@
-"""GPTQ on one step a matrix, times a factor per column: what a code costs is the coder's affair.
+"""GPTQ on one step per matrix, times a factor per column; the entropy coder decides a code's bits.
 
 An error of t steps in column j costs (t step_j / U_jj)², so with steps that are proportional to
 U_jj all codes' errors count the same: the least error at a given rate where steps are fine, which
@@ -7,7 +7,7 @@ Rows whose outputs matter more may have finer steps likewise. Nothing is clipped
 be above 127, its row or its column gets a coarser step.
 
 With `rate_weight` a code is chosen for its error and its bits: of the two nearest and 0, the least
-(t - code)² + rate_weight * bits(code), t in steps. What bits cost is seen in a first pass.
+(t - code)² + rate_weight * bits(code), t in steps. A first pass measures the bits.
 Shapes: w (B, R, C), K classes of costs.
 """
 
@@ -43,7 +43,7 @@ def gptq_uniform(
         rate_weight: squared steps that a bit is worth.
     """
     weights = in_order(w, factor)  # (B, C, R)
-    steps, columns = _room(weights, steps, column_factors(factor))
+    steps, columns = _unclipped_steps(weights, steps, column_factors(factor))
     in_columns = weights / columns[:, :, None]
 
     def gptq(rounding: Rounding) -> Tensor:
@@ -76,7 +76,7 @@ def gptq_uniform(
     ]
 
 
-def _room(weights: Tensor, steps: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _unclipped_steps(weights: Tensor, steps: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Steps of rows (B, R) and factors of columns (B, C) that keep every code within 127.
 
     A weight that is too large makes its row's step coarser or its column's, whichever has the

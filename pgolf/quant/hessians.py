@@ -1,4 +1,4 @@
-"""What the inputs of every matrix look like, and how much an error of its outputs matters.
+"""Statistics of every matrix's inputs, and of how much an error of its outputs matters.
 
 For y = W x the Hessian is H = mean over tokens of x xᵀ (C, C): rounding W to W + E makes a mean
 squared error of tr(E H Eᵀ) in y (GPTQ, arXiv 2210.17323). The moment m (R,) is the mean squared
@@ -6,10 +6,10 @@ gradient of the summed loss by each output, so that sum_r m_r (E H Eᵀ)_rr esti
 wherever the matrix stands: the second-order term of the loss with the Fisher matrix in Kronecker
 form (K-FAC, arXiv 1503.05671), of which the diagonal is kept on the side of the outputs.
 
-A row of a table is read as it is, so an error e in it is an error of what comes after: with the
-gradient g by what is read, H is mean(g gᵀ) and m_r the share of |g|² that row r has. A tied token
-table is read and is the output matrix too: both costs add up, and their sum, which is no product of
-a column side and a row side, is taken for the nearest such product by the traces.
+A row of a table is read unchanged, so an error e in it is an error of the value read: with the
+gradient g by that value, H is mean(g gᵀ) and m_r the share of |g|² that row r has. A tied token
+table is read and is the output matrix too: both costs add up. Their sum is no product of a column
+side and a row side; the product nearest to it by the traces is used.
 
 The fused operators hide inputs, so all of this comes from a copy on the reference operators.
 """
@@ -155,26 +155,26 @@ def collect(
 
 def _matrices(model: GPT) -> dict[str, Tensor]:
     """Name -> weight as a frozen model multiplies by it; q, k and v are one."""
-    names, found = ("attn.c_q", "attn.proj", "mlp.fc", "mlp.proj"), {}
+    names, matrices = ("attn.c_q", "attn.proj", "mlp.fc", "mlp.proj"), {}
     for i, block in enumerate(model.blocks):
         for name, weight in zip(names, block.published[: len(names)], strict=True):
-            found[f"blocks.{i}.{name}.weight"] = weight
+            matrices[f"blocks.{i}.{name}.weight"] = weight
     for name in ("bigram", "ve_shared"):
         side = getattr(model, name, None)
         if side is not None and side.proj is not None:
-            found[f"{name}.proj.weight"] = side.proj.weight
+            matrices[f"{name}.proj.weight"] = side.proj.weight
     head = "tok_emb" if model.lm_head is None else "lm_head"
-    return found | {f"{head}.weight": model.head_weight}
+    return matrices | {f"{head}.weight": model.head_weight}
 
 
 def _tables(model: GPT) -> dict[str, Tensor]:
     """Name -> table that is read by rows."""
-    found = {"tok_emb.weight": model.tok_emb.weight}
+    tables = {"tok_emb.weight": model.tok_emb.weight}
     for name in ("bigram", "ve_shared"):
         side = getattr(model, name, None)
         if side is not None:
-            found[f"{name}.embed.weight"] = side.embed.weight
-    return found
+            tables[f"{name}.embed.weight"] = side.embed.weight
+    return tables
 
 
 def _calibration(model: GPT, watch: _Watch, tokens: int) -> Calibration:

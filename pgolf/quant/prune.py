@@ -2,8 +2,8 @@
 
 Candidates are the codes of each integer tensor with its smallest magnitude above zero (1; 4 on the
 grid of multiples of 4). Zeroing a code m costs (m * step)² of squared error, the step with its
-column's factor, so they go in that order, and in flat order where it is equal. The size comes from
-the real codec: it is the caller's function, asked a few times.
+column's factor; the cheapest go first, equal ones in flat order. The size comes from the real
+codec: the caller's function is called a few times.
 """
 
 import dataclasses

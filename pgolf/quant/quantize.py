@@ -99,10 +99,10 @@ def quantize(
     chosen = [name for name in state if only is None or name in only]
     weights = {name: state[name].detach().float() for name in chosen}
     work = _Work(weights, plans, config, factors or {}, moments or {}, steps or {}, held_out)
-    mine = _dealt_out(work.jobs(ranks.world), work.cost, ranks)
+    own_jobs = _dealt_out(work.jobs(ranks.world), work.cost, ranks)
     done: dict[str, tuple[QuantizedTensor, TensorStats]] = {}
-    with Progress("quantising", sum(map(len, mine)), "tensors", enabled=progress) as bar:
-        for names in mine:
+    with Progress("quantising", sum(map(len, own_jobs)), "tensors", enabled=progress) as bar:
+        for names in own_jobs:
             done.update(work.run(names))
             bar.update(len(names), note=names[-1])
     if ranks.world > 1:
@@ -127,12 +127,12 @@ class _Work:
 
     def jobs(self, world: int) -> list[list[str]]:
         """Names by job: one tensor, or matrices that GPTQ takes together, but not all to a rank."""
-        alike: dict[tuple, list[str]] = {}
+        batches: dict[tuple, list[str]] = {}
         for name, w in self.weights.items():
             plan = dataclasses.replace(self.plans[name], reason="")
-            alike.setdefault((w.shape, plan) if self._by_gptq(name) else (name,), []).append(name)
+            batches.setdefault((w.shape, plan) if self._by_gptq(name) else (name,), []).append(name)
         jobs = []
-        for names in alike.values():
+        for names in batches.values():
             rows = self.plans[names[0]].clips * self.weights[names[0]].numel()
             count = max(min(BATCH // max(rows, 1), -(-len(names) // world)), 1)
             jobs += [names[i : i + count] for i in range(0, len(names), count)]
@@ -184,8 +184,8 @@ class _Work:
         return self._without_hessian(name)
 
     def _by_gptq(self, name: str) -> bool:
-        wanted = self.config.quantizer == "gptq" and self.plans[name].kind == "int"
-        return wanted and name in self.factors
+        planned = self.config.quantizer == "gptq" and self.plans[name].kind == "int"
+        return planned and name in self.factors
 
     def _row_steps(self, name: str) -> Tensor:
         """Steps (R,) of a matrix of grid=uniform, before any is made coarser to avoid a clip."""
@@ -226,13 +226,13 @@ def _dealt_out(
     jobs: Sequence[list[str]], cost: Callable[[list[str]], float], ranks: Ranks
 ) -> list[list[str]]:
     """The jobs of a rank: the costliest first, each to the rank that has least to do."""
-    load, mine = [0.0] * ranks.world, []
+    load, own_jobs = [0.0] * ranks.world, []
     for names in sorted(jobs, key=cost, reverse=True):
         least = load.index(min(load))
         load[least] += cost(names)
         if least == ranks.rank:
-            mine.append(names)
-    return mine
+            own_jobs.append(names)
+    return own_jobs
 
 
 def _check(name: str, tensor: Tensor, plan: TensorPlan) -> None:

@@ -1,11 +1,11 @@
-"""Rounding to nearest in the place of GPTQ, where GPTQ does worse on text that it has not seen.
+"""Rounding to nearest instead of GPTQ, where GPTQ does worse on text that it has not seen.
 
-GPTQ makes the error that its own Hessian H measures small, by moving it to where H is small. Is H
-from little text, and hardly damped, it is nearly 0 in most directions: the error there grows
+GPTQ makes the error that its own Hessian H measures small, by moving it to where H is small. If H
+is from little text and hardly damped, it is nearly 0 in most directions: the error there grows
 without bound, steps by column and row follow that noise, and H itself, which has been minimised,
-shows none of it. Adding a customary damping before comparing shows only a part. So two errors are
-compared by statistics of other text, which neither has been fitted to: they are unbiased for any
-length of it, and one sequence is enough to tell factors of 2 apart. They do not see all: a token
+shows none of it. Adding the usual damping before comparing shows only a part. So the two errors are
+compared by statistics of other text, to which neither has been fitted: they are unbiased for any
+length of it, and one sequence is enough to tell factors of 2 apart. They miss one thing: a token
 that the other text lacks costs nothing in the token table.
 """
 

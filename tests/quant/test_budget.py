@@ -44,11 +44,11 @@ def size(model) -> int:
 
 def test_the_file_is_just_within_the_budget(state, statistics) -> None:
     for target in (5_000, 9_000):
-        model, found = fill_budget(steps_of(state, statistics), target, size, progress=False)
-        assert size(model) == found.chosen.size <= target
-        beside = found.finer
-        assert found.chosen.size >= target - target // WINDOW or beside.size > target
-        assert f"{target:,}" in fit_lines(found, target)[0]
+        model, fit = fill_budget(steps_of(state, statistics), target, size, progress=False)
+        assert size(model) == fit.chosen.size <= target
+        beside = fit.finer
+        assert fit.chosen.size >= target - target // WINDOW or beside.size > target
+        assert f"{target:,}" in fit_lines(fit, target)[0]
 
 
 def test_it_is_deterministic_and_does_not_depend_on_the_way(state, statistics) -> None:

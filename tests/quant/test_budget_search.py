@@ -35,34 +35,34 @@ def fitted(
 @pytest.mark.parametrize("budget", [6_000_000, 9_000_000, 15_937_000])
 @pytest.mark.parametrize("start", [-100.0, -40.0, 0.0, 30.0])
 def test_it_lands_in_the_window(budget: int, start: float) -> None:
-    found = fitted(level(), start, budget)
-    assert budget - budget // WINDOW <= found.chosen.size <= budget
-    assert found.full and found.probes <= 5
-    assert size_of(found.chosen.steps) == found.chosen.size
+    fit = fitted(level(), start, budget)
+    assert budget - budget // WINDOW <= fit.chosen.size <= budget
+    assert fit.full and fit.probes <= 5
+    assert size_of(fit.chosen.steps) == fit.chosen.size
 
 
 def test_the_neighbours_move_one_matrix_by_one_index() -> None:
-    found = fitted(level(), 0.0, 9_000_000)
-    for beside, sign in ((found.coarser, 1), (found.finer, -1)):
-        moved = {n: beside.steps[n] - i for n, i in found.chosen.steps.items()
+    fit = fitted(level(), 0.0, 9_000_000)
+    for beside, sign in ((fit.coarser, 1), (fit.finer, -1)):
+        moved = {n: beside.steps[n] - i for n, i in fit.chosen.steps.items()
                  if beside.steps[n] != i}  # fmt: skip
         assert list(moved.values()) == [sign]
-        assert (beside.size - found.chosen.size) * sign < 0
-        assert (beside.loss - found.chosen.loss) * sign > 0
+        assert (beside.size - fit.chosen.size) * sign < 0
+        assert (beside.loss - fit.chosen.loss) * sign > 0
 
 
 def test_ratios_of_steps_are_those_asked_for() -> None:
     d = level()
-    found = fitted(d, 0.0, 9_000_000)
-    off = [index - (found.chosen.level + d.offsets[n]) for n, index in found.chosen.steps.items()]
+    fit = fitted(d, 0.0, 9_000_000)
+    off = [index - (fit.chosen.level + d.offsets[n]) for n, index in fit.chosen.steps.items()]
     assert max(map(abs, off)) <= 0.5 + 1e-9
 
 
-def test_room_that_the_finest_steps_leave_is_left() -> None:
+def test_the_finest_steps_may_leave_bytes_unused() -> None:
     d = level()
     finest = size_of(d.finest)
-    found = fitted(d, 0.0, 2 * finest)
-    assert found.chosen.size == finest and not found.full and found.finer is None
+    fit = fitted(d, 0.0, 2 * finest)
+    assert fit.chosen.size == finest and not fit.full and fit.finer is None
 
 
 def test_what_no_step_makes_small_enough() -> None:
@@ -75,15 +75,15 @@ def test_sizes_with_a_jump_still_fit() -> None:
         size = size_of(steps)
         return size + 2_000_000 if size > 8_800_000 else size
 
-    found = fitted(level(), 0.0, 9_000_000, jumping)
-    assert found.chosen.size <= 8_800_000 and not found.full
-    assert found.chosen.size > 8_700_000 and found.probes <= PROBES
+    fit = fitted(level(), 0.0, 9_000_000, jumping)
+    assert fit.chosen.size <= 8_800_000 and not fit.full
+    assert fit.chosen.size > 8_700_000 and fit.probes <= PROBES
 
 
 def test_one_matrix_alone_comes_as_near_as_the_grid_allows() -> None:
     alone = WaterLevel({"m0": 1.0}, {"m0": 2.0**-10})
-    found = fitted(alone, 0.0, 100_000)
-    index = found.chosen.steps["m0"]
+    fit = fitted(alone, 0.0, 100_000)
+    index = fit.chosen.steps["m0"]
     assert size_of({"m0": index}) <= 100_000 < size_of({"m0": index - 1})
 
 

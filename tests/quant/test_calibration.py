@@ -34,14 +34,14 @@ def shards(tmp_path):
 
 @pytest.mark.parametrize(("count", "span"), [(1, 5), (4, 10), (10, 9), (7, 60), (2, 100)])
 def test_pieces_are_spread_evenly_over_all_shards(shards, count: int, span: int) -> None:
-    found = spread_tokens(shards, count, span, 100)
-    assert found.dtype == torch.int64 and found.shape == (count, span)
-    starts = found[:, 0].tolist()
-    room = sum(SIZES) - span + 1
-    for i, (start, row) in enumerate(zip(starts, found.tolist(), strict=True)):
+    pieces = spread_tokens(shards, count, span, 100)
+    assert pieces.dtype == torch.int64 and pieces.shape == (count, span)
+    starts = pieces[:, 0].tolist()
+    total = sum(SIZES) - span + 1
+    for i, (start, row) in enumerate(zip(starts, pieces.tolist(), strict=True)):
         assert row == list(range(start, start + span)), "one stretch, over shard borders too"
-        assert i * room // count <= start < (i + 1) * room / count
-    assert starts[0] + starts[-1] == pytest.approx(room - 1, abs=1), "in the middle of each part"
+        assert i * total // count <= start < (i + 1) * total / count
+    assert starts[0] + starts[-1] == pytest.approx(total - 1, abs=1), "in the middle of each part"
 
 
 def test_damaged_or_short_shards(shards, tmp_path) -> None:
@@ -103,15 +103,15 @@ def test_the_settings_choose(shards) -> None:
         recipes.get("demo").config({}),
         {"seq_len": 8, "stride": 8, "vocab_size": 100, "calibration_sequences": 4},
     )
-    found, held_out = calibration_tokens(config, None, shards, 90, progress=False)
+    tokens, held_out = calibration_tokens(config, None, shards, 90, progress=False)
     spread = spread_tokens(shards, 5, 9, 100)
-    assert torch.equal(found, spread[[0, 1, 3, 4]]) and torch.equal(held_out, spread[[2]])
+    assert torch.equal(tokens, spread[[0, 1, 3, 4]]) and torch.equal(held_out, spread[[2]])
 
     changed = {"calibration": "self", "calibration_temperature": 0.5, "seed": 3}
     config = with_overrides(config, changed)
-    found, held_out = calibration_tokens(config, language_model(), [], 20, progress=False)
+    tokens, held_out = calibration_tokens(config, language_model(), [], 20, progress=False)
     generated = own(count=5, temperature=0.5, seed=3)
-    assert torch.equal(found, generated[[0, 1, 3, 4]]) and torch.equal(held_out, generated[[2]])
+    assert torch.equal(tokens, generated[[0, 1, 3, 4]]) and torch.equal(held_out, generated[[2]])
 
 
 @pytest.mark.parametrize(("asked", "held"), [(1, 1), (8, 1), (9, 2), (64, 8)])
@@ -120,7 +120,7 @@ def test_an_eighth_is_held_out_and_lies_between(shards, asked: int, held: int) -
         recipes.get("demo").config({}),
         {"seq_len": 8, "stride": 8, "vocab_size": 100, "calibration_sequences": asked},
     )
-    found, held_out = calibration_tokens(config, None, shards, 90, progress=False)
-    assert (len(found), len(held_out)) == (asked, held)
-    starts = sorted([*found[:, 0].tolist(), *held_out[:, 0].tolist()])
+    tokens, held_out = calibration_tokens(config, None, shards, 90, progress=False)
+    assert (len(tokens), len(held_out)) == (asked, held)
+    starts = sorted([*tokens[:, 0].tolist(), *held_out[:, 0].tolist()])
     assert starts == spread_tokens(shards, asked + held, 9, 100)[:, 0].tolist()

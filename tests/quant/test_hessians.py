@@ -54,10 +54,10 @@ class Spy:
 
     def squares(self, tokens: int) -> torch.Tensor:
         """Mean over tokens of |gradient by the row that is read|^2, (R,)."""
-        found = torch.zeros(len(self.weight), dtype=self.weight.dtype)
+        squares = torch.zeros(len(self.weight), dtype=self.weight.dtype)
         for row, read in self.rows:
-            found[row] += read.grad.square().sum()
-        return found / tokens
+            squares[row] += read.grad.square().sum()
+        return squares / tokens
 
     def read(self, tokens: int) -> torch.Tensor:
         """Mean of g gᵀ over the rows that are read, g the gradient."""
@@ -79,10 +79,10 @@ def spied(model: GPT, tokens: torch.Tensor) -> dict[str, Spy]:
     return spies
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     scale = expected.abs().max().item()
     assert scale > 0
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(
@@ -91,22 +91,22 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_against_spies_in_an_independent_model(name: str) -> None:
     model = randomised(CASES[name], torch.float64)
     tokens = text(model)
-    found = collect(model, tokens, 2 * TIME, dtype=torch.float64, progress=False)
+    statistics = collect(model, tokens, 2 * TIME, dtype=torch.float64, progress=False)
     spies = spied(model, tokens)
-    assert found.tokens == COUNT * TIME
-    assert found.hessians.keys() == found.moments.keys() == spies.keys()
+    assert statistics.tokens == COUNT * TIME
+    assert statistics.hessians.keys() == statistics.moments.keys() == spies.keys()
     for key, spy in spies.items():
-        hessian, moments = found.hessians[key], found.moments[key]
+        hessian, moments = statistics.hessians[key], statistics.moments[key]
         assert hessian.dtype == moments.dtype == torch.float32
         if not spy.rows:
-            close(hessian, spy.hessian(found.tokens))
-            close(moments, spy.moments(found.tokens))
+            close(hessian, spy.hessian(statistics.tokens))
+            close(moments, spy.moments(statistics.tokens))
             continue
-        read, rows = spy.read(found.tokens), spy.squares(found.tokens)
+        read, rows = spy.read(statistics.tokens), spy.squares(statistics.tokens)
         if spy.outputs:  # the tied table: what it costs in both places, by rows and by columns
-            out = spy.hessian(found.tokens)
-            rows = rows + spy.moments(found.tokens) * out.trace()
-            read = read + spy.moments(found.tokens).sum() * out
+            out = spy.hessian(statistics.tokens)
+            rows = rows + spy.moments(statistics.tokens) * out.trace()
+            read = read + spy.moments(statistics.tokens).sum() * out
         close(hessian, read)
         close(moments.double() * hessian.double().trace(), rows)
 

@@ -76,12 +76,12 @@ def test_rounding_takes_a_fine_step_within_the_bits(width: float) -> None:
     model = stored(statistics(2000, 2), 0.01, grid="uniform", width=width)
     w = weights(ROWS, COLUMNS)
     like, plan = model.tensors[NAME], model.plans[NAME]
-    found = rounded_at_bits(w, like, plan)
-    limit, step = bits_a_code(like.data), found.steps.float().min().item()
-    assert bits_a_code(found.data) <= limit
+    rounded = rounded_at_bits(w, like, plan)
+    limit, step = bits_a_code(like.data), rounded.steps.float().min().item()
+    assert bits_a_code(rounded.data) <= limit
     finer = (w / (step * 2 ** (-1 / 8))).round().clamp(-127, 127).char()
-    assert bits_a_code(finer) > limit or (found.data.abs() == 127).any()
-    assert torch.allclose(dequantize(found), w, atol=found.steps.float().max().item() * 0.51)
+    assert bits_a_code(finer) > limit or (rounded.data.abs() == 127).any()
+    assert torch.allclose(dequantize(rounded), w, atol=rounded.steps.float().max().item() * 0.51)
 
 
 def test_what_it_adds_is_by_moments_and_hessian() -> None:
