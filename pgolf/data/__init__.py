@@ -1,4 +1,4 @@
 """Text to tokens: shards, loaders, tokenizers, the embedded corpus and the contest's download.
 
-Importing this package loads none of them.
+Importing this package loads none of its modules.
 """

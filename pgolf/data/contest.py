@@ -78,7 +78,7 @@ class ContestLayout:
             raise DataError(f"{self.root / MANIFEST}: {count!r} {split} shards of {dataset}")
         return count
 
-    def check_counts(self, folder: Path, found: dict[str, int]) -> None:
+    def check_counts(self, folder: Path, counts: dict[str, int]) -> None:
         """Compare the number of shards found in `folder`, by split, with the manifest.
 
         A prefix of the training shards is a valid choice, a part of the validation text is not.
@@ -86,7 +86,7 @@ class ContestLayout:
         Raises:
             DataError: too many shards, or missing validation shards.
         """
-        for split, count in found.items():
+        for split, count in counts.items():
             stated = self.shard_count(folder.resolve().name, split)
             if stated is not None and (count > stated or (split == "val" and count < stated)):
                 raise DataError(
@@ -99,8 +99,8 @@ class ContestLayout:
 
         None for a variant that has no such model (bytes).
         """
-        wanted = self._entries("datasets").get(dataset, {}).get("tokenizer_name", "")
-        model = self._entries("tokenizers").get(wanted, {}).get("model_path")
+        tokenizer = self._entries("datasets").get(dataset, {}).get("tokenizer_name", "")
+        model = self._entries("tokenizers").get(tokenizer, {}).get("model_path")
         if isinstance(model, str):
             # the name alone: what a manifest says must not lead out of the folder
             return Path(model).name

@@ -113,9 +113,9 @@ def _ensure(root: Path, corpus: Corpus) -> Dataset:
 
 
 def _ensure_docstrings(root: Path, reason: str) -> Dataset:
-    """The docstrings as shards below `root`, found again by what is installed."""
-    found, installed = root / "docstrings.json", _installed()
-    dataset = _found_before(root, found, installed)
+    """The docstrings as shards below `root`; made again only if other packages are installed."""
+    record, installed = root / "docstrings.json", _installed()
+    dataset = _recorded_dataset(root, record, installed)
     if dataset:
         print(f"default corpus: {dataset.manifest['note']}", file=sys.stderr)
         return dataset
@@ -124,7 +124,7 @@ def _ensure_docstrings(root: Path, reason: str) -> Dataset:
     dataset = _ensure(root, corpus)
     entry = {"installed": installed, "corpus": corpus.id, "sha256": corpus.sha256}
     with suppress(StorageError):  # it saves time, no more: shards may lie where nothing is written
-        atomic_write(found, json.dumps(entry) + "\n")
+        atomic_write(record, json.dumps(entry) + "\n")
     return dataset
 
 
@@ -142,10 +142,10 @@ def _prepared(root: Path, corpus_id: str, sha256: str) -> Dataset | None:
     return dataset if as_now and dataset.sha256 == sha256 else None
 
 
-def _found_before(root: Path, found: Path, installed: str) -> Dataset | None:
-    """The shards of the docstrings that `found` names, if the same packages are installed."""
+def _recorded_dataset(root: Path, record: Path, installed: str) -> Dataset | None:
+    """The shards of the docstrings that `record` names, if the same packages are installed."""
     try:
-        entry = read_json(found) or {}
+        entry = read_json(record) or {}
     except DataError:
         return None
     if entry.get("installed") != installed:
@@ -181,11 +181,11 @@ def _wikipedia_corpus() -> Corpus:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError as e:
         raise DataError(f"the package {PACKAGE} is not installed (extra `demo`)") from e
-    found = [file for file in files if file.name == SUMMARIES]
-    if not found:
+    summaries = [file for file in files if file.name == SUMMARIES]
+    if not summaries:
         raise DataError(f"the package {PACKAGE} has no {SUMMARIES}")
     try:
-        entries = json.loads(Path(found[0].locate()).read_bytes())
+        entries = json.loads(Path(summaries[0].locate()).read_bytes())
         documents = [entry["extract"] for entry in entries.values()]
         sha256 = _sha256(documents)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
@@ -245,12 +245,12 @@ def _docstrings(file: Path, seen: set[str]) -> list[str]:
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
-    found = []
+    texts = []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         # a lone surrogate has no UTF-8 form
         if text and text not in seen and not any("\ud800" <= c <= "\udfff" for c in text):
             seen.add(text)
-            found.append(text)
-    return found
+            texts.append(text)
+    return texts

@@ -1,8 +1,8 @@
 """Documents to tokens on disk, with the bytes of every document accounted for exactly.
 
 The rule of `pgolf.scoring.bpb` is applied to each document's tokens and must give the bytes of the
-text that they decode to, save the one leading space that is free after BOS. Where the decoded text
-is not the original text the tokenizer normalises: that is counted, and an error if not expected.
+text that they decode to, except for one leading space, which is free after BOS. If the decoded text
+is not the original one, the tokenizer normalises: that is counted, and an error unless expected.
 """
 
 from collections.abc import Iterable
@@ -102,7 +102,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, shard_tokens: int, stats: SplitStats):
         self.folder, self.name, self.shard_tokens, self.stats = folder, name, shard_tokens, stats
         self.waiting: list[tuple[int, np.ndarray]] = []
-        # what the last shard had no room for; it goes on a document, so it stays in front
+        # what did not fit into the last shard; it continues a document, so it stays in front
         self.rest = np.empty(0, np.uint16)
         self.count = 0
 

@@ -1,8 +1,8 @@
 """The contest's data from its Hugging Face repository, checked, resumable.
 
-On the server and here the layout is the same, see `pgolf.data.contest`; the server keeps it below a
+The layout is the same on the server and here, see `pgolf.data.contest`; the server has it below a
 folder, `datasets/`. Each file is downloaded beside its place, checked, then moved there, so a file
-that has its final name is whole; one that is there already and passes its check is not fetched.
+with its final name is whole. A file that is there already and passes its check is not fetched.
 """
 
 import errno
@@ -83,14 +83,14 @@ def fetch(variant: str, out: Path | str, train_shards: int | None = None) -> Dat
             f"{out / MANIFEST} states no SentencePiece model or no number of shards for {variant}: "
             f"choose another variant of {', '.join(layout.variants())}"
         )
-    wanted = min(TRAIN_SHARDS, counts["train"]) if train_shards is None else train_shards
-    if not 1 <= wanted <= counts["train"]:
+    requested = min(TRAIN_SHARDS, counts["train"]) if train_shards is None else train_shards
+    if not 1 <= requested <= counts["train"]:
         raise ConfigError(
-            f"{wanted} training shards asked for, {variant} has 1 to {counts['train']}"
+            f"{requested} training shards asked for, {variant} has 1 to {counts['train']}"
         )
     shards = [
         f"datasets/{dataset}/fineweb_{split}_{i:06d}.bin"
-        for split, count in (("val", counts["val"]), ("train", wanted))
+        for split, count in (("val", counts["val"]), ("train", requested))
         for i in range(count)
     ]
     label = f"fetching {variant} from {remote.repo_id}"
@@ -107,7 +107,7 @@ def fetch(variant: str, out: Path | str, train_shards: int | None = None) -> Dat
 class _Remote:
     """Files of the server, each checked before it gets its place below `out`.
 
-    They arrive in a folder of their own, which stays if a download breaks off: the next goes on.
+    They arrive in their own folder, which stays if a download breaks off: the next call resumes.
     """
 
     def __init__(self, out: Path):

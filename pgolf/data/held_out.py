@@ -1,8 +1,8 @@
-"""Documents that are held out, by their hashes: no training shard is to hold one.
+"""Finds held-out documents in training shards, by their hashes.
 
 A document is BOS and what follows up to the next BOS, over the shards of a split end to end. Two
 are the same if their tokens are. Those of fewer than LEAST tokens, BOS included, do not count: a
-headline or a greeting stands by nature in both splits.
+headline or a greeting naturally occurs in both splits.
 
 `pgolf data prepare` writes val_documents.bin, which the manifest names: a record of 24 bytes for
 each different document of the validation shards, in the order of their bytes:
@@ -14,9 +14,9 @@ each different document of the validation shards, in the order of their bytes:
 Of shards without that file, such as the contest's, the records are made when they are needed.
 
 Training looks for them in all shards before its first step, and once: held_out.json beside the
-shards keeps what was found until the size or time of a file changes. A thread that reads batches
-could not: it sees pieces of documents. Only a document with the lead of a held-out one is hashed,
-so the rest costs as much as finding BOS (NOTES.md has figures and the command).
+shards keeps the result until the size or time of a file changes. A thread that reads batches could
+not look for them: it sees pieces of documents. Only a document with the lead of a held-out one is
+hashed, so the rest costs as much as finding BOS (NOTES.md has figures and the command).
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from pgolf.files import atomic_write, sha256_of
 from pgolf.progress import Progress
 
 LEAST = 16  # tokens
-FILE, FOUND = "val_documents.bin", "held_out.json"
+FILE, RESULT = "val_documents.bin", "held_out.json"
 VERSION = 1  # of both
 RECORD = np.dtype([("lead", "<u8"), ("digest", "V16")])
 _STEP = 1 << 24  # tokens that are looked at together
@@ -80,8 +80,8 @@ def documents(
     """The documents of a split that count.
 
     Args:
-        leads: of those that are wanted; others with such a lead, or on a shard's border, come too.
-        seen: told how many tokens are behind it.
+        leads: of those to look for; others with such a lead, or on a shard's border, come too.
+        seen: called with the number of tokens passed.
     """
     last = None
     for shard in shards:
@@ -99,8 +99,8 @@ def documents(
             sizes = np.diff(starts)
             starts, sizes = starts[:-1][sizes >= LEAST], sizes[sizes >= LEAST]
             if leads is not None:
-                alike = np.isin(_leads(tokens, starts, sizes), leads)
-                starts, sizes = starts[alike], sizes[alike]
+                candidates = np.isin(_leads(tokens, starts, sizes), leads)
+                starts, sizes = starts[candidates], sizes[candidates]
             for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
                 yield Place(shard, start, [tokens[start : start + size]])
         seen(tokens.size)
@@ -146,14 +146,14 @@ def found_in(shards: Sequence[Path], held_out: bytes, label: str = "") -> Iterat
 
 
 def check_held_out(dataset: Dataset, allow: bool = False, again: bool = False) -> str:
-    """Look for held-out documents in the training shards, unless that was done before.
+    """Look for held-out documents in the training shards, unless a result is known.
 
     Args:
-        allow: they are no error.
-        again: whatever was found before; the file of records is checked, too.
+        allow: a match is no error.
+        again: look even if a result is known, and check the file of records, too.
 
     Returns:
-        What was found, '' if nothing was.
+        A message that names the first match, '' if there is none.
 
     Raises:
         DataError: a shard holds one, or the file of records is not that of the shards.
@@ -162,7 +162,7 @@ def check_held_out(dataset: Dataset, allow: bool = False, again: bool = False) -
     if stated and stated.get("version") != VERSION:
         stated = None
     shards = [*dataset.train_shards, *dataset.val_shards]
-    kept, now = dataset.folder / FOUND, _identity(shards, stated)
+    kept, now = dataset.folder / RESULT, _identity(shards, stated)
     before = {} if again else _kept(kept)
     if before.get("files") == now:
         problem = str(before.get("problem"))
@@ -180,15 +180,15 @@ def check_held_out(dataset: Dataset, allow: bool = False, again: bool = False) -
 
 
 def _problem(dataset: Dataset, held_out: bytes) -> str:
-    """Which held-out document the training shards hold, in words; '' if none."""
-    found = list(found_in(dataset.train_shards, held_out, "looking for held-out documents"))
-    if not found:
+    """A message that names the first held-out document in the training shards; '' if none."""
+    matches = list(found_in(dataset.train_shards, held_out, "looking for held-out documents"))
+    if not matches:
         return ""
-    first, total = found[0], sum(place.size for place in found)
+    first, total = matches[0], sum(place.size for place in matches)
     return (
         f"{first.shard}: the document of {first.size} tokens at position {first.position} is one "
         f"of {dataset.val_shards[0].name.rpartition('_')[0]}_* too (documents held out and "
-        f"trained on: {len(found):,}, of {total:,} tokens)"
+        f"trained on: {len(matches):,}, of {total:,} tokens)"
     )
 
 
@@ -219,8 +219,8 @@ def _identity(shards: Sequence[Path], stated: dict[str, Any] | None) -> str:
 
 
 def _kept(file: Path) -> dict[str, Any]:
-    """What was found before; {} if nothing can be read."""
+    """The known result; {} if none can be read."""
     with suppress(DataError):
-        found = read_json(file) or {}
-        return found if found.get("version") == VERSION else {}
+        cached = read_json(file) or {}
+        return cached if cached.get("version") == VERSION else {}
     return {}

@@ -1,8 +1,8 @@
-"""Files to read text from: which of a folder are taken, of what kind each is, and its bytes.
+"""Files to read text from: which ones of a folder are read, the kind of each, and its bytes.
 
-One table, `KINDS`, says what a suffix means, whatever its case; `.gz` may stand behind it. What is
-compressed or Parquet is known by its first bytes; a file whose name says nothing is JSON if it
-begins as JSON objects do, else text.
+One table, `KINDS`, says what a suffix means, in any case; `.gz` may follow it. Compressed files and
+Parquet are recognised by their first bytes; a file with an unknown suffix is JSON if it begins as
+JSON objects do, else text.
 """
 
 import codecs
@@ -99,7 +99,7 @@ def bare_name(path: str) -> str:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Say in words why the file `name` cannot be read."""
+    """Turn errors of reading the file `name` into DataErrors that say why."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -117,7 +117,7 @@ def find_inputs(paths: Iterable[Path | str]) -> tuple[list[Input], dict[str, Cou
 
     Raises:
         DataError: a path does not exist or cannot be read, or a folder has no text in it.
-        StorageError: no room for what comes from the standard input.
+        StorageError: no space for what comes from the standard input.
     """
     inputs: list[Input] = []
     skipped: dict[str, Counter[str]] = {}

@@ -17,13 +17,13 @@ from pgolf.errors import ConfigError, DataError
 from pgolf.ranks import Ranks
 
 AHEAD = 2  # micro-steps
-CARRIED = 64  # floats that have room before the tokens
+CARRIED = 64  # floats that fit before the tokens
 
 
 class _Reading(NamedTuple):
     """A batch that is being read: its first sequence, and (n, T + 1) tokens once that is done.
 
-    They are the end of what is sent.
+    The tokens are at the end of the buffer that goes to the device.
     """
 
     first: int
@@ -160,11 +160,11 @@ class Loader:
     # --- checkpoints --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
-        """How many sequences all ranks have had: good for any number of them."""
+        """The number of sequences that all ranks have read; it fits any number of ranks."""
         return {"sequences": self.position, "total": self.total}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue where `state_dict` was taken.
 
         Raises:
             DataError: the shards hold another number of tokens than they did then, or the state is

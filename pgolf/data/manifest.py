@@ -60,7 +60,7 @@ class Dataset:
 
         Args:
             folder: the shards, in one of the two layouts.
-            tokenizer: a SentencePiece model in place of the one that lies with the shards.
+            tokenizer: a SentencePiece model instead of the one beside the shards.
 
         Raises:
             DataError: something is missing, damaged or does not belong together.
@@ -129,10 +129,10 @@ class Dataset:
 
 def _check_sha256(folder: Path, manifest: dict[str, Any], split: str) -> None:
     for entry in manifest["splits"][split]["shards"]:
-        found = sha256_of(folder / entry["file"])
-        if found != entry["sha256"]:
+        actual = sha256_of(folder / entry["file"])
+        if actual != entry["sha256"]:
             raise DataError(
-                f"{folder / entry['file']}: sha256 {found[:12]}..., the manifest states "
+                f"{folder / entry['file']}: sha256 {actual[:12]}..., the manifest states "
                 f"{entry['sha256'][:12]}...: the shard was changed, prepare the folder again"
             )
 
@@ -192,17 +192,17 @@ def _check_shards(folder: Path, shards: dict[str, list[Path]], manifest: dict[st
     """The folder's shards against our manifest: names and numbers of tokens."""
     for split in SPLITS:
         stated = {s["file"]: s["tokens"] for s in manifest["splits"][split]["shards"]}
-        found = {p.name: p for p in shards[split]}
+        present = {p.name: p for p in shards[split]}
         for problem, names in (
-            ("is missing", stated.keys() - found.keys()),
-            ("is not in the manifest", found.keys() - stated.keys()),
+            ("is missing", stated.keys() - present.keys()),
+            ("is not in the manifest", present.keys() - stated.keys()),
         ):
             if names:
                 raise DataError(
                     f"{folder / min(names)} {problem} ({len(stated)} {split} shards stated, "
-                    f"{len(found)} found): prepare the folder again"
+                    f"{len(present)} found): prepare the folder again"
                 )
-        for name, path in found.items():
+        for name, path in present.items():
             tokens = read_header(path)
             if tokens != stated[name]:
                 raise DataError(

@@ -1,8 +1,8 @@
 """Where each sequence of a run begins: a function of its number alone.
 
-Sequences are numbered through steps, micro-steps and ranks. So any number of ranks trains a step on
-the same tokens, and all that a run needs to go on is the number of sequences that it has had.
-Positions are those in the tokens of all shards, end to end.
+Sequences are numbered across steps, micro-steps and ranks. So any number of ranks trains a step on
+the same tokens, and a run resumes from the number of sequences that it has read. Positions count
+the tokens of all shards, end to end.
 """
 
 import math

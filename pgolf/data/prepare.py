@@ -1,8 +1,8 @@
 """Text to a folder of shards: split by hash, train the tokenizer, encode, check every byte.
 
 The documents are read three times (count, sample for the tokenizer, encode), so that the text need
-not fit into memory. A document goes to validation if the hash of its text falls below the fraction:
-that depends on nothing else, so the order is free and two equal documents never part. The same hash
+not fit into memory. A document goes to validation if the hash of its text is below the fraction. So
+the split does not depend on the order, and equal documents go to the same split. The same hash
 orders the documents of a shard, a fixed shuffle.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from pgolf.data.contest import MANIFEST
 from pgolf.data.encode import Encoder, ShardWriter, SplitStats, count_written
-from pgolf.data.held_out import FILE, FOUND, found_in, write_records
+from pgolf.data.held_out import FILE, RESULT, found_in, write_records
 from pgolf.data.manifest import (
     KIND,
     SPLITS,
@@ -149,7 +149,7 @@ def _prepared_before(out: Path) -> dict[str, Any] | None:
     strange = {p.name for p in out.iterdir()} if out.is_dir() else {out.name}
     ours = read_manifest(out) if out.is_dir() else None
     if ours:
-        strange -= {MANIFEST, TOKENIZER, FILE, FOUND}
+        strange -= {MANIFEST, TOKENIZER, FILE, RESULT}
         strange -= {s["file"] for split in SPLITS for s in ours["splits"][split]["shards"]}
     if strange:
         raise ConfigError(
@@ -224,7 +224,7 @@ def _why_empty(split: str, documents: int, total: int, all_equal: bool, val_frac
 def _train(
     source: Source, model: Path, vocab_size: int, val_fraction: float, train_bytes: int
 ) -> None:
-    """Train on the training documents; of a large corpus, on the beginning of each of them."""
+    """Train on the training documents; if the corpus is large, on the beginning of each."""
     share = min(1.0, TRAIN_BYTES / train_bytes)
 
     def sample(progress: Progress) -> Iterator[str]:
@@ -237,7 +237,7 @@ def _train(
     size = round(train_bytes * share)
     print(f"training a tokenizer of {vocab_size} pieces on {size:,} bytes", file=sys.stderr)
     with Progress("reading for the tokenizer", source.size, "bytes") as progress:
-        # the pieces are rounded up, so leave room for more than TRAIN_BYTES
+        # the pieces are rounded up, so they may hold more than TRAIN_BYTES
         train_tokenizer(sample(progress), model, vocab_size, max_bytes=2 * TRAIN_BYTES)
 
 
@@ -305,9 +305,9 @@ def _check_written(folder: Path, encoder: Encoder, stats: dict[str, SplitStats])
     """The shards as they lie on disk hold the tokens and bytes that were counted."""
     for split, s in stats.items():
         paths = [folder / shard["file"] for shard in s.shards]
-        found = count_written(paths, encoder.table, encoder.sp.get_piece_size())
-        if found != (s.tokens, s.bytes_scored):
+        counted = count_written(paths, encoder.table, encoder.sp.get_piece_size())
+        if counted != (s.tokens, s.bytes_scored):
             raise DataError(
-                f"{folder}: the {split} shards hold {found[0]} tokens for {found[1]} bytes, "
+                f"{folder}: the {split} shards hold {counted[0]} tokens for {counted[1]} bytes, "
                 f"expected {s.tokens} for {s.bytes_scored}: the disk or memory is faulty"
             )

@@ -1,8 +1,9 @@
-"""Documents out of files, folders and the standard input; nothing of the text is changed or left
-out, save a byte order mark at the beginning of a file.
+"""Documents from files, folders and the standard input, with their text unchanged.
 
-- JSON lines (.jsonl, .ndjson), a JSON array (.json), Parquet: one document a record, its "text"
-  field or the one that is named.
+Only a byte order mark at the beginning of a file is left out.
+
+- JSON lines (.jsonl, .ndjson), a JSON array (.json), Parquet: one document per record, from its
+  "text" field or a given one.
 - any other file: UTF-8 text. Up to 16 KiB it is one document. A longer one, such as a book, is cut
   at line ends: after the first blank line past 4 KiB, or past 16 KiB at any line end. The documents
   one after another are the file, byte for byte.

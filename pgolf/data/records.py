@@ -152,13 +152,13 @@ def text_of(record: Any, where: str, field: str) -> str:
     text = record.get(field) if isinstance(record, dict) else record
     if not isinstance(text, str):
         if not isinstance(record, dict):
-            found = type(record).__name__
+            content = type(record).__name__
         elif field in record:
-            found = f"{type(text).__name__} there"
+            content = f"{type(text).__name__} there"
         else:
-            found = f"keys {sorted(record)}"
+            content = f"keys {sorted(record)}"
         raise DataError(
-            f'{where}: expected an object with a string "{field}", found {found}: name another '
+            f'{where}: expected an object with a string "{field}", found {content}: name another '
             "field with --field, or leave the file out"
         )
     try:

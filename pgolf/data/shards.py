@@ -54,7 +54,7 @@ def read_header(path: Path | str) -> int:
     """Check a shard's header against its file size and return its number of tokens.
 
     Raises:
-        DataError: what was found, what was expected and the remedy, in one line.
+        DataError: names what the file holds, what was expected and the remedy, in one line.
     """
     path = Path(path)
     try:
@@ -111,11 +111,11 @@ def check_tokens(path: Path | str, piece: np.ndarray, start: int, vocab_size: in
 
 
 def check_documents(rows: np.ndarray, most: int, bos: int = BOS_ID) -> None:
-    """Raise DataError if a sequence of these (N, T) has more documents than there is room for."""
-    found = 1 + int((rows[:, 1:] == bos).sum(1).max())
-    if found > most:
+    """Raise DataError if a sequence of these (N, T) has more than `most` documents."""
+    count = 1 + int((rows[:, 1:] == bos).sum(1).max())
+    if count > most:
         raise DataError(
-            f"a sequence of {rows.shape[1]} tokens holds {found} documents, and this attention has "
+            f"a sequence of {rows.shape[1]} tokens holds {count} documents, and this attention has "
             f"room for {most}: use attention=sdpa, which has for any, or documents=false"
         )
 
@@ -131,11 +131,11 @@ def find_shards(folder: Path | str, split: str) -> list[Path]:
         what = "is a file, expected a folder of shards" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; {_HOW_TO_MAKE}")
     name = re.compile(rf"(.+)_{re.escape(split)}_(\d+)\.bin")
-    found = sorted((m[1], int(m[2]), p) for p in folder.iterdir() if (m := name.fullmatch(p.name)))
-    if not found:
+    shards = sorted((m[1], int(m[2]), p) for p in folder.iterdir() if (m := name.fullmatch(p.name)))
+    if not shards:
         raise DataError(f"no shards *_{split}_*.bin in {folder}; {_HOW_TO_MAKE}")
-    first, number, _ = found[0]
-    for i, (stem, n, path) in enumerate(found):
+    first, number, _ = shards[0]
+    for i, (stem, n, path) in enumerate(shards):
         if stem != first:
             raise DataError(
                 f"{folder} mixes the shards of {first!r} and {stem!r}: keep one data set a folder"
@@ -145,7 +145,7 @@ def find_shards(folder: Path | str, split: str) -> list[Path]:
                 f"{folder}: shard {number + i} of {first!r} ({split}) is missing before "
                 f"{path.name}; fetch or prepare the folder again"
             )
-    return [path for _, _, path in found]
+    return [path for _, _, path in shards]
 
 
 def load_validation(

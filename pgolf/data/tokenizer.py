@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: load one, or train a BPE that gives every byte of its text back.
+"""SentencePiece tokenizers: load one, or train a BPE that keeps every byte of its text.
 
 The trained kind: byte fallback for all 256 bytes, no normalisation, no dummy prefix, spaces kept,
 digits apart, ids pad/bos/eos/unk = 0/1/2/3 like the contest's. A line break is a character like any
@@ -144,11 +144,11 @@ def _frequent(chunks: list[str], vocab_size: int) -> list[str]:
     for reserved in (_GAP, _TRAINER_UNKNOWN):
         del counts[reserved]
     most = (vocab_size - _FIXED_PIECES) // 2
-    wanted, total, covered = [], counts.total(), 0
+    chosen, total, covered = [], counts.total(), 0
     # ties by code point, so that the choice does not depend on the order of the texts
     for char, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]:
         if covered >= _COVERAGE * total:
             break
-        wanted.append(char)
+        chosen.append(char)
         covered += n
-    return wanted
+    return chosen

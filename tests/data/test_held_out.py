@@ -40,8 +40,8 @@ def val(tmp_path):
     return texts, shards(tmp_path, "val", np.concatenate(texts), 50)
 
 
-def places(found) -> list[tuple[str, int, int]]:
-    return [(place.shard.name, place.position, place.size) for place in found]
+def places(documents) -> list[tuple[str, int, int]]:
+    return [(place.shard.name, place.position, place.size) for place in documents]
 
 
 def test_documents_run_on_into_the_next_shards(tmp_path, val):
@@ -111,7 +111,7 @@ def test_prepared_shards_hold_none_and_are_looked_at_once(ours, monkeypatch):
     with pytest.raises(DataError, match=rf"x_train_00000\d.bin: .* at position {at} .*held_out="):
         check_held_out(Dataset.open(ours))
     assert "trained on: 1, of" in check_held_out(Dataset.open(ours), allow=True)
-    (ours / held_out.FOUND).write_text("{")  # as if nothing had been looked at
+    (ours / held_out.RESULT).write_text("{")  # as if nothing had been looked at
     with pytest.raises(DataError, match=f"at position {at}"):
         check_held_out(Dataset.open(ours))
 
@@ -141,7 +141,7 @@ def test_a_folder_where_nothing_can_be_written(ours, monkeypatch):
 
     monkeypatch.setattr(held_out, "atomic_write", refused)
     assert check_held_out(Dataset.open(ours)) == ""
-    assert not (ours / held_out.FOUND).exists()
+    assert not (ours / held_out.RESULT).exists()
 
 
 def test_a_folder_that_was_looked_at_is_prepared_again(ours, documents, tmp_path):

@@ -90,8 +90,8 @@ def test_bad_arrays_name_file_and_line(tmp_path, content, message):
 def test_where_blocks_end_does_not_matter(tmp_path, monkeypatch, block):
     """Within characters, escapes, literals and values longer than a block."""
     monkeypatch.setattr(inputs, "_BLOCK", block)
-    found = ['\U0001f44d é \\ud83d " \n', "long " * 300, "", "end"]
-    values = [{"n": [None, True, -1.5e-7], "text": text} for text in found]
+    texts = ['\U0001f44d é \\ud83d " \n', "long " * 300, "", "end"]
+    values = [{"n": [None, True, -1.5e-7], "text": text} for text in texts]
     for ascii_only in (True, False):
         content = json.dumps(values, ensure_ascii=ascii_only)
         (tmp_path / "a.json").write_text(content)
@@ -99,7 +99,7 @@ def test_where_blocks_end_does_not_matter(tmp_path, monkeypatch, block):
             "\n".join(json.dumps(v, ensure_ascii=ascii_only) for v in values)
         )
         documents = list(TextSource([tmp_path]))
-        assert [d.text for d in documents] == [t for t in found if t] * 2
+        assert [d.text for d in documents] == [t for t in texts if t] * 2
         assert [d.where.rpartition(":")[2] for d in documents] == ["1"] * 3 + ["1", "2", "4"]
 
 
@@ -206,10 +206,10 @@ def test_rows_of_parquet_with_a_stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "import_parquet", lambda: parquet)
     monkeypatch.setattr("pgolf.data.readers.import_parquet", lambda: parquet)
     (tmp_path / "download").write_bytes(b"PAR1....PAR1")
-    found = iter(TextSource([tmp_path / "download"]))
-    assert [next(found).text, next(found).where.rpartition("/")[2]] == ["one", "download:row 3"]
+    rows = iter(TextSource([tmp_path / "download"]))
+    assert [next(rows).text, next(rows).where.rpartition("/")[2]] == ["one", "download:row 3"]
     with pytest.raises(DataError, match='download:row 4: .*string "text", found NoneType there'):
-        next(found)
+        next(rows)
     with pytest.raises(DataError, match=r"no column 'content', there are \['id', 'text'\]"):
         texts(tmp_path / "download", field="content")
     (tmp_path / "download").write_bytes(b"PAR1 damaged PAR1")

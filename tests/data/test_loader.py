@@ -207,8 +207,8 @@ def test_bad_arguments(paths):
     with pytest.raises(DataError, match="no training shards"):
         loader([], 4)
     for order, seq in ("coprime", 54), ("shuffled", 54), ("sequential", TOTAL):
-        told = f"order={order} needs 108 tokens .* seq_len={seq}, the shards hold {TOTAL}: use more"
-        with pytest.raises(ConfigError, match=told):
+        text = f"order={order} needs 108 tokens .* seq_len={seq}, the shards hold {TOTAL}: use more"
+        with pytest.raises(ConfigError, match=text):
             loader(paths, seq, order=order)
     assert loader(paths, TOTAL - 1).next_batch(TOTAL - 1)  # no token of a sequence comes twice
     assert loader(paths, 53, order="coprime").next_batch(53)

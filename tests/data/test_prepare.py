@@ -33,7 +33,7 @@ class Texts:
 @pytest.fixture(scope="session")
 def paragraphs(documents) -> list[str]:
     """Some 190 different documents, a few of them awkward."""
-    found = [p for text in documents for p in text.split("\n\n    def ") if len(p) > 20]
+    paragraphs = [p for text in documents for p in text.split("\n\n    def ") if len(p) > 20]
     extra = [
         " leads",
         "\u2581 odd \u2581",
@@ -44,7 +44,7 @@ def paragraphs(documents) -> list[str]:
         "日本語",
         "e\u0301",
     ]
-    return sorted(set(found)) + extra
+    return sorted(set(paragraphs)) + extra
 
 
 def decoded(dataset: Dataset, split: str) -> list[str]:
@@ -69,8 +69,8 @@ def test_every_byte_comes_back_and_is_counted(paragraphs, tmp_path):
     assert len(dataset.train_shards) > 2
     for split, shards in (("train", dataset.train_shards), ("val", dataset.val_shards)):
         expected = [p for p in paragraphs if in_val(p, 0.3) == (split == "val")]
-        found = decoded(dataset, split)
-        assert sorted(found) == sorted(p.replace("\u2581", " ") for p in expected)
+        texts = decoded(dataset, split)
+        assert sorted(texts) == sorted(p.replace("\u2581", " ") for p in expected)
         stated = dataset.manifest["splits"][split]
         tokens = np.concatenate([open_shard(p, 512) for p in shards])
         assert stated["tokens"] == tokens.size == sum(s["tokens"] for s in stated["shards"])
