@@ -125,7 +125,7 @@ def refuse_if_foreign(sp: Any, tokens: np.ndarray, tokenizer: Any, shards: Any) 
 
 
 def changed_by(sp: Any) -> list[str]:
-    """What the tokenizer does not give back as it was, in words; empty if it keeps the text."""
+    """Names of what the tokenizer changes in a text; empty if it keeps the text."""
     return [name for name, text in _PROBES.items() if sp.decode(sp.encode(text)) != text]
 
 

@@ -1,4 +1,4 @@
-"""Scoring an artifact: in this process, or in one that has seen nothing else.
+"""Scores an artifact in this process, or in a fresh one.
 
 Run as a module it scores a job, JSON on the command line, and prints one JSON object. It loads the
 artifact, the validation shards and the tokenizer (for byte counts alone).
@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What is scored, and how.
+    """All that a score depends on.
 
     Attributes:
         artifact, data, tokenizer: paths: a file, the folder of shards, their tokenizer.

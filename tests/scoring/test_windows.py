@@ -127,5 +127,5 @@ def test_against_one_window_at_a_time():
             ids = torch.tensor(tokens[i + 1 - context[i] : i + 1])[None]
             loss = model(ids, torch.tensor(tokens[i + 2 - context[i] : i + 2])[None], last=1)
             expected += loss.item()
-    found = evaluate(model, tokens, CountingTable(), length, stride, 36)
-    assert found.nll == pytest.approx(expected, rel=1e-5)
+    sums = evaluate(model, tokens, CountingTable(), length, stride, 36)
+    assert sums.nll == pytest.approx(expected, rel=1e-5)
