@@ -1,6 +1,6 @@
 """Recipes: named settings, with the source of every value.
 
-One module a recipe; each defines RECIPE, which `recipe` describes. To add one, see CONTRIBUTING.md.
+Each recipe is a module that defines RECIPE, see `recipe`. To add one, see CONTRIBUTING.md.
 """
 
 import difflib
@@ -37,22 +37,22 @@ def get(name: str) -> Recipe:
 
 
 def changes(config: Config) -> list[tuple[str, str, str]]:
-    """The settings in which a configuration is not what its recipe says: key, value, the recipe's.
+    """The settings in which a configuration differs from its recipe: key, value, the recipe's.
 
     Values are written as on the command line.
     """
     recipe = get(config.recipe).config(as_published=config.as_published)
     changed = []
     for key, (section, spec) in known_keys().items():
-        own, theirs = (getattr(getattr(c, section), spec.name) for c in (config, recipe))
-        if own != theirs and f"{section}.{key}" not in OF_PLACE:
-            own, theirs = (str(v).lower() if isinstance(v, bool) else str(v) for v in (own, theirs))
-            changed.append((key, own, theirs))
+        pair = [getattr(getattr(c, section), spec.name) for c in (config, recipe)]
+        if pair[0] != pair[1] and f"{section}.{key}" not in OF_PLACE:
+            value, original = (str(v).lower() if isinstance(v, bool) else str(v) for v in pair)
+            changed.append((key, value, original))
     return changed
 
 
 def run_name(config: Config) -> str:
-    """What a run is called: its recipe, and that it is not quite that."""
+    """The name of a run: its recipe, and the number of settings that differ from it."""
     count = len(changes(config))
     return config.recipe + (f" with {count} setting{'s' * (count > 1)} changed" if count else "")
 

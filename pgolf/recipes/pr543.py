@@ -65,7 +65,7 @@ RECIPE = Recipe(
             V("full_range", False, "I"),
             V("qat_start", 0.932, "I", "learning-rate multiplier below 0.1"),
             V("qat_start_lr", 0.1, "R"),
-            V("qat_lr_scale", 0.5, "R", "halved when fake-quant goes on"),
+            V("qat_lr_scale", 0.5, "R", "halved when fake-quant starts"),
             V("qat_clip_mask", False, "I", "as in the scripts that are public"),
         ),
     ),

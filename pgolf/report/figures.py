@@ -1,4 +1,4 @@
-"""The figures of a report, each made from a run's files, with its words for screen readers."""
+"""The figures of a report, each made from a run's files, with a text for screen readers."""
 
 import itertools
 import math
@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pgolf.report.format import artifact_parts, decimal, percent, si, stored_as
 from pgolf.report.markup import Markup, join, tag
 from pgolf.report.page_style import LIGHT
 from pgolf.report.plots import in_units, inline, new, short, spread, style
 from pgolf.report.read import RunFiles, mapping, number, objects
-from pgolf.report.words import artifact_parts, decimal, percent, si, stored_as
 
 # Lines of more points are thinned, points of more are not dotted, and tooltips of more are merged.
 _MAX_POINTS, _MAX_DOTS, _MAX_TIPS = 600, 40, 120
@@ -28,8 +28,8 @@ def figure(title: str, chart: Markup, caption: str, below: Markup | str = "") ->
 
 def _points(entries: Iterable[dict[str, Any]], key: str) -> list[Point]:
     """(tokens, value) of each entry, by rising tokens; a value that is not finite leaves a gap."""
-    found = ((number(e.get("tokens")), number(e.get(key))) for e in entries)
-    return sorted(((x, y) for x, y in found if x is not None and x >= 0), key=lambda p: p[0])
+    pairs = ((number(e.get("tokens")), number(e.get(key))) for e in entries)
+    return sorted(((x, y) for x, y in pairs if x is not None and x >= 0), key=lambda p: p[0])
 
 
 def thinned(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
@@ -41,19 +41,19 @@ def thinned(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
     size = -(-len(points) * 3 // limit)
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        there = [i for i, (_, y) in enumerate(stretch) if y is not None]
+        known = [i for i, (_, y) in enumerate(stretch) if y is not None]
         missing = [i for i, (_, y) in enumerate(stretch) if y is None]
-        extremes = [f(there, key=lambda i: stretch[i][1]) for f in (min, max)] if there else []
+        extremes = [f(known, key=lambda i: stretch[i][1]) for f in (min, max)] if known else []
         kept += [stretch[i] for i in sorted({*extremes, *missing[:1]})]
     return kept
 
 
 def _course(name: str, points: Sequence[Point], places: int) -> str:
-    """A line in words: where it begins and where it ends."""
-    there = [(x, y) for x, y in points if y is not None]
-    if not there:
+    """A line as text: where it begins and where it ends."""
+    known = [(x, y) for x, y in points if y is not None]
+    if not known:
         return f"{name}: no values"
-    (_, first), (x, last) = there[0], there[-1]
+    (_, first), (x, last) = known[0], known[-1]
     return f"{name}: {decimal(first, places)} first, {decimal(last, places)} at {si(x)} tokens"
 
 
@@ -83,13 +83,13 @@ def _draw_lines(axes: Any, series: Series, title: str, end: float, tips: dict[st
     axes.set_title(title)
     axes.grid(axis="y")
     for name, (points, colour, _) in series.items():
-        shown = thinned(points)
-        y = [math.nan if y is None else y for _, y in shown]
+        plotted = thinned(points)
+        y = [math.nan if y is None else y for _, y in plotted]
         lone = [i for i, value in enumerate(y) if not math.isnan(value)
                 and all(math.isnan(v) for v in y[max(i - 1, 0) : i] + y[i + 1 : i + 2])]
-        axes.plot([x for x, _ in shown], y, color=LIGHT[colour], linewidth=2, label=name,
+        axes.plot([x for x, _ in plotted], y, color=LIGHT[colour], linewidth=2, label=name,
                   marker="o", markeredgecolor=LIGHT["card"], markeredgewidth=0.8, zorder=3,
-                  markevery=None if len(shown) <= _MAX_DOTS else lone)
+                  markevery=None if len(plotted) <= _MAX_DOTS else lone)
     if len(series) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=len(series),
                     borderaxespad=0, handlelength=1.5)
@@ -134,9 +134,9 @@ def loss_figure(run: RunFiles) -> Markup:
     axes = drawn.subplots()
     _draw_lines(axes, series, "nats per token", _end(run), tips)
     axes.set_xlabel(f"tokens, to {si(_end(run))}")
-    words = "; ".join(_course(name, points, 3) for name, (points, _, _) in series.items())
+    summary = "; ".join(_course(name, points, 3) for name, (points, _, _) in series.items())
     return figure(
-        "Loss", inline(drawn, "loss", f"Loss over training. {words}.", tips),
+        "Loss", inline(drawn, "loss", f"Loss over training. {summary}.", tips),
         "Mean cross-entropy. Training loss is that of single batches; validation is on held-out "
         "documents in windows that do not overlap.")  # fmt: skip
 
@@ -155,12 +155,12 @@ def bpb_figure(run: RunFiles) -> Markup:
     _draw_lines(axes, {"validation": (val, "a", 4)}, "bits per byte", _end(run), tips)
     _draw_references(axes, references, 0.08)
     axes.set_xlabel(f"tokens, to {si(_end(run))}")
-    words = [_course("Validation", val, 4)]
-    words += [f"{name} {decimal(value, 4)}" for name, value, _ in references]
+    summary = [_course("Validation", val, 4)]
+    summary += [f"{name} {decimal(value, 4)}" for name, value, _ in references]
     stride = decimal(run.result.get("stride"), 0)
     return figure(
         "Bits per byte",
-        inline(drawn, "bpb", f"Bits per byte over training. {'; '.join(words)}.", tips),
+        inline(drawn, "bpb", f"Bits per byte over training. {'; '.join(summary)}.", tips),
         "The curve is scored while training, in windows that do not overlap. The final scores "
         f"slide a full window by {stride} tokens: more context, so usually lower. Compressors, on "
         "the same bytes, are for scale.")  # fmt: skip
@@ -197,11 +197,11 @@ def schedule_figure(run: RunFiles) -> Markup:
     axes[1].set_xlabel(f"tokens, to {si(end)}")
     _draw_events(axes, events, end)
     listed = tag("ol", *(tag("li", f"{text}, at {si(x)} tokens") for x, text in events))
-    words = "; ".join(f"{text} at {si(x)} tokens" for x, text in events) or "none"
+    summary = "; ".join(f"{text} at {si(x)} tokens" for x, text in events) or "none"
     return figure(
         "Schedule",
         inline(drawn, "schedule", f"{_course('Learning rate, share of its peak', rate, 3)}. "
-               f"{_course('Muon momentum', momentum, 3)}. Events: {words}.", tips),
+               f"{_course('Muon momentum', momentum, 3)}. Events: {summary}.", tips),
         "What multiplies every learning rate, and the momentum of the matrices; upright lines mark "
         "what changed on the way.", listed if events else "")  # fmt: skip
 
@@ -228,16 +228,16 @@ def _draw_strip(axes: Any, parts: Sequence[tuple[str, float, str]], budget: floa
 
 def _draw_rows(axes: Any, rows: Sequence[tuple[str, float, str, str, str]],
                tips: dict[str, str]) -> None:
-    """(name, length, colour, words at the end, tooltip) as bars from the top."""
-    for i, (_, length, colour, words, tip) in enumerate(rows):
+    """(name, length, colour, label at the end, tooltip) as bars from the top."""
+    for i, (_, length, colour, label, tip) in enumerate(rows):
         gid = f"bar {len(tips)}"
         tips[gid] = tip
         axes.barh(i, length, height=0.68, color=LIGHT[colour], gid=gid)
-        axes.annotate(words, (length, i), (5, 0), textcoords="offset points", va="center",
+        axes.annotate(label, (length, i), (5, 0), textcoords="offset points", va="center",
                       fontsize=11, color=LIGHT["soft"])
     axes.set_yticks(range(len(rows)), [short(name, 22) for name, *_ in rows], color=LIGHT["ink"])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    # The words of the longest bar take the rest.
+    # The label of the longest bar takes the rest.
     axes.set_xlim(0, 1.6 * max((length for _, length, *_ in rows), default=0.0) or 1.0)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
@@ -260,10 +260,10 @@ def size_figure(run: RunFiles) -> Markup:
              f"{name}: {decimal(size, 0)} bytes") for name, size, colour in styled], tips)
     else:
         drawn.text(0.5, 0.5, "no sizes", ha="center", color=LIGHT["soft"])
-    words = ", ".join(f"{name} {decimal(size, 0)}" for name, size in parts) or "no sizes"
+    summary = ", ".join(f"{name} {decimal(size, 0)}" for name, size in parts) or "no sizes"
     limit = f"budget {decimal(budget, 0)}" if budget else "no budget"
     return figure(
-        "Bytes", inline(drawn, "size", f"Bytes: {words}; {limit}.", tips),
+        "Bytes", inline(drawn, "size", f"Bytes: {summary}; {limit}.", tips),
         "Compressed tensors by group, and the compressed code that decodes and scores.")
 
 
@@ -272,15 +272,15 @@ Bars = dict[str, list[tuple[str, float, str]]]  # part of a block, '' outside ->
 
 def _bars(run: RunFiles, unit: str, measure: Callable[[dict[str, Any]], float | None]) -> Bars:
     """What `measure` gives for every matrix or table, in `unit`, by its part of a block."""
-    found: Bars = {}
+    bars: Bars = {}
     for t in objects(run.result.get("tensors")):
         name, value = str(t.get("name")), measure(t)
         if name.endswith(".weight") and value is not None:
             tip = f"{name}\n{decimal(value, 2)} {unit} as {stored_as(t)}"
             block = re.fullmatch(r"blocks\.(\d{1,6})\.(.*)\.weight", name, re.S)
             part, own = (block[2], block[1]) if block else ("", name.removesuffix(".weight"))
-            found.setdefault(part, []).append((own, max(value, 0.0), tip))
-    return found
+            bars.setdefault(part, []).append((own, max(value, 0.0), tip))
+    return bars
 
 
 def _draw_parts(axes: Any, bars: Bars, tips: dict[str, str]) -> None:
@@ -364,14 +364,14 @@ def error_figure(run: RunFiles) -> Markup:
     bars, title = _bars(run, "µnats", loss), "Quantisation error, millionths of a nat a token"
     if bars:
         chart = _tensor_chart("error", "Expected loss", "µnats", bars)
-        words = ("what its rounding is expected to add to the loss, by the inputs and gradients of "
-                 "the calibration text.")
+        meaning = ("what its rounding is expected to add to the loss, by the inputs and gradients "
+                   "of the calibration text.")
     else:
         chart = _tensor_chart("error", "Quantisation error", "%", _bars(run, "%", error))
         title = "Quantisation error, %"
-        words = ("the norm of its change by storing it as a share of its own norm. Those near zero "
-                 "are stored as float16.")
-    return figure(title, chart, f"One bar a matrix or table, by layer: {words}")
+        meaning = ("the norm of its change by storing it as a share of its own norm. Those near "
+                   "zero are stored as float16.")
+    return figure(title, chart, f"One bar a matrix or table, by layer: {meaning}")
 
 
 def all_figures(run: RunFiles) -> Markup:

@@ -1,7 +1,8 @@
 """report.html: a run on one page, in one file that loads nothing.
 
-Header with the result, the figures of `figures`, what was run where, and the full configuration and
-table of tensors folded away. A content security policy forbids scripts and every network access.
+It has a header with the result, the figures of `figures`, what ran where, and, folded away, the
+full configuration and the table of tensors. A content security policy forbids scripts and network
+access.
 """
 
 from collections.abc import Iterable
@@ -15,11 +16,7 @@ from pgolf.files import atomic_write
 from pgolf.progress import format_seconds
 from pgolf.recipes import changes, get, run_name
 from pgolf.report.figures import all_figures
-from pgolf.report.markup import Markup, join, tag
-from pgolf.report.page_style import STYLE
-from pgolf.report.plots import short
-from pgolf.report.read import RunFiles, mapping, number, objects, read_run
-from pgolf.report.words import (
+from pgolf.report.format import (
     GROUPS,
     MISSING,
     NOT_COMPARABLE,
@@ -29,12 +26,16 @@ from pgolf.report.words import (
     si,
     stored_as,
 )
+from pgolf.report.markup import Markup, join, tag
+from pgolf.report.page_style import STYLE
+from pgolf.report.plots import short
+from pgolf.report.read import RunFiles, mapping, number, objects, read_run
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def _value(value: Any) -> str:
-    """A value of a JSON file in words."""
+    """A value of a JSON file as text."""
     if value is None or value == "":
         return MISSING if value is None else "(empty)"
     if isinstance(value, bool):
@@ -91,8 +92,8 @@ def _over_budget(result: dict[str, Any]) -> Markup:
     total, budget = number(result.get("bytes_total")), number(result.get("budget_bytes"))
     if total is None or not budget or total <= budget:
         return Markup()
-    words = f"Over the budget by {decimal(total - budget, 0)} bytes: this is not a valid entry."
-    return tag("p", words, class_="card notice bad", role="alert")
+    message = f"Over the budget by {decimal(total - budget, 0)} bytes: this is not a valid entry."
+    return tag("p", message, class_="card notice bad", role="alert")
 
 
 def _run_facts(run: RunFiles) -> Markup:
@@ -164,8 +165,8 @@ def _folded(title: str, note: str, inside: Markup, columns: bool = False) -> Mar
                tag("div", inside, class_="inside columns" if columns else "inside"))
 
 
-def _called(run: RunFiles) -> tuple[str, Markup]:
-    """What a run is called and what it is: its recipe's title, or all that is not as in there."""
+def _title_and_text(run: RunFiles) -> tuple[str, Markup]:
+    """A run's name, and its recipe's title or, if it has changed settings, these."""
     try:
         config = from_dict(run.config)
         changed, recipe = changes(config), get(config.recipe)
@@ -173,14 +174,14 @@ def _called(run: RunFiles) -> tuple[str, Markup]:
         return _value(run.result.get("recipe")), Markup()
     if not changed:
         return run_name(config), tag("p", recipe.title, class_="under")
-    items = (tag("li", f"{key}={_value(own)} ", tag("small", f"not {_value(theirs)}"))
-             for key, own, theirs in changed)
+    items = (tag("li", f"{key}={_value(own)} ", tag("small", f"not {_value(original)}"))
+             for key, own, original in changed)
     return run_name(config), tag("ul", *items, class_="changed", aria_label="changed settings")
 
 
 def _page(run: RunFiles) -> Markup:
     result = run.result
-    name, what = _called(run)
+    name, what = _title_and_text(run)
     tensors, files = objects(result.get("tensors")), result.get("code_modules")
     files = files if isinstance(files, list) else []
     under = (f"seed {_value(result.get('seed'))} · corpus {_value(result.get('corpus'))} · "
@@ -231,7 +232,7 @@ def write_report(run: Path) -> Path:
 
 
 def report_line(run: Path) -> str:
-    """Write the page that ends a run; its path, or one line that says how to get it.
+    """Write the page that ends a run; returns its path, or one line that says how to get it.
 
     Everything else of the run is written and shown by then: a missing library must not fail it.
     """

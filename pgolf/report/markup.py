@@ -39,10 +39,10 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     A trailing underscore of an attribute's name is dropped (class_), the others become hyphens
     (stroke_width). Attributes that are None are left out; floats are rounded to 0.01.
     """
-    shown = []
+    pairs = []
     for key, value in attributes.items():
         if value is not None:
             value = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
-            shown.append(f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"')
-    opening = f"<{name}{''.join(shown)}>"
+            pairs.append(f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"')
+    opening = f"<{name}{''.join(pairs)}>"
     return Markup(opening if name in _VOID else f"{opening}{join(children)}</{name}>")

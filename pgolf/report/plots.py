@@ -1,8 +1,8 @@
-"""What every figure is drawn with: matplotlib, inlined into the page as SVG.
+"""What all figures share: matplotlib, inlined into the page as SVG.
 
-Figures have the colours of the page's light theme; `inline` makes CSS variables of them, so that
-they follow its dark one, too. Sizes are in the units of the viewBox, which are points to
-matplotlib. Whatever is coloured is also named beside it: colour alone never carries the meaning.
+Figures have the colours of the page's light theme; `inline` turns them into CSS variables, so that
+they follow the dark theme, too. Sizes are in the units of the viewBox, which are points to
+matplotlib. Everything coloured also has its name beside it: colour alone never carries the meaning.
 """
 
 import io
@@ -60,10 +60,10 @@ def new(height: float, width: float = WIDTH) -> Any:
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
-def short(words: Any, limit: int = 32) -> str:
+def short(text: Any, limit: int = 32) -> str:
     """At most `limit` characters on one line, of those that can be drawn."""
-    words = " ".join(printable(words).split())
-    return words if len(words) <= limit else words[: limit - 1] + "…"
+    text = " ".join(printable(text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def in_units(end: float) -> Callable[[float, Any], str]:
@@ -78,7 +78,7 @@ def log_ticks(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axes.dataLim.intervaly
-    low, high = low / 1.3, high * 1.6  # room for words above the highest
+    low, high = low / 1.3, high * 1.6  # space for text above the highest
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     locator = LogLocator(subs=(1, 2, 5))
@@ -89,13 +89,13 @@ def log_ticks(axes: Any) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
 
 
-def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
-    """Positions near the wanted ones, in the same order, `gap` apart where there is room."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [0.0] * len(wanted)
+def spread(positions: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
+    """Positions near the given ones, in the same order, `gap` apart if they fit."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    placed = [0.0] * len(positions)
     floor = lowest
     for i in order:
-        placed[i] = floor = max(wanted[i], floor)
+        placed[i] = floor = max(positions[i], floor)
         floor += gap
     ceiling = highest
     for i in reversed(order):
@@ -104,9 +104,9 @@ def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -
     return placed
 
 
-def _style(words: str) -> str:
+def _style(css: str) -> str:
     """An element's style in the page's colours and font."""
-    kept = [w for w in words.split("; ") if not w.startswith("font-family")]
+    kept = [w for w in css.split("; ") if not w.startswith("font-family")]
     return re.sub(r"#[0-9a-f]{6}", lambda m: _VARIABLES[m[0]], "; ".join(kept))
 
 
@@ -145,7 +145,7 @@ def inline(figure: Any, name: str, label: str, tips: Mapping[str, str]) -> Marku
 
     Args:
         name: of the figure; differs from those of the others on the page.
-        label: the whole figure in words, for screen readers.
+        label: the whole figure as text, for screen readers.
         tips: gid of an artist, `CLASS NUMBER` -> what its tooltip says.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG

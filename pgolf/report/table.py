@@ -8,8 +8,7 @@ import textwrap
 from typing import Any
 
 from pgolf.progress import format_seconds
-from pgolf.report.read import mapping, number
-from pgolf.report.words import (
+from pgolf.report.format import (
     MISSING,
     NOT_COMPARABLE,
     artifact_parts,
@@ -17,6 +16,7 @@ from pgolf.report.words import (
     percent,
     quantisation_cost,
 )
+from pgolf.report.read import mapping, number
 
 WIDTH = 64
 _LABEL, _VALUE = 32, 16
@@ -61,8 +61,8 @@ def _size_rows(result: dict[str, Any]) -> list[str]:
     if total is None:
         return rows
     left = budget - total
-    word = "headroom" if left >= 0 else "OVER THE BUDGET BY"
-    return [*rows, _row(word, decimal(abs(left), 0), percent(abs(left) / budget, 1))]
+    label = "headroom" if left >= 0 else "OVER THE BUDGET BY"
+    return [*rows, _row(label, decimal(abs(left), 0), percent(abs(left) / budget, 1))]
 
 
 def _run_rows(result: dict[str, Any]) -> list[str]:

@@ -109,12 +109,12 @@ def test_names_of_settings_are_unique():
     assert len(names) == len(set(names))
 
 
-def run(name: str, shards, out, *words: str) -> tuple[dict, str]:
+def run(name: str, shards, out, *overrides: str) -> tuple[dict, str]:
     """Two short steps of a recipe at full size: result.json and what was printed."""
     done = subprocess.run(
         [sys.executable, "-m", "pgolf", "train", name, f"data={shards}", f"out={out}",
          "max_seconds=0", "max_steps=2", "seq_len=64", "batch_tokens=128", "val_tokens=256",
-         "stride=32", "score_live=false", "checkpoint_every=0", *words],
+         "stride=32", "score_live=false", "checkpoint_every=0", *overrides],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -140,8 +140,8 @@ def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
 def test_published_form(name, seed_shards, tmp_path):
     """as_published=true, with the published codec; for the last seed, with every codec."""
     every = name == "pr1473"
-    words = ["calibration_sequences=1", *["brotli_quality=9", "codec=auto"] * every]
-    result, printed = run(name, seed_shards, tmp_path / name, "as_published=true", *words)
+    overrides = ["calibration_sequences=1", *["brotli_quality=9", "codec=auto"] * every]
+    result, printed = run(name, seed_shards, tmp_path / name, "as_published=true", *overrides)
     # of the four, only PR 543's fake-quant ran; two steps are at the end of its warm-down
     assert result["as_published"] and (len(result["codecs_tried"]) == 7) == every
     assert result["bytes_model"] == min(result["codecs_tried"].values())

@@ -105,12 +105,12 @@ def lines(chart: ElementTree.Element, colour: str) -> list[ElementTree.Element]:
 
 def test_the_page_shows_the_result_in_one_file_of_its_own(write_run, result, metrics):
     source, page, charts = render(write_run(result, metrics))
-    for words in ("2.0200", "2.0000", "+1.00 %", "1,000 B", "3,000 B headroom", "123,456", "1m15s",
+    for text in ("2.0200", "2.0000", "+1.00 %", "1,000 B", "3,000 B headroom", "123,456", "1m15s",
                   "20 steps, 81.9 k tokens", "3.0300", "wikipedia-leads-en", "640.2 ms/step",
                   "9,876 bytes, 4,321 tokens", "avx2, avx512f", "pgolf/score.py",
                   "different corpora cannot be compared", "blocks.1.mlp.fc.weight", "64 × 32",
                   "int6", "float16", "25.0 %", "3.000 %", "matrix_lr", "rope_base"):
-        assert words in page.text, words
+        assert text in page.text, text
     assert "Over the budget" not in page.text
     # It loads nothing and runs nothing.
     assert not re.search(r"https?:|url\(|@import", source)
@@ -128,12 +128,12 @@ def test_the_page_shows_the_result_in_one_file_of_its_own(write_run, result, met
         assert chart.get("viewBox").startswith("0 0 440 ") and not chart.get("width")
         assert list(chart.iter("text"))
         for element in chart.iter():
-            words = element.get("style", "")
-            used = re.findall(r"(?:fill|stroke): (?!none)([^;]*)", words)
-            assert all(c[6:-1] in LIGHT and c == f"var(--{c[6:-1]})" for c in used), words
-            assert "font-family" not in words
+            text = element.get("style", "")
+            used = re.findall(r"(?:fill|stroke): (?!none)([^;]*)", text)
+            assert all(c[6:-1] in LIGHT and c == f"var(--{c[6:-1]})" for c in used), text
+            assert "font-family" not in text
             if element.tag in ("path", "text", "use"):
-                assert re.search("fill|stroke", words), "black in both themes"
+                assert re.search("fill|stroke", text), "black in both themes"
 
 
 def test_a_figure_is_the_same_again_whatever_the_settings_of_the_caller(draw, result, metrics):

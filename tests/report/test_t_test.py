@@ -37,21 +37,21 @@ def test_incomplete_beta():
 
 
 def test_one_sample():
-    found = t_test([5.1, 4.9, 5.6, 5.8, 5.2], [5.0])
-    assert found.name == "one-sample" and found.freedom == 4
-    assert found.difference == pytest.approx(0.32)
+    result = t_test([5.1, 4.9, 5.6, 5.8, 5.2], [5.0])
+    assert result.name == "one-sample" and result.freedom == 4
+    assert result.difference == pytest.approx(0.32)
     # squares of 0.548 around the mean
-    assert found.t == pytest.approx(0.32 / math.sqrt(0.548 / 20), rel=1e-9)
-    assert found.p == pytest.approx(two_sided(found.t, 4))
+    assert result.t == pytest.approx(0.32 / math.sqrt(0.548 / 20), rel=1e-9)
+    assert result.p == pytest.approx(two_sided(result.t, 4))
 
 
 def test_welch():
-    found = t_test([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0])
-    assert (found.name, found.difference) == ("Welch", -3.0)
+    result = t_test([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0])
+    assert (result.name, result.difference) == ("Welch", -3.0)
     # squared standard errors 1/3 and 5/3
-    assert found.t == pytest.approx(-3 / math.sqrt(2))
-    assert found.freedom == pytest.approx(4 / (1 / 9 / 2 + 25 / 9 / 3))
-    assert found.p == pytest.approx(integrated(found.t, found.freedom), rel=1e-9)
+    assert result.t == pytest.approx(-3 / math.sqrt(2))
+    assert result.freedom == pytest.approx(4 / (1 / 9 / 2 + 25 / 9 / 3))
+    assert result.p == pytest.approx(integrated(result.t, result.freedom), rel=1e-9)
 
 
 def integrated(t: float, freedom: float) -> float:

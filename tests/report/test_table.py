@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from pgolf.report.format import decimal, percent, si
 from pgolf.report.table import result_table
-from pgolf.report.words import decimal, percent, si
 
 
 def rows_of(table: str) -> dict[str, list[str]]:

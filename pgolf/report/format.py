@@ -10,7 +10,7 @@ NOT_COMPARABLE = (
     "Bits per byte depend on the text: scores on different corpora cannot be compared."
 )
 
-# The groups of tensors, and of the artifact's other bytes, in words.
+# Names of the groups of tensors, and of the artifact's other bytes, for readers.
 GROUPS = {
     "attn": "attention",
     "mlp": "MLP",
