@@ -90,13 +90,13 @@ def main(settings: dict[str, Any]) -> int:
     Args:
         settings: the run's configuration, as `from_dict` takes it.
     """
-    words = sys.argv[1:]
+    arguments = sys.argv[1:]
     try:
         config = configure(settings)
         ranks = Ranks.start(config.run.device)
         try:
-            path = Path(words[0] if words else Path(sys.argv[0]).with_name(ARTIFACT))
-            if words == ["train"]:
+            path = Path(arguments[0] if arguments else Path(sys.argv[0]).with_name(ARTIFACT))
+            if arguments == ["train"]:
                 path = train_artifact(config, ranks)
             score_file(path, config, ranks)
         finally:

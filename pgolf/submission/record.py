@@ -33,7 +33,7 @@ from pgolf.training.run_folder import FREE_KEYS, flat, read_config
 SCRIPT = "train_gpt.py"
 # What may differ between the runs of one record.
 OF_ONE_RUN = FREE_KEYS | {"run.seed"}
-# A score is of these, though a run that goes on may change them.
+# A score depends on these, though a resumed run may change them.
 OF_ONE_RUN -= {"eval.stride", "eval.val_tokens", "run.device"}
 NEEDED = ("val_bpb", "val_loss", "steps", "train_seconds", "bytes_model", "provenance")
 # Bits per byte by which two scores of one artifact may differ where sums are taken in another
@@ -43,7 +43,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class About:
-    """What only the author knows.
+    """What only the author can say.
 
     Attributes:
         author, github_id: who submits.
@@ -93,8 +93,8 @@ class Run:
             size = (path / ARTIFACT).stat().st_size
         except FileNotFoundError as e:
             name = Path(e.filename).name
-            how = resume_command(config.recipe, path)
-            raise ConfigError(f"{path} has no {name}: finish the run with `{how}`") from e
+            command = resume_command(config.recipe, path)
+            raise ConfigError(f"{path} has no {name}: finish the run with `{command}`") from e
         except (OSError, ValueError) as e:
             raise ConfigError(f"{path} cannot be read ({e}): train again") from e
         if missing := [key for key in NEEDED if key not in result]:
@@ -157,7 +157,7 @@ class Score:
     Attributes:
         loss: nats a token.
         bpb: bits per byte.
-        note: how it differs from what the run states, in words; '' where no digit does.
+        note: how it differs from the run's score; '' if no digit does.
     """
 
     loss: float
@@ -172,8 +172,8 @@ def verify(run: Run, script: Script, data: str | Path = "") -> Score:
         data: where the run's shards are now, if they were moved.
 
     Raises:
-        DataError: they are not found.
-        PgolfError: the script fails, or finds another score than result.json states.
+        DataError: the shards are not there.
+        PgolfError: the script fails, or its score is not that of result.json.
     """
     dataset = find_dataset(run.path, run.config.data, data)
     environment = os.environ | {
@@ -185,14 +185,14 @@ def verify(run: Run, script: Script, data: str | Path = "") -> Score:
         (folder / SCRIPT).write_bytes(script.data)
         shutil.copy(run.artifact, folder / ARTIFACT)
         done = run_script(SCRIPT, cwd=folder, env=environment, stdout=subprocess.PIPE)
-    found = re.search(r"val_loss:(\S+) val_bpb:(\S+)", done.stdout)
-    if done.returncode or not found:
+    match = re.search(r"val_loss:(\S+) val_bpb:(\S+)", done.stdout)
+    if done.returncode or not match:
         raise PgolfError(f"the script cannot score {run.artifact}: see above")
-    return compared(run, *found.groups())
+    return compared(run, *match.groups())
 
 
 def compared(run: Run, loss: str, bpb: str) -> Score:
-    """The script's score, as printed, held against the run's.
+    """The script's score, as printed, compared with the run's.
 
     Raises:
         PgolfError: they differ by more than rounding explains.
@@ -261,8 +261,9 @@ def submission(
         "pytorch_version": best.result["provenance"]["torch"],
     }
     if len(runs) > 1:
-        found = [r["val_bpb"] for r in results.values()]
-        values |= {"val_bpb_mean": statistics.fmean(found), "val_bpb_std": statistics.stdev(found)}
+        scores = [r["val_bpb"] for r in results.values()]
+        values["val_bpb_mean"] = statistics.fmean(scores)
+        values["val_bpb_std"] = statistics.stdev(scores)
     return values
 
 

@@ -92,8 +92,8 @@ class Script:
     @property
     def libraries(self) -> list[str]:
         """Modules from outside that it imports, by their first name, but for Python's own."""
-        found = {line for source in self.sources.values() for line in _imported(source)}
-        return sorted(found - {PACKAGE, *sys.stdlib_module_names})
+        imported = {line for source in self.sources.values() for line in _imported(source)}
+        return sorted(imported - {PACKAGE, *sys.stdlib_module_names})
 
 
 def build_script(config: Config) -> Script:
@@ -171,22 +171,22 @@ def _smallest(originals: dict[str, str]) -> dict[str, str]:
 
 
 def _named(modules: Iterable[str], codec: str) -> list[str]:
-    """The modules of a list, the packages around them, and the modules of the wanted codecs."""
-    wanted = CODECS if codec == "auto" else (codec, body_codec(codec))
-    codecs = [f"pgolf.codecs.{c}" for c in wanted if c in CODECS]
-    codecs += ["pgolf.codecs.weight_model"] * ("rans" in wanted)
-    found = set()
+    """The modules of a list, the packages around them, and the modules of the codecs in use."""
+    codec_names = CODECS if codec == "auto" else (codec, body_codec(codec))
+    codecs = [f"pgolf.codecs.{c}" for c in codec_names if c in CODECS]
+    codecs += ["pgolf.codecs.weight_model"] * ("rans" in codec_names)
+    names = set()
     for name in (*modules, *codecs):
         package, star, _ = name.partition(".*")
-        found.add(package)
+        names.add(package)
         if star:
             places = find_spec(package).submodule_search_locations
-            found |= {f"{package}.{m.name}" for m in iter_modules(places)}
-    found -= LEFT_OUT
-    for name in list(found):
+            names |= {f"{package}.{m.name}" for m in iter_modules(places)}
+    names -= LEFT_OUT
+    for name in list(names):
         parts = name.split(".")
-        found |= {".".join(parts[:n]) for n in range(1, len(parts))}
-    return sorted(found)
+        names |= {".".join(parts[:n]) for n in range(1, len(parts))}
+    return sorted(names)
 
 
 def _source(module: str) -> str:
@@ -196,12 +196,11 @@ def _source(module: str) -> str:
 
 
 def _never_asked(source: str) -> str:
-    """A module without what nobody asks a script for.
+    """A module without the parts that a script never uses.
 
-    That is what `--help` says of a setting, the least work of an operator, its samples unless it
-    has Triton kernels, to which alone `pgolf.ops.compile` introduces a script by them, how it calls
-    the compiled half, which no script has, and `pgolf train`, whose place `pgolf.submission.entry`
-    takes.
+    These are the `--help` texts of settings, the least work of operators, their calls of the
+    compiled half, which no script has, and `pgolf train`, which `pgolf.submission.entry` replaces.
+    Samples stay for operators with Triton kernels only, which `pgolf.ops.compile` compiles first.
     """
     tree = ast.parse(source)
     unasked = {"cost", "run"} | ({"samples"} if "in_triton(" not in source else set())
@@ -226,10 +225,10 @@ def _without_unnamed(sources: dict[str, str], loader: str) -> dict[str, str]:
     A word in a string is a name too, since `getattr` takes it; of a method nothing is known.
     """
     trees = {name: ast.parse(text) for name, text in sources.items()}
-    words = {node: _words(node) for tree in trees.values() for node in tree.body}
+    inside = {node: _name_counts(node) for tree in trees.values() for node in tree.body}
     named: Counter[str] = Counter()
-    for found in (*words.values(), *map(_words, ast.parse(loader).body)):
-        named.update(found)
+    for counts in (*inside.values(), *map(_name_counts, ast.parse(loader).body)):
+        named.update(counts)
     gone: set[tuple[str, str]] = set()
     unnamed = True
     while unnamed:
@@ -237,12 +236,12 @@ def _without_unnamed(sources: dict[str, str], loader: str) -> dict[str, str]:
             (module, node)
             for module, tree in trees.items()
             for node in tree.body
-            if _plain(node) and named[node.name] <= words[node][node.name]
+            if _plain(node) and named[node.name] <= inside[node][node.name]
         ]
         for module, node in unnamed:
             gone.add((module, node.name))
             trees[module].body.remove(node)
-            named.subtract(words[node])
+            named.subtract(inside[node])
     smaller = {module for module, _ in gone}
     for module, tree in trees.items():
         for node in [n for n in tree.body if isinstance(n, ast.ImportFrom)]:
@@ -265,19 +264,19 @@ def _plain(node: ast.stmt) -> bool:
     return all(ast.unparse(d) in harmless for d in node.decorator_list)
 
 
-def _words(statement: ast.stmt) -> Counter[str]:
+def _name_counts(statement: ast.stmt) -> Counter[str]:
     """How often one of a module names what, in a string too; a plain import does not count."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in ast.walk(statement):
         if isinstance(node, ast.ImportFrom):
-            found.update(a.name for a in node.names if a.asname or node is not statement)
+            counts.update(a.name for a in node.names if a.asname or node is not statement)
         elif isinstance(node, ast.Name):
-            found[node.id] += 1
+            counts[node.id] += 1
         elif isinstance(node, ast.Attribute):
-            found[node.attr] += 1
+            counts[node.attr] += 1
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.update(re.findall(r"\w+", node.value))
-    return found
+            counts.update(re.findall(r"\w+", node.value))
+    return counts
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What is to be read in a record folder: README.md, the logs, requirements.txt."""
+"""The texts of a record folder: README.md, the logs, requirements.txt."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import packages_distributions, version
@@ -52,7 +52,7 @@ What differs from pgolf's defaults:
 
 
 def code_parts(parts: Mapping[str, int]) -> str:
-    """What the bytes of a script are for, in words."""
+    """The bytes of a script by purpose, as a phrase."""
     return (
         f"{parts['scoring']:,} for scoring ({parts['decoder']:,} of them for the artifact's "
         f"codec), {parts['training']:,} more for training"
@@ -60,7 +60,7 @@ def code_parts(parts: Mapping[str, int]) -> str:
 
 
 def of_seeds(values: Mapping[str, Any]) -> str:
-    """What several seeds found, to follow the score of the one that is shipped."""
+    """The scores of several seeds, as a phrase that follows the shipped run's score."""
     if "val_bpb_mean" not in values:
         return ""
     mean, std = values["val_bpb_mean"], values["val_bpb_std"]
@@ -125,6 +125,6 @@ def console_log(metrics: Sequence[dict[str, Any]], result: dict[str, Any], code:
 def requirements(modules: Iterable[str]) -> str:
     """requirements.txt: the distributions that these modules are from, as they are installed."""
     distributions = packages_distributions()
-    found = {distributions[module][0] for module in modules}
+    packages = {distributions[module][0] for module in modules}
     # A local part, such as +cu130, names a build that an index may not have.
-    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(found))
+    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages))

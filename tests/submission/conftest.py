@@ -47,12 +47,12 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def config(shards) -> Config:
     """A model with every technique that trains in milliseconds, with one codec."""
-    words = dict(word.split("=") for word in TINY)
-    words |= {
+    settings = dict(word.split("=") for word in TINY)
+    settings |= {
         "data": str(shards), "tokenizer": str(shards / "tokenizer.model"), "codec": "zstd",
         "out": "runs/somewhere", "device": "cpu", "documents": "true",
     }  # fmt: skip
-    return with_overrides(Config(recipe="demo"), words)
+    return with_overrides(Config(recipe="demo"), settings)
 
 
 @pytest.fixture(scope="session")
@@ -124,10 +124,10 @@ def alone(script, one_run, shards, hidden, tmp_path):
     (folder / "train_gpt.py").write_bytes(script.data)
     (folder / "artifact").write_bytes((one_run / "artifact").read_bytes())
 
-    def run(*words: str, launcher: tuple[str, ...] = (), **environment: str) -> SimpleNamespace:
+    def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> SimpleNamespace:
         names = {**os.environ, **hidden, "DATA_PATH": str(shards), **environment}
         return subprocess.run(
-            [sys.executable, *launcher, *(words or ("train_gpt.py",))],
+            [sys.executable, *launcher, *(arguments or ("train_gpt.py",))],
             cwd=folder, env=names, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
 

@@ -51,8 +51,8 @@ def script_alone(monkeypatch, hidden):
     """The script is run where no process finds pgolf; its size by part is not measured."""
     run = subprocess.run
 
-    def run_hidden(words, *, env, **how):
-        return run(words, env=env | hidden, **how)
+    def run_hidden(command, *, env, **options):
+        return run(command, env=env | hidden, **options)
 
     monkeypatch.setattr(record.subprocess, "run", run_hidden)
     parts = {"scoring": 20_123, "training": 30_456, "decoder": 1_789}
@@ -61,8 +61,8 @@ def script_alone(monkeypatch, hidden):
 
 def test_writes_the_folder(two_runs, tmp_path, script_alone, capsys):
     out = tmp_path / "record"
-    words = ["--author", "A. Name", "--github-id", "aname", "--date", "2026-11-26"]
-    assert main(["submit", *map(str, two_runs), "--out", str(out), *words]) == 0
+    options = ["--author", "A. Name", "--github-id", "aname", "--date", "2026-11-26"]
+    assert main(["submit", *map(str, two_runs), "--out", str(out), *options]) == 0
     results = {r.name: json.loads((r / "result.json").read_text()) for r in two_runs}
     best = two_runs[1]
     values = json.loads((out / "submission.json").read_text())
@@ -153,8 +153,8 @@ def test_finds_data_that_moved_or_says_how_to_name_them(copied, shards, script_a
     with pytest.raises(DataError, match="no folder /gone/data/words; name .* data=FOLDER"):
         write_record([copied], out, ABOUT)
     author = os.fsdecode(b"Ren\xe9")  # from a terminal that is not UTF-8
-    words = [f"data={shards}", "--out", str(out), "--author", author, "--blurb", author]
-    assert main(["submit", str(copied), *words]) == 0
+    options = [f"data={shards}", "--out", str(out), "--author", author, "--blurb", author]
+    assert main(["submit", str(copied), *options]) == 0
     assert "Ren\\udce9" in (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -168,10 +168,10 @@ def test_pack_replaces_no_scored_artifact(copied, tmp_path, monkeypatch, capsys)
     before = artifact.read_bytes()
     other.write_text("mine")
     (tmp_path / "link").symlink_to(artifact)
-    for out, words in ((artifact, "scores"), (tmp_path / "link", "scores"), (other, "no artifact")):
+    for out, text in ((artifact, "scores"), (tmp_path / "link", "scores"), (other, "no artifact")):
         assert main(["pack", str(copied), "--out", str(out)]) == 2
-        said = capsys.readouterr().err
-        assert words in said and "--force" in said
+        output = capsys.readouterr().err
+        assert text in output and "--force" in output
     assert main(["pack", str(copied), "--out", "."]) == 2
     assert "it is a folder" in capsys.readouterr().err
     # with it, what stops packing here is that this run kept no checkpoint

@@ -106,7 +106,7 @@ def test_refuses_a_damaged_artifact(alone):
 
 
 @pytest.mark.parametrize(
-    "artifact, environment, words",
+    "artifact, environment, message",
     [
         ("gone", {}, "gone: no such file"),
         ("damaged", {"TOKENIZER_PATH": "here"}, "damaged: wrong checksum"),
@@ -115,8 +115,9 @@ def test_refuses_a_damaged_artifact(alone):
         ("here", {"TOKENIZER_PATH": "here"}, "here is not the tokenizer of here"),
     ],
 )
-def test_says_what_is_missing(artifact, environment, words, one_run, config, tmp_path, monkeypatch,
-                              capsys):  # fmt: skip
+def test_says_what_is_missing(
+    artifact, environment, message, one_run, config, tmp_path, monkeypatch, capsys
+):
     for name in ("here", "damaged"):
         shutil.copy(one_run / "artifact", tmp_path / name)
     damage(tmp_path / "damaged")
@@ -127,7 +128,7 @@ def test_says_what_is_missing(artifact, environment, words, one_run, config, tmp
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert entry.main(to_dict(with_overrides(config, {"tokenizer": ""}))) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

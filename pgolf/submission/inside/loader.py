@@ -11,9 +11,9 @@ from importlib.machinery import ModuleSpec
 class Bundle(importlib.abc.SourceLoader):
     """Finds and loads the bundled modules; their files seem to lie in a folder named as the script.
 
-    What is not bundled is not found elsewhere either: every module has an empty search path, and
-    a module of the package that is not there is an empty one, of which every name is None. A module
-    may so import, for what a script never does, from one that a script leaves out.
+    Modules outside the bundle are not found elsewhere: every module has an empty search path. A
+    module of the package that is not bundled is an empty one in which every name is None. So a
+    bundled module may import from one that is left out, for what a script never does.
     """
 
     sources = dict(zip(parts[1::2], parts[2::2], strict=True))  # noqa: F821

@@ -1,4 +1,4 @@
-"""In place of pgolf.training.phases: a script keeps no ledger."""
+"""In place of pgolf.training.phases: a script does not time its phases."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""In place of pgolf.training.run_data: a script goes on with no run, so it notes no data."""
+"""In place of pgolf.training.run_data: a script resumes no run, so it records no data."""
 
 from pathlib import Path
 
