@@ -100,7 +100,7 @@ def start(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 def _settled(
     recipe: Recipe, settings: dict[str, Any]
 ) -> tuple[Config, Mapping[str, str], bool]:
-    """(configuration, what the environment gave of it, whether nobody named a vocab_size)."""
+    """(configuration, its keys from the environment, whether no vocab_size was given)."""
     presets = {key: switch(key, settings.pop(key)) for key in PRESETS if key in settings}
     given = {key: find_key(key)[1].name for key in settings}
     environment = {k: v for k, v in environment_overrides().items() if k not in given.values()}
@@ -123,7 +123,7 @@ def _settled(
 
 
 def _device(settings: Mapping[str, Any]) -> str:
-    """What a run was to compute on, as far as settings that may be wrong tell."""
+    """The device of a run, as far as settings that may be wrong tell."""
     given = {key.removeprefix("run."): str(value) for key, value in settings.items()}
     if "device" in given or SWITCH.get(given.get("resume", "false").lower()) is not True:
         return given.get("device", "auto")
@@ -150,9 +150,9 @@ def switch(key: str, value: Any) -> bool:
 def _going_on(
     recipe: Recipe, presets: Mapping[str, bool], overrides: Mapping[str, Any], run: Path
 ) -> Config:
-    """The settings of a run that goes on."""
+    """The settings of a resumed run."""
     from pgolf.training.run_folder import resumed_config
 
     if presets.get("quick"):
-        raise ConfigError("quick=true is for a new run: one that goes on keeps its settings")
+        raise ConfigError("quick=true is for a new run: a resumed run keeps its settings")
     return resumed_config(recipe.name, presets.get("as_published"), overrides, run)

@@ -36,10 +36,10 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def writable_file(path: Path | str) -> Path:
-    """Where a file is written that is called `path`: links followed.
+    """The file that a write to `path` replaces: `path` with its links followed.
 
     Raises:
-        StorageError: a folder or a device stands there.
+        StorageError: it is a folder or a device.
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():
@@ -50,10 +50,10 @@ def writable_file(path: Path | str) -> Path:
 
 
 def _writable_folder(path: Path | str) -> Path:
-    """Where a folder is made that is called `path`: links followed.
+    """The folder that a write to `path` replaces: `path` with its links followed.
 
     Raises:
-        StorageError: it could not be replaced; whoever stands in it would stand nowhere.
+        StorageError: it is the working directory or contains it, and so cannot be replaced.
     """
     real = Path(os.path.realpath(path))
     here = Path.cwd()
@@ -79,7 +79,7 @@ def claim(path: Path | str, wait: bool = False) -> Iterator[Path]:
 
     Args:
         path: need not exist.
-        wait: for the process that has it, after saying so, in place of InUseError.
+        wait: for the process that has it, after a message, instead of raising InUseError.
 
     Yields:
         `path` with its links followed.

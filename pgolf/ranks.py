@@ -37,8 +37,8 @@ class Ranks:
     """This process among all of a run.
 
     Attributes:
-        control: the group in which processes exchange numbers of the host's, by gloo: what is
-            decided between steps must not wait for a GPU. None: the group of the tensors.
+        control: the group in which processes exchange the host's numbers, by gloo: decisions
+            between steps must not wait for a GPU. None: the group of the tensors.
         roll_call: who is missing; None in a run of one process.
     """
 
@@ -137,7 +137,7 @@ class Ranks:
 
         Args:
             step: that it works on.
-            phase: what it does there besides, for people.
+            phase: what else it does there, for messages.
 
         Raises:
             LostRank: one did, or is gone.
@@ -160,10 +160,10 @@ class Ranks:
             set_timeout(TIMEOUT, self.control)
 
     def lost(self, waited: str = "") -> LostRank:
-        """What this rank ends with because another one has, or does not answer.
+        """The error that ends this rank because another one has ended or does not answer.
 
         Args:
-            waited: for how long it was waited for; '': it is gone.
+            waited: how long this rank waited; '': the other one is gone.
         """
         signal.alarm(END)  # a GPU that waits for the others would hold the process
         ended, message, *_ = self.roll_call.first_words() or self._missing(waited)
@@ -171,7 +171,7 @@ class Ranks:
         return LostRank(message, self.rank != speaker, ended)
 
     def _missing(self, waited: str) -> tuple[list[int], str]:
-        """(Ranks that can say nothing themselves, what is said of them)."""
+        """(ranks that cannot report themselves, the message about them)."""
         missing, silent = self.roll_call.missing()
         what = f"did not answer for {waited}" if waited else "ended without a word: killed?"
         if missing and not silent:

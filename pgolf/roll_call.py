@@ -13,7 +13,7 @@ import time
 
 from torch.distributed import PrefixStore, Store
 
-INTERVAL = 0.5  # seconds between looks whether somebody asks
+INTERVAL = 0.5  # seconds between checks for a call
 ANSWER = 4.0  # seconds in which a process that lives has answered
 _runs = itertools.count()  # of this process: the store outlives each
 

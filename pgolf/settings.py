@@ -16,7 +16,7 @@ class ModelConfig:
 
     vocab_size: int = opt(
         1024,
-        "rows of the token table; where it is not given, at most the tokenizer's pieces",
+        "rows of the token table; if not given, at most the tokenizer's pieces",
         ge=4,
         le=65536,
     )
@@ -44,7 +44,7 @@ class ModelConfig:
         renamed={"seed": "plain"},
     )
     bos_id: int = opt(1, "id of the document start, for smear=bos_masked and documents", ge=0)
-    documents: bool = opt(False, "attention, SmearGate and bigrams see their own document alone")
+    documents: bool = opt(False, "attention, SmearGate and bigrams see only their own document")
     resid_mix: str = opt(
         "identity",
         "x0 mixing: off, or its init (identity (1,0) or PR 478's phase)",
@@ -194,11 +194,11 @@ class QuantConfig:
         "rows",
         "rows: k-bit codes with a clip and a step for each row; uniform: one step a matrix, times "
         "column steps from the Hessian, no clip: the entropy coder pays for what is used. With "
-        "gptq, bits then only set how fine the whole is, and 16 stays fp16",
+        "gptq, bits then only set how fine all steps are, and 16 stays fp16",
         choices=("rows", "uniform"),
     )
     width: float = opt(
-        4.5, "grid=uniform: rms weights that the largest code of the nominal bits is worth", gt=0
+        4.5, "grid=uniform: the largest code of the nominal bits, in rms of the weights", gt=0
     )
     rate_weight: float = opt(
         0.0, "grid=uniform: weight of the bits against the error when a code is chosen", ge=0, le=10
@@ -213,14 +213,14 @@ class QuantConfig:
         choices=("train", "self"),
     )
     calibration_sequences: int = opt(
-        64, "sequences of seq_len tokens of it; an eighth more judge the result", ge=1, le=65536
+        64, "its sequences of seq_len tokens; an eighth more judge the result", ge=1, le=65536
     )
-    calibration_temperature: float = opt(0.8, "of calibration=self", gt=0, le=100)
+    calibration_temperature: float = opt(0.8, "temperature of calibration=self", gt=0, le=100)
     qat_start: float = opt(
-        0.9, "share of the run at which fake-quant goes on; 1 = never", ge=0, le=1
+        0.9, "share of the run at which fake-quant starts; 1 = never", ge=0, le=1
     )
     qat_start_lr: float = opt(
-        0.15, "learning-rate multiplier below which it goes on, for schedule=iterations", ge=0, le=1
+        0.15, "learning-rate multiplier below which it starts, for schedule=iterations", ge=0, le=1
     )
     qat_clip_mask: bool = opt(False, "in late QAT, no gradient for weights whose code is clipped")
     qat_lr_scale: float = opt(1.0, "learning-rate factor from then on (PR 543: 0.5)", gt=0, le=1)
@@ -246,8 +246,8 @@ class ArtifactConfig:
     budget_bytes: int = opt(16_000_000, "limit of code + model; 0 = none", ge=0)
     fit_to_budget: bool = opt(
         False,
-        "choose the steps of all matrices together so that code + model fill the budget; not "
-        "given, true with grid=uniform, quantizer=gptq and a budget that is",
+        "choose the steps of all matrices together so that code + model fill the budget; if not "
+        "given, true with grid=uniform, quantizer=gptq and a given budget",
     )
     prune_to_fit: bool = opt(True, "zero the cheapest codes of +-1 if the budget is exceeded")
 
@@ -260,8 +260,8 @@ class DataConfig:
     tokenizer: str = opt("", "SentencePiece model; '' = the one that belongs to the shards")
     order: str = opt(
         "sequential",
-        "of sequences: sequential = as shards have them; coprime = evenly from all shards; "
-        "shuffled = by chance from all shards",
+        "order of sequences: sequential = as in the shards; coprime = evenly from all shards; "
+        "shuffled = at random from all shards",
         choices=("sequential", "coprime", "shuffled"),
     )
     held_out: str = opt(
@@ -269,10 +269,10 @@ class DataConfig:
         "training shards that hold a held-out document: refuse them, or allow it and say so",
         choices=("refuse", "allow"),
     )
-    seq_len: int = opt(2048, "tokens a sequence", ge=8, le=65536)
-    batch_tokens: int = opt(786_432, "tokens a step over all ranks", ge=8)
+    seq_len: int = opt(2048, "tokens per sequence", ge=8, le=65536)
+    batch_tokens: int = opt(786_432, "tokens per step, over all ranks", ge=8)
     micro_tokens: int = opt(
-        98_304, "tokens a pass and rank, at most, and a slice of order=sequential", ge=8
+        98_304, "tokens per pass and rank, at most; also a slice of order=sequential", ge=8
     )
 
 
@@ -283,7 +283,7 @@ class EvalConfig:
     stride: int = opt(64, "targets scored by each window after the first", ge=1)
     val_tokens: int = opt(0, "validate on the first N tokens only; 0 = all", ge=0)
     val_every: int = opt(0, "steps between validations while training; 0 = only at the end", ge=0)
-    eval_tokens: int = opt(65_536, "tokens a forward pass in evaluation, at most", ge=8)
+    eval_tokens: int = opt(65_536, "tokens per forward pass in evaluation, at most", ge=8)
     score_live: bool = opt(True, "also score the weights before quantisation with the same windows")
 
 
@@ -293,7 +293,7 @@ class RunConfig:
 
     seed: int = opt(1337, "of the initial weights and the order of sequences", ge=0, le=2**31 - 1)
     out: str = opt("", "run folder; '' = runs/RECIPE-seedSEED, with -2, -3 ... if that exists")
-    resume: bool = opt(False, "go on from the newest checkpoint in out=FOLDER")
+    resume: bool = opt(False, "continue from the newest checkpoint in out=FOLDER")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     compute_dtype: str = opt(
         "auto",
@@ -308,8 +308,8 @@ class RunConfig:
     )
     ops: str = opt(
         "",
-        "implementations of operators, as xsa=triton,newton_schulz=reference, or one word for all "
-        "(where one has no such kernels: the reference); '' = auto for each, see pgolf doctor",
+        "implementations of operators, as xsa=triton,newton_schulz=reference, or one name for all "
+        "(operators without such kernels run the reference); '' = auto for each, see pgolf doctor",
     )
     compile: str = opt("auto", "torch.compile; auto = on CUDA only", choices=("auto", "on", "off"))
     compile_warmup: int = opt(3, "steps off the clock to compile, then undone", ge=1, le=100)
@@ -329,8 +329,8 @@ class RunConfig:
     checkpoint_every: int = opt(
         200, "steps between checkpoints, and one at the end; 0 = none", ge=0
     )
-    profile: str = opt("", "steps, as 10:13, whose trace goes to profile-10-13.json.gz; '' = none")
-    log: str = opt("", "metrics go there too: tensorboard, trackio; pip install 'pgolf[log]'")
+    profile: str = opt("", "steps to trace, as 10:13, into profile-10-13.json.gz; '' = none")
+    log: str = opt("", "also send metrics to tensorboard, trackio; pip install 'pgolf[log]'")
 
 
 def profiled_steps(text: str) -> tuple[int, int]:

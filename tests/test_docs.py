@@ -20,13 +20,13 @@ def text(name: str) -> str:
 
 def defined(file: Path) -> set[str]:
     """Functions and classes of a module, methods as `Class.method`."""
-    found = set()
+    names = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
-    return found
+            names |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+    return names
 
 
 def test_the_walks_name_what_there_is():

@@ -71,9 +71,9 @@ def everything(root: Path) -> set[str]:
 def prove(root: Path, mode: str = "changed", versions=VERSIONS, failed: str = "") -> set[str]:
     """What ran in a session in which all passes but one test."""
     proofs, ran = Proofs(mode, root, lambda: versions), set()
-    found = list(items(root))
-    proofs.pytest_collection_modifyitems(found)
-    for item in found:
+    collected = list(items(root))
+    proofs.pytest_collection_modifyitems(collected)
+    for item in collected:
         if item.added:
             report(proofs, item, "setup", "skipped")
         else:
@@ -97,8 +97,8 @@ def touch(file: Path) -> None:
 def test_nothing_changed(root):
     before = (root / STAMP).read_bytes()
     assert prove(root) == set() and (root / STAMP).read_bytes() == before
-    (item, *_) = found = list(items(root))
-    Proofs("changed", root, lambda: VERSIONS).pytest_collection_modifyitems(found)
+    (item, *_) = collected = list(items(root))
+    Proofs("changed", root, lambda: VERSIONS).pytest_collection_modifyitems(collected)
     assert [m.kwargs["reason"] for m in item.added] == ["unchanged since tests/proved.json"]
     assert prove(root, "all") == everything(root)
 

@@ -74,13 +74,13 @@ def _parser() -> Parser:
     p.add_argument("--text", nargs="+", required=True, metavar="PATH",
                    help="text, JSON or Parquet files, folders, or - for a pipe")  # fmt: skip
     p.add_argument("--field", metavar="NAME",
-                   help=f"of a record that holds its text (default: {FIELD})")  # fmt: skip
+                   help=f"field of a record with its text (default: {FIELD})")  # fmt: skip
     p.add_argument("--out", required=True, metavar="DIR",
                    help="folder to write; the same corpus there is replaced")  # fmt: skip
     p.add_argument("--force", action="store_true",
                    help="replace a folder prepared from another corpus too")  # fmt: skip
     p.add_argument("--name", help="id of the corpus (default: from the first PATH)")
-    p.add_argument("--license", default="unknown", help="of the text, noted in the manifest")
+    p.add_argument("--license", default="unknown", help="license of the text, for the manifest")
     p.add_argument("--vocab-size", type=int, metavar="N",
                    help=f"pieces of the tokenizer to train (default: {VOCAB_SIZE})")  # fmt: skip
     p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead")
@@ -103,7 +103,7 @@ def _parser() -> Parser:
     ):
         q = commands.add_parser(name, help=what, description=text, formatter_class=raw)
         q.add_argument("folder", metavar="DIR", help="a folder of shards")
-        q.add_argument("--tokenizer", metavar="FILE", help="if it lies elsewhere")
+        q.add_argument("--tokenizer", metavar="FILE", help="if it is elsewhere")
     return parser
 
 
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
     """Run `pgolf data` with the arguments behind it; 0 if all went well.
 
     Raises:
-        PgolfError: what the user can mend.
+        PgolfError: for what the user can fix.
     """
     args = _parser().parse_args(argv)
     if args.command == "prepare":

@@ -13,11 +13,11 @@ from pgolf.training.run_folder import read_config
 
 
 def main(argv: list[str]) -> int:
-    """Write the folder, say what is in it."""
+    """Write the folder and print what is in it."""
     parser = Parser(
         prog="pgolf submit",
         description="Write the contest's record folder: one self-contained script with all code, "
-        "the artifact of the best run, README, submission.json, a log for each seed. The script "
+        "the artifact of the best run, README, submission.json and a log for each seed. The script "
         "scores the artifact in an empty folder before anything is written.",
         epilog="example: pgolf submit runs/pr1473-seed* --author 'A. Name' --github-id aname",
     )
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", default="", help="the runs' shards, if they were moved")
     parser.add_argument("--out", type=Path, help="folder to write; default: DATE_NAME")
     parser.add_argument("--author", default="", help="your name, for submission.json")
-    parser.add_argument("--github-id", default="", help="your name on GitHub, likewise")
-    parser.add_argument("--name", help="of the record; default: the recipe's, and if it is changed")
+    parser.add_argument("--github-id", default="", help="your name on GitHub, for submission.json")
+    parser.add_argument("--name", help="of the record; default: the recipe's, marked if changed")
     parser.add_argument("--blurb", help="one sentence; default: the recipe's title, or its changes")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="today")
     parser.add_argument("--track", help="default: track_10min_16mb for a contest recipe")

@@ -1,5 +1,5 @@
-"""Operators: one file each, with the formula, its source, the pure torch reference, and the table
-of implementations. The functions named here can be used alone: `from pgolf.ops import xsa`.
+"""Operators: one file each, with the formula, its source, the pure torch reference and the table
+of implementations. The functions named here work alone: `from pgolf.ops import xsa`.
 """
 
 from pgolf.ops.attention import attention

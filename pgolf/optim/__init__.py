@@ -1,7 +1,8 @@
 """Optimisers: `muon`, and AdamW beside it in the `groups` of a model's parameters.
 
-A step goes through torch's optimisers or through the kernels of `fused`. `schedule` says how much
-of everything by the share of the run, and `averaging` follows the weights (EMA, SWA).
+A step runs torch's optimisers or the kernels of `fused`. `layout` deals the matrices out to ranks,
+`exchange` sends gradients and weights between them. `schedule` gives the rates by the share of the
+run, and `averaging` averages weights (EMA, SWA).
 """
 
 from pgolf.optim.muon import Muon
