@@ -1,9 +1,9 @@
 """`python -m bench ops --against CHECKOUT`: the same operators in two checkouts, by paired ratios.
 
-A pair is a process of each, one right after the other, so that a busy neighbour meets both; which
-is first changes from pair to pair. Each process runs `bench ops` of its own checkout, for one
-operator, and its median is one number: rounds of one process share where its memory lies, and are
-no independent witnesses.
+A pair is a process of each, one right after the other, so that other load slows both; which is
+first changes from pair to pair. Each process runs `bench ops` of its own checkout, for one
+operator, and its median is one number: the rounds of one process share its memory layout and are
+not independent.
 """
 
 import argparse
@@ -57,20 +57,20 @@ def compare(
         raise PgolfError(f"--pairs {args.pairs} shows no spread: at least 2")
     if args.plot:
         raise PgolfError("--plot draws times, not ratios: leave out --against or --plot")
-    words = _words(args, device, dtypes)
+    arguments = _arguments(args, device, dtypes)
     lines: list[schema.Paired] = []
     print(f"times here / times in {other}; the ratio's 95 % interval, of {args.pairs} pairs")
     with Progress("pairs", len(operators) * args.pairs, "pairs") as progress:
         for name in operators:
             progress.note = name
             try:
-                pairs = _pairs(other, ["--op", name, *words], args.pairs, progress)
-                found = _ratios(name, pairs, setting, args.cold)
+                pairs = _pairs(other, ["--op", name, *arguments], args.pairs, progress)
+                ratios = _ratios(name, pairs, setting, args.cold)
             except NoFigures as e:
                 print(f"\n{name} is not compared: {e}")
                 continue
-            print(f"\n{name}\n{_shown(found)}")
-            lines += found
+            print(f"\n{name}\n{_shown(ratios)}")
+            lines += ratios
             if args.json:
                 schema.write_jsonl(args.json, lines)
     if not lines:
@@ -80,30 +80,30 @@ def compare(
     return 1 if slower else 0
 
 
-def _words(args: argparse.Namespace, device: torch.device, dtypes: Sequence[str]) -> list[str]:
+def _arguments(args: argparse.Namespace, device: torch.device, dtypes: Sequence[str]) -> list[str]:
     """The options that both checkouts are given."""
-    words = ["--providers", *(args.providers or OURS[device.type]), "--dtype", *dtypes]
-    words += ["--mode", *args.mode, "--device", device.type, "--malloc", args.malloc]
-    words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
-    words += ["--sample", *args.sample] if args.sample else []
-    words += ["--threads", str(args.threads)] if args.threads else []
-    return words + ["--cold"] * args.cold + ["--all"] * args.all
+    arguments = ["--providers", *(args.providers or OURS[device.type]), "--dtype", *dtypes]
+    arguments += ["--mode", *args.mode, "--device", device.type, "--malloc", args.malloc]
+    arguments += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
+    arguments += ["--sample", *args.sample] if args.sample else []
+    arguments += ["--threads", str(args.threads)] if args.threads else []
+    return arguments + ["--cold"] * args.cold + ["--all"] * args.all
 
 
 def _pairs(
-    other: Path, words: list[str], count: int, progress: Progress
+    other: Path, arguments: list[str], count: int, progress: Progress
 ) -> list[tuple[Lines, Lines]]:
     """What both checkouts measure, this one's first in each pair, whichever ran first."""
     pairs = []
     for turn in range(count):
         both = [HERE, other]
-        made = [measure(checkout, words) for checkout in both[:: 1 if turn % 2 == 0 else -1]]
+        made = [measure(checkout, arguments) for checkout in both[:: 1 if turn % 2 == 0 else -1]]
         pairs.append(tuple(made if turn % 2 == 0 else reversed(made)))
         progress.update(1)
     return pairs
 
 
-def measure(checkout: Path, words: list[str]) -> Lines:
+def measure(checkout: Path, arguments: list[str]) -> Lines:
     """The lines of `bench ops` of a checkout, in a process of its own.
 
     Raises:
@@ -112,18 +112,18 @@ def measure(checkout: Path, words: list[str]) -> Lines:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lines.jsonl"
         done = subprocess.run(
-            [sys.executable, "-m", "bench", "ops", *words, "--json", str(file)],
+            [sys.executable, "-m", "bench", "ops", *arguments, "--json", str(file)],
             cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)},
             capture_output=True, text=True,
         )  # fmt: skip
         written = file.read_text().splitlines() if file.exists() else []
-    found = [json.loads(text) for text in written]
-    if not found:
+    lines = [json.loads(text) for text in written]
+    if not lines:
         spoken = done.stdout.splitlines() if done.returncode in (0, 1) else done.stderr.splitlines()
         why = [text.strip() for text in spoken if "not here" in text or "WRONG" in text]
         last = why or [text.strip() for text in spoken if text.strip()] or ["it says nothing"]
         raise NoFigures(f"no figures in {checkout}: {last[-1]}")
-    return {(line["sample"], line["dtype"], line["mode"], line["provider"]): line for line in found}
+    return {(line["sample"], line["dtype"], line["mode"], line["provider"]): line for line in lines}
 
 
 def _ratios(
@@ -137,15 +137,15 @@ def _ratios(
         raise NoFigures(f"no case was timed in both: {here} here, {there} there")
     lines = []
     for case in common:
-        ours, theirs = ([pair[i][case]["median_ms"] for pair in pairs] for i in (0, 1))
-        ratio, low, high = interval([a / b for a, b in zip(ours, theirs, strict=True)])
+        ours, other = ([pair[i][case]["median_ms"] for pair in pairs] for i in (0, 1))
+        ratio, low, high = interval([a / b for a, b in zip(ours, other, strict=True)])
         sample, dtype, mode, provider = case
         lines.append(
             schema.Paired(
                 **asdict(setting),
                 operator=name, provider=provider, mode=mode, sample=sample, dtype=dtype, cold=cold,
                 rounds=first[0][case]["rounds"], pairs=len(pairs),
-                median_ms=median(ours), other_median_ms=median(theirs),
+                median_ms=median(ours), other_median_ms=median(other),
                 ratio=ratio, ratio_low=low, ratio_high=high,
                 other_commit=first[1][case].get("commit"),
             )

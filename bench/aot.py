@@ -23,26 +23,26 @@ read registers, shared memory, spills and instructions from the result. Needs tr
 g++, but no GPU: nothing runs, and no time is measured. Without an nvcc in $CUDA_HOME/bin or on
 PATH: pip install -e '.[nvcc]'.
 
-Checked always: nothing spills to local memory, shared memory fits into a block of an H100 (232,448
-bytes), blocks that are meant to share an SM (PER_SM) fit there, the instructions that a kernel is
-built around are there (REQUIRED in bench/aot_checks.py), and every row of configs.json is reached
-by a launch of bench/aot_cases.py. Checked where the table knows the installed versions of triton
-and ptxas, or of nvcc: every figure is the one in the table; of those of executed instructions,
-which bench/aot_items.py declares the loops of, none is more than 5 % worse.
+It always checks that nothing spills to local memory, that shared memory fits into a block of an
+H100 (232,448 bytes), that blocks meant to share an SM (PER_SM) fit there, that kernels have their
+required instructions (REQUIRED in bench/aot_checks.py), and that launches of bench/aot_cases.py
+reach every row of configs.json. If the table knows the installed versions of triton and ptxas, or
+of nvcc, it also checks that every figure is the one in the table, and that executed instructions,
+with the loops declared in bench/aot_items.py, are at most 5 % more.
 """
 EPILOG = """\
-Columns: registers a thread; shared memory in bytes a block; local loads and stores; then how often
-a required instruction stands in the kernel; of some, what a warp executes for its share of the
-work, and that for 16 bytes that a lane moves to or from memory. Exit code: 0 all holds, 1 something
-does not (each on a line of its own), 2 cannot run here. Compiled kernels stay in Triton's cache and
-in build/aot.
+Columns: registers a thread; shared memory in bytes a block; local loads and stores; then the number
+of each required instruction; for some kernels, the instructions that a warp executes for its share
+of the work, in all and for 16 bytes that a lane moves to or from memory. Exit code: 0 all checks
+pass, 1 some fail (one line each), 2 cannot run here. Compiled kernels stay in Triton's cache and in
+build/aot.
 
 examples:
   python -m bench aot                              the gate
   python -m bench aot --kernel leaky_relu2_up_tma  one kernel
   python -m bench aot --only qk_rope               executed instructions, in the table and now
   python -m bench aot --model                      expected times, by a model
-  python -m bench aot --update                     after a change that is meant; commit the table
+  python -m bench aot --update                     after an intended change; commit the table
   pip install --target DIR triton==3.5.1 && PYTHONPATH=DIR python -m bench aot
                                                    the same with another version of triton
 """
@@ -160,7 +160,7 @@ def _gate(args: argparse.Namespace, table: Table) -> int:
 def _compiled(
     only: str | None, compiler: str | None
 ) -> Iterator[tuple[str, dict[str, Row], list[str]]]:
-    """(versions, figures by row name, what is wrong with them) of each compiler that is wanted.
+    """(versions, figures by row name, what is wrong with them) of each compiler that is selected.
 
     Raises:
         PgolfError: there is no kernel of that name.
@@ -176,8 +176,8 @@ def _compiled(
     if compiler != "nvcc" and (only is None or only in of_triton):
         from bench.aot_compile import compile_all
 
-        wanted = {n: rows for n, rows in rows_of.items() if only in (None, n)}
-        yield sass.versions(), *compile_all(wanted, _say)
+        selected = {n: rows for n, rows in rows_of.items() if only in (None, n)}
+        yield sass.versions(), *compile_all(selected, _say)
     if compiler != "triton" and (only is None or only in of_nvcc):
         yield aot_cuda.versions(), *aot_cuda.compile_all(only, _say)
 
@@ -198,8 +198,8 @@ def _text(table: Table) -> str:
 
 def _say(name: str, row: Row) -> None:
     counted = [(n, figure) for figure, n in list(row.items())[3:] if figure not in EXECUTED]
-    shown = [f"{n} {opcode}" for n, opcode in counted if n]
+    parts = [f"{n} {opcode}" for n, opcode in counted if n]
     if "instructions" in row:
-        shown.append(f"{row['instructions']} executed, {row['per_16_bytes']} for 16 bytes")
+        parts.append(f"{row['instructions']} executed, {row['per_16_bytes']} for 16 bytes")
     figures = f"{row['registers']:9} {row['shared']:7} {row['spills']:5}"
-    print(f"{name:58} {figures}  {' '.join(shown)}", flush=True)
+    print(f"{name:58} {figures}  {' '.join(parts)}", flush=True)

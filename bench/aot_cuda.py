@@ -1,7 +1,7 @@
 """Compiles csrc/cuda/*.cu with nvcc, without a GPU, and reads what every kernel costs.
 
-All instances of a kernel that its launcher can start stand in the compiled file: a launcher names
-them, or they would not be there.
+The compiled file has all instances of a kernel that its launcher can start: only a launcher makes
+them.
 """
 
 import hashlib
@@ -62,8 +62,8 @@ def nvcc() -> str:
     candidates = [packages / "nvidia" / "cu13" / "bin" / "nvcc"]
     if home := os.environ.get("CUDA_HOME"):
         candidates.insert(0, Path(home) / "bin" / "nvcc")
-    elif found := shutil.which("nvcc"):
-        candidates.insert(0, Path(found))
+    elif on_path := shutil.which("nvcc"):
+        candidates.insert(0, Path(on_path))
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             if not shutil.which("g++") or not shutil.which("c++filt"):
@@ -103,11 +103,11 @@ def compile_source(source: Path, arch: str) -> list[tuple[str, list[str], sass.F
             ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
             functions = sass.functions(Path(folder) / "kernels.cubin", ptx, arch)
         names = _signatures(list(functions))
-        found = [
+        instances = [
             (kernel, arguments, asdict(function))
             for (kernel, arguments), function in zip(names, functions.values(), strict=True)
         ]
-        atomic_write(known, json.dumps(sorted(found, key=lambda instance: instance[:2])))
+        atomic_write(known, json.dumps(sorted(instances, key=lambda instance: instance[:2])))
     return [(k, a, sass.Function(**f)) for k, a, f in json.loads(known.read_text())]
 
 
@@ -124,27 +124,27 @@ def compile_all(
 ) -> tuple[dict[str, Row], list[str]]:
     """(figures by row name, what is wrong) of every kernel, or of all instances of one."""
     jobs = [(source, arch) for source in sources(only) for arch in archs]
-    rows, found = {}, []
+    rows, problems = {}, []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         compiled = pool.map(lambda job: compile_source(*job), jobs)
         for (source, arch), instances in zip(jobs, compiled, strict=True):
             for kernel, arguments, function in instances:
                 if only not in (None, kernel):
                     continue
-                shown = f"<{', '.join(arguments)}>" if arguments else ""
-                name = f"{kernel}{shown}: {source.name} {arch}"
+                values = f"<{', '.join(arguments)}>" if arguments else ""
+                name = f"{kernel}{values}: {source.name} {arch}"
                 vector = REQUIRED[kernel].vector if kernel in REQUIRED else None
                 wide = vector is None or arguments[vector] != "1"
                 figures = row(kernel, function)
-                found += failures(name, kernel, wide, figures)
+                problems += failures(name, kernel, wide, figures)
                 try:
                     executed = aot_items.figures(kernel, arguments, arch, function)
                 except ValueError as e:
-                    found.append(f"{name}: {e}")
+                    problems.append(f"{name}: {e}")
                     executed = {}
                 rows[name] = figures | executed
                 say(name, rows[name])
-    return rows, found
+    return rows, problems
 
 
 def executed(prefix: str) -> tuple[dict[str, Row], list[str]]:
@@ -156,19 +156,19 @@ def executed(prefix: str) -> tuple[dict[str, Row], list[str]]:
     Raises:
         PgolfError: no kernel that is counted has such a name.
     """
-    wanted = [kernel for kernel in aot_items.ITEMS if kernel.startswith(prefix)]
-    if not wanted:
+    kernels = [kernel for kernel in aot_items.ITEMS if kernel.startswith(prefix)]
+    if not kernels:
         raise PgolfError(
             f"no kernel whose instructions are counted begins with {prefix!r}; there are "
             f"{', '.join(aot_items.ITEMS)}"
         )
-    rows, found = {}, []
-    for kernel in wanted:
+    rows, problems = {}, []
+    for kernel in kernels:
         compiled, wrong = compile_all(kernel, lambda *_: None, (aot_items.ARCH,))
         counted = {name: figures for name, figures in compiled.items() if "instructions" in figures}
         if not counted and not wrong:
-            shown = ", ".join(aot_items.ITEMS[kernel].arguments)
-            wrong.append(f"{kernel}<{shown}>: no such instance, which bench/aot_items.py declares")
+            values = ", ".join(aot_items.ITEMS[kernel].arguments)
+            wrong.append(f"{kernel}<{values}>: no such instance, which bench/aot_items.py declares")
         rows |= counted
-        found += wrong
-    return rows, found
+        problems += wrong
+    return rows, problems

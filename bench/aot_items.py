@@ -1,10 +1,10 @@
 """What one warp does in a launch of each row kernel: the record's model, one GPU, 98,304 tokens.
 
 `python -m bench aot` counts the instructions that it executes from the SASS of sm_90a, with the
-trip counts that are declared here, and what that is for 16 bytes that a lane moves. A kernel whose
-loops are not those declared is refused with a list of the loops that it has: declare their trip
-counts in the order of their addresses (0 of those that the compiler made for other lengths).
-`python -m bench aot --only NAME` prints the figures of the table and those of the source, and
+trip counts that are declared here, in all and for 16 bytes that a lane moves. A kernel whose loops
+are not those declared is refused with a list of its loops: declare their trip counts in the order
+of their addresses (0 for loops that the compiler made for other lengths).
+`python -m bench aot --only NAME` prints the figures of the table and those of the source;
 `python -m bench aot --compiler nvcc --update` writes them into the table.
 """
 
@@ -30,7 +30,7 @@ class Item:
     """The work of a warp.
 
     Attributes:
-        what: in words.
+        what: a description.
         arguments: of the kernel's template, as `bench aot` prints them.
         read: bytes that the warp needs from memory, each once; caches hold the rest.
         written: bytes that it writes.
@@ -166,7 +166,7 @@ def lines(
     rows: Mapping[str, Mapping[str, float]], recorded: Mapping[str, Mapping[str, float]]
 ) -> Sequence[str]:
     """A table of what the rows with such figures are, and those of `recorded`, by kernel, were."""
-    found = [
+    table = [
         f"{'kernel':60} {'instructions':>17} {'per 16 bytes':>15} {'loads in flight':>15} "
         f"{'barriers':>11} {'warps/SM':>9} {'registers':>11}"
     ]
@@ -179,5 +179,5 @@ def lines(
                 ("barriers", 11), ("warps", 9), ("registers", 11),
             )
         )  # fmt: skip
-        found.append(f"{name.partition(': ')[0]:60} {' '.join(cells)}")
-    return found
+        table.append(f"{name.partition(': ')[0]:60} {' '.join(cells)}")
+    return table

@@ -43,13 +43,13 @@ def bounds(kernel: str, instructions: float, gpu: Gpu) -> tuple[float, float]:
 
 def measured(kernel: str, gpu: Gpu, lines: Iterable[Mapping]) -> float | None:
     """Microseconds of a launch, by profiles of `bench step` on such a GPU; the least of several."""
-    name, device, found = re.compile(rf"\b{kernel}\b"), re.compile(rf"\b{gpu.name}\b"), []
+    name, device, times = re.compile(rf"\b{kernel}\b"), re.compile(rf"\b{gpu.name}\b"), []
     for line in lines:
         if device.search(line.get("device", "")) and line.get("profile"):
             mine = [row for row in line["profile"]["kernels"] if name.search(row["name"])]
             calls = sum(row["calls"] for row in mine)
-            found += [sum(row["us"] for row in mine) / calls] if calls else []
-    return min(found, default=None)
+            times += [sum(row["us"] for row in mine) / calls] if calls else []
+    return min(times, default=None)
 
 
 def results(folder: Path) -> list[Mapping]:
@@ -80,7 +80,7 @@ def page(rows: Mapping[str, Mapping[str, float]], lines: Iterable[Mapping]) -> l
         for gpu in GPUS:
             issue, memory = bounds(kernel, row["instructions"], gpu)
             known = measured(kernel, gpu, lines)
-            shown = "-" if known is None else f"{known:.0f}"
-            cells.append(f"{issue:11.0f} {memory:6.0f} {max(issue, memory):6.0f} {shown:>8}")
+            time = "-" if known is None else f"{known:.0f}"
+            cells.append(f"{issue:11.0f} {memory:6.0f} {max(issue, memory):6.0f} {time:>8}")
         text.append(" | ".join(cells))
     return text

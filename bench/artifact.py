@@ -28,13 +28,13 @@ seconds to encode, seconds to decode in a fresh process, and by how much that ra
 memory. One thread. For each matrix: bits a code, against the order-0 entropy of its codes.
 
 A model is an artifact, a run folder (its newest checkpoint is quantised as the run would), or, with
---synthetic, independent numbers in the shapes of a recipe: rows and columns have the spread of rms
-that those of a trained demo model have. Synthetic codes show sizes and times, not quality.
+--synthetic, independent numbers in the shapes of a recipe, whose rows and columns have the spread
+of rms of a trained demo model. Synthetic codes show sizes and times, not quality.
 
   bytes, columns         codes of a general codec by rows, by columns
   rans                   the entropy coder for weights
-  order-0                what an ideal coder would need that knows the frequencies of a matrix's
-                         codes and nothing else
+  order-0                what an ideal coder needs if it knows only the frequencies of a matrix's
+                         codes
 """
 EPILOG = """\
 Exit code: 0 done, 2 a bad argument or file.
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("words", nargs="*", metavar="PATH key=value",
+    add("arguments", nargs="*", metavar="PATH key=value",
         help="artifacts and run folders, and settings to quantise and pack with")
     add("--synthetic", nargs="+", default=[], metavar="RECIPE",
         help=f"recipes whose shapes are filled with {' and '.join(NOISES)} noise")
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    paths = [word for word in args.words if "=" not in word]
-    overrides = parse_overrides(word for word in args.words if "=" in word)
+    paths = [argument for argument in args.arguments if "=" not in argument]
+    overrides = parse_overrides(argument for argument in args.arguments if "=" in argument)
     if not paths and not args.synthetic:
         raise PgolfError("name artifacts or run folders, or --synthetic RECIPE")
     torch.set_num_threads(1)

@@ -123,9 +123,9 @@ def _quantised(model: GPT, config: Config, generator: torch.Generator) -> Quanti
         return len(encode(candidate, meta, config.artifact, progress=False).data)
 
     code = len(build_script(config).data)
-    fitted, found = fill_budget(steps, config.artifact.budget_bytes - code, size)
-    print(f"{config.recipe}: code {code:,} + model {found.chosen.size:,} = "
-          f"{code + found.chosen.size:,} bytes of {config.artifact.budget_bytes:,}")  # fmt: skip
+    fitted, fit = fill_budget(steps, config.artifact.budget_bytes - code, size)
+    print(f"{config.recipe}: code {code:,} + model {fit.chosen.size:,} = "
+          f"{code + fit.chosen.size:,} bytes of {config.artifact.budget_bytes:,}")  # fmt: skip
     return fitted
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench bundle`: what a machine without a network needs beside a checkout and torch."""
+"""`python -m bench bundle`: what a machine without a network needs besides a checkout and torch."""
 
 import argparse
 import hashlib
@@ -29,8 +29,8 @@ has to be here, with its headers, and nvcc; this machine needs a network and no 
 """
 EPILOG = """\
 Copy the checkout with build/bundle to the other machine; `python3 -m bench gpu` finds it there,
-and takes its extension if csrc/ and setup.py are still what that was made of.
-Exit code: 0 done, 2 something could not be had or built; an older bundle is then as it was.
+and uses its extension if csrc/ and setup.py have not changed since.
+Exit code: 0 done, 2 something could not be fetched or built; an older bundle then stays as it was.
 
 examples:
   python -m bench bundle --python python3.12

@@ -35,8 +35,8 @@ DECODING = ("reference" + EAGER, "auto" + EAGER, "reference", "auto")
 DESCRIPTION = """\
 Count what a training step does on a GPU, on a machine without one: a stand-in for CUDA's libraries
 shows torch an H100, logs every launch and runs none (bench/counting/device). The model is compiled
-with torch.compile(fullgraph=True, dynamic=False), in bf16, with FlashAttention 3's place taken by
-one call a pass; the second and third step are counted and must be the same. No time is measured.
+with torch.compile(fullgraph=True, dynamic=False), in bf16, and one call a pass replaces
+FlashAttention 3; the second and third step are counted and must be the same. No time is measured.
 
 Bytes are exact integers under one rule, so that settings can be compared: every launch reads and
 writes each tensor once. Kernels of Inductor: its own count for each; products: operands and result
@@ -45,16 +45,16 @@ tensors of each call of a launcher, however many kernels it starts, twice those 
 changes in place (and once more the directions that muon_momentum's second kernel goes through
 again); other kernels of torch: the tensors of the call. Caches of the GPU are not modelled.
 
-With --decode, what is counted is one more token of each sequence, the last of T, with key/value
-caches: `step` is the model and `pick` draws from its logits; attention over the caches is one call
-a layer. A cache that a token is written into counts as a whole, so these bytes are above those that
-move: the bytes of all weights and of all cached keys and values, which a token reads once, stand
-beside them.
+With --decode, it counts one more token of each sequence, the last of T, with key/value caches:
+`step` is the model and `pick` draws from its logits; attention over the caches is one call a layer.
+A cache that a token is written into counts as a whole, so the count is above the bytes that move.
+Beside it stand the bytes of all weights and of all cached keys and values, which a token reads
+once.
 
-With --step, what is counted is one turn of `pgolf train`'s own loop, on rank 0 of --world ranks
-whose others are not there: launches, waits of the host, copies, allocations, collectives of the
-GPU, exchanges of the host's own numbers (control), and the CPU time of the host, whose least of
-ten turns is given: it is of this machine, and on a busy one it is more.
+With --step, it counts one turn of `pgolf train`'s own loop, on rank 0 of --world ranks, without the
+others: launches, waits of the host, copies, allocations, collectives of the GPU, exchanges of the
+host's own numbers (control), and the CPU time of the host. That is the least of ten turns on this
+machine; on a busy one it is more.
 """
 EPILOG = """\
 Columns: inductor, Triton kernels that Inductor wrote; ours, kernels of pgolf; aten, other
@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
     try:
         requests = _requests(args)
         command = "python -m bench count " + shlex.join(argv)
-        found = count(requests, lambda text: print(text, flush=True), args.detail)
+        results = count(requests, lambda text: print(text, flush=True), args.detail)
         if args.json:
-            write(args.json, found, requests[0], command.strip())
+            write(args.json, results, requests[0], command.strip())
     except PgolfError as e:
         print(f"python -m bench count: {e}", file=sys.stderr)
         return e.exit_code
@@ -179,7 +179,7 @@ def count(
         CountingError: a setting could not be counted.
     """
     folder = build.build()
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = dict(build.environment(folder, Path(scratch)))
         if complaint := extension.missing():
@@ -189,13 +189,13 @@ def count(
         for request in requests:
             name = name_of(request)
             result = run(request, environment)
-            first = found.get(name_of(replace(request, ops="reference", graphs=False)))
-            found[name] = {k: result[k] for k in ("device", "versions", "phases")}
+            first = results.get(name_of(replace(request, ops="reference", graphs=False)))
+            results[name] = {k: result[k] for k in ("device", "versions", "phases")}
             table = _turn_lines if request.turn else _lines
             say("\n".join(table(name, result, first)))
             if detail:
                 say("\n".join(_details(result)))
-    return found
+    return results
 
 
 def _lines(name: str, result: dict, reference: dict | None) -> Iterator[str]:
@@ -225,14 +225,14 @@ def _turn_lines(name: str, result: dict, reference: dict | None) -> Iterator[str
     for label, value in result["phases"]["turn"].items():
         if label in DETAILS:
             continue
-        shown = [
+        values = [
             ", ".join(f"{k} {v:,}" for k, v in each.items()) or "none"
             if isinstance(each, dict)
             else f"{each:,}"
             for each in (value, before.get(label, value))
         ]
-        differs = f"   (reference: {shown[1]})" * (shown[0] != shown[1])
-        yield f"  {label.replace('_', ' '):26}{shown[0]}{differs}"
+        differs = f"   (reference: {values[1]})" * (values[0] != values[1])
+        yield f"  {label.replace('_', ' '):26}{values[0]}{differs}"
     if before:
         ratio = result["phases"]["turn"]["host_ms"]["turn"] / before["host_ms"]["turn"]
         yield f"  {'host, part of reference':26}{ratio:.3f}"
@@ -255,7 +255,7 @@ def total_of(result: dict, what: str) -> int:
     return sum(phase[what]["total"] for phase in result["phases"].values())
 
 
-def write(path: Path, found: dict[str, dict], request: Request, command: str) -> None:
+def write(path: Path, results: dict[str, dict], request: Request, command: str) -> None:
     """Put the counts of the installed versions into a file, beside those of others.
 
     Raises:
@@ -275,10 +275,10 @@ def write(path: Path, found: dict[str, dict], request: Request, command: str) ->
             table["versions"] = before["versions"]
         except (ValueError, KeyError, OSError) as e:
             raise StorageError(f"{path} is not a table of counts: {e!r}") from None
-    versions = {version_of(result) for result in found.values()}
+    versions = {version_of(result) for result in results.values()}
     if len(versions) != 1:
         raise CountingError(f"counts of several versions in one run: {versions}")
     table["versions"][versions.pop()] = {
-        name: {"device": result["device"], **result["phases"]} for name, result in found.items()
+        name: {"device": result["device"], **result["phases"]} for name, result in results.items()
     }
     atomic_write(path, json.dumps(table, indent=1) + "\n")

@@ -26,9 +26,9 @@ CONTEXTS, TEMPERATURE = 8, 0.8
 
 DESCRIPTION = """\
 Time the generation of text at contexts in the middle of 8 equal parts of 1 to T, and take the mean:
-one more token of N sequences in one batch with key/value caches, drawn from its logits, against the
-plain way, a pass over the whole context of one sequence for its next token. Weights are initial
-ones: no time depends on them.
+one more token of N sequences in one batch with key/value caches, drawn from its logits, compared
+with a pass over the whole context of one sequence for its next token. Weights are initial ones: no
+time depends on them.
 """
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     add = parser.add_argument
     add(
-        "words",
+        "arguments",
         nargs="*",
         metavar="RECIPE key=value",
         help="a recipe (demo) and settings to change",
@@ -79,8 +79,8 @@ def _timed(args: argparse.Namespace, command: str) -> schema.DecodeTiming:
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: it has to be 1 or more")
     count, length = int(sequences), int(tokens)
-    name = next((word for word in args.words if "=" not in word), "demo")
-    overrides = parse_overrides(w for w in args.words if w != name)
+    name = next((argument for argument in args.arguments if "=" not in argument), "demo")
+    overrides = parse_overrides(w for w in args.arguments if w != name)
     config = recipes.get(name).config({**overrides, "seq_len": length})
     device = pick_device(args.device)
     dtype = pick_dtype("auto", device)[0]

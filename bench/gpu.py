@@ -24,14 +24,14 @@ from pgolf.stop import Stopped, stoppable
 RESULTS = parts.ROOT / "bench" / "results"
 
 DESCRIPTION = """\
-What a machine with a GPU is asked once, from a checkout, with the torch that is there: the tests
-marked gpu; the record's step (pr1473, one GPU's share of eight) with each choice of operators;
+Measure once what only a GPU can show, from a checkout, with the installed torch: the tests marked
+gpu; the record's step (pr1473, one GPU's share of eight) with each choice of operators;
 operators at the record's sizes against a copy and cuBLAS; every CUDA and Triton kernel on small
-samples under compute-sanitizer; 20 steps of `pgolf train` with our kernels beside the reference;
-configurations of the GEMMs. The parts come in the order of their value, each has a share of the
-time, a log and JSON lines, written as it goes: a part that is cut off keeps what it has. Text is
-made up, and what is missing of the extension is compiled, so nothing is fetched; packages that
-`python -m bench bundle` has brought are found.
+samples under compute-sanitizer; 20 steps of `pgolf train` with our kernels and with the reference;
+configurations of the GEMMs. The most valuable parts run first. Each has a share of the time, a log
+and JSON lines, written as it runs: a part that is cut off keeps what it has. Text is made up, and
+missing parts of the extension are compiled, so nothing is fetched; packages from
+`python -m bench bundle` are used.
 """
 EPILOG = """\
 Exit code: 0 all passed, or there is no GPU; 1 a part failed or took too long; 2 a bad argument.
@@ -83,10 +83,10 @@ def _run(args: argparse.Namespace) -> int:
     os.environ.update(PYTHONPATH=search, PYTHONUNBUFFERED="1", OMP_WAIT_POLICY="PASSIVE")
     with tempfile.TemporaryDirectory() as scratch:
         sizes = gpu_parts.TINY if args.rehearse else gpu_parts.RECORD
-        found = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes, adopted))
-        wanted = {*(args.parts or gpu_parts.NAMES), "build"}
-        wanted |= {"data"} if wanted & {"step", "train"} else set()
-        return measure([part for part in found if part.name in wanted], args.seconds, out)
+        available = gpu_parts.all_parts(gpu_parts.Place(out, Path(scratch), sizes, adopted))
+        names = {*(args.parts or gpu_parts.NAMES), "build"}
+        names |= {"data"} if names & {"step", "train"} else set()
+        return measure([part for part in available if part.name in names], args.seconds, out)
 
 
 def measure(chosen: Sequence[parts.Part], seconds: float, out: Path) -> int:

@@ -24,7 +24,7 @@ def run_all(
     """Run implementations for GPUs on small samples: (how many calls, what is wrong).
 
     One that is not here or fails is a line of what is wrong, and the others run; but no more do
-    once the GPU is spoilt for this process.
+    once this process cannot use the GPU any more.
 
     Args:
         names, impls: of operators and implementations; () for all.
@@ -50,8 +50,8 @@ def run_all(
                 except Exception as e:  # of one kernel: the others have to be watched, too
                     traceback.print_exc()
                     wrong.append(f"{begun[-1]}: {type(e).__name__}")
-                    if restart.spoilt(torch.device(device)):
-                        return len(begun), [*wrong, "the GPU is spoilt: no more was run"]
+                    if restart.unusable(torch.device(device)):
+                        return len(begun), [*wrong, "the GPU is unusable: no more was run"]
     return len(begun), wrong
 
 

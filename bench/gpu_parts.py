@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` runs, in the order of its value, and what it says of the results."""
+"""The parts of `python -m bench gpu`, the most valuable first, and their summaries."""
 
 import importlib.util
 import json
@@ -57,8 +57,8 @@ class Sizes(NamedTuple):
         gpu: whether there is one; else its place is taken by what runs without.
         settings: of the recipe.
         steps: of a run of `pgolf train`.
-        step: words of `bench step`.
-        ops, attention: words of commands of `bench ops`, by the names of the files they write.
+        step: arguments of `bench step`.
+        ops, attention: arguments of `bench ops`, by the names of the files they write.
     """
 
     gpu: bool
@@ -118,9 +118,9 @@ def all_parts(place: Place) -> list[Part]:
     """Every part that applies here."""
     sizes = place.sizes
     gpu = [_build(place), *_sanitized(place), _tune(place)] if sizes.gpu else [_emulated(place)]
-    found = [_data(place), _tests(place), _ops(place, "attention", sizes.attention, 15),
+    parts = [_data(place), _tests(place), _ops(place, "attention", sizes.attention, 15),
              _step(place), _ops(place, "ops", sizes.ops, 70), _train(place), *gpu]  # fmt: skip
-    return sorted(found, key=lambda part: NAMES.index(part.name))
+    return sorted(parts, key=lambda part: NAMES.index(part.name))
 
 
 def _file(place: Place, name: str) -> Command:
@@ -185,9 +185,9 @@ def _tests(place: Place) -> Part:
 
 def _step(place: Place) -> Part:
     def commands(seconds: float) -> list[Command]:
-        words = ("pr1473", place.data, *place.sizes.settings, *place.sizes.step)
+        arguments = ("pr1473", place.data, *place.sizes.settings, *place.sizes.step)
         limit = ("--seconds", f"{0.9 * seconds:.0f}")
-        return [(*PYTHON, "bench", "step", *words, *limit, *_file(place, "step"))]
+        return [(*PYTHON, "bench", "step", *arguments, *limit, *_file(place, "step"))]
 
     def says() -> list[str]:
         return [_step_line(line) for line in place.lines("step")]
@@ -212,10 +212,10 @@ def _step_line(line: dict[str, Any]) -> str:
     )
 
 
-def _ops(place: Place, name: str, words: Mapping[str, Command], share: float) -> Part:
+def _ops(place: Place, name: str, arguments: Mapping[str, Command], share: float) -> Part:
     """Operators alone; attention is no kernel of pgolf, and differs between machines."""
     commands = [(*PYTHON, "bench", "ops", *each, *_file(place, file))
-                for file, each in words.items()]  # fmt: skip
+                for file, each in arguments.items()]  # fmt: skip
 
     def says() -> list[str]:
         """For each operator, sample and mode, the share of the floor that is reached."""
@@ -240,16 +240,16 @@ def _sanitized(place: Place) -> list[Part]:
     program = _sanitizer()
     missing = "no compute-sanitizer on PATH or in $CUDA_HOME/bin: it comes with the CUDA toolkit"
 
-    def part(tool: str, share: float, *words: str) -> Part:
+    def part(tool: str, share: float, *arguments: str) -> Part:
         command = (program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
-                   "--target-processes", "all", *PYTHON, "bench.gpu_kernels", *words,
+                   "--target-processes", "all", *PYTHON, "bench.gpu_kernels", *arguments,
                    *_file(place, tool))  # fmt: skip
 
         def says() -> list[str]:
             log = place.out / f"{tool}.log"
-            said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-            found = [line for line in said.splitlines() if "ERROR SUMMARY" in line][-1:]
-            return [f"{len(place.lines(tool))} calls begun", *found]
+            output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line][-1:]
+            return [f"{len(place.lines(tool))} calls begun", *summary]
 
         # Tensors that share a block of the caching allocator may overrun into each other unseen.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -321,14 +321,14 @@ def _tune(place: Place) -> Part:
         for line in place.lines("tune"):
             if line["ms"] is not None:
                 rows.setdefault(f"{line['kernel']}[{line['row']}]", []).append(line)
-        said = []
+        lines = []
         for name, tried in rows.items():
             best = min(tried, key=lambda line: line["ms"])
-            said.append(
+            lines.append(
                 f"{name}: {tried[0]['ms']:.4g} ms, best of {len(tried)} {best['ms']:.4g} ms: "
                 f"{best['blocks']}, {best['num_warps']} warps, {best['num_stages']} stages"
             )
-        return said
+        return lines
 
     until = [(i + 1) / len(TUNED) for i in range(len(TUNED))]
     return Part("tune", 20, lambda _: commands, says, endless=True, until=until)

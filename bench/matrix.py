@@ -35,22 +35,22 @@ SOURCES = {
 WIDTH = ("layers=2", "dim=64", "heads=4", "kv_heads=2", "mlp_hidden=96", "seq_len=64")
 
 DESCRIPTION = """\
-With each torch and triton that `pgolf doctor` calls tested, in an environment of its own: compile
-an 11-layer pr1473, narrow, with ops=auto in one graph and compare it with eager; run the tests of
-the operators; compile every Triton kernel for sm_90 (bench aot); train, pack and score a small
-model. Needs no GPU, but the extension in this checkout, which does not depend on torch's version.
-Environments are made by pip where there are none yet: 5 GB each, with PGOLF_TORCH=cpu 1 GB.
+With each torch and triton that `pgolf doctor` calls tested, in its own environment: compile an
+11-layer pr1473, narrow, with ops=auto in one graph and compare it with eager; run the tests of the
+operators; compile every Triton kernel for sm_90 (bench aot); train, pack and score a small model.
+Needs no GPU, but the extension in this checkout, which does not depend on torch's version. Missing
+environments are made by pip: 5 GB each, with PGOLF_TORCH=cpu 1 GB.
 """
 EPILOG = """\
 Exit code: 0 all passed, 1 something failed, 2 a bad argument or no environment.
 
 examples:
   python -m bench matrix                   everything, written to bench/results/matrix.json
-  python -m bench matrix --changed         what has not passed with the sources as they are
+  python -m bench matrix --changed         only what has not passed with these sources
   python -m bench matrix --torch 2.9.1     one of them; those of others stay in the file
 """
 
-Found = dict[str, Any]
+Entry = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
@@ -116,15 +116,15 @@ def environment(version: str, folder: Path) -> str:
 
 def requirements() -> list[str]:
     """What pgolf needs for its demo and tests. Not pgolf: pip would build over this checkout."""
-    wanted = ("", 'extra == "demo"', 'extra == "test"')
+    markers = ("", 'extra == "demo"', 'extra == "test"')
     parts = (line.partition(";") for line in metadata.requires("pgolf"))
-    return [package.strip() for package, _, marker in parts if marker.strip() in wanted]
+    return [package.strip() for package, _, marker in parts if marker.strip() in markers]
 
 
 def tested(
-    version: str, python: str, wanted: list[str], old: Found, changed: bool = False
-) -> Iterator[Found]:
-    """The entry of a version in the file after each wanted step: its result, old ones of others.
+    version: str, python: str, requested: list[str], old: Entry, changed: bool = False
+) -> Iterator[Entry]:
+    """The entry of a version in the file after each requested step: its result, old ones of others.
 
     Args:
         changed: leave out steps that have passed with the sources and versions as they are.
@@ -138,7 +138,7 @@ def tested(
     if versions["torch"].split("+")[0] != version:
         raise PgolfError(f"{python} has torch {versions['torch']}, not {version}: remove its venv")
     steps = dict(old.get("steps", {}))
-    for name in wanted:
+    for name in requested:
         hashes, started = sources(name), time.perf_counter()
         known = steps.get(name, {}) if versions == old.get("versions") else {}
         if changed and known.get("passed") and known["sources"] == hashes:
@@ -153,13 +153,13 @@ def tested(
             "passed": passed,
             "seconds": round(time.perf_counter() - started),
             "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-            "said": said(done.stdout),
+            "said": last_line(done.stdout),
             "sources": hashes,
         }
         yield {"versions": versions, "steps": {n: steps[n] for n in STEPS if n in steps}}
 
 
-def said(text: str) -> str:
+def last_line(text: str) -> str:
     """The last line of an output, without what is about this machine."""
     lines = [line for line in text.splitlines() if line.strip()]
     return re.sub(r"\s+in [\d.]+s( \([\d:]+\))?", "", lines[-1].strip("= ")) if lines else ""
@@ -167,15 +167,15 @@ def said(text: str) -> str:
 
 def sources(step: str) -> dict[str, str]:
     """sha256 of what a step tests, by file or folder."""
-    found = {}
+    digests = {}
     for name in SOURCES[step]:
         digest = hashlib.sha256()
         for file in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
             if file.is_file() and file.suffix in (".py", ".json", ".h", ".cpp", ".cu", ".cuh"):
                 digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
                 digest.update(file.read_bytes())
-        found[name] = digest.hexdigest()[:16]
-    return found
+        digests[name] = digest.hexdigest()[:16]
+    return digests
 
 
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
@@ -219,7 +219,7 @@ STEPS: Mapping[str, Callable[[str], subprocess.CompletedProcess]] = {
 }
 
 
-def table(results: Mapping[str, Found]) -> str:
+def table(results: Mapping[str, Entry]) -> str:
     """The results as README.md has them: a row for each version."""
     rows = [
         "| torch | triton | 11 layers, one graph | operator tests | `bench aot` | training | on |",
@@ -234,8 +234,8 @@ def table(results: Mapping[str, Found]) -> str:
     return "\n".join(rows)
 
 
-def _cell(name: str, step: Found | None) -> str:
-    """What a step showed, in a few words."""
+def _cell(name: str, step: Entry | None) -> str:
+    """The result of a step as a short text."""
     if step is None:
         return "not run"
     if not step["passed"]:

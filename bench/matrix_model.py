@@ -47,10 +47,10 @@ def main(layers: int = 11) -> dict[str, object]:
     alone = time.perf_counter()
     loss = step(*batch)
     forward = time.perf_counter()
-    found = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    actual = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
     ended = time.perf_counter()
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    for computed, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(computed, reference, rtol=1e-3, atol=1e-4)
     return {
         "layers": layers,
         "kernels": sorted(name for name, impl in ops.items() if impl != "reference"),

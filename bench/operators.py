@@ -1,8 +1,8 @@
 """`python -m bench operators`: the operators as the table of README.md.
 
-Every word comes from the registry and from the docstring of the operator's module, which opens with
-the formula and has a sentence "Shapes: ...". (A script of a submission leaves docstrings out, so
-they cost it no bytes.)
+All its text comes from the registry and from the docstring of the operator's module, which opens
+with the formula and has a sentence "Shapes: ...". (A submission's script has no docstrings, so they
+cost it no bytes.)
 """
 
 import argparse
@@ -42,16 +42,17 @@ def formula(operator: Operator) -> str:
 
 def shapes(operator: Operator) -> str:
     """What follows "Shapes:", up to the end of the sentence; '' where the module says nothing."""
-    found = re.search(r"^Shapes: (.*?)\.(?:\s|$)", docstring(operator), re.MULTILINE | re.DOTALL)
-    return " ".join(found[1].split()) if found else ""
+    match = re.search(r"^Shapes: (.*?)\.(?:\s|$)", docstring(operator), re.MULTILINE | re.DOTALL)
+    return " ".join(match[1].split()) if match else ""
 
 
 def dtypes(operator: Operator, name: str) -> str:
     """Dtypes of an implementation; '-' where the operator has none of that name."""
-    found = operator.implementations.get(name)
+    implementation = operator.implementations.get(name)
     names = {dtype: dtype_name(dtype) for dtype in DTYPES.values()}
-    return "-" if found is None else " ".join(
-        names.get(d, str(d).removeprefix("torch.").replace("float", "fp")) for d in found.dtypes
+    return "-" if implementation is None else " ".join(
+        names.get(d, str(d).removeprefix("torch.").replace("float", "fp"))
+        for d in implementation.dtypes
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench ops`: operators of every provider, checked, timed, held against the floor."""
+"""`python -m bench ops`: operators of every provider, checked, timed, compared with the floor."""
 
 import argparse
 import shlex
@@ -26,21 +26,22 @@ DESCRIPTION = """\
 Time operators: eager torch, torch.compile, our kernels and public peers, those that can run here.
 
 First each provider's output and gradients are compared with float64: the error may be twice that of
-eager torch in the same dtype (gradients: three times) and one rounding, as pgolf/ops/testing.py has
-it, and inputs stay as they are. A provider that fails is called WRONG and not timed. Then all
-providers run once a round, each round in another order. Shown are the median, the 20th and 80th
-percentile, the time relative to torch.compile, and the share of the floor that is reached: the
-least bytes over the bandwidth of a copy that moves as many, or the operations over the rate of
-torch's own matmuls of the same shapes (of a large one where it has none), whichever takes longer;
-both are measured in the same rounds, with the same threads. On a GPU its own time is taken, queued
-ahead of it; what the host takes to queue a call is a column of its own, and inputs are drawn there.
+eager torch in the same dtype (gradients: three times) and one rounding (pgolf/ops/testing.py), and
+inputs must not change. A provider that fails is called WRONG and not timed. Then all providers run
+once per round, each round in another order. The table shows the median, the 20th and 80th
+percentile, the time relative to torch.compile, and the share of the floor that is reached. The
+floor is the least bytes over the bandwidth of a copy of as many, or the operations over the rate of
+torch's own matmuls of the same shapes (of a large one if it has none), whichever takes longer; both
+are measured in the same rounds, with the same threads. On a GPU the GPU's own time counts, with
+calls queued ahead; the host's time to queue a call is a column of its own, and inputs are drawn
+there.
   forward   keeps what the gradient needs, as in training
   backward  its gradients alone; a fresh forward runs before each, off the clock
   both      forward and gradients
 Outputs are allocated on the clock, as in use; the gradient of the output is not.
 
-With --against, our kernels are timed in two checkouts, both built: processes of them take turns,
-and what is shown is the ratio of a case's times, here over there, with its 95 % interval.
+With --against, our kernels are timed in two checkouts, both built: their processes take turns, and
+the table shows the ratio of a case's times, here over there, with its 95 % interval.
 """
 EPILOG = """\
 Exit code: 0 all ran, 1 a provider is wrong or, with --against, slower by 3 %, 2 a bad argument.
@@ -155,8 +156,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             name = progress.note = _name(operator.name, sample.label, dtype)
             try:
                 case = cases.build(operator, sample, device, dtype)
-                found, fine = _checked(case, options)
-                timed = _timed(case, found, options, progress)
+                functions, fine = _checked(case, options)
+                timed = _timed(case, functions, options, progress)
             except PgolfError:
                 raise
             except Exception:  # no memory for it, say: the others may run
@@ -182,10 +183,10 @@ def _name(operator: str, sample: str, dtype: str) -> str:
 
 
 def _note(name: str, options: Options) -> None:
-    """A case or a provider has failed; if it has spoilt the GPU, a new process does the others."""
+    """A case or a provider has failed; if the GPU is unusable, a new process does the others."""
     options.failed.append(name)
-    if restart.spoilt(options.device):
-        restart.go_on("ops", options.argv, options.failed)
+    if restart.unusable(options.device):
+        restart.rerun("ops", options.argv, options.failed)
 
 
 def _operators(names: Sequence[str]) -> list[Operator]:
@@ -207,7 +208,7 @@ def _opening(options: Options) -> str:
 def _choose(
     operators: list[Operator],
     dtypes: list[str],
-    words: list[str],
+    labels: list[str],
     device: torch.device,
     everything: bool,
 ) -> tuple[list[tuple[Operator, Sample, str]], list[str]]:
@@ -215,7 +216,7 @@ def _choose(
     chosen, left_out = [], []
     for operator in operators:
         for sample in [s for s in operator.samples() if s.bench] + peers.samples(operator):
-            if words and not any(word in sample.label for word in words):
+            if labels and not any(label in sample.label for label in labels):
                 continue
             for dtype in dtypes:
                 moved = cases.traffic(operator, sample, dtype)
@@ -232,7 +233,7 @@ def _choose(
 def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Function], bool]:
     """The providers that can compute this case rightly, and whether none was wrong."""
     print(f"\n{case.operator.name}, {case.sample.label}, {case.dtype}")
-    found, fine = {}, True
+    functions, fine = {}, True
     for name in options.providers:
         full_name = f"{_name(case.operator.name, case.sample.label, case.dtype)} {name}"
         if not providers.applies(name, case.operator) or full_name in options.failed:
@@ -254,13 +255,13 @@ def _checked(case: cases.Case, options: Options) -> tuple[dict[str, cases.Functi
             if raised:
                 _note(full_name, options)
         else:
-            found[name] = function
-    return found, fine
+            functions[name] = function
+    return functions, fine
 
 
 def _timed(
     case: cases.Case,
-    found: Mapping[str, cases.Function],
+    functions: Mapping[str, cases.Function],
     options: Options,
     progress: Progress,
 ) -> list[schema.Timing]:
@@ -268,9 +269,9 @@ def _timed(
     lines = []
     for mode in options.modes:
         made = 0
-        if found and case.has(mode):
+        if functions and case.has(mode):
             with torch.no_grad() if not case.leaves else nullcontext():
-                timings = _table(case, mode, found, options, progress)
+                timings = _table(case, mode, functions, options, progress)
             lines += timings
             made = timings[0].rounds if timings else 0
         progress.update(options.rounds - made)  # those that were not needed or not affordable
@@ -280,14 +281,14 @@ def _timed(
 def _table(
     case: cases.Case,
     mode: str,
-    found: Mapping[str, cases.Function],
+    functions: Mapping[str, cases.Function],
     options: Options,
     progress: Progress,
 ) -> list[schema.Timing]:
     """One mode: every provider, the copy and the matmul in the same rounds."""
     work = case.work(mode)
     moved, device = work.read + work.written, options.device
-    entries = {name: case.entry(function, mode) for name, function in found.items()}
+    entries = {name: case.entry(function, mode) for name, function in functions.items()}
     entries["(copy)"] = timing.copy_entry(moved, device)
     made: Counter[products.Product] = Counter()
     if work.flops:

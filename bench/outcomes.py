@@ -32,8 +32,8 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
-        said = "" if report.outcome == "passed" else str(report.longrepr)
+        message = "" if report.outcome == "passed" else str(report.longrepr)
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration,
-                "said": said[-2000:]}  # fmt: skip
+                "said": message[-2000:]}  # fmt: skip
         self.lines.append(json.dumps(line) + "\n")
         atomic_write(self.file, "".join(self.lines))

@@ -1,8 +1,7 @@
-"""Parts of a long measurement, one after another within a time: each with its share and its log.
+"""Parts of a long measurement, one after another within a time limit, each with a share and a log.
 
-What a part may take is its share of the time that is left, so that one which ends early leaves the
-rest to those after it. When its time is over, everything that it started is ended; what it has
-written stays.
+A part may take its share of the remaining time, so one that ends early leaves more to those after
+it. When its time is over, all processes that it started are ended; what it has written stays.
 """
 
 import os
@@ -29,13 +28,12 @@ class Part:
 
     Attributes:
         share: of the time.
-        commands: what runs in the seconds that it is given, one after another, whether or not those
-            before succeeded.
+        commands: run one after another in the seconds that it is given, even if earlier ones fail.
         says: lines for the summary, from what the commands have written.
-        env: beside the environment.
+        env: additions to the environment.
         missing: why it cannot run; '' if it can.
-        endless: it goes on as long as it may, so that being cut off is no fault.
-        needed: others depend on it, so that it may take all the time that is left.
+        endless: it runs as long as it may, so being cut off is no fault.
+        needed: others depend on it, so it may take all the remaining time.
         until: of its time, when each command is ended at the latest, the last ones at its end; it
             is no fault to be ended before the part's end: what follows judges what is there.
         unjudged: so many commands, the first ones, may fail: those after them judge.
@@ -55,8 +53,8 @@ class Part:
 
 def results(out: Path, name: str) -> list[Path]:
     """The files of JSON lines that a part has written: NAME.jsonl and NAME-*.jsonl."""
-    found = [*out.glob(f"{name}.jsonl"), *out.glob(f"{name}-*.jsonl")]
-    return sorted(found, key=lambda file: file.stem)
+    files = [*out.glob(f"{name}.jsonl"), *out.glob(f"{name}-*.jsonl")]
+    return sorted(files, key=lambda file: file.stem)
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,10 @@ def run(
 
 def _outcome(part: Part, verdict: str, good: bool, began: float) -> Outcome:
     try:
-        said = part.says()
+        lines = part.says()
     except Exception as e:  # of a file that was cut off: the other parts matter more
-        said = [f"its results cannot be read: {type(e).__name__}: {e}"]
-    return Outcome(part.name, verdict, good, time.monotonic() - began, said)
+        lines = [f"its results cannot be read: {type(e).__name__}: {e}"]
+    return Outcome(part.name, verdict, good, time.monotonic() - began, lines)
 
 
 def _run(part: Part, seconds: float, out: Path) -> tuple[str, bool]:
@@ -173,20 +171,20 @@ def _stat(pid: int) -> list[str]:
 
 def _birth(pid: int) -> str | None:
     """When a process began, which tells it from a later one of its number."""
-    found = _stat(pid)
-    return found[19] if found else None
+    status = _stat(pid)
+    return status[19] if status else None
 
 
 def _descendants(pid: int) -> dict[int, str]:
     """Processes that one has started, and those these have: number -> when they began."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        if found := _stat(int(folder.name)):
-            children.setdefault(int(found[1]), []).append(int(folder.name))
-    todo, found = [pid], {}
+        if status := _stat(int(folder.name)):
+            children.setdefault(int(status[1]), []).append(int(folder.name))
+    todo, births = [pid], {}
     while todo:
         for child in children.get(todo.pop(), []):
             if born := _birth(child):
-                found[child] = born
+                births[child] = born
                 todo.append(child)
-    return found
+    return births

@@ -117,8 +117,8 @@ def samples(operator: Operator) -> list[Sample]:
     ]
 
 
-def _derived(sample: Sample, word: str, variant: Callable[..., tuple[tuple, dict]]) -> Sample:
+def _derived(sample: Sample, suffix: str, variant: Callable[..., tuple[tuple, dict]]) -> Sample:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
         return variant(*sample.build(device, dtype))
 
-    return Sample(f"{sample.label} {word}", build, bench=True)
+    return Sample(f"{sample.label} {suffix}", build, bench=True)

@@ -1,7 +1,7 @@
-"""The matmuls of torch inside a function, by their shapes: how fast torch does those and no more.
+"""The matmuls of torch inside a function, by their shapes, and the time of these alone.
 
-The rate of a large square matmul is no ceiling for a kernel whose products have 512 columns: what
-cuBLAS, or a CPU's library, makes of the very same shapes is.
+The rate of a large square matmul is no ceiling for a kernel whose products have 512 columns; the
+rate of cuBLAS, or of a CPU's library, on the same shapes is.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[Product] = Counter()
+        self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
         at = PRODUCTS.get(function._schema.name.removeprefix("aten::"))
         if at is not None:
             factors = (Factor(tuple(t.shape), t.stride(), t.dtype) for t in args[at : at + 2])
-            self.found[Product(*factors)] += 1
+            self.products[Product(*factors)] += 1
         return function(*args, **kwargs or {})
 
 
@@ -62,7 +62,7 @@ def products_in(function: Callable[[], Any]) -> Counter[Product]:
     """Each product that a call of `function` computes, and how often."""
     with Recorder() as recorder:
         function()
-    return recorder.found
+    return recorder.products
 
 
 def square(device: torch.device, dtype: torch.dtype) -> Counter[Product]:

@@ -1,4 +1,4 @@
-"""What runs in a step, kernel by kernel and operator by operator, and how long nothing does."""
+"""What runs in a step, kernel by kernel and operator by operator, and how long it is idle."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -128,13 +128,13 @@ def covered(spans: Iterable[Span]) -> float:
     return total
 
 
-def shown(found: dict[str, Any]) -> str:
+def table(profile: dict[str, Any]) -> str:
     """A profile as a table: our operators, then the longest kernels."""
-    idle = 100 * found["idle_us"] / found["step_us"] if found["step_us"] else 0.0
-    lines = [f"    {found['step_us'] / 1e3:.2f} ms, in {idle:.1f} % of it nothing runs"]
+    idle = 100 * profile["idle_us"] / profile["step_us"] if profile["step_us"] else 0.0
+    lines = [f"    {profile['step_us'] / 1e3:.2f} ms, in {idle:.1f} % of it nothing runs"]
     for what in ("operators", "kernels"):
         lines.append(f"    {what:<{WIDTH}} calls        us     %   GB/s")
-        for row in found[what][:SHOWN]:
+        for row in profile[what][:SHOWN]:
             rate = f"{row['gbs']:.0f}" if row.get("gbs") else "-"
             lines.append(
                 f"    {row['name'][:WIDTH]:<{WIDTH}} {row['calls']:>5.4g} {row['us']:>9.1f} "

@@ -25,23 +25,23 @@ def known() -> list[str]:
     return [EAGER, COMPILED, *KERNELS, *(peer.name for peer in PEERS)]
 
 
-def expand(words: Sequence[str]) -> list[str]:
+def expand(requested: Sequence[str]) -> list[str]:
     """Names of providers; 'peers' stands for all public ones, nothing for all of all.
 
     Raises:
         PgolfError: an unknown name.
     """
     names = known()
-    wanted: list[str] = []
-    for word in words or names:
-        found = [peer.name for peer in PEERS] if word == "peers" else [word]
-        if found[0] not in names:
+    selected: list[str] = []
+    for choice in requested or names:
+        expanded = [peer.name for peer in PEERS] if choice == "peers" else [choice]
+        if expanded[0] not in names:
             raise PgolfError(
-                f"no provider is named {word!r}; there are {', '.join(names)}, and peers for the "
+                f"no provider is named {choice!r}; there are {', '.join(names)}, and peers for the "
                 "public ones"
             )
-        wanted += found
-    return [name for name in names if name in wanted]
+        selected += expanded
+    return [name for name in names if name in selected]
 
 
 def applies(name: str, operator: Operator) -> bool:

@@ -36,8 +36,8 @@ from pgolf.training.session import Session
 
 DESCRIPTION = """\
 Quantise the weights of a run in every way that pgolf knows, write each to a file, decode and score
-it in a fresh process. Rows of one grid of so many bits a weight come first; for each width there is
-then the uniform grid, fitted to the very bytes that GPTQ took.
+it in a fresh process. For each width, the grids with so many bits a weight come first, then the
+uniform grid, fitted to the bytes that GPTQ took.
 """
 EPILOG = """\
 examples:
@@ -91,7 +91,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     bench = _Bench(args.run, trained, config, pick_device(args.device), args.stride)
     setting = schema.setting(bench.device, command, "default")
     live = bench.live()
-    print(f"{bench.words}: {live:.5f} bits per byte before quantisation, stride {args.stride}\n"
+    print(f"{bench.description}: {live:.5f} bits per byte before quantisation, "
+          f"stride {args.stride}\n"
           f"{'':36} {'bits':>4} {'bytes':>10} {'BPB':>8} {'lost':>8} {'expected':>9}")  # fmt: skip
     lines = []
     for bits in args.bits:
@@ -125,7 +126,7 @@ class _Bench:
         self.config, self.device, self.stride = config, device, stride
         self.dataset = find_dataset(run, config.data)
         self.folder = RunFolder(run, writes=False)
-        self.model, self.words = load_weights(run, trained, device)
+        self.model, self.description = load_weights(run, trained, device)
         self.state = self.model.export_state()
         self.dtype = pick_dtype("auto", device)[0]
         self.statistics = {name: self._collect(name) for name in ("train", "self")}

@@ -1,8 +1,8 @@
-"""Going on in a new process, when an error has spoilt the GPU for this one.
+"""Continues in a new process when an error has made the GPU unusable for this one.
 
-An illegal access or a trap in a kernel stays with the CUDA context: whatever the process calls
-later fails with it. So the process is replaced by one that leaves out what failed and what --json
-has of the others.
+An illegal access or a trap in a kernel stays with the CUDA context: every later call of the process
+fails with it. So the process is replaced by one that leaves out what failed and what --json already
+has.
 """
 
 import argparse
@@ -18,12 +18,12 @@ def add_option(add: argparse._ActionsContainer) -> None:
     """--failed, which the new process is given."""
     add.add_argument(
         "--failed", action="append", default=[], metavar="NAME",
-        help="go on with a run that has written --json: leave out what is there, and this, which "
-        "failed (given by a process to the one that replaces it when the GPU is spoilt for it)",
+        help="continue a run that has written --json: leave out what is there, and this, which "
+        "failed (a process that cannot use the GPU any more gives it to the one that replaces it)",
     )  # fmt: skip
 
 
-def spoilt(device: torch.device) -> bool:
+def unusable(device: torch.device) -> bool:
     """Whether nothing more can run on a device in this process; asked after an error."""
     if device.type != "cuda":
         return False
@@ -34,15 +34,15 @@ def spoilt(device: torch.device) -> bool:
     return False
 
 
-def go_on(command: str, argv: Sequence[str], failed: Sequence[str], *more: str) -> NoReturn:
+def rerun(command: str, argv: Sequence[str], failed: Sequence[str], *more: str) -> NoReturn:
     """Replace this process by another one of `python -m bench COMMAND`.
 
     Args:
         argv: what this one was called with.
         failed: what failed here and before, by the names that --failed takes.
-        more: words that come last.
+        more: arguments that come last.
     """
     named = [word for name in failed if name not in argv for word in ("--failed", name)]
-    print("the GPU is spoilt for this process: a new one goes on", flush=True)
+    print("this process cannot use the GPU any more: a new one continues", flush=True)
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "bench", command, *argv, *named, *more])

@@ -1,18 +1,18 @@
-"""What a warp executes of a kernel's SASS, when the trip counts of its loops are known.
+"""The instructions of a kernel's SASS that a warp executes, given the trip counts of its loops.
 
-The control flow is made of basic blocks and natural loops. Of the ways through it, one is taken:
+The control flow consists of basic blocks and natural loops. Of the ways through it, one is taken:
 
 - none that calls a subroutine (the long divisions, roots and reciprocals of rare arguments) or that
   lanes apart take (BRA.DIV), where there is another;
 - of those, the one that stores as many bytes as the warp's work does, or loads as many if that
-  stores nothing to speak of: the compiler's versions of a loop for other lengths are left out;
+  stores almost nothing: the compiler's versions of a loop for other lengths are left out;
 - of those, the one that loads (stores) the most bytes: optional operands are there, vectors are
-  wide; and then the one of the most instructions, or of the fewest where it is said that what
-  remains to be chosen is rare.
+  wide; and then the one with the most instructions, or with the fewest if the caller says that the
+  remaining choices are rare.
 
 An instruction that its predicate switches off is issued all the same, and counts; of accesses under
-a predicate and under its opposite, those of fewer bytes are taken for switched off. Of two sides of
-a branch that lanes of one warp take apart, only one counts.
+a predicate and under its opposite, those of fewer bytes are taken for switched off. If lanes of one
+warp take both sides of a branch, only one side counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,10 +93,10 @@ class Flow:
             ValueError: not as many trip counts as loops, or no way moves so many bytes, be it for
                 16 bytes or 5 %; with what the loops do.
         """
-        found = "; ".join(self.describe(loop) for loop in self.loops) or "none"
+        loops = "; ".join(self.describe(loop) for loop in self.loops) or "none"
         if len(trips) != len(self.loops):
-            raise ValueError(f"{len(trips)} trip counts for {len(self.loops)} loops: {found}")
-        self._matched, verb, wanted = (
+            raise ValueError(f"{len(trips)} trip counts for {len(self.loops)} loops: {loops}")
+        self._matched, verb, expected = (
             ("STG", "stores", stored) if stored >= 16 or not loaded else ("LDG", "loads", loaded)
         )
         self._shortest = shortest
@@ -104,20 +104,20 @@ class Flow:
         for i in sorted(range(len(trips)), key=lambda i: len(self.loops[i].blocks)):
             self._close(self.loops[i], trips[i], exits)
         ends, _, _ = self._ways(set(self._reached()), 0, exits)
-        best = min(ends.values(), key=lambda w: (w.slow, abs(w.matched - wanted), *w.key()))
-        if abs(best.matched - wanted) > max(16, wanted // 20):
+        best = min(ends.values(), key=lambda w: (w.slow, abs(w.matched - expected), *w.key()))
+        if abs(best.matched - expected) > max(16, expected // 20):
             raise ValueError(
-                f"a lane {verb} {best.matched} bytes, not {wanted}, with these trips: {found}"
+                f"a lane {verb} {best.matched} bytes, not {expected}, with these trips: {loops}"
             )
         return [i for block in _linear(best.pieces) for i in self.blocks[block].instructions]
 
     def describe(self, loop: Loop) -> str:
         """Depth, instructions and memory accesses, to recognise it by."""
         depth = sum(loop.blocks < other.blocks for other in self.loops)
-        found = [i for b in loop.blocks for i in self.blocks[b].instructions]
-        kinds = [f"{i.base}x{i.width}" for i in found if i.width]
+        instructions = [i for b in loop.blocks for i in self.blocks[b].instructions]
+        kinds = [f"{i.base}x{i.width}" for i in instructions if i.width]
         moved = " ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
-        return f"depth {depth} {len(found)} instructions {moved or 'no global access'}"
+        return f"depth {depth} {len(instructions)} instructions {moved or 'no global access'}"
 
     def _reached(self) -> list[int]:
         """Blocks that can be reached from the first one, in reverse postorder."""
@@ -201,16 +201,16 @@ class Flow:
         return ends, cycles, leaving
 
     def _cost(self, block: int, to: int | None = None) -> Way:
-        found = self.blocks[block]
-        off = found.off_before(to)
+        piece = self.blocks[block]
+        off = piece.off_before(to)
         moved = [
             (i.base == self._matched, i.bytes)
-            for n, i in enumerate(found.instructions)
+            for n, i in enumerate(piece.instructions)
             if i.bytes and n not in off
         ]
         matched = sum(size for is_matched, size in moved if is_matched)
         others = sum(size for is_matched, size in moved if not is_matched)
-        return Way(found.slow, matched, others, len(found.instructions), self._shortest)
+        return Way(piece.slow, matched, others, len(piece.instructions), self._shortest)
 
 
 def _topological(entry: int, after: Any) -> list[int]:
@@ -237,9 +237,9 @@ def _dominators(order: Sequence[int], before: Mapping[int, Sequence[int]]) -> di
     while changed:
         changed = False
         for block in order[1:]:
-            found = set.intersection(*(above[b] for b in before[block])) | {block}
-            if found != above[block]:
-                above[block], changed = found, True
+            dominators = set.intersection(*(above[b] for b in before[block])) | {block}
+            if dominators != above[block]:
+                above[block], changed = dominators, True
     return above
 
 

@@ -35,10 +35,10 @@ SAME_LOSS = 0.01  # relative; weights and tokens are the same, so only rounding 
 DESCRIPTION = """\
 Time whole training steps (forward, backward, optimiser) of a recipe: a model for each choice of
 operators, eager and compiled, all in one process and taking turns, step by step. The learning rate
-is 0: every model does its work on the same weights and tokens, and their first losses must agree.
-Beside the whole step, from an idle device to an idle device, stand its phases (on a GPU the time
-between events in its stream; `host` is what the host takes to queue all of them) and what it takes
-of the GPU's memory beyond what stays between steps.
+is 0: every model works on the same weights and tokens, and their first losses must agree. Besides
+the whole step, from an idle device to an idle device, it shows its phases (on a GPU the time
+between events in its stream; `host` is the host's time to queue all of them) and the GPU memory
+that it takes beyond what stays between steps.
 """
 EPILOG = """\
 Exit code: 0 all ran, 1 losses do not agree, 2 a bad argument.
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("words", nargs="*", metavar="RECIPE key=value",
+    add("arguments", nargs="*", metavar="RECIPE key=value",
         help="a recipe (demo) and settings to change")
     add("--ops", nargs="+", metavar="CHOICE",
         help="what ops= may say (reference, auto, and cpu or triton by device)")
@@ -103,8 +103,8 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for name, least in (("rounds", 1), ("profile", 0)):
         if getattr(args, name) < least:
             raise PgolfError(f"--{name} {getattr(args, name)}: it has to be {least} or more")
-    recipe = get(next((word for word in args.words if "=" not in word), "demo"))
-    overrides = parse_overrides(w for w in args.words if w != recipe.name)
+    recipe = get(next((argument for argument in args.arguments if "=" not in argument), "demo"))
+    overrides = parse_overrides(w for w in args.arguments if w != recipe.name)
     for key in ("ops", "compile"):
         if key in overrides:
             raise PgolfError(f"{key}={overrides[key]}: use --{key}, which takes several")
@@ -136,13 +136,13 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _wrong(lines: Sequence[schema.StepTiming]) -> list[str]:
     """A line on each choice whose loss is not that of the first."""
-    first, found = lines[0].loss, []
+    first, problems = lines[0].loss, []
     for line in lines:
         if line.loss is None:
-            found.append(f"WRONG: {_name(line)} has a loss that is not finite")
+            problems.append(f"WRONG: {_name(line)} has a loss that is not finite")
         elif first is None or not abs(line.loss - first) <= SAME_LOSS * first:
-            found.append(f"WRONG: {_name(line)} has another loss than {_name(lines[0])}")
-    return found
+            problems.append(f"WRONG: {_name(line)} has another loss than {_name(lines[0])}")
+    return problems
 
 
 class Bench(NamedTuple):
@@ -230,10 +230,10 @@ class Series:
         """Put the profiles of these into their lines, the last ones."""
         for at, variant in enumerate(variants, len(self.lines) - len(variants)):
             step, device = variant.phases.step, self.bench.ranks.device
-            found = profiling.profiled(step, self.bench.profile, device)
-            self.lines[at] = replace(self.lines[at], profile=found)
+            profile = profiling.profiled(step, self.bench.profile, device)
+            self.lines[at] = replace(self.lines[at], profile=profile)
             self._keep()
-            print(f"  {variant.choice.name}\n{profiling.shown(found)}", flush=True)
+            print(f"  {variant.choice.name}\n{profiling.table(profile)}", flush=True)
 
     def _keep(self) -> None:
         if self.file:
@@ -249,11 +249,11 @@ class Series:
         except Exception:
             traceback.print_exc()
             self.failed += [choice.name for choice in choices]
-            if restart.spoilt(self.bench.ranks.device):
+            if restart.unusable(self.bench.ranks.device):
                 print("\n".join(self.failures()))
                 left = f"{self.end - time.monotonic():.0f}"
                 limit = ("--seconds", left) if self.limited else ()
-                restart.go_on("step", self.argv, self.failed, *limit)
+                restart.rerun("step", self.argv, self.failed, *limit)
 
 
 def _prepared(bench: Bench, choice: Choice) -> Variant:

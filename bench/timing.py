@@ -1,7 +1,7 @@
 """Timing: interleaved rounds, medians, and the machine's own limits measured in the same rounds.
 
-Everything that is compared runs once a round, each round in another order, so that a drift of
-clocks, a busy neighbour, or the caches and free memory that one leaves to the next meet all alike.
+Everything that is compared runs once per round, each round in another order, so that drifting
+clocks, other load, and the caches and free memory that one leaves to the next affect all equally.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """torch's own optimiser step, for comparison with param_update.
 
-What training scripts do with torch alone: torch.optim.AdamW, fused or foreach, Muon's update, the
-moving average by foreach operations, after the gradients have been clipped.
+This is what training scripts do with torch alone: clip the gradients, then torch.optim.AdamW, fused
+or foreach, Muon's update, and the moving average by foreach operations.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """`python -m bench tune OPERATOR`: better rows for triton_kernels/configs.json, found on this GPU.
 
-For each row that the benchmark sizes reach, a walk from the row as it is: all its neighbours (a
-tile size halved or doubled, warps likewise, a stage more or less) and what bench/candidates.py has
-for it are compiled, checked against float64 and timed, the fastest is gone on from, until none is
-faster. Nothing is tuned at run time.
+For each row that the benchmark sizes reach, it walks from the row as it is: all its neighbours (a
+tile size halved or doubled, warps likewise, a stage more or less) and the row's configurations in
+bench/candidates.py are compiled, checked against float64 and timed. The walk continues from the
+fastest until none is faster. Nothing is tuned at run time.
 """
 
 import argparse
@@ -99,13 +99,13 @@ def tune(
     timer: Timer,
     dry_run: bool = False,
     log: "Log | None" = None,
-    words: Sequence[str] = (),
+    label_parts: Sequence[str] = (),
 ) -> int:
     """Tune the kernels of some operators, and write the table if a row became faster.
 
     Args:
         log: takes each configuration that is tried.
-        words: of sizes with one of these in the label; () for all.
+        label_parts: only sizes with one of these in the label; () for all.
 
     Raises:
         PgolfError: an operator that is unknown, has no Triton kernel, or no such size.
@@ -115,28 +115,28 @@ def tune(
         if name not in OPERATORS or "triton" not in OPERATORS[name].implementations:
             with_kernels = [n for n, o in OPERATORS.items() if "triton" in o.implementations]
             raise PgolfError(f"no Triton kernel for {name!r}; there are {', '.join(with_kernels)}")
-    samples = {name: _samples(name, words) for name in names}
-    found = []
+    samples = {name: _samples(name, label_parts) for name in names}
+    tuned = []
     for name in names:
         for dtype in dtypes:
             built = [_checked(name, sample, device, dtype) for sample in samples[name]]
             with own_table() as table:
                 faster = walk_all(table, built, timer, log)
             _write(faster, device_name, dry_run)
-            found += faster
-    if not found:
+            tuned += faster
+    if not tuned:
         print(f"nothing is faster: {launches.TABLE.name} is as it was")
     return 0
 
 
-def _samples(name: str, words: Sequence[str]) -> list[Sample]:
-    """An operator's benchmark sizes with one of these words in their labels."""
-    there = [sample for sample in OPERATORS[name].samples() if sample.bench]
-    found = [s for s in there if not words or any(word in s.label for word in words)]
-    if not found:
-        labels = ", ".join(sample.label for sample in there)
-        raise PgolfError(f"--sample {' '.join(words)}: no size of {name}; there are {labels}")
-    return found
+def _samples(name: str, label_parts: Sequence[str]) -> list[Sample]:
+    """An operator's benchmark sizes that have one of these parts in their labels."""
+    every = [sample for sample in OPERATORS[name].samples() if sample.bench]
+    samples = [s for s in every if not label_parts or any(part in s.label for part in label_parts)]
+    if not samples:
+        labels = ", ".join(sample.label for sample in every)
+        raise PgolfError(f"--sample {' '.join(label_parts)}: no size of {name}; there are {labels}")
+    return samples
 
 
 @contextlib.contextmanager
@@ -307,10 +307,10 @@ def gpu_timer(device: torch.device) -> Timer:
     return milliseconds
 
 
-def _write(found: list[Tuned], device_name: str, dry_run: bool) -> None:
+def _write(tuned: list[Tuned], device_name: str, dry_run: bool) -> None:
     """Put the faster rows into the table's file; what another wrote meanwhile stays."""
     table = json.loads(launches.TABLE.read_text(encoding="utf-8"))
-    for one in found:
+    for one in tuned:
         reason = (
             f"tuned on {device_name}, {date.today()}: {one.after_ms:.4g} ms, before "
             f"{one.before_ms:.4g} with {describe(one.before)}"
@@ -320,7 +320,7 @@ def _write(found: list[Tuned], device_name: str, dry_run: bool) -> None:
             "blocks": dict(one.after.blocks), "num_warps": one.after.num_warps,
             "num_stages": one.after.num_stages, "reason": reason,
         }  # fmt: skip
-    if found and not dry_run:
+    if tuned and not dry_run:
         atomic_write(launches.TABLE, formatted(table))
         launches.configs.cache_clear()
 

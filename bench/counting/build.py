@@ -37,14 +37,14 @@ def missing() -> str:
 
 
 def _compiler() -> str:
-    wanted = os.environ.get("CC", "cc")
-    found = shutil.which(wanted) or shutil.which("gcc")
-    if not found:
+    name = os.environ.get("CC", "cc")
+    path = shutil.which(name) or shutil.which("gcc")
+    if not path:
         raise Unavailable(
-            f"the counting device needs a C compiler, and neither CC={wanted} nor gcc is found: "
+            f"the counting device needs a C compiler, and neither CC={name} nor gcc is found: "
             "install gcc, or set CC"
         )
-    return found
+    return path
 
 
 def _header_folders() -> list[Path]:
@@ -61,23 +61,23 @@ def _header_folders() -> list[Path]:
             "of torch (no GPU is needed)"
         )
     packages = Path(sysconfig.get_paths()["purelib"])
-    found = [packages / "nvidia" / "cu13" / "include"]  # comes with torch: cuBLAS
+    candidates = [packages / "nvidia" / "cu13" / "include"]  # comes with torch: cuBLAS
     triton = importlib.util.find_spec("triton")
     if triton and triton.submodule_search_locations:
         root = Path(triton.submodule_search_locations[0])
-        found.append(root / "backends" / "nvidia" / "include")
+        candidates.append(root / "backends" / "nvidia" / "include")
     if os.environ.get("CUDA_HOME"):
-        found.append(Path(os.environ["CUDA_HOME"]) / "include")
+        candidates.append(Path(os.environ["CUDA_HOME"]) / "include")
     if nvcc := shutil.which("nvcc"):
-        found.append(Path(nvcc).resolve().parents[1] / "include")
-    folders = [folder for folder in found if folder.is_dir()]
+        candidates.append(Path(nvcc).resolve().parents[1] / "include")
+    folders = [folder for folder in candidates if folder.is_dir()]
     lacking = [name for name in NEEDED if not any((f / name).is_file() for f in folders)]
     if lacking:
         raise Unavailable(
             f"the counting device needs CUDA 13's headers, and {', '.join(lacking)} "
             f"{'is' if len(lacking) == 1 else 'are'} in none of "
-            f"{', '.join(map(str, found))}: install torch's CUDA build from PyPI, which brings "
-            "them, or set CUDA_HOME"
+            f"{', '.join(map(str, candidates))}: install torch's CUDA build from PyPI, which "
+            "brings them, or set CUDA_HOME"
         )
     return folders
 

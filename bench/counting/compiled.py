@@ -74,8 +74,8 @@ class Launchers:
         self._module, self._device, self._addresses = module, device, addresses
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._module, name)
-        return self._noted(name, found) if name.endswith("_cuda") else found
+        launcher = getattr(self._module, name)
+        return self._noted(name, launcher) if name.endswith("_cuda") else launcher
 
     def _noted(self, name: str, launch: Callable) -> Callable:
         def call(*arguments: Any) -> None:

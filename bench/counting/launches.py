@@ -38,14 +38,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def phases(events: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Events by phase; what comes before the first phase or in phase '' is left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_phase: dict[str, list[dict[str, Any]]] = {}
     name = ""
     for event in events:
         if event["kind"] == "phase":
             name = event["name"]
         elif name:
-            found.setdefault(name, []).append(event)
-    return found
+            by_phase.setdefault(name, []).append(event)
+    return by_phase
 
 
 def kind_of(event: dict[str, Any]) -> str:
@@ -148,16 +148,16 @@ def _check(events: list[dict[str, Any]], launches: Counter) -> None:
 
 def operators(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Operator of pgolf -> calls, launches and bytes inside it."""
-    found: dict[str, Counter] = {}
+    counters: dict[str, Counter] = {}
     inside: list[str] = []
     for event in events:
         if event["kind"] == "enter":
             inside.append(event["name"])
-            found.setdefault(event["name"], Counter())["calls"] += 1
+            counters.setdefault(event["name"], Counter())["calls"] += 1
         elif event["kind"] == "leave":
             inside.pop()
         elif inside:
-            counter = found[inside[-1]]
+            counter = counters[inside[-1]]
             counter["launches"] += bool(kind_of(event))
             counter["bytes"] += bytes_of(event)[1]
-    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+    return {name: dict(sorted(counters[name].items())) for name in sorted(counters)}

@@ -264,7 +264,7 @@ def _kernel(event: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    wanted = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as scratch:
-        found = count_turn(wanted, Path(scratch) / "log.jsonl", Path(scratch))
-    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+        result = count_turn(request, Path(scratch) / "log.jsonl", Path(scratch))
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

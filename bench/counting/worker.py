@@ -68,8 +68,8 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         module = "bench.counting.turn" if request.turn else "bench.counting.worker"
         done = run_module(module, str(asked), str(answer), env=environment, capture_output=True)
         if done.returncode or not answer.exists():
-            said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
-            raise CountingError(f"counting {request} failed with code {done.returncode}:\n{said}")
+            output = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+            raise CountingError(f"counting {request} failed with code {done.returncode}:\n{output}")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
@@ -228,7 +228,7 @@ def count(request: Request, log: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    wanted = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as folder:
-        found = count(wanted, Path(folder) / "log.jsonl")
-    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+        result = count(request, Path(folder) / "log.jsonl")
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

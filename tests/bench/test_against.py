@@ -24,28 +24,28 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Processes that take `TIMES`, of which only the calls are real; what was called."""
     calls: list[tuple[str, list[str]]] = []
 
-    def measure(checkout: Path, words: list[str]) -> against.Lines:
+    def measure(checkout: Path, arguments: list[str]) -> against.Lines:
         side = "here" if checkout == against.HERE else "there"
         count = sum(name == side for name, _ in calls)
-        calls.append((side, words))
+        calls.append((side, arguments))
         busy = 1.0 + count  # a neighbour, alike for both of a pair
         factor = 1.0 if side == "there" else 1.1 + 0.001 * count
         times = {"forward": 2.0, "backward": 5.0 * factor}
-        found = {
+        lines = {
             (SAMPLE, "fp32", mode, "cpu"): {"median_ms": busy * ms, "rounds": 10, "commit": side}
             for mode, ms in times.items()
         }
         if side == "here":
-            found["new", "fp32", "forward", "cpu"] = {"median_ms": 1.0, "rounds": 10}
-        return found
+            lines["new", "fp32", "forward", "cpu"] = {"median_ms": 1.0, "rounds": 10}
+        return lines
 
     monkeypatch.setattr(against, "measure", measure)
     return calls
 
 
-def run(other: Path, *words: str) -> int:
+def run(other: Path, *arguments: str) -> int:
     fixed = ["--device", "cpu", "--malloc", "default"]
-    return ops.main(["--op", "xsa", *fixed, "--against", str(other), *words])
+    return ops.main(["--op", "xsa", *fixed, "--against", str(other), *arguments])
 
 
 def test_ratios_of_pairs(other, fake, tmp_path, capsys):
@@ -66,10 +66,10 @@ def test_who_is_first_changes_and_both_are_asked_the_same(other, fake, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     run(other, "--pairs", "3", "--sample", "8192", "--threads", "1", "--cold")
     assert [side for side, _ in fake] == ["here", "there", "there", "here", "here", "there"]
-    assert len({tuple(words) for _, words in fake}) == 1
-    told = " ".join(fake[0][1])
-    assert told.startswith("--op xsa --providers cpu --dtype fp32 --mode forward backward both ")
-    assert "--rounds 10 " in told and told.endswith("--sample 8192 --threads 1 --cold")
+    assert len({tuple(arguments) for _, arguments in fake}) == 1
+    output = " ".join(fake[0][1])
+    assert output.startswith("--op xsa --providers cpu --dtype fp32 --mode forward backward both ")
+    assert "--rounds 10 " in output and output.endswith("--sample 8192 --threads 1 --cold")
 
 
 def test_only_an_interval_that_lies_above_is_marked(other, monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_only_an_interval_that_lies_above_is_marked(other, monkeypatch, capsys):
     turns = iter([1.1, 1.0, 1.0, 0.99] * 2)
     monkeypatch.setattr(
         against, "measure",
-        lambda checkout, words: {
+        lambda checkout, arguments: {
             (SAMPLE, "fp32", "both", "cpu"): {"median_ms": next(turns), "rounds": 3, "commit": None}
         },
     )  # fmt: skip
@@ -94,15 +94,15 @@ def test_the_interval_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--against", "nowhere"], "--against nowhere has no bench/ops.py: name a checkout's root"),
         (["--pairs", "1"], "--pairs 1 shows no spread: at least 2"),
         (["--plot", "p"], "--plot draws times, not ratios"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_one_line(words, message, other, capsys):
-    assert run(other, *words) == 2
+def test_bad_arguments_are_one_line(arguments, message, other, capsys):
+    assert run(other, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -121,10 +121,10 @@ def test_an_operator_without_figures_is_named(other, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(against.subprocess, "run", process)
-    words = ["--device", "cpu", "--malloc", "default", "--pairs", "2", "--against", str(other)]
-    assert ops.main(["--op", "grad_norm", "xsa", *words]) == 0
+    arguments = ["--device", "cpu", "--malloc", "default", "--pairs", "2", "--against", str(other)]
+    assert ops.main(["--op", "grad_norm", "xsa", *arguments]) == 0
     out = capsys.readouterr().out
     assert f"grad_norm is not compared: no figures in {against.HERE}: no operator is named" in out
     assert "0 of 1 slower" in out
-    assert ops.main(["--op", "grad_norm", *words]) == 2
+    assert ops.main(["--op", "grad_norm", *arguments]) == 2
     assert "no operator could be compared" in capsys.readouterr().err

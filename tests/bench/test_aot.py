@@ -81,11 +81,11 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path, monkeypatc
     )  # fmt: skip
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    def gate(*words: str) -> tuple[int, str]:
-        return aot.main(["--table", str(table), *words]), capsys.readouterr().out
+    def gate(*arguments: str) -> tuple[int, str]:
+        return aot.main(["--table", str(table), *arguments]), capsys.readouterr().out
 
-    code, said = gate()
-    assert code == 0 and "3 compiled, 0 failures; v 1 not in aot.json: only the fixed" in said
+    code, output = gate()
+    assert code == 0 and "3 compiled, 0 failures; v 1 not in aot.json: only the fixed" in output
     assert not table.exists()
     assert gate("--update")[1].endswith("v 1 written to aot.json\n")
     written = table.read_text()
@@ -93,8 +93,8 @@ def test_a_changed_table_fails_the_gate_until_it_is_updated(tmp_path, monkeypatc
     assert gate()[1].endswith("v 1 compared with aot.json\n")
 
     rows["up: bf16"] = UP | {"registers": 175}
-    code, said = gate()
-    assert code == 1 and "FAILED up: bf16: registers was 173, is 175\n" in said
+    code, output = gate()
+    assert code == 1 and "FAILED up: bf16: registers was 173, is 175\n" in output
     assert gate("--kernel", "other")[0] == 0
     del rows["up: bf16 #2"], rows["other<1>: a.cu"]
     assert gate("--kernel", "up", "--update")[0] == 0
@@ -138,18 +138,18 @@ def test_every_kernel_says_what_it_is_built_around() -> None:
 def test_an_unknown_kernel_is_named_with_those_there_are(monkeypatch, capsys) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert aot.main(["--kernel", "nothing"]) == 2
-    said = capsys.readouterr().err
-    assert "no kernel is named 'nothing'; there are" in said and "xsa_forward_kernel" in said
+    output = capsys.readouterr().err
+    assert "no kernel is named 'nothing'; there are" in output and "xsa_forward_kernel" in output
 
 
 def test_without_triton_one_line_says_so(monkeypatch, capsys) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "triton" else found(n))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "triton" else real(n))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert aot.main([]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("python -m bench aot: triton is not installed: pip install triton")
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert output.startswith("python -m bench aot: triton is not installed: pip install triton")
+    assert len(output.splitlines()) == 1
 
 
 def wrong(kernel: str, wide: bool = True, **figures: int) -> list[str]:
@@ -199,10 +199,10 @@ def test_instances_of_a_cuda_kernel_are_scalar_or_move_16_bytes(monkeypatch) -> 
     narrow = Function(registers=9, shared=0, code="")
     instances = [("xsa_forward_rows", ["float", n, "16", "1"], narrow) for n in ("1", "4")]
     monkeypatch.setattr(aot_cuda, "compile_source", lambda source, arch: instances)
-    rows, found = aot_cuda.compile_all("xsa_forward_rows", lambda *_: None, ["sm_80"])
+    rows, problems = aot_cuda.compile_all("xsa_forward_rows", lambda *_: None, ["sm_80"])
     name = "xsa_forward_rows<float, 4, 16, 1>: xsa.cu sm_80"
     assert name in rows and len(rows) == 2
-    assert found == [f"{name}: no LDG.128", f"{name}: no STG.128"]
+    assert problems == [f"{name}: no LDG.128", f"{name}: no STG.128"]
 
 
 def test_without_nvcc_one_line_says_so(monkeypatch, tmp_path) -> None:
@@ -268,8 +268,8 @@ COUNTED = UP | {
 def test_executed_instructions_may_be_fewer_or_5_percent_more(
     changed: dict, messages: list[str]
 ) -> None:
-    found = list(differences({"up": COUNTED | changed}, {"up": COUNTED}))
-    assert found == [f"up: {message}" for message in messages]
+    reported = list(differences({"up": COUNTED | changed}, {"up": COUNTED}))
+    assert reported == [f"up: {message}" for message in messages]
 
 
 @needs_triton

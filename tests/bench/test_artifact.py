@@ -54,7 +54,7 @@ def test_synthetic_weights_have_the_stated_spread():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ([], "name artifacts or run folders"),
         (["missing"], "cannot read missing"),
@@ -62,8 +62,8 @@ def test_synthetic_weights_have_the_stated_spread():
         (["--synthetic", "pr0"], "pr0"),
     ],
 )
-def test_bad_input_is_one_line(words, message: str, capsys):
-    assert main(words) == 2
+def test_bad_input_is_one_line(arguments, message: str, capsys):
+    assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("python -m bench artifact:")
     assert message in lines[0]

@@ -19,7 +19,7 @@ def calls(monkeypatch, tmp_path) -> list[list[str]]:
     """The commands, each of which a stand-in takes that writes what the real one would."""
     seen: list[list[str]] = []
 
-    def run(command: list[str], **how) -> SimpleNamespace:
+    def run(command: list[str], **options) -> SimpleNamespace:
         seen.append(command)
         for option, file in (("--target", "zstandard.py"), ("--build-lib", "pgolf/_C.so")):
             if option in command:
@@ -94,7 +94,7 @@ def test_times_decide_on_what_is_not_adopted_alone(monkeypatch, tmp_path, writte
     os.utime(module, (0, 0 if written == "before" else 2**33))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(extension, "cuda", lambda: SimpleNamespace(__file__=str(module)))
-    monkeypatch.setattr(extension, "no_code_for", lambda *how: "")
+    monkeypatch.setattr(extension, "no_code_for", lambda *arguments: "")
     compiled = {
         adopted: bool(gpu_parts._build(
             gpu_parts.Place(tmp_path, tmp_path, gpu_parts.RECORD, adopted)

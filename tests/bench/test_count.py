@@ -185,8 +185,8 @@ def test_launches_inside_our_operators(reference, ours):
 @needs_device
 def test_a_decoded_token_of_a_tiny_model(counted):
     """Products, attention, and the bytes of weights and caches, as on paper."""
-    found = counted(replace(TINY, qat=False, decode=True))
-    step = found["phases"]["step"]
+    result = counted(replace(TINY, qat=False, decode=True))
+    step = result["phases"]["step"]
     assert step["gemms"] == {
         f"TN {D + 2 * KV}x{N}x{D}": L,  # q, k, v
         f"TN {D}x{N}x{D}": L,  # out
@@ -201,7 +201,7 @@ def test_a_decoded_token_of_a_tiny_model(counted):
     matrices = L * ((D + 2 * KV) * D + D * D + 2 * F * D) + V * D
     vectors = D + L * (H + 2 * D + 2 * D) + L // 2 * D  # gate; gains, scales, mix; skips
     assert step["least_bytes"] == {"weights": BF16 * matrices + FP32 * vectors, "caches": caches}
-    pick = found["phases"]["pick"]["launches"]
+    pick = result["phases"]["pick"]["launches"]
     assert pick["total"] == pick["aten"] <= 8
     assert step["launches"]["memcpy"] <= 1, "nothing goes to the host"
 
@@ -256,7 +256,7 @@ def test_a_device_that_does_not_compile(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["--micro", "48"], "--micro 48: it is sequences x tokens"),
         (["--micro", "0x16"], "--micro 0x16: it is sequences x tokens"),
@@ -266,9 +266,9 @@ def test_a_device_that_does_not_compile(monkeypatch, tmp_path):
         (["--ops", "attention=fa4"], "--ops attention=fa4: attention counts as one call a pass"),
     ],
 )
-def test_bad_arguments(capsys, argv, said):
+def test_bad_arguments(capsys, argv, message):
     assert count.main(argv) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 KERNEL = {"kind": "kernel", "api": "runtime", "name": "some_kernel"}
@@ -375,13 +375,13 @@ def test_committed_table_is_what_is_counted(table):
     base = Request(**table["counted"])
     ours = ("triton", *([] if extension.missing() else ["auto"]))
     names = ("reference", *ours)
-    found = count.count(count.setting(base, name) for name in names)
-    version = count.version_of(found["reference"])
+    results = count.count(count.setting(base, name) for name in names)
+    version = count.version_of(results["reference"])
     if version in table["versions"]:
-        for name, result in found.items():
+        for name, result in results.items():
             known = table["versions"][version][name]
             for phase in PHASES:
                 assert result["phases"][phase] == known[phase], (name, phase)
     for name in ours:
         for what in ("launches", "bytes"):
-            assert count.total_of(found[name], what) < count.total_of(found["reference"], what)
+            assert count.total_of(results[name], what) < count.total_of(results["reference"], what)

@@ -109,5 +109,5 @@ def test_triton_kernels_have_their_arguments(phases):
     ],
 )
 def test_misuse(told, what, said):
-    found = told["said"][what]
-    assert said in found if said else found == "", found
+    message = told["said"][what]
+    assert said in message if said else message == "", message

@@ -19,12 +19,12 @@ def test_a_line_of_figures(tmp_path, capsys) -> None:
     assert line.cached_tokens_per_second == pytest.approx(3e3 / line.cached_ms)
     assert line.whole_tokens_per_second == pytest.approx(1e3 / line.whole_ms)
     assert all(value is not None for value in asdict(line).values())
-    said = capsys.readouterr().out
-    assert f"{line.cached_tokens_per_second:,.0f} tokens/s" in said
+    output = capsys.readouterr().out
+    assert f"{line.cached_tokens_per_second:,.0f} tokens/s" in output
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--micro", "64"], "--micro 64: it is sequences x tokens, 8 or more"),
         (["--micro", "2x7"], "--micro 2x7"),
@@ -32,6 +32,6 @@ def test_a_line_of_figures(tmp_path, capsys) -> None:
         (["nothing"], "unknown recipe 'nothing'"),
     ],
 )
-def test_bad_arguments(capsys, argv: list[str], said: str) -> None:
+def test_bad_arguments(capsys, argv: list[str], message: str) -> None:
     assert decode.main(argv) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -97,24 +97,24 @@ PACKING = {"pgolf/codecs/zstd.py": "zstandard", "pgolf/codecs/brotli.py": "brotl
 
 def imported_at_once(file: Path) -> set[str]:
     """Packages that a module imports when it is imported, unless it has a word for their lack."""
-    found = set()
+    packages = set()
     todo = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module.partition(".")[0])
+            packages.add(node.module.partition(".")[0])
         elif not isinstance(node, (ast.FunctionDef, ast.Try, ast.With)):
             todo += list(ast.iter_child_nodes(node))
-    return found - {*sys.stdlib_module_names, *THERE}
+    return packages - {*sys.stdlib_module_names, *THERE}
 
 
 def test_modules_import_other_packages_where_they_use_them() -> None:
     files = [f for folder in ("pgolf", "bench") for f in (ROOT / folder).rglob("*.py")]
-    found = {str(file.relative_to(ROOT)): imported_at_once(file) for file in files}
-    found.pop("bench/outcomes.py")  # of pytest
-    assert {name: packages for name, packages in found.items() if packages} == {
+    imported = {str(file.relative_to(ROOT)): imported_at_once(file) for file in files}
+    imported.pop("bench/outcomes.py")  # of pytest
+    assert {name: packages for name, packages in imported.items() if packages} == {
         name: {package} for name, package in PACKING.items()
     }
 
@@ -207,13 +207,13 @@ def test_each_operator_is_timed_at_the_record_s_sizes() -> None:
     on_gpu = {n for n, i in OPERATORS["attention"].implementations.items() if i.device == "cuda"}
     assert set(gpu_parts.ATTENTION) == on_gpu
     for operator in OPERATORS.values():
-        found = [
+        labels = [
             s.label
             for s in [s for s in operator.samples() if s.bench] + peers.samples(operator)
             if any(word in s.label for word in gpu_parts.SAMPLES)
         ]
-        assert found, operator.name
-        assert not [label for label in found if "4096" in label or "8192" in label]
+        assert labels, operator.name
+        assert not [label for label in labels if "4096" in label or "8192" in label]
     chosen = [parse(text) for text in gpu_parts.CHOICES]
     assert {c.get("attention", "auto") for c in chosen} == {"auto"}, "what differs is ours"
     assert all(c.keys() | {"attention"} == OPERATORS.keys() for c in chosen)
@@ -257,8 +257,8 @@ def test_each_operator_is_tuned_at_the_record_s_sizes_in_its_own_time(record) ->
 @pytest.mark.parametrize("there", [True, False])
 def test_losses_are_the_verdict_where_nothing_can_be_packed(there, record, monkeypatch) -> None:
     original = gpu_parts.importlib.util.find_spec
-    found = lambda name: there if name == "python_minifier" else original(name)  # noqa: E731
-    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: found(name) or None)
+    find_spec = lambda name: there if name == "python_minifier" else original(name)  # noqa: E731
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: find_spec(name) or None)
     place = gpu_parts.Place(Path("out"), Path("scratch"), gpu_parts.RECORD)
     part = gpu_parts._train(place)
     commands = part.commands(1.0)
@@ -296,12 +296,12 @@ def test_tests_for_a_gpu_are_named_by_their_files() -> None:
 def test_outcomes_are_written_as_tests_end(tmp_path) -> None:
     file = tmp_path / "outcomes.jsonl"
     written = Outcomes(file)
-    for when, outcome, said in (
+    for when, outcome, output in (
         ("setup", "passed", None), ("call", "passed", None), ("teardown", "passed", None),
         ("call", "failed", "wrong\n" * 1000), ("setup", "skipped", ("a.py", 1, "no GPU")),
     ):  # fmt: skip
         written.pytest_runtest_logreport(
-            SimpleNamespace(when=when, outcome=outcome, longrepr=said, nodeid="t", duration=0.5)
+            SimpleNamespace(when=when, outcome=outcome, longrepr=output, nodeid="t", duration=0.5)
         )
         lines = [json.loads(line) for line in file.open()] if file.exists() else []
     assert [line["outcome"] for line in lines] == ["passed", "failed", "skipped"]
@@ -358,13 +358,13 @@ def test_a_kernel_that_is_missing_or_fails_leaves_the_others_to_run(monkeypatch,
     names = ("xsa", "fake_quant", "grad_norm")
     for name in names:
         known = OPERATORS[name]
-        found = {
+        kernels = {
             impl: dataclasses.replace(each, missing=lambda: "")
             for impl, each in known.implementations.items()
         }
         if name == "xsa":
-            found["cuda"] = dataclasses.replace(found["cuda"], missing=lambda: "not built")
-        monkeypatch.setitem(OPERATORS, name, dataclasses.replace(known, implementations=found))
+            kernels["cuda"] = dataclasses.replace(kernels["cuda"], missing=lambda: "not built")
+        monkeypatch.setitem(OPERATORS, name, dataclasses.replace(known, implementations=kernels))
     called = {OPERATORS[name].call: name for name in names}
     ran: list[tuple[str, str]] = []
 
@@ -387,6 +387,6 @@ def test_a_kernel_that_is_missing_or_fails_leaves_the_others_to_run(monkeypatch,
     calls, wrong = gpu_kernels.run_all("cpu", ["fake_quant", "xsa"], ["cuda"])
     assert set(ran) == {("fake_quant", "cuda")} and calls == len(ran) and len(wrong) == 1
     ran.clear()
-    monkeypatch.setattr(gpu_kernels.restart, "spoilt", lambda device: True)
+    monkeypatch.setattr(gpu_kernels.restart, "unusable", lambda device: True)
     assert gpu_kernels.main(["--device", "cpu", "--op", "fake_quant", "--impl", "triton"]) == 1
     assert len(ran) == 1 and "no more was run" in capsys.readouterr().out

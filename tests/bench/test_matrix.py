@@ -45,9 +45,9 @@ def ran(tmp_path: Path, monkeypatch) -> list[str]:
     def step(name: str):
         def run(python: str) -> subprocess.CompletedProcess:
             names.append(name)
-            said = '{"layers": 11, "operators_s": 1.0, "forward_s": 2.4}\n== 7 passed in 3.1s ==\n'
-            said = said.splitlines()[name != "model"]
-            return subprocess.CompletedProcess((), int(name == "aot"), said, "")
+            line = '{"layers": 11, "operators_s": 1.0, "forward_s": 2.4}\n== 7 passed in 3.1s ==\n'
+            line = line.splitlines()[name != "model"]
+            return subprocess.CompletedProcess((), int(name == "aot"), line, "")
 
         return run
 
@@ -61,9 +61,9 @@ def ran(tmp_path: Path, monkeypatch) -> list[str]:
     return names
 
 
-def run(tmp_path: Path, *words: str) -> int:
+def run(tmp_path: Path, *arguments: str) -> int:
     file = str(tmp_path / "matrix.json")
-    return matrix.main(["--venvs", str(tmp_path), "--json", file, *words])
+    return matrix.main(["--venvs", str(tmp_path), "--json", file, *arguments])
 
 
 def test_steps_are_kept_until_they_run_again(ran, tmp_path, capsys) -> None:
@@ -82,19 +82,19 @@ def test_steps_are_kept_until_they_run_again(ran, tmp_path, capsys) -> None:
 def test_what_has_passed_and_has_not_changed_is_left_out(ran, tmp_path, monkeypatch) -> None:
     hashes = dict.fromkeys(matrix.STEPS, {"pgolf": "a"})
     monkeypatch.setattr(matrix, "sources", lambda step: hashes[step])
-    words = ("--torch", "2.9.1", "--changed")
-    assert run(tmp_path, *words) == 1
+    arguments = ("--torch", "2.9.1", "--changed")
+    assert run(tmp_path, *arguments) == 1
     assert ran == list(matrix.STEPS) == list(matrix.SOURCES)
-    assert run(tmp_path, *words) == 1
+    assert run(tmp_path, *arguments) == 1
     assert ran[4:] == ["aot"], "it has failed"
     hashes["training"] = {"pgolf": "b"}
-    assert run(tmp_path, *words, "--step", "model", "training") == 1
+    assert run(tmp_path, *arguments, "--step", "model", "training") == 1
     assert ran[5:] == ["training"]
     file = tmp_path / "matrix.json"
     entry = json.loads(file.read_text())
     entry["2.9.1"]["versions"]["numpy"] = "1.0"
     file.write_text(json.dumps(entry))
-    assert run(tmp_path, *words) == 1
+    assert run(tmp_path, *arguments) == 1
     assert ran[6:] == list(matrix.STEPS)
 
 
@@ -131,7 +131,7 @@ def test_environments_are_made_once(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PGOLF_TORCH", raising=False)
     commands, codes = [], [0, 0, 1, 0, 0, 0]
 
-    def stand_in(command, **how):
+    def stand_in(command, **options):
         commands.append(command)
         (tmp_path / "torch-2.9.1").mkdir(exist_ok=True)
         return subprocess.CompletedProcess(command, codes[len(commands) - 1])

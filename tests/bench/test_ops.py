@@ -59,8 +59,8 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return lambda *args, **kwargs: monkeypatch.setitem(OPERATORS, "toy", toy(*args, **kwargs))
 
 
-def run(*words: str) -> int:
-    return ops.main(["--op", "toy", "--device", "cpu", "--rounds", "3", *words])
+def run(*arguments: str) -> int:
+    return ops.main(["--op", "toy", "--device", "cpu", "--rounds", "3", *arguments])
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def test_a_provider_that_fails_does_not_end_the_run(register, capsys) -> None:
     assert out.count("    eager") == 2  # both sizes
 
 
-def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
+def test_where_the_gpu_is_unusable_a_new_process_continues(
     register, monkeypatch, tmp_path, capsys
 ) -> None:
     """Without the provider that has done it, and with what was measured before."""
@@ -108,20 +108,20 @@ def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
         return cube(x, factor)
 
     def replaced(program: str, argv: list[str]) -> None:
-        words[:] = argv
+        command[:] = argv
         raise Replaced
 
-    words: list[str] = []
+    command: list[str] = []
     register(broken, rows=(8, 16, 24))
-    monkeypatch.setattr(restart, "spoilt", lambda device: True)
+    monkeypatch.setattr(restart, "unusable", lambda device: True)
     monkeypatch.setattr(restart.os, "execv", replaced)
     options = ["--providers", "eager", "cpu", "--mode", "forward"]
     with pytest.raises(Replaced):
         run(*options, "--json", str(tmp_path / "f"))
-    assert words[1:4] == ["-m", "bench", "ops"]
-    assert words[-2:] == ["--failed", "toy 16 rows fp32 cpu"]
+    assert command[1:4] == ["-m", "bench", "ops"]
+    assert command[-2:] == ["--failed", "toy 16 rows fp32 cpu"]
     capsys.readouterr()
-    assert ops.main(words[4:]) == 1 and "toy, 8 rows" not in capsys.readouterr().out
+    assert ops.main(command[4:]) == 1 and "toy, 8 rows" not in capsys.readouterr().out
     assert [(line["sample"], line["provider"]) for line in lines_of(tmp_path / "f")] == [
         ("8 rows", "eager"), ("8 rows", "cpu"), ("16 rows", "eager"), ("24 rows", "eager"),
         ("24 rows", "cpu"),
@@ -137,8 +137,8 @@ def test_a_case_that_fails_does_not_end_the_run(register, monkeypatch, tmp_path,
     register()
     original = ops._timed
     monkeypatch.setattr(ops, "_timed", timed)
-    words = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
-    assert run(*words) == 1
+    arguments = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
+    assert run(*arguments) == 1
     captured = capsys.readouterr()
     assert "  FAILED: toy 8 rows fp32; why stands above\n" in captured.out
     assert "MemoryError: no room" in captured.err
@@ -192,8 +192,8 @@ def test_lines_tables_and_plot(register, tmp_path, capsys) -> None:
     file, picture = tmp_path / "f.jsonl", tmp_path / "toy.png"
     threads = torch.get_num_threads()
     try:
-        words = ["--providers", "eager", "compiled", "cpu", "triton", "--sample", "8 rows"]
-        assert run(*words, "--threads", "1", "--json", str(file), "--plot", str(picture)) == 0
+        arguments = ["--providers", "eager", "compiled", "cpu", "triton", "--sample", "8 rows"]
+        assert run(*arguments, "--threads", "1", "--json", str(file), "--plot", str(picture)) == 0
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
@@ -240,9 +240,9 @@ def test_cold_flushes_before_each_call(register, monkeypatch, tmp_path) -> None:
     register(rows=(8,))
     flushed: list[int] = []
     monkeypatch.setattr(timing, "flusher", lambda device: lambda: flushed.append(1))
-    words = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
-    assert run(*words) == 0 and not flushed
-    assert run(*words, "--cold") == 0
+    arguments = ["--providers", "eager", "--mode", "forward", "--json", str(tmp_path / "f")]
+    assert run(*arguments) == 0 and not flushed
+    assert run(*arguments, "--cold") == 0
     assert len(flushed) == (timing.WARM_UP + 3) * 2  # the provider and the copy
     assert [line["cold"] for line in lines_of(tmp_path / "f")] == [True]
 
@@ -262,7 +262,7 @@ def test_a_table_that_takes_too_long_says_so(register, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--op", "toys"], "no operator is named 'toys'; there are "),
         (["--providers", "tpu"], "no provider is named 'tpu'; there are eager, compiled, cpu"),
@@ -272,20 +272,20 @@ def test_a_table_that_takes_too_long_says_so(register, capsys) -> None:
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line(
-    words, message, register, capsys, tmp_path, monkeypatch
+    arguments, message, register, capsys, tmp_path, monkeypatch
 ) -> None:
     register(rows=(8,))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ops.py").write_text("")
-    assert ops.main(words) == 2
+    assert ops.main(arguments) == 2
     err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("timing:")]
     assert len(err) == 1 and message in err[0] and err[0].startswith("python -m bench ops: ")
 
 
 def test_rounds_and_threads_are_at_least_one(capsys) -> None:
-    for words in (["--rounds", "0"], ["--threads", "-1"]):
+    for arguments in (["--rounds", "0"], ["--threads", "-1"]):
         with pytest.raises(SystemExit) as stop:
-            ops.main(words)
+            ops.main(arguments)
         assert stop.value.code == 2 and "is not 1 or more" in capsys.readouterr().err
 
 
@@ -304,9 +304,9 @@ def test_a_plot_can_be_read(tmp_path: Path, monkeypatch) -> None:
             for provider, ms in (("eager", high), ("cpu", low))], tmp_path / "toy.png")
         panel, = drawn[0].axes
         bottom, top = panel.get_ylim()
-        shown = [t.get_text() for t in panel.get_yticklabels()
+        labels = [t.get_text() for t in panel.get_yticklabels()
                  if bottom <= t.get_position()[1] <= top]
-        assert len(shown) >= ticks and all(float(words) for words in shown)
+        assert len(labels) >= ticks and all(float(text) for text in labels)
         assert {f"{low:.3g}", f"{high:.3g}"} <= {t.get_text() for t in panel.texts}
         assert [t.get_text() for t in panel.get_legend().texts] == ["floor", "eager", "cpu"]
 
@@ -346,8 +346,8 @@ def test_a_peer_is_compared_only_on_its_own_function(monkeypatch) -> None:
     assert derived.label == "2x7 24-40 relu2" and derived.bench
     args, kwargs = derived.build(CPU, torch.float32)
     assert args[3] == 0.0 and liger.unfit(*args, **kwargs) == ""
-    found = peers.samples(operator)
-    assert [s.label for s in found] == ["4096 512-1536 relu2", "98304 512-1536 relu2"]
+    samples = peers.samples(operator)
+    assert [s.label for s in samples] == ["4096 512-1536 relu2", "98304 512-1536 relu2"]
     bank = dict(coefficients=((1.0, 1.0, 1.0),), dtype=torch.bfloat16)
     assert peers._newton_schulz_unfit(None, **bank) == ""
     assert peers._newton_schulz_unfit(None, **bank, row_norm=True)

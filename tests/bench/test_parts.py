@@ -12,8 +12,8 @@ from bench.parts import Part
 QUICK = (sys.executable, "-S", "-c")
 
 
-def part(name: str, *codes: str, share: float = 1.0, **how) -> Part:
-    return Part(name, share, lambda seconds: [(*QUICK, code) for code in codes], **how)
+def part(name: str, *codes: str, share: float = 1.0, **options) -> Part:
+    return Part(name, share, lambda seconds: [(*QUICK, code) for code in codes], **options)
 
 
 def test_parts_pass_fail_or_are_left_out_and_the_others_run(tmp_path) -> None:
@@ -98,9 +98,9 @@ def test_what_a_command_leaves_running_is_ended(tmp_path) -> None:
 def ended(pid: int) -> bool:
     """Whether a process ends, within ten seconds."""
     deadline = time.monotonic() + 10
-    while (found := parts._stat(pid)) and found[0] != "Z" and time.monotonic() < deadline:
+    while (status := parts._stat(pid)) and status[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not found or found[0] == "Z"
+    return not status or status[0] == "Z"
 
 
 STUBBORN = """

@@ -133,8 +133,8 @@ def test_known_counts(
     kernel: str, trips: tuple[int, ...], stored: int, ffma: int, loads: int, stores: int
 ) -> None:
     executed = flow(kernel).executed(trips, stored)
-    found = [count(executed, base) for base in ("FFMA", "LDG", "STG")]
-    assert found == [ffma, loads, stores]
+    counts = [count(executed, base) for base in ("FFMA", "LDG", "STG")]
+    assert counts == [ffma, loads, stores]
 
 
 @needs_triton

@@ -132,10 +132,10 @@ class Replaced(BaseException):
 
 
 @pytest.mark.parametrize("where", ["build", "_timed"])
-def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
+def test_where_the_gpu_is_unusable_a_new_process_continues(
     where, shards, monkeypatch, capsys
 ) -> None:
-    words, built = [], []
+    command, built = [], []
     original = getattr(step, where)
 
     def failing(first, *others):
@@ -146,36 +146,36 @@ def test_where_the_gpu_is_spoilt_a_new_process_goes_on(
         return original(first, *others)
 
     def replaced(program: str, argv: list[str]) -> None:
-        words[:] = argv
+        command[:] = argv
         raise Replaced
 
     monkeypatch.setattr(step, where, failing)
-    monkeypatch.setattr(restart, "spoilt", lambda device: True)
+    monkeypatch.setattr(restart, "unusable", lambda device: True)
     monkeypatch.setattr(restart.os, "execv", replaced)
     with pytest.raises(Replaced):
         run(shards, "--ops", "reference", "xsa=reference", "auto", "--compile", "off", "--seconds",
             "1e6", "--json", "f.jsonl", "--rounds", "1")  # fmt: skip
     assert "FAILED: xsa=reference eager; why stands above\n" in capsys.readouterr().out
-    assert words[1:4] == ["-m", "bench", "step"]
-    assert words[-4:-1] == ["--failed", "xsa=reference eager", "--seconds"]
-    assert 0 < float(words[-1]) <= 1e6
+    assert command[1:4] == ["-m", "bench", "step"]
+    assert command[-4:-1] == ["--failed", "xsa=reference eager", "--seconds"]
+    assert 0 < float(command[-1]) <= 1e6
     built.clear()
-    assert step.main(words[4:]) == 1
+    assert step.main(command[4:]) == 1
     lines = [json.loads(text) for text in Path("f.jsonl").read_text().splitlines()]
     assert [line["ops"] for line in lines] == ["reference", "auto"]
     assert built == (["reference", "auto"] if where == "build" else ["auto"])
     assert lines[1]["first_ms"] != lines[1]["median_ms"], "it took turns with the first"
 
 
-def test_a_gpu_is_spoilt_if_it_cannot_be_waited_for(monkeypatch) -> None:
+def test_a_gpu_is_unusable_if_it_cannot_be_waited_for(monkeypatch) -> None:
     def fails(device) -> None:
         raise RuntimeError("CUDA error")
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not restart.spoilt(gpu)
+    assert not restart.unusable(gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
-    assert restart.spoilt(gpu) and not restart.spoilt(torch.device("cpu"))
+    assert restart.unusable(gpu) and not restart.unusable(torch.device("cpu"))
 
 
 def test_all_that_ends_a_step_is_the_optimisers_phase(shards) -> None:
@@ -203,41 +203,41 @@ def test_all_that_ends_a_step_is_the_optimisers_phase(shards) -> None:
 def test_a_profile_adds_up() -> None:
     spans = [profiling.Span("a", 0, 4), profiling.Span("b", 3, 6), profiling.Span("a", 8, 10)]
     kernels = [(s.name, s.end - s.start) for s in spans]
-    found = profiling.summarised(spans, kernels, [("pgolf::a", 2.0)] * 2, {"pgolf::a": 6000}, 2)
-    assert found["step_us"] == 5.0 and found["idle_us"] == 1.0
-    assert found["kernels"] == [
+    summary = profiling.summarised(spans, kernels, [("pgolf::a", 2.0)] * 2, {"pgolf::a": 6000}, 2)
+    assert summary["step_us"] == 5.0 and summary["idle_us"] == 1.0
+    assert summary["kernels"] == [
         {"name": "a", "calls": 1.0, "us": 3.0, "percent": 60.0},
         {"name": "b", "calls": 0.5, "us": 1.5, "percent": 30.0},
     ]
-    (operator,) = found["operators"]
+    (operator,) = summary["operators"]
     assert operator == {
         "name": "pgolf::a", "calls": 1.0, "us": 2.0, "percent": 40.0, "gbs": 3.0
     }  # fmt: skip
-    table = profiling.shown(found)
+    table = profiling.table(summary)
     assert "0.01 ms, in 20.0 % of it nothing runs" in table and table.count("\n") == 5
 
 
 def test_losses_that_differ_are_wrong(shards, monkeypatch, capsys) -> None:
-    def spoilt(session, title):
+    def damaged(session, title):
         trainer = build(session, title)
         if session.config.run.ops == "xsa=reference":
             with torch.no_grad():
                 trainer.model.tok_emb.weight.mul_(100)
         return trainer
 
-    monkeypatch.setattr(step, "build", spoilt)
+    monkeypatch.setattr(step, "build", damaged)
     assert run(shards, "--ops", "reference", "xsa=reference", "--compile", "off") == 1
     wrong = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WRONG")]
     assert wrong == ["WRONG: xsa=reference eager has another loss than reference eager"]
 
 
-@pytest.mark.parametrize("spoilt", ["reference", "xsa=reference"])
+@pytest.mark.parametrize("wrong", ["reference", "xsa=reference"])
 def test_a_loss_that_is_not_finite_is_wrong_and_its_line_is_kept(
-    spoilt, shards, monkeypatch, capsys
+    wrong, shards, monkeypatch, capsys
 ) -> None:
     def broken(session, title):
         trainer = build(session, title)
-        if session.config.run.ops == spoilt:
+        if session.config.run.ops == wrong:
             with torch.no_grad():
                 trainer.model.tok_emb.weight.fill_(math.nan)
         return trainer
@@ -246,13 +246,13 @@ def test_a_loss_that_is_not_finite_is_wrong_and_its_line_is_kept(
     assert run(shards, "--ops", "reference", "xsa=reference", "--compile", "off", "--json",
                "f.jsonl", "--rounds", "1") == 1  # fmt: skip
     lines = [json.loads(text) for text in Path("f.jsonl").read_text().splitlines()]
-    assert [line["loss"] is None for line in lines] == [line["ops"] == spoilt for line in lines]
+    assert [line["loss"] is None for line in lines] == [line["ops"] == wrong for line in lines]
     out = capsys.readouterr().out
-    assert f"WRONG: {spoilt} eager has a loss that is not finite\n" in out
+    assert f"WRONG: {wrong} eager has a loss that is not finite\n" in out
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--ops", "tpu"], "no operator has an implementation 'tpu'"),
         (["--rounds", "0"], "--rounds 0: it has to be 1 or more"),
@@ -260,9 +260,9 @@ def test_a_loss_that_is_not_finite_is_wrong_and_its_line_is_kept(
         (["no_such_key=1"], "unknown key 'no_such_key'"),
     ],
 )
-def test_bad_arguments_are_one_line(words, message, shards, capsys) -> None:
-    overrides = [w for w in words if "=" in w and not w.startswith("-")]
-    options = [w for w in words if w not in overrides]
+def test_bad_arguments_are_one_line(arguments, message, shards, capsys) -> None:
+    overrides = [w for w in arguments if "=" in w and not w.startswith("-")]
+    options = [w for w in arguments if w not in overrides]
     assert step.main(["demo", f"data={shards}", *TINY, *overrides, *options]) == 2
     err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("preparing")]
     assert len(err) == 1 and message in err[0] and err[0].startswith("python -m bench step: ")

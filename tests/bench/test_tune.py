@@ -168,9 +168,9 @@ def test_candidates_are_tried_though_the_way_to_them_is_slower(table, monkeypatc
 
 def test_neighbours_are_one_step_away() -> None:
     config = launches.Config("", {"A": 1, "SWITCH": True}, num_warps=16, num_stages=1)
-    found = [(n.blocks, n.num_warps, n.num_stages) for n in tune.neighbours(config)]
+    neighbours = [(n.blocks, n.num_warps, n.num_stages) for n in tune.neighbours(config)]
     same = {"A": 1, "SWITCH": True}
-    assert found == [({"A": 2, "SWITCH": True}, 16, 1), (same, 8, 1), (same, 16, 2)]
+    assert neighbours == [({"A": 2, "SWITCH": True}, 16, 1), (same, 8, 1), (same, 16, 2)]
 
 
 def test_the_committed_table_is_as_tune_would_write_it() -> None:
@@ -201,4 +201,4 @@ def test_only_sizes_that_are_asked_for_are_tuned(table) -> None:
         "leaky_relu2_mlp": ["98304 512-1536"], "newton_schulz": ["qo bank", "kv bank", "up bank"]
     }  # fmt: skip
     with pytest.raises(PgolfError, match=r"--sample none: no size of xsa; there are small$"):
-        tune.tune(["xsa"], ["fp32"], CPU, "", best_at(4, 8), words=["none"])
+        tune.tune(["xsa"], ["fp32"], CPU, "", best_at(4, 8), label_parts=["none"])
