@@ -17,7 +17,7 @@ import torch
 
 from pgolf.config import Config, to_dict
 from pgolf.errors import StorageError
-from pgolf.files import atomic_write
+from pgolf.files import atomic_write, user_cache
 from pgolf.training import facts
 from pgolf.training.handshake import gathered
 from pgolf.training.trainer import Trainer
@@ -49,8 +49,7 @@ def place(config: Config, key: str) -> Path:
     """Where the code of a key is: in a file that compile_cache names, or one of a folder."""
     named = config.run.compile_cache
     if named == "auto":
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return Path(home, "pgolf", "compile", key + SUFFIX)
+        return user_cache("compile") / (key + SUFFIX)
     path = Path(os.path.expanduser(named))
     return path / (key + SUFFIX) if named.endswith("/") or os.path.isdir(path) else path
 
