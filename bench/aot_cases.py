@@ -33,7 +33,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them, in a fixed order."""
-    return [*_xsa(), *_mlp(), *_newton_schulz(), *_fake_quant()]
+    return [*_xsa(), *_mlp(), *_xsa_linear(), *_newton_schulz(), *_fake_quant()]
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -90,6 +90,23 @@ def _mlp() -> Iterator[Case]:
                             mlp.down_dgrad(h, w_down, hidden, bits, 0.5, rstd, tma=tma)
 
                     yield Case(name + precision + (" rstd" if rstd is not None else ""), name, both)
+
+
+def _xsa_linear() -> Iterator[Case]:
+    """Heads of the model's and of other sizes, in groups as large as a tile of any."""
+    from pgolf.triton_kernels.xsa_linear import dgrad
+
+    bf16 = torch.bfloat16
+    dout = _meta(TOKENS, WIDTH, dtype=bf16)
+    for size, share in ((64, 2), (64, 1), (32, 4), (32, 1), (16, 8)):
+        heads = WIDTH // size
+        y = _meta(TOKENS // 2048, 2048, heads, size, dtype=bf16)
+        v = _meta(TOKENS // 2048, 2048, heads // share, size, dtype=bf16)
+        w = _meta(WIDTH, WIDTH, dtype=bf16)
+        yield Case(
+            f"bf16 d={size}, {share} heads to a value", "bf16",
+            lambda y=y, v=v, w=w: dgrad(dout, w, y, v, tma=True),
+        )  # fmt: skip
 
 
 def _newton_schulz() -> Iterator[Case]:

@@ -16,10 +16,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pgolf.triton_kernels.gemm import DTYPES, dot_precision, matmul_tile, tile_of
+from pgolf.triton_kernels.gemm import (
+    DTYPES,
+    block_shape,
+    dot_precision,
+    halves,
+    matmul_tile,
+    persistent_grid,
+    takes_tma,
+    tile_of,
+    tiles,
+)
 from pgolf.triton_kernels.launch import Config, launch, on_device_of, pick
-
-H100_SMS = 132  # the grid for tensors that lie on no GPU: compiled ahead of time, interpreted
 
 
 @triton.jit
@@ -79,12 +87,6 @@ def differentiate(acc, post, packed, rstd, rows, t, slope):
     if rstd is not None:
         factor *= load_rstd(rstd, rows, t)
     return acc * (factor * tl.sqrt(post.to(tl.float32)))
-
-
-@triton.jit
-def halves(x):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -232,11 +234,11 @@ def up(
     bits = torch.empty((t, triton.cdiv(f, 32)), dtype=torch.int32, device=h.device)
     sizes = {"t": t, "d": d, "f": f, "words": bits.size(1), "slope": float(slope)}
     with on_device_of(h):
-        if _takes_tma(tma, h, w_up, post):
+        if takes_tma("leaky_relu2_mlp", tma, h, w_up, post):
             config = pick("leaky_relu2_up_tma")
-            block_m, block_n, block_k = _block_shape(config)
+            block_m, block_n, block_k = block_shape(config)
             launch(
-                leaky_relu2_up_tma, _persistent_grid(config, h, f), config,
+                leaky_relu2_up_tma, persistent_grid(config, h, f), config,
                 h=TensorDescriptor.from_tensor(h, [block_m, block_k]),
                 w_up=TensorDescriptor.from_tensor(w_up, [block_n, block_k]),
                 post=TensorDescriptor.from_tensor(post, [block_m, block_n // 2]),
@@ -245,7 +247,7 @@ def up(
         else:
             config = _pick_pointer("leaky_relu2_up", h)
             launch(
-                leaky_relu2_up, (_tiles(config, t, f),), config,
+                leaky_relu2_up, (tiles(config, t, f),), config,
                 h=h, w_up=w_up, post=post, bits=bits, rstd=rstd, **sizes,
                 stride_ht=h.stride(0), stride_hd=h.stride(1),
                 stride_wf=w_up.stride(0), stride_wd=w_up.stride(1),
@@ -281,11 +283,11 @@ def down_dgrad(
     dpre = torch.empty((t, f), dtype=dout.dtype, device=dout.device)
     sizes = {"t": t, "d": d, "f": f, "words": bits.size(1), "slope": float(slope)}
     with on_device_of(dout):
-        if _takes_tma(tma, dout, w_down, post, dpre):
+        if takes_tma("leaky_relu2_mlp", tma, dout, w_down, post, dpre):
             config = pick("leaky_relu2_dgrad_tma")
-            block_m, block_n, block_k = _block_shape(config)
+            block_m, block_n, block_k = block_shape(config)
             launch(
-                leaky_relu2_dgrad_tma, _persistent_grid(config, dout, f), config,
+                leaky_relu2_dgrad_tma, persistent_grid(config, dout, f), config,
                 dout=TensorDescriptor.from_tensor(dout, [block_m, block_k]),
                 w_down=TensorDescriptor.from_tensor(w_down, [block_k, block_n]),
                 dpre=TensorDescriptor.from_tensor(dpre, [block_m, block_n // 4]),
@@ -294,71 +296,13 @@ def down_dgrad(
         else:
             config = _pick_pointer("leaky_relu2_dgrad", dout)
             launch(
-                leaky_relu2_dgrad, (_tiles(config, t, f),), config,
+                leaky_relu2_dgrad, (tiles(config, t, f),), config,
                 dout=dout, w_down=w_down, post=post, bits=bits, rstd=rstd, dpre=dpre, **sizes,
                 stride_dt=dout.stride(0), stride_dd=dout.stride(1),
                 stride_wd=w_down.stride(0), stride_wf=w_down.stride(1),
                 PRECISION=dot_precision(dout.dtype),
             )  # fmt: skip
     return dpre
-
-
-def _takes_tma(wanted: bool | None, *operands: Tensor) -> bool:
-    if wanted is False:
-        return False
-    obstacle = _tma_obstacle(*operands)
-    if wanted and obstacle:
-        raise ValueError(f"leaky_relu2_mlp: tma=True is not possible: {obstacle}")
-    return not obstacle
-
-
-def device_obstacle(device: torch.device) -> str:
-    """Why this device cannot run the TMA variants, or an empty string.
-
-    Devices before 9.x have no TMA; 12.x have it, but not the shared memory for these tiles.
-    Tensors on no GPU are taken for an H100's: they are compiled for one, or interpreted.
-    """
-    if device.type != "cuda":
-        return ""
-    capability = torch.cuda.get_device_capability(device)
-    if (9, 0) <= capability < (12, 0):
-        return ""
-    return f"the device's capability {capability} is not 9.0 to 11.x"
-
-
-def _tma_obstacle(*operands: Tensor) -> str:
-    """Why TMA cannot serve these operands, or an empty string."""
-    if obstacle := device_obstacle(operands[0].device):
-        return obstacle
-    for x in operands:
-        what = f"an operand {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
-        if x.dtype != torch.bfloat16:
-            return f"{what} is not bfloat16"
-        if x.numel() == 0:
-            return f"{what} is empty"
-        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-            return f"{what} is not aligned to 16 bytes row by row"
-        if x.stride(0) < x.size(1):
-            return f"{what} has rows that overlap"
-    return ""
-
-
-def _block_shape(config: Config) -> tuple[int, int, int]:
-    return tuple(config.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-
-
-def _tiles(config: Config, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(
-        columns, config.blocks["BLOCK_N"]
-    )
-
-
-def _persistent_grid(config: Config, x: Tensor, columns: int) -> tuple[int]:
-    """PER_SM programs on each multiprocessor, at most one a tile."""
-    count = H100_SMS
-    if x.is_cuda:
-        count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return (min(count * config.blocks["PER_SM"], _tiles(config, x.size(0), columns)),)
 
 
 def _pick_pointer(kernel: str, x: Tensor) -> Config:

@@ -42,6 +42,7 @@ def operator_sizes(
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
         "xsa": {"size": head, "share": group},
+        "xsa_linear": {"size": head, "share": group},
         "residual_norm": {"width": config.dim},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},

@@ -18,6 +18,7 @@ from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import Factored, residual_norm
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
+from pgolf.ops.xsa_linear import xsa_linear
 
 
 class Matrix(nn.Module):
@@ -195,6 +196,10 @@ class Attention(nn.Module):
         )  # fmt: skip
         y = attend(q, k, values[0])
         if self.exclusive:
+            # (A script leaves it out: there it is these two steps.)
+            whole = self.ops.get("xsa_linear", "reference")
+            if whole != "reference":
+                return xsa_linear(y, values[1], weights.out, whole, self.ops["xsa"])
             y = xsa(y, values[1], self.ops["xsa"])
         return F.linear(y.reshape(batch, time, -1), weights.out)
 

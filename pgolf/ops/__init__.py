@@ -15,6 +15,7 @@ from pgolf.ops.residual_norm import residual_norm, rms_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast, weight_cast_all
 from pgolf.ops.xsa import xsa
+from pgolf.ops.xsa_linear import xsa_linear
 
 __all__ = [
     "attention",
@@ -35,4 +36,5 @@ __all__ = [
     "weight_cast",
     "weight_cast_all",
     "xsa",
+    "xsa_linear",
 ]

@@ -65,7 +65,7 @@ def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
     small_tiles("leaky_relu2", BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, GROUP_M=2)
     from tests.triton import test_leaky_relu2_mlp as t
 
-    t.mlp.H100_SMS = 2  # persistent programs that have several tiles each
+    t.gemm.H100_SMS = 2  # persistent programs that have several tiles each
     t.check(t.random_inputs(*shape, dtype, with_rstd=True), 0.5, tma)
     variant = t.Variant(dtype, tma)
     t.test_exact_on_small_integers(variant)

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from bench import candidates
-from pgolf.triton_kernels import leaky_relu2_mlp as mlp
+from pgolf.triton_kernels import gemm
 from pgolf.triton_kernels.launch import Launch, configs, intercepted
 from pgolf.triton_kernels.leaky_relu2_mlp import down_dgrad, up
 
@@ -53,7 +53,7 @@ def variant(request) -> Iterator[Variant]:
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch) -> None:
     """Persistent programs that have several tiles each, although the shapes are small."""
-    monkeypatch.setattr(mlp, "H100_SMS", 2)
+    monkeypatch.setattr(gemm, "H100_SMS", 2)
 
 
 @dataclass
@@ -321,7 +321,7 @@ def test_tma_that_is_not_possible(dtype: torch.dtype, d: int, complaint: str) ->
 )
 def test_devices_with_tma(capability: tuple, possible: bool, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    obstacle = mlp.device_obstacle(torch.device("cuda"))
+    obstacle = gemm.device_obstacle(torch.device("cuda"))
     assert (not obstacle) == possible
     assert possible or str(capability) in obstacle
 
