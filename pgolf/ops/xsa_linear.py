@@ -45,7 +45,7 @@ def _in_two_steps(y: Tensor, v: Tensor, w: Tensor, xsa_impl: str) -> Tensor:
 
 
 def xsa_linear(
-    y: Tensor, v: Tensor, w: Tensor, impl: str = "auto", xsa_impl: str = "auto"
+    y: Tensor, v: Tensor, w: Tensor, impl: str = "auto", xsa_impl: str | None = None
 ) -> Tensor:
     """The output projection of what `xsa` leaves of y.
 
@@ -53,11 +53,9 @@ def xsa_linear(
         y: (N, T, H, d) outputs of attention.
         v: (N, T, G, d) values, H a multiple of G.
         w: (D, H d), all three of one dtype and device; under autocast they are cast to its dtype.
-        impl: 'auto', 'reference' (plain torch) or 'triton' (fp32, bf16; d <= 256; see above for
-            what runs where TMA is not possible). What is 'reference' by 'auto' is `xsa`, then
-            torch's matmul.
-        xsa_impl: of `xsa` in the forward pass, and in those two steps; without a meaning for what
-            is the reference by name.
+        impl: 'auto', 'reference' (`xsa`, then torch's matmul) or 'triton' (fp32, bf16; d <= 256;
+            see above for what runs where its epilogue is not possible).
+        xsa_impl: of `xsa`, in the forward pass or in the two steps of the reference; None: `impl`.
 
     Returns:
         (N, T, D), contiguous.
@@ -76,8 +74,7 @@ def xsa_linear(
     check_alike("xsa_linear", y=y, v=v, w=w)
     sizes = {"size": y.size(3), "share": y.size(2) // v.size(2)}
     found = resolve("xsa_linear", impl, y, **sizes)
-    if impl == "reference":
-        return reference(y, v, w)
+    xsa_impl = xsa_impl or impl
     if found == "reference":
         return _in_two_steps(y, v, w, xsa_impl)
     return _forward(y, v, w, found, resolve("xsa", xsa_impl, y, **sizes))[0]

@@ -18,6 +18,7 @@ MATMULS = {
     "attention": ("q", "k", "v"),
     "leaky_relu2_mlp": ("h", "w_up", "w_down"),
     "softcap_cross_entropy": ("x", "w"),
+    "xsa_linear": ("y", "v", "w"),
 }
 
 
