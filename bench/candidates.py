@@ -32,7 +32,7 @@ SHARING = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PER_SM": 2}
 CANDIDATES = {
     "leaky_relu2_up_tma": [Candidate(SHARING, 4, 3), Candidate(SHARING, 8, 3)],
     "leaky_relu2_dgrad_tma": [Candidate(SHARING, 4, 3)],  # 8 warps need 171 registers a thread
-    "xsa_linear_dgrad_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 4)],
+    "xsa_linear_dgrad_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 3)],
 }
 
 

@@ -78,7 +78,7 @@ def xsa_linear_dgrad_tma(
     VALUES: tl.constexpr = HALF // SHARE if WHOLE else SIZE  # columns of v beside a half
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(n, BLOCK_N)
     for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PER_SM == 1
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True
     ):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row, column, value = tile_m * BLOCK_M, tile_n * BLOCK_N, tile_n * (BLOCK_N // SHARE)
@@ -96,9 +96,9 @@ def xsa_linear_dgrad_tma(
         rows = row + tl.arange(0, BLOCK_M)
         dzs = halves(acc)
         following_y = load_columns(y, rows, column + HALF, t, n, y_t, HALF)
+        dys, dvs = xsa_gradient(dzs[0], ys, vs, SIZE)
         if WHOLE:
             following_v = load_columns(v, rows, value + VALUES, t, n // SHARE, v_t, VALUES)
-        dys, dvs = xsa_gradient(dzs[0], ys, vs, SIZE)
         dy.store([row, column], dys.to(tl.bfloat16))
         if WHOLE:
             dv.store([row, value], dvs.to(tl.bfloat16))

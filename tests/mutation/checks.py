@@ -79,6 +79,29 @@ def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
     assert sum(map(len, record.writes)) == len(record.written)  # no tile is computed twice
 
 
+def xsa_linear_in_small_tiles() -> None:
+    """Groups that are half of a tile, a tile, and several in a half; then all else in one call."""
+    small_tiles("xsa_linear", BLOCK_M=16, BLOCK_N=64, BLOCK_K=16, GROUP_M=2)
+    from tests.triton import test_xsa_linear as t
+
+    t.gemm.H100_SMS = 2  # persistent programs that have several tiles each
+    for grouping in ((6, 3, 32), (3, 3, 32), (6, 3, 16)):
+        t.check(t.random_inputs(2, 35, grouping, 72))
+    for grouping in ((6, 3, 32), (3, 3, 32)):
+        t.test_touched_bytes_are_inputs_and_outputs(grouping)
+        for norm in (0.0, 0.999e-12, 1.001e-12):
+            t.test_norms_of_v(norm, grouping)
+        for name in ("y", "v"):
+            t.test_what_is_not_finite_stays_where_torch_lets_it(grouping, name, math.nan)
+
+
+def xsa_linear_around_the_floor_of_the_norm() -> None:
+    from tests.triton import test_xsa_linear as t
+
+    small_tiles("xsa_linear", BLOCK_M=16, BLOCK_N=64, BLOCK_K=16, GROUP_M=2)
+    t.test_values_at_the_floor_of_the_norm()
+
+
 def newton_schulz_normalisation() -> None:
     small_tiles("newton_schulz", BLOCK_R=8, BLOCK_C=32, BLOCK_P=4)
     from tests.triton import test_newton_schulz as t
@@ -237,6 +260,10 @@ CHECKS = {
     "leaky_relu2_dgrad_tma": [mlp_with_tma],
     "leaky_relu2_up": [mlp_with_pointers],
     "leaky_relu2_dgrad": [mlp_with_pointers],
+    "xsa_linear_dgrad_tma": [
+        xsa_linear_in_small_tiles,
+        xsa_linear_around_the_floor_of_the_norm,
+    ],
     "newton_schulz_norms": NORMALISATION,
     "newton_schulz_scale": NORMALISATION,
     "newton_schulz_product": [

@@ -129,6 +129,16 @@ def test_norms_of_v(norm: float, grouping: tuple) -> None:
     check(x)
 
 
+def test_values_at_the_floor_of_the_norm() -> None:
+    """A norm below 1e-12, the next float32 of which the floor is: the norm counts as a constant."""
+    x = random_inputs(1, 5, (4, 2, 32), 16)
+    x.v = torch.zeros_like(x.v.contiguous())
+    x.v[..., 3:7] = torch.tensor([-21967, -21712, 11095, 10501], dtype=torch.int16).view(BF16)
+    norm = x.v.double().norm(dim=-1)
+    assert (norm < 1e-12).all() and (norm.float() == torch.tensor(1e-12)).all()
+    check(x)
+
+
 @pytest.mark.parametrize("grouping", [(4, 2, 64), (4, 4, 32)])
 def test_nothing_comes_of_zeros(grouping: tuple) -> None:
     x = random_inputs(1, 5, grouping, 16)
@@ -328,7 +338,7 @@ def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", noted_dot)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noted_store)
     x.both()
-    half = 128 * 64
+    half = 128 * 64  # elements
     assert events == ["products", half, half, "products", half, *["written"] * 3]
 
 
