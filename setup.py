@@ -388,6 +388,7 @@ if __name__ == "__main__":
         package_dir={"pgolf.triton_kernels": "triton_kernels"},
         package_data={
             "pgolf": ["py.typed"],  # type checkers read the annotations
+            "pgolf.ops": ["timed.json"],  # where somebody has timed a GPU
             "pgolf.triton_kernels": ["configs.json"],
             "pgolf.submission": ["inside/*.py"],  # read as text, not imported
         },

@@ -4,6 +4,8 @@ For each row that the benchmark sizes reach, it walks from the row as it is: all
 tile size halved or doubled, warps likewise, a stage more or less) and the row's configurations in
 bench/candidates.py are compiled, checked against float64 and timed. The walk continues from the
 fastest until none is faster. Nothing is tuned at run time.
+
+(With --epilogues it is bench/epilogues.py.)
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import candidates, cases, schema, timing
+from bench import candidates, cases, epilogues, schema, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
 from pgolf.ops.operator import OPERATORS, Sample
@@ -42,6 +44,10 @@ DESCRIPTION = """\
 Look for faster tile sizes, warps and stages of Triton kernels on this GPU, and write those found
 into triton_kernels/configs.json, each with the device, the date and both times as its reason. Rows
 that the benchmark sizes do not reach stay as they are, and so does the file if nothing is faster.
+
+With --epilogues, time GEMMs that have a row kernel in their epilogue against cuBLAS and that row
+kernel at the recipes' shapes, and write into pgolf/ops/timed.json which is faster on this GPU, for
+`ops=auto`. Beside the times stands the rate at which an epilogue should break even.
 """
 EPILOG = """\
 Afterwards: make test, and `python -m bench aot`, which says whether the new rows spill.
@@ -49,6 +55,7 @@ Afterwards: make test, and `python -m bench aot`, which says whether the new row
 examples:
   python -m bench tune xsa
   python -m bench tune newton_schulz leaky_relu2_mlp --dtype bf16 --dry-run
+  python -m bench tune --epilogues
 """
 
 
@@ -69,7 +76,9 @@ def main(argv: list[str]) -> int:
         prog="python -m bench tune", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("operators", nargs="+", metavar="OPERATOR")
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR")
+    parser.add_argument("--epilogues", action="store_true",
+                        help="choose between them and row kernels, for all operators if none is named")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(cases.DTYPES))
     parser.add_argument("--sample", nargs="+", default=[], metavar="TEXT",
                         help="only benchmark sizes with this in the label")
@@ -77,11 +86,15 @@ def main(argv: list[str]) -> int:
                         help="write each configuration that is tried, as JSON lines")
     parser.add_argument("--dry-run", action="store_true", help="say what is faster, write nothing")
     args = parser.parse_args(argv)
+    if not args.operators and not args.epilogues:
+        parser.error("name an operator, or --epilogues")
     try:
         if not torch.cuda.is_available():
             raise PgolfError("torch sees no GPU here, and times of another device would be worth "
                              "nothing: the table is as it was")  # fmt: skip
         device = torch.device("cuda", torch.cuda.current_device())
+        if args.epilogues:
+            return epilogues.run(args.operators, device, args.dry_run)
         name = torch.cuda.get_device_name(device)
         log = Log(args.json, device, shlex.join(["python", "-m", "bench", "tune", *argv]))
         timer = gpu_timer(device)

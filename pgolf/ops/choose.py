@@ -1,8 +1,10 @@
 """Which implementation of each operator runs: decided once, with a reason."""
 
 import functools
+import json
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,9 @@ from pgolf.errors import ConfigError
 from pgolf.ops.operator import OPERATORS, Operator
 
 VARIABLE = "PGOLF_OPS"
+# Name of a GPU -> operator -> (implementation, reason): what `python -m bench tune --epilogues`
+# measured there, which `auto` tries before the operator's own order.
+TIMED = Path(__file__).with_name("timed.json")
 
 
 class Choice(NamedTuple):
@@ -89,6 +94,18 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
     return tuple((impl, why) for impl, why in each if why)
 
 
+def _order(operator: Operator, device: str, compiled: bool) -> list[tuple[str, str]]:
+    """(implementation, reason), in the order in which `auto` tries them."""
+    order = operator.preferred.get(device, ())
+    if compiled:
+        order = operator.preferred.get(f"{device} compiled", order)
+    timed = ()
+    if device == "cuda" and torch.cuda.is_available() and TIMED.is_file():
+        table = json.loads(TIMED.read_bytes()).get(torch.cuda.get_device_name(), {})
+        timed = [table[operator.name]] if operator.name in table else ()
+    return [*map(tuple, timed), *order]
+
+
 def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
     """Why `impl` cannot run these tensors here; '' if it can."""
     found = operator.implementations.get(impl)
@@ -112,8 +129,9 @@ def choose(
 ) -> Choice:
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
-    'auto' is the environment's choice (PGOLF_OPS) if there is one, else the first implementation in
-    the operator's order that can run, else the reference. Decided once for each set of arguments.
+    'auto' is the environment's choice (PGOLF_OPS) if there is one, else what was timed on this GPU
+    (TIMED), else the first implementation in the operator's order that can run, else the reference.
+    Decided once for each set of arguments.
 
     Args:
         cannot: of `obstacles`; where 'auto' is the environment's choice, it gives way to them.
@@ -140,10 +158,7 @@ def choose(
             raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
         return Choice(impl, reason)
     rejected = []
-    order = operator.preferred.get(device, ())
-    if compiled:
-        order = operator.preferred.get(f"{device} compiled", order)
-    for candidate, why in order:
+    for candidate, why in _order(operator, device, compiled):
         if candidate == "reference":
             return Choice(candidate, "; ".join([why, *rejected]))
         problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)
