@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("operators", nargs="*", metavar="OPERATOR")
     parser.add_argument("--epilogues", action="store_true",
-                        help="choose between them and row kernels, for all operators if none is named")
+                        help="choose between them and two steps; all of them if none is named")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(cases.DTYPES))
     parser.add_argument("--sample", nargs="+", default=[], metavar="TEXT",
                         help="only benchmark sizes with this in the label")

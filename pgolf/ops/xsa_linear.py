@@ -11,8 +11,8 @@ heads to a value are powers of two, together at most 128) it is torch's matmul a
 
 With `ops=`: where this operator is the reference, a model takes `xsa` as `xsa=` names it and
 torch's matmul; where it is not, the forward pass takes `xsa` as `xsa=` names it, and the backward
-pass is this operator's. `auto` is the reference but on a GPU where `python -m bench tune --epilogues`
-found the other to be faster.
+pass is this operator's. `auto` is the reference but on a GPU where the other was found to be faster
+(`python -m bench tune --epilogues`).
 Shapes: y, z (N, T, H, d), v (N, T, G, d), w (D, H d), out (N, T, D).
 """
 
