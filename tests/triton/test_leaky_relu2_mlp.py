@@ -338,7 +338,7 @@ def test_launches_on_meta_tensors(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "candidate"),
-    [(kernel, one) for kernel, found in candidates.CANDIDATES.items() for one in found],
+    [(k, one) for k, found in candidates.CANDIDATES.items() if "leaky" in k for one in found],
 )
 def test_candidates_for_tuning(kernel: str, candidate: candidates.Candidate, monkeypatch) -> None:
     """Against float64 as well; their programs share multiprocessors."""
