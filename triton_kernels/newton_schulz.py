@@ -232,12 +232,12 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> Tensor:
 
 def _iterate(
     xs: Sequence[Tensor],
-    rooms: Sequence[Tensor],
+    buffers: Sequence[Tensor],
     coefficients: Sequence[tuple[float, float, float]],
 ) -> list[Tensor]:
     """The iterations on each X (b, r, c); all tensors are contiguous.
 
-    Each has one of `rooms` as a buffer, which may be X itself: other xs are not written.
+    Each has one of `buffers`, which may be X itself: other xs are not written.
     """
     grams, polys, afters = [], [], []
     for x in xs:
@@ -245,7 +245,7 @@ def _iterate(
         grams.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
         polys.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
         afters.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    spares = list(rooms)
+    spares = list(buffers)
     for ca, cb, cc in coefficients:
         wides, wide_afters = [_wide(x) for x in xs], [_wide(x) for x in afters]
         _products([(w, w.mT, None, a) for w, a in zip(wides, grams, strict=True)], 1.0, 0.0, True)

@@ -12,7 +12,7 @@ struct Gradients {
 };
 
 Gradients checked_gradients(const Addresses& grads, const Sizes& counts, const Codes& dtypes,
-                            Address partials, int64_t room, Address norm, Address bad) {
+                            Address partials, int64_t capacity, Address norm, Address bad) {
   check_length("counts", counts, grads.size());
   check_length("dtypes", dtypes, grads.size());
   Gradients list;
@@ -22,8 +22,9 @@ Gradients checked_gradients(const Addresses& grads, const Sizes& counts, const C
     list.tensors.push_back({grads[i], counts[i], first,
                             checked_element("grads", grads[i], counts[i], dtypes[i])});
   }
-  if (room < 2 * list.chunks) {
-    refuse("room", room, "partials has to hold " + std::to_string(2 * list.chunks) + " numbers");
+  if (capacity < 2 * list.chunks) {
+    refuse("capacity", capacity,
+           "partials has to hold " + std::to_string(2 * list.chunks) + " numbers");
   }
   check_pointer("partials", partials, list.chunks);
   check_pointer("norm", norm, 1);
@@ -33,13 +34,13 @@ Gradients checked_gradients(const Addresses& grads, const Sizes& counts, const C
 
 template <typename On>
 void grad_norm(const Addresses& grads, const Sizes& counts, const Codes& dtypes, Address partials,
-               int64_t room, Address norm, Address bad, On on) {
-  const Gradients list = checked_gradients(grads, counts, dtypes, partials, room, norm, bad);
+               int64_t capacity, Address norm, Address bad, On on) {
+  const Gradients list = checked_gradients(grads, counts, dtypes, partials, capacity, norm, bad);
   launch::grad_norm(on, list.tensors.data(), list.count(), list.chunks, partials, norm, bad);
 }
 
 const Functions functions = {
-    {PGOLF_BOTH(grad_norm, "grads counts dtypes partials room norm bad")},
+    {PGOLF_BOTH(grad_norm, "grads counts dtypes partials capacity norm bad")},
     {{"multi_tensor.CHUNK", kChunk}}};
 
 }  // namespace

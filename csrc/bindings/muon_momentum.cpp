@@ -37,12 +37,12 @@ Matrices checked_matrices(const Addresses& grads, const Addresses& momenta, cons
   return found;
 }
 
-void check_scalars(Address scalars, Address norm, Address squares, int64_t room, int64_t rows) {
+void check_scalars(Address scalars, Address norm, Address squares, int64_t capacity, int64_t rows) {
   check_pointer("scalars", scalars, 1);
   check_pointer("norm", norm, 1);
   check_pointer("squares", squares, rows);
-  if (room < rows) {
-    refuse("room", room, "squares has to hold " + std::to_string(rows) + " numbers");
+  if (capacity < rows) {
+    refuse("capacity", capacity, "squares has to hold " + std::to_string(rows) + " numbers");
   }
 }
 
@@ -50,11 +50,11 @@ template <typename On>
 void muon_momentum(const Addresses& grads, const Addresses& momenta, const Addresses& xs,
                    const Sizes& rows, const Sizes& cols, const Codes& grad_dtypes,
                    const Codes& momentum_dtypes, int x_dtype, Address scalars, Address norm,
-                   Address squares, int64_t room, bool nesterov, bool row_norm, double safety,
+                   Address squares, int64_t capacity, bool nesterov, bool row_norm, double safety,
                    On on) {
   const Matrices found = checked_matrices(grads, momenta, xs, rows, cols, grad_dtypes,
                                           momentum_dtypes, x_dtype, nesterov, row_norm, safety);
-  check_scalars(scalars, norm, squares, room, found.shape.rows);
+  check_scalars(scalars, norm, squares, capacity, found.shape.rows);
   launch::muon_momentum(on, found.shape, found.list.data(), scalars,
                                norm, squares);
 }
@@ -62,7 +62,7 @@ void muon_momentum(const Addresses& grads, const Addresses& momenta, const Addre
 const Functions functions = {
     PGOLF_BOTH(muon_momentum,
                "grads momenta xs rows cols grad_dtypes momentum_dtypes x_dtype scalars norm squares "
-               "room nesterov row_norm safety"),
+               "capacity nesterov row_norm safety"),
 };
 
 }  // namespace

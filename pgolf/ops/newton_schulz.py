@@ -152,8 +152,8 @@ class _Iterate(NamedTuple):
         of_size, xs = views[: len(sizes)], views[len(sizes) :]
         grams = [
             gram
-            for n, room in zip(sizes, of_size, strict=True)
-            for gram in room.split([count for shape, count in counts.items() if shape[0] == n])
+            for n, stack in zip(sizes, of_size, strict=True)
+            for gram in stack.split([count for shape, count in counts.items() if shape[0] == n])
         ]
         left = dict(zip(counts, xs, strict=True))
         results = []

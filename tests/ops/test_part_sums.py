@@ -137,14 +137,14 @@ def test_arguments_that_reach_beyond_memory_are_refused(impl: str) -> None:
     memory = torch.zeros(64)
     at = memory.data_ptr()
 
-    def call(parts, rows, cols, sums=at, room=2, dtype=0) -> None:
-        run(parts, rows, cols, sums, room, dtype, 0 if impl == "cuda" else 1)
+    def call(parts, rows, cols, sums=at, capacity=2, dtype=0) -> None:
+        run(parts, rows, cols, sums, capacity, dtype, 0 if impl == "cuda" else 1)
 
     call([at], [3], [2])
     for arguments, words in (
         (([at], [], [2]), "length of rows is 0"), (([at], [3], [2, 2]), "length of cols is 2"),
         (([0], [3], [2]), "parts is a null pointer"), (([at], [-3], [2]), "rows is -3"),
-        (([at], [3], [3]), "room is 2"), (([at, at], [3, 3], [1, 2]), "room is 2"),
+        (([at], [3], [3]), "capacity is 2"), (([at, at], [3, 3], [1, 2]), "capacity is 2"),
         (([at], [2**62], [2]), "rows is"), (([at], [3], [2], 0), "sums is a null pointer"),
         (([at], [3], [2], at, 2, 7), "dtype is 7"),
     ):  # fmt: skip
