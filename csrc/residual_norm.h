@@ -9,6 +9,10 @@
 //   d = d_total + mix0 G,   dx = d,   dbranch = a d,   dskip = w d,   dx0 = mix1 G
 //   da = sum d branch,   dw = sum d skip,   dmix0 = sum G total,   dmix1 = sum G x0   (over tokens)
 //
+// Where a layer takes products p total and q x_in that nobody writes, d_total and d_x_in stand for
+// p d_total and q d_x_in, and dp = sum d_total total, dq = sum d_x_in x_in. The other way round, where
+// x0 is such a product for who made it, its gradient is G, and mix1 has none here.
+//
 // Factored, h is left to whoever takes x_in and the factor f = scale rstd of its row. What comes back
 // is g = f dh, the gradient of x_in where f counts as a constant: G = d_x_in + g - n (g . n) / D.
 #pragma once
@@ -29,10 +33,11 @@ struct ResidualNormShape {
 };
 
 // Contiguous, null where there is none: x, branch, skip and x0 (T, D), and in float, or double for
-// double, branch_scale and skip_weight (D,) and mix (2, D). For the gradient x is total, or null
-// where the gradient of mix is not wanted; branch and skip are there if their factors are.
+// double, branch_scale, skip_weight, mix0 and mix1 (D,). For the gradient x is total, or null where
+// that of mix is not wanted; branch and skip are there if their factors are, and mix1 and x0 are not
+// where x0 is a product.
 struct ResidualNormInputs {
-  const void *x, *branch, *branch_scale, *skip, *skip_weight, *x0, *mix;
+  const void *x, *branch, *branch_scale, *skip, *skip_weight, *x0, *mix0, *mix1;
 };
 
 // (T, D); total and x_in are null where they are not wanted, h where it is factored. rstd: (T,) float,
@@ -42,9 +47,9 @@ struct ResidualNormOutputs {
 };
 
 // What the gradient starts from: what the forward pass made, and gradients, null where there is none;
-// factored, dh is g.
+// factored, dh is g. total_scale (there only if x is) and x_in_scale (D,) are p and q.
 struct ResidualNormUpstream {
-  const void *x_in, *rstd, *d_total, *d_x_in, *dh;
+  const void *x_in, *rstd, *d_total, *d_x_in, *dh, *total_scale, *x_in_scale;
 };
 
 // (T, D), null where there is none: dbranch and dskip only where they differ from dx. partials
@@ -64,9 +69,12 @@ constexpr Parts residual_parts(int64_t rows) {
   return parts_of(rows, kResidualMinPart, kResidualMaxParts);
 }
 
-// Rows of gradients of parameters, in this order: of a, of w, two of mix (where total is there).
-constexpr int64_t residual_parameters(const ResidualNormInputs& in) {
-  return (in.branch_scale ? 1 : 0) + (in.skip_weight ? 1 : 0) + (in.mix && in.x ? 2 : 0);
+// Rows of gradients of parameters, in this order: of a, of w, of mix0 and mix1 (where total is
+// there), of p, of q.
+constexpr int64_t residual_parameters(const ResidualNormInputs& in,
+                                      const ResidualNormUpstream& up) {
+  return (in.branch_scale ? 1 : 0) + (in.skip_weight ? 1 : 0) + (in.mix0 && in.x ? 1 : 0) +
+         (in.mix1 && in.x ? 1 : 0) + (up.total_scale ? 1 : 0) + (up.x_in_scale ? 1 : 0);
 }
 
 // What dh, or g, and x_in have to be multiplied by in G. What is the same for all rows is computed

@@ -25,7 +25,7 @@ template <typename T>
 struct Inputs {
   using F = compute_t<T>;
   const T *x, *branch, *skip, *x0;
-  const F *branch_scale, *skip_weight, *mix;
+  const F *branch_scale, *skip_weight, *mix0, *mix1;
 
   explicit Inputs(const ResidualNormInputs& in)
       : x(static_cast<const T*>(in.x)),
@@ -34,7 +34,8 @@ struct Inputs {
         x0(static_cast<const T*>(in.x0)),
         branch_scale(static_cast<const F*>(in.branch_scale)),
         skip_weight(static_cast<const F*>(in.skip_weight)),
-        mix(static_cast<const F*>(in.mix)) {}
+        mix0(static_cast<const F*>(in.mix0)),
+        mix1(static_cast<const F*>(in.mix1)) {}
 };
 
 template <typename T>
@@ -63,9 +64,8 @@ struct Forward {
       x = added(x, lanes, in.branch, at, in.branch_scale, col);
       x = added(x, lanes, in.skip, at, in.skip_weight, col);
       if (total) total.store(lanes, x, at);
-      if (in.mix) {
-        x = lanes.load(in.mix + col) * x + lanes.load(in.mix + width + col) * lanes.load(in.x0 + at);
-      }
+      if (in.mix0) x = lanes.load(in.mix0 + col) * x;
+      if (in.mix1) x = added(x, lanes, in.x0, at, in.mix1, col);
       if (x_in) x_in.store(lanes, x, at);
       squares = squares + x * x;
       x.store(mixed + col);  // whole lanes: there is room, and zeros follow the end
@@ -88,7 +88,7 @@ struct Backward {
   ResidualNormGradient<F> gradient;
   Inputs<T> in;
   const T *x_in, *d_total, *d_x_in, *dh;
-  const F* rstd;
+  const F *rstd, *total_scale, *x_in_scale;
   Output<T> dx, dbranch, dskip, dx0;
 
   Backward(const ResidualNormShape& s, const ResidualNormInputs& i, const ResidualNormUpstream& up,
@@ -101,6 +101,8 @@ struct Backward {
         d_x_in(static_cast<const T*>(up.d_x_in)),
         dh(static_cast<const T*>(up.dh)),
         rstd(static_cast<const F*>(up.rstd)),
+        total_scale(static_cast<const F*>(up.total_scale)),
+        x_in_scale(static_cast<const F*>(up.x_in_scale)),
         dx(out.dx, s.rows, s.width),
         dbranch(out.dbranch, s.rows, s.width),
         dskip(out.dskip, s.rows, s.width),
@@ -118,14 +120,16 @@ struct Backward {
         lanes.store(lanes.load(sum) + x, sum);
         sum += width;
       };
+      const Row<F> of_x_in = d_x_in ? lanes.load(d_x_in + at) : Row<F>::filled(0);
+      const Row<F> of_total = d_total ? lanes.load(d_total + at) : Row<F>::filled(0);
       // The gradient of x_in, G.
-      Row<F> g = d_x_in ? lanes.load(d_x_in + at) : Row<F>::filled(0);
+      Row<F> g = x_in_scale ? lanes.load(x_in_scale + col) * of_x_in : of_x_in;
       if (dh) {
         g = g + (Row<F>::filled(norm.of_dn) * lanes.load(dh + at) +
                  Row<F>::filled(norm.of_x) * lanes.load(x_in + at));
       }
-      Row<F> d = in.mix ? lanes.load(in.mix + col) * g : g;
-      if (d_total) d = d + lanes.load(d_total + at);
+      Row<F> d = in.mix0 ? lanes.load(in.mix0 + col) * g : g;
+      if (d_total) d = d + (total_scale ? lanes.load(total_scale + col) * of_total : of_total);
       dx.store(lanes, d, at);
       if (in.branch_scale) {
         dbranch.store(lanes, lanes.load(in.branch_scale + col) * d, at);
@@ -135,11 +139,11 @@ struct Backward {
         dskip.store(lanes, lanes.load(in.skip_weight + col) * d, at);
         add_to_next_sum(d * lanes.load(in.skip + at));
       }
-      if (in.mix) dx0.store(lanes, lanes.load(in.mix + width + col) * g, at);
-      if (in.mix && in.x) {
-        add_to_next_sum(g * lanes.load(in.x + at));
-        add_to_next_sum(g * lanes.load(in.x0 + at));
-      }
+      if (dx0) dx0.store(lanes, in.mix1 ? lanes.load(in.mix1 + col) * g : g, at);
+      if (in.mix0 && in.x) add_to_next_sum(g * lanes.load(in.x + at));
+      if (in.mix1 && in.x) add_to_next_sum(g * lanes.load(in.x0 + at));
+      if (total_scale) add_to_next_sum(of_total * lanes.load(in.x + at));
+      if (x_in_scale) add_to_next_sum(of_x_in * lanes.load(x_in + at));
     });
   }
 };
@@ -167,7 +171,7 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
     using F = compute_t<T>;
     const Backward<T> op(shape, in, upstream, out);
     const Parts parts = residual_parts(shape.rows);
-    const int64_t numbers = residual_parameters(in) * shape.width;
+    const int64_t numbers = residual_parameters(in, upstream) * shape.width;
     F* const partials = static_cast<F*>(out.partials);
     const int64_t bytes = 5 * parts.each * shape.width * int64_t{sizeof(T)};
     parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {

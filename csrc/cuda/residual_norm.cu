@@ -21,7 +21,7 @@ template <typename T>
 struct Inputs {
   ResidualNormShape shape;
   const T *x, *branch, *skip, *x0;
-  const float *branch_scale, *skip_weight, *mix;
+  const float *branch_scale, *skip_weight, *mix0, *mix1;
 
   Inputs(const ResidualNormShape& s, const ResidualNormInputs& in)
       : shape(s),
@@ -31,11 +31,12 @@ struct Inputs {
         x0(static_cast<const T*>(in.x0)),
         branch_scale(static_cast<const float*>(in.branch_scale)),
         skip_weight(static_cast<const float*>(in.skip_weight)),
-        mix(static_cast<const float*>(in.mix)) {}
+        mix0(static_cast<const float*>(in.mix0)),
+        mix1(static_cast<const float*>(in.mix1)) {}
 
   // Whether 16 bytes at a time meet all rows and parameters.
   bool aligned_rows() const {
-    return aligned({x, branch, skip, x0, branch_scale, skip_weight, mix},
+    return aligned({x, branch, skip, x0, branch_scale, skip_weight, mix0, mix1},
                    {shape.width * int64_t{sizeof(T)}});
   }
 };
@@ -55,14 +56,16 @@ struct Outputs {
 template <typename T>
 struct Upstream {
   const T *x_in, *d_total, *d_x_in, *dh;
-  const float* rstd;
+  const float *rstd, *total_scale, *x_in_scale;
 
   explicit Upstream(const ResidualNormUpstream& in)
       : x_in(static_cast<const T*>(in.x_in)),
         d_total(static_cast<const T*>(in.d_total)),
         d_x_in(static_cast<const T*>(in.d_x_in)),
         dh(static_cast<const T*>(in.dh)),
-        rstd(static_cast<const float*>(in.rstd)) {}
+        rstd(static_cast<const float*>(in.rstd)),
+        total_scale(static_cast<const float*>(in.total_scale)),
+        x_in_scale(static_cast<const float*>(in.x_in_scale)) {}
 };
 
 template <typename T>
@@ -92,7 +95,7 @@ struct ForwardRow {
     x = {in.x, at, size, true};
     branch = {in.branch, at, size, L::template has<kBranch>(in.branch)};
     skip = {in.skip, at, size, L::template has<kSkip>(in.skip)};
-    x0 = {in.x0, at, size, L::template has<kMix>(in.mix)};
+    x0 = {in.x0, at, size, L::template has<kX0>(in.mix1)};
   }
 };
 
@@ -130,9 +133,9 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
                 : x.plus(1.0f, skip);
       }
       if (L::template has<kTotal>(out.total)) L::store(x, out.total + at, i, size);
-      if (L::template has<kMix>(in.mix)) {
-        x = x.times(L::floats(in.mix, i, size))
-                .plus(L::floats(in.mix + size, i, size), here.x0.part(i));
+      if (L::template has<kMix>(in.mix0)) x = x.times(L::floats(in.mix0, i, size));
+      if (L::template has<kX0>(in.mix1)) {
+        x = x.plus(L::floats(in.mix1, i, size), here.x0.part(i));
       }
       if (L::template has<kXIn>(out.x_in)) L::store(x, out.x_in + at, i, size);
       squares += L::dot(x, x, i, size);
@@ -165,7 +168,8 @@ struct BackwardRow {
     rstd = up.rstd[row];
     d_x_in = {up.d_x_in, at, size, L::template has<kXIn>(up.d_x_in)};
     total = {in.x, at, size, L::template has<kLearned>(in.x)};
-    x0 = {in.x0, at, size, L::template has<kLearned>(in.x)};
+    x0 = {in.x0, at, size,
+          L::template has<kLearned>(in.x) && L::template has<kLearnedX0>(in.mix1)};
     d_total = {up.d_total, at, size, L::template has<kTotal>(up.d_total)};
     branch = {in.branch, at, size, L::template has<kBranchScale>(in.branch_scale)};
     skip = {in.skip, at, size, L::template has<kSkipWeight>(in.skip_weight)};
@@ -182,9 +186,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
   const int size = static_cast<int>(in.shape.width);
   const ResidualNormGradient<float> gradient(in.shape);
   const float inverse = 1.0f / static_cast<float>(size);
-  const bool normed = L::template has<kH>(up.dh), mixes = L::template has<kMix>(in.mix);
-  const bool learns = L::template has<kLearned>(in.x) && mixes;
-  Sum<L, kLanes> of_scale, of_weight, of_mix, of_mix0;
+  const bool normed = L::template has<kH>(up.dh), mixes = L::template has<kMix>(in.mix0);
+  const bool learns = L::template has<kLearned>(in.x);
+  const bool of_x0 = learns && L::template has<kLearnedX0>(in.mix1);
+  const bool has_total = L::template has<kTotal>(up.d_total);
+  const bool products = L::template has<kTotalScale>(up.total_scale);
+  Sum<L, kLanes> of_scale, of_weight, of_mix0, of_mix1, of_product, of_x_in;
   const int64_t step = item_step<kLanes>();
   int64_t row = first_item<kLanes>();
   BackwardRow<L> next;
@@ -205,16 +212,25 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {
       Part d = L::template has<kXIn>(up.d_x_in) ? here.d_x_in.part(i) : Part::zero();
+      if (L::template has<kXInScale>(up.x_in_scale)) {
+        of_x_in.parts[i] = of_x_in.parts[i].plus(d, here.x_in.part(i));
+        d = d.times(L::floats(up.x_in_scale, i, size));
+      }
       if (normed) d = d.plus(norm.of_dn, here.dh.part(i)).plus(norm.of_x, here.x_in.part(i));
-      if (learns) {
-        of_mix.parts[i] = of_mix.parts[i].plus(d, here.total.part(i));
-        of_mix0.parts[i] = of_mix0.parts[i].plus(d, here.x0.part(i));
+      if (learns && mixes) of_mix0.parts[i] = of_mix0.parts[i].plus(d, here.total.part(i));
+      if (of_x0) of_mix1.parts[i] = of_mix1.parts[i].plus(d, here.x0.part(i));
+      if (L::template has<kX0>(out.dx0)) {
+        const bool scaled = L::template has<kLearnedX0>(in.mix1);
+        L::store(scaled ? d.times(L::floats(in.mix1, i, size)) : d, out.dx0 + at, i, size);
       }
-      if (mixes) {
-        L::store(d.times(L::floats(in.mix + size, i, size)), out.dx0 + at, i, size);
-        d = d.times(L::floats(in.mix, i, size));
+      if (mixes) d = d.times(L::floats(in.mix0, i, size));
+      if (has_total && products) {
+        const Part of_total = here.d_total.part(i);
+        of_product.parts[i] = of_product.parts[i].plus(of_total, here.total.part(i));
+        d = d.plus(L::floats(up.total_scale, i, size), of_total);
+      } else if (has_total) {
+        d = d.plus(1.0f, here.d_total.part(i));
       }
-      if (L::template has<kTotal>(up.d_total)) d = d.plus(1.0f, here.d_total.part(i));
       L::store(d, out.dx + at, i, size);
       if (L::template has<kBranchScale>(in.branch_scale)) {
         of_scale.parts[i] = of_scale.parts[i].plus(d, here.branch.part(i));
@@ -233,30 +249,30 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kVector, kLanes, kSe
   };
   if (L::template has<kBranchScale>(in.branch_scale)) store(of_scale);
   if (L::template has<kSkipWeight>(in.skip_weight)) store(of_weight);
-  if (learns) {
-    store(of_mix);
-    store(of_mix0);
-  }
+  if (learns && mixes) store(of_mix0);
+  if (of_x0) store(of_mix1);
+  if (products) store(of_product);
+  if (L::template has<kXInScale>(up.x_in_scale)) store(of_x_in);
 }
 
 // The kernels for a set of operands. Those for one set are what layers ask for when factors of
-// branches are folded into matrices: a first layer, others, such whose sum is a later layer's skip,
+// branches are folded into matrices: a first layer, such whose sum is a later layer's skip, others,
 // such that take a skip; what stands before an MLP; the norm at the end.
 template <typename T, int kVector, int kLanes, int kChunks>
 struct Kernels {
   static constexpr bool kInLayers = std::is_same_v<T, bf16> && kVector > 1 && kLanes == kWarp;
 
   static auto forward(unsigned set) {
-    return chosen<kBranch | kXIn, kMix | kXIn, kBranch | kMix | kTotal | kXIn,
-                  kSkip | kSkipWeight | kMix | kTotal | kXIn,
-                  kBranch | kSkip | kSkipWeight | kMix | kTotal | kXIn>(
+    return chosen<kBranch | kXIn, kMix | kXIn, kBranch | kMix | kX0 | kTotal | kXIn,
+                  kBranch | kBranchScale | kX0 | kXIn,
+                  kBranch | kBranchScale | kSkip | kSkipWeight | kX0 | kXIn>(
         set, [](auto one) { return residual_norm_forward<T, kVector, kLanes, kChunks, one.value>; },
         residual_norm_forward<T, kVector, kLanes, kChunks, kTested | (kAny & ~kLearned)>);
   }
 
   static auto backward(unsigned set) {
-    return chosen<kH, kH | kXIn, kH | kXIn | kMix | kLearned, kH | kXIn | kTotal | kMix | kLearned,
-                  kH | kXIn | kSkipWeight | kMix | kLearned>(
+    return chosen<kH, kH | kXIn, kH | kXIn | kXInScale,
+                  kH | kXIn | kTotal | kTotalScale | kMix | kLearned | kX0>(
         set,
         [](auto one) {
           return residual_norm_backward_rows<T, kVector, kLanes, kChunks, one.value>;
@@ -299,7 +315,8 @@ const char* residual_norm(const ResidualNormShape& shape, const ResidualNormInpu
                           const ResidualNormOutputs& out, void* stream) {
   const unsigned set = (in.branch ? kBranch : 0) | (in.branch_scale ? kBranchScale : 0) |
                        (in.skip ? kSkip : 0) | (in.skip_weight ? kSkipWeight : 0) |
-                       (in.mix ? kMix : 0) | (out.total ? kTotal : 0) | (out.x_in ? kXIn : 0);
+                       (in.mix0 ? kMix : 0) | (in.mix1 ? kX0 : 0) | (out.total ? kTotal : 0) |
+                       (out.x_in ? kXIn : 0);
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Inputs<T> inputs(shape, in);
@@ -317,16 +334,19 @@ const char* residual_norm_backward(const ResidualNormShape& shape, const Residua
                                    const ResidualNormUpstream& upstream,
                                    const ResidualNormGradients& out, void* stream) {
   const unsigned set = (in.branch_scale ? kBranchScale : 0) | (in.skip_weight ? kSkipWeight : 0) |
-                       (in.mix ? kMix : 0) | (in.mix && in.x ? kLearned : 0) |
-                       (upstream.d_total ? kTotal : 0) | (upstream.d_x_in ? kXIn : 0) |
-                       (upstream.dh ? kH : 0);
-  const int64_t parts = residual_parts(shape.rows).count, parameters = residual_parameters(in);
+                       (in.mix0 ? kMix : 0) | (in.mix1 ? kLearnedX0 : 0) | (out.dx0 ? kX0 : 0) |
+                       (in.x ? kLearned : 0) | (upstream.d_total ? kTotal : 0) |
+                       (upstream.total_scale ? kTotalScale : 0) | (upstream.d_x_in ? kXIn : 0) |
+                       (upstream.x_in_scale ? kXInScale : 0) | (upstream.dh ? kH : 0);
+  const int64_t parts = residual_parts(shape.rows).count;
+  const int64_t parameters = residual_parameters(in, upstream);
   float* const partials = static_cast<float*>(out.partials);
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Inputs<T> inputs(shape, in);
     const bool vectors = inputs.aligned_rows() &&
-                         aligned({upstream.x_in, upstream.d_total, upstream.d_x_in, upstream.dh},
+                         aligned({upstream.x_in, upstream.d_total, upstream.d_x_in, upstream.dh,
+                                  upstream.total_scale, upstream.x_in_scale},
                                  {}) &&
                          aligned({out.dx, out.dbranch, out.dskip, out.dx0}, {});
     return with_row_lanes<T>(shape.width, vectors, [&](auto vector, auto lanes, auto chunks) {

@@ -24,21 +24,25 @@ enum Operand : unsigned {
   kTotal = 1 << 5,  // it, or its gradient
   kXIn = 1 << 6,
   kH = 1 << 7,       // its gradient
-  kLearned = 1 << 8  // the gradient of mix
+  kLearned = 1 << 8,   // total, for the gradient of mix
+  kX0 = 1 << 9,        // with its factor; its gradient
+  kLearnedX0 = 1 << 10,  // that factor, where the gradient is not left to who made x0
+  kTotalScale = 1 << 11,
+  kXInScale = 1 << 12
 };
 // Parameters, whose gradients are sums over tokens. Sums take registers from rows, so one of the two
 // gradients for any operands has none of these.
-constexpr unsigned kSums = kBranchScale | kSkipWeight | kLearned;
+constexpr unsigned kSums = kBranchScale | kSkipWeight | kLearned | kTotalScale | kXInScale;
 // Kernels are made for the sets that the layers of a transformer ask for. Those for everything else
 // have sets with this mark, and ask each pointer of such a set whether it is there.
-constexpr unsigned kTested = 1 << 9;
+constexpr unsigned kTested = 1 << 13;
 constexpr unsigned kAny = kTested - 1;
 
 // The blocks that a multiprocessor is to have room for: as many as registers allow without spills.
 constexpr int resident_blocks(int vector, int lanes, unsigned set) {
   if (vector == 1) return 1;
   if (set & kTested) return set & kLearned ? 1 : 3;
-  return set & (kLearned | kSkip) ? 2 : 3;
+  return set & (kLearned | kSkip | kXInScale) ? 2 : 3;
 }
 
 // How a kernel for the operands kSet goes through rows. One for one set requests all rows before it

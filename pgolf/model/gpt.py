@@ -15,6 +15,7 @@ from pgolf.config import ModelConfig
 from pgolf.device import DTYPES
 from pgolf.model.deferred_sums import with_deferred_sums
 from pgolf.model.embeddings import BigramHash, SmearGate, Table, ValueEmbedding
+from pgolf.model.joined import joins, with_joins
 from pgolf.model.layers import Block, LayerVectors, Stream
 from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
@@ -197,6 +198,8 @@ class GPT(nn.Module):
         running = [name for name in kernels if self.ops.get(name, "reference") != "reference"]
         if len(running) < len(kernels) or not torch.is_grad_enabled():
             return layers
+        if joins(self):
+            return with_joins(self, layers, x0)
         return with_deferred_sums(layers, x0, self.ops["part_sums"])
 
     def logits(self, x: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ class LayerVectors(NamedTuple):
     gain: Tensor  # (H,) of queries
     norm_sums: Tensor | None = None
     gain_sums: Tensor | None = None
+    join: Any = None  # `pgolf.model.joined.Join`, which takes the place of mix and skip_weight
 
 
 class Attention(nn.Module):
@@ -323,16 +324,21 @@ class Block(nn.Module):
         # skip, mixes x0 in and norms, in one pass over the tokens; this block's MLP is left to the
         # next one likewise. `total`, the sum before the mix, is what a later block may take for
         # its skip. Scales that `weights` folded in, by the same condition, are not applied again.
-        x, branch, scale = stream
-        weights = self.published or self.weights(x.dtype)
-        total, x, h = self._normed(
-            "qk_rope", x, branch=branch, branch_scale=scale, skip=skip,
-            skip_weight=vectors.skip_weight, x0=x0, mix=vectors.mix, sums=vectors.norm_sums,
-            keep_total=True,
-        )  # fmt: skip
+        join = vectors.join
+        if join is None:
+            x, branch, scale = stream
+            weights, goes_on = self.published or self.weights(x.dtype), {}
+            total, x, h = self._normed(
+                "qk_rope", x, branch=branch, branch_scale=scale, skip=skip,
+                skip_weight=vectors.skip_weight, x0=x0, mix=vectors.mix, sums=vectors.norm_sums,
+                keep_total=True,
+            )  # fmt: skip
+        else:
+            weights, goes_on = join.weights, join.goes_on
+            total, x, h = join.enter(stream, skip, self.norm)
         branch = self.attn(h, weights, vectors, rope, value, attend)
         x, h = self._normed(
-            "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale
+            "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on
         )
         return BlockOutput(total, Stream(x, self.mlp(h, weights), weights.mlp_scale))
 

@@ -12,6 +12,7 @@ from pgolf.ops.param_update import param_update
 from pgolf.ops.part_sums import part_sums
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm, rms_norm
+from pgolf.ops.scaled_copies import scaled_copies
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast, weight_cast_all
 from pgolf.ops.xsa import xsa
@@ -32,6 +33,7 @@ __all__ = [
     "qk_rope",
     "residual_norm",
     "rms_norm",
+    "scaled_copies",
     "softcap_cross_entropy",
     "weight_cast",
     "weight_cast_all",

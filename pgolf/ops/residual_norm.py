@@ -13,6 +13,13 @@ h may stay a product of two factors: y, which has x_in's numbers, and f = scale 
 row. What takes h then takes y and f, and h is never written. The gradient that y gets, g = f dh, is
 all that the norm needs of h's: G = d_x_in + g - n mean(g n).
 
+So may products of states with factors of their columns: what takes one has the state's numbers and
+the factor, and gives back the gradient of the product. Of results that stand for p total and q x_in
+
+    d_total and d_x_in above are p d_total and q d_x_in,   dp = sum d_total total,   dq = sum d_x_in x_in
+
+and an x0 that stands for mix1 x0 gets G.
+
 Shapes: x, branch, skip and x0 (..., D), the scales (D,), mix (2, D). Statistics are fp32 whatever
 the dtype of x (fp64 for fp64). The reference rounds parameters to x's dtype and every step's
 result; the kernels compute in fp32 and round each result once, h from the x_in that is not rounded.
@@ -39,10 +46,17 @@ from pgolf.ops.tensors import compute_dtype, nbytes
 WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 
 _INPUTS = Inputs(
-    "residual_norm", ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
-    alike=("x", "branch", "skip", "x0"), wide=("branch_scale", "skip_weight", "mix"),
-    optional=("branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
+    "residual_norm",
+    ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix", "total_scale", "x_in_scale"),
+    alike=("x", "branch", "skip", "x0"),
+    wide=("branch_scale", "skip_weight", "mix", "total_scale", "x_in_scale"),
+    optional=(
+        "branch", "branch_scale", "skip", "skip_weight", "x0", "mix", "total_scale", "x_in_scale",
+    ),
 )  # fmt: skip
+
+
+_PARAMETERS = ("branch_scale", "skip_weight", "mix", "total_scale", "x_in_scale")
 
 
 class Factored(NamedTuple):
@@ -94,14 +108,16 @@ def reference(
 
 
 def _check(
-    x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float, factored: bool
-) -> None:
+    x: Tensor, others: dict[str, Tensor | None], scale: float, eps: float, keep_total: bool,
+    factored: bool,
+) -> None:  # fmt: skip
     if not x.is_floating_point() or x.dim() == 0 or not x.size(-1):
         raise ValueError(
             f"residual_norm: x is {x.dtype} {tuple(x.shape)}: it has to be of a float dtype and "
             "(..., D), D >= 1"
         )
     width, wide = x.size(-1), compute_dtype(x.dtype)
+    adds = others["branch"] is not None or others["skip"] is not None
     for name, of, shape, dtype in (
         ("branch", "", x.shape, x.dtype),
         ("branch_scale", "branch", (width,), wide),
@@ -109,6 +125,8 @@ def _check(
         ("skip_weight", "skip", (width,), wide),
         ("x0", "", x.shape, x.dtype),
         ("mix", "x0", (2, width), wide),
+        ("total_scale", "mix", (width,), wide),
+        ("x_in_scale", "", (width,), wide),
     ):
         t = others[name]
         if t is None:
@@ -124,6 +142,13 @@ def _check(
         raise ValueError(f"residual_norm: eps={eps}: it has to be 0 or more, and finite")
     if not abs(scale) < float("inf"):
         raise ValueError(f"residual_norm: scale={scale}: it has to be finite")
+    goes_on = {"total_scale": adds and keep_total, "x_in_scale": adds or others["mix"] is not None}
+    for name, there in goes_on.items():
+        if others[name] is not None and not there:
+            raise ValueError(
+                f"residual_norm: there is {name}, and what it scales is x itself, or no result: "
+                "leave it out"
+            )
     if factored and not scale:
         raise ValueError(
             f"residual_norm: scale={scale}: a factor of h must not be 0: use factored=False"
@@ -131,11 +156,15 @@ def _check(
 
 
 def sums_of(
-    rows: int, branch_scale: Tensor | None, skip_weight: Tensor | None, mix: Tensor | None
-) -> Sums:
+    rows: int, branch_scale: Tensor | None = None, skip_weight: Tensor | None = None,
+    mix: Tensor | None = None, total_scale: Tensor | None = None, x_in_scale: Tensor | None = None,
+    x0_is_product: bool = False,
+) -> Sums:  # fmt: skip
     """What `part_sums.deferred` takes for a call with these parameters, x of so many rows."""
     parameters = [p for p in (branch_scale, skip_weight) if p is not None]
-    parameters += [mix] if _learns(mix) else []
+    if _learns(mix) or total_scale is not None:
+        parameters.append(mix[0] if x0_is_product else mix)
+    parameters += [p for p in (total_scale, x_in_scale) if p is not None]
     return Sums(part_count(rows), parameters)
 
 
@@ -148,6 +177,10 @@ def obstacle(impl: str, width: int) -> str:
     return beyond(WIDTH_LIMITS, impl, width, "elements a row")
 
 
+def _resolved(x: Tensor, impl: str) -> str:
+    return resolve("residual_norm", impl, x, width=x.size(-1))
+
+
 def residual_norm(
     x: Tensor,
     *,
@@ -157,6 +190,9 @@ def residual_norm(
     skip_weight: Tensor | None = None,
     x0: Tensor | None = None,
     mix: Tensor | None = None,
+    total_scale: Tensor | None = None,
+    x_in_scale: Tensor | None = None,
+    x0_is_product: bool = False,
     scale: float = 1.0,
     eps: float = 1e-6,
     keep_total: bool = False,
@@ -175,6 +211,11 @@ def residual_norm(
         x0: (..., D) first embedding; without `mix` it has no part.
         mix: (2, D) factors of the sum and of x0; None leaves the sum as it is. All parameters are
             fp32 (fp64 for an fp64 x), the other tensors of x's dtype.
+        total_scale, x_in_scale: (D,) factors with which total and x_in go on: these results then
+            have their own numbers and take the gradients of the products, and nothing else of them
+            may be used. The first wants a mix. For kernels only.
+        x0_is_product: whether x0, likewise, has its own numbers and gets the gradient of
+            mix[1] x0, and mix[1] none. For kernels only.
         scale: constant factor of h, 1/sqrt(layer + 1) as published.
         eps: added to the mean square of a row before the root.
         keep_total: whether the sum before the mix, which a U-Net skip wants, is a result too.
@@ -192,14 +233,20 @@ def residual_norm(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    x, *rest = _INPUTS(x, branch, branch_scale, skip, skip_weight, x0, mix)
+    x, *rest = _INPUTS(
+        x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale
+    )
     others = dict(zip(_INPUTS.optional, rest, strict=True))
-    _check(x, others, scale, eps, factored)
-    impl = resolve("residual_norm", impl, x, width=x.size(-1))
+    _check(x, others, scale, eps, keep_total, factored)
+    impl = _resolved(x, impl)
     if sums is not None:
-        learned = [others[name] for name in ("branch_scale", "skip_weight", "mix")]
-        check_deferred("residual_norm", sums, sums_of(x.shape[:-1].numel(), *learned), impl)
+        learned = [others[name] for name in _PARAMETERS]
+        own = sums_of(x.shape[:-1].numel(), *learned, x0_is_product)
+        check_deferred("residual_norm", sums, own, impl)
+    products = [others.pop(name) for name in ("total_scale", "x_in_scale")]
     if impl == "reference":
+        if x0_is_product or any(p is not None for p in products):
+            raise ValueError("residual_norm: impl=reference takes no products: multiply them out")
         return reference(
             x, **others, scale=scale, eps=eps, keep_total=keep_total, factored=factored
         )
@@ -208,9 +255,8 @@ def residual_norm(
     if not mixes:
         others["x0"] = None
     stores_total = adds and mixes and (keep_total or _learns(mix))
-    total, x_in, h, rstd = forward(
-        x, *others.values(), sums, scale, eps, factored, stores_total, impl
-    )
+    settings = scale, eps, factored, x0_is_product, stores_total, impl
+    total, x_in, h, rstd = forward(x, *others.values(), *products, sums, *settings)
     if not adds:
         total = x
         x_in = x_in if mixes else x
@@ -240,7 +286,7 @@ def samples() -> list[Sample]:
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(width)
             wide = compute_dtype(dtype)
-            parameters = {"branch_scale": (width,), "skip_weight": (width,), "mix": (2, width)}
+            parameters = dict.fromkeys(_PARAMETERS, (width,)) | {"mix": (2, width)}
 
             def made(name: str) -> Tensor:
                 shape = parameters.get(name, (1, tokens, width))
@@ -265,6 +311,14 @@ def samples() -> list[Sample]:
         "factored mlp": make(70, 24, "branch", factored=True),
         "factored norm": make(2, 17, scale=-1.5, factored=True),
         "sums later": make(150, 17, *scaled, *skip, *mix, sums=_LATER),
+        "products": make(
+            70, 264, "branch", *mix, "total_scale", keep_total=True, x0_is_product=True, factored=True
+        ),
+        "product": make(5, 40, "branch", "x_in_scale", scale=0.5, factored=True),
+        "all products later": make(
+            150, 17, *scaled, *skip, *mix, "total_scale", "x_in_scale", keep_total=True,
+            x0_is_product=True, sums=_LATER,
+        ),
         "0 tokens": make(0, 16, "branch", *mix),
     }
     big = {}
@@ -279,7 +333,8 @@ def samples() -> list[Sample]:
 def cost(
     x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
     skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
-    mix: Tensor | None = None, scale: float = 1.0, eps: float, keep_total: bool = False,
+    mix: Tensor | None = None, total_scale: Tensor | None = None, x_in_scale: Tensor | None = None,
+    x0_is_product: bool = False, scale: float = 1.0, eps: float, keep_total: bool = False,
     factored: bool = False, sums: str | None = None,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once; kept are rstd and, for the gradient of mix, total.
@@ -287,6 +342,7 @@ def cost(
     That writes and reads total where summing it up again would read x and branch: as many bytes,
     and none where a skip wants it anyway. The gradient reads those of total, x_in and h, and x_in;
     what parameters need for theirs; it writes one tensor for all that is added with a factor of 1.
+    For an x0 that is a product it writes one, and reads nothing.
     """
     row, rstd = nbytes(x), x.numel() // x.size(-1) * (8 if x.dtype == torch.float64 else 4)
     parameters = nbytes(branch_scale, skip_weight, mix)
@@ -297,25 +353,42 @@ def cost(
     read = nbytes(x, branch, skip, x0) + parameters
     written = row * ((adds or mixes) + (adds and mixes) + (not factored)) + rstd
     upstream = row * (2 + (keep_total and mixes))
+    products = nbytes(total_scale, x_in_scale)
+    left = (nbytes(x0), nbytes(mix) // 2) if x0_is_product else (0, 0)  # to who made x0
+    again_read = again - left[0] + parameters - left[1] + products
     return (
         Work(0, read, written),
         Work(
-            0, upstream + row + rstd + row * mixes + again + parameters, row + again + parameters
+            0, upstream + row + rstd + row * mixes + again_read,
+            row + again + parameters - left[1] + products,
         ),
-    )
+    )  # fmt: skip
 
 
 def _of_samples(function: Callable) -> Callable:
-    """What tests and benchmarks call: a factored h is multiplied out, and sums may come later."""
+    """What tests and benchmarks call: products are multiplied out, and sums may come later."""
 
     @functools.wraps(function)
     def call(x: Tensor, **named: Any) -> tuple[Tensor, ...]:
-        if named.pop("sums", None) == _LATER and function is residual_norm:
-            learned = [named.get(name) for name in ("branch_scale", "skip_weight", "mix")]
-            own = sums_of(x.shape[:-1].numel(), *learned)
+        later = named.pop("sums", None) == _LATER
+        kernels = function is residual_norm and _resolved(x, named.get("impl", "auto")) != "reference"
+        factors = [named.get(name) for name in ("total_scale", "x_in_scale")]
+        if not kernels:
+            named = {n: v for n, v in named.items() if n not in ("total_scale", "x_in_scale")}
+            x0_is_product = named.pop("x0_is_product", False)
+        elif x0_is_product := named.get("x0_is_product", False):
+            product = (named["mix"][1] * named["x0"]).to(x.dtype)
+            named["x0"] = rerouted(named["x0"].detach(), product)
+        if later and kernels:
+            learned = [named.get(name) for name in _PARAMETERS]
+            own = sums_of(x.shape[:-1].numel(), *learned, x0_is_product)
             if own.parameters and resolve("part_sums", named["impl"], x) != "reference":
                 (named["sums"],) = deferred([own], named["impl"])
         *others, h = function(x, **named)
+        for i, factor in zip((-2, -1), factors, strict=True):
+            if factor is not None:
+                product = (factor * (others[i].detach() if kernels else others[i])).to(x.dtype)
+                others[i] = rerouted(product, others[i]) if kernels else product
         return (*others, h.product() if isinstance(h, Factored) else h)
 
     call.__signature__ = inspect.signature(residual_norm)
@@ -327,7 +400,7 @@ OPERATOR = register(
         name="residual_norm",
         call=_of_samples(residual_norm),
         reference=_of_samples(reference),
-        differentiable=("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix"),
+        differentiable=("x", "branch", "skip", "x0", *_PARAMETERS),
         implementations=in_extension(("residual_norm", "residual_norm_backward"), launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],

@@ -43,16 +43,19 @@ def _results(
 
 def _gradients(
     x_in: Tensor, total: Tensor | None, branch_scale: Tensor | None, skip_weight: Tensor | None,
-    mix: Tensor | None,
+    x0: Tensor | None, mix: Tensor | None, total_scale: Tensor | None, x_in_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for dx, dbranch, dskip, dx0 and the sums over parts of the rows (parts, numbers).
 
     dbranch and dskip are empty where they would be dx. The numbers of a part are those of the
-    gradients of branch_scale, skip_weight and mix, where these are (of mix, where total is).
+    gradients of branch_scale, skip_weight, mix (where total is there, of mix[1] where x0 is),
+    total_scale and x_in_scale, where these are.
     """
     scaled, weighted, mixed = (t is not None for t in (branch_scale, skip_weight, mix))
     width = x_in.size(-1)
-    numbers = (scaled + weighted + 2 * (mixed and total is not None)) * width
+    rows = (1 + (x0 is not None)) * (mixed and total is not None)
+    products = (total_scale is not None) + (x_in_scale is not None)
+    numbers = (scaled + weighted + rows + products) * width
     return (
         x_in.new_empty(x_in.shape), _or_empty(x_in, scaled), _or_empty(x_in, weighted),
         _or_empty(x_in, mixed), _wide(x_in, (part_count(x_in.numel() // width), numbers)),
@@ -67,46 +70,54 @@ def part_count(rows: int) -> int:
 @torch.library.custom_op("pgolf::residual_norm", mutates_args=())
 def forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, sums: Tensor | None,
-    scale: float, eps: float, factored: bool, stores_total: bool, impl: str,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, total_scale: Tensor | None,
+    x_in_scale: Tensor | None, sums: Tensor | None, scale: float, eps: float, factored: bool,
+    x0_is_product: bool, stores_total: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, if it `stores_total`, x_in, h and rstd (...,).
 
     Factored: the ticket of x_in as a factor of h, and the other factor in the place of rstd. `sums`
     is what takes the gradients of parameters in parts, where they do not get them themselves.
     """
-    inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0, mix)
-    return launcher("residual_norm", impl, "forward")(*inputs, scale, eps, factored, stores_total)
+    inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0)
+    mixes = (None, None) if mix is None else contiguous(*mix)
+    settings = scale, eps, factored, stores_total
+    return launcher("residual_norm", impl, "forward")(*inputs, *mixes, *settings)
 
 
 @forward.register_fake
 def _(
-    x, branch, branch_scale, skip, skip_weight, x0, mix, sums, scale, eps, factored, stores_total,
-    impl,
+    x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale, sums, scale, eps,
+    factored, x0_is_product, stores_total, impl,
 ):  # fmt: skip
     return _results(x, branch, skip, mix, factored, stores_total)
 
 
 @torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
-def _backward(
+def backward(
     d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
     total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
-    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, scale: float, eps: float,
-    factored: bool, deferred: bool, impl: str,
+    skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, total_scale: Tensor | None,
+    x_in_scale: Tensor | None, scale: float, eps: float, factored: bool, deferred: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dbranch, dskip, dx0 and the gradients of parameters, `deferred` in parts."""
+    """dx, dbranch, dskip, dx0 and the gradients of parameters, `deferred` in parts.
+
+    Where there is a mix and no x0, that is a product: dx0 is the gradient of x_in.
+    """
     tensors = contiguous(
-        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix
-    )
+        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
+        total_scale, x_in_scale,
+    )  # fmt: skip
     return launcher("residual_norm", impl, "backward")(*tensors, scale, eps, factored, deferred)
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(
     d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-    scale, eps, factored, deferred, impl,
+    total_scale, x_in_scale, scale, eps, factored, deferred, impl,
 ):  # fmt: skip
-    *gradients, parts = _gradients(x_in, total, branch_scale, skip_weight, mix)
+    parameters = branch_scale, skip_weight, x0, mix, total_scale, x_in_scale
+    *gradients, parts = _gradients(x_in, total, *parameters)
     return *gradients, parts if deferred else parts.new_empty(parts.size(1))
 
 
@@ -114,8 +125,8 @@ _MIX = 6  # which argument of `forward` that is
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, branch, branch_scale, skip, skip_weight, x0, mix, sums, *settings, impl = inputs
-    *settings, stores_total = settings
+    x, branch, branch_scale, skip, skip_weight, x0, mix, *rest, impl = inputs
+    total_scale, x_in_scale, sums, *settings, x0_is_product, stores_total = rest
     total, x_in, _, rstd = output
     ctx.set_materialize_grads(False)
     ctx.deferred = sums is not None
@@ -126,39 +137,46 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # skip wants it anyway. branch and skip are kept only where they have a factor, whose gradient
     # needs them: with a factor of 1 they get the gradient of x, and nobody reads them again.
     changes = any(ctx.adds) or mix is not None
-    if not ctx.needs_input_grad[_MIX]:
+    ctx.x0_is_product = x0_is_product
+    if not ctx.needs_input_grad[_MIX] and total_scale is None:
         total = None
     elif not stores_total:
         total = None if any(ctx.adds) else x
     ctx.save_for_backward(
         x_in if changes else x, rstd, total,
         None if branch_scale is None else branch, branch_scale,
-        None if skip_weight is None else skip, skip_weight, x0, mix,
+        None if skip_weight is None else skip, skip_weight, None if x0_is_product else x0, mix,
+        total_scale, x_in_scale,
     )  # fmt: skip
 
 
 def _gradient(
     ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
 ) -> tuple:
-    x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix = ctx.saved_tensors
-    dx, dbranch, dskip, dx0, parameters = _backward(
+    x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix, *scales = ctx.saved_tensors
+    dx, dbranch, dskip, dx0, parameters = backward(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-        *ctx.settings,
+        *scales, *ctx.settings,
     )  # fmt: skip
-    d_branch_scale = d_skip_weight = d_mix = d_sums = None
+    d_sums, d_mix, of_parameters = None, None, [None] * 4
     if ctx.deferred:
         d_sums = parameters
     else:
-        rows = parameters.view(-1, x_in.size(-1))
-        d_branch_scale = None if branch_scale is None else rows[0]
-        d_skip_weight = None if skip_weight is None else rows[int(branch_scale is not None)]
-        d_mix = None if mix is None or total is None else rows[-2:]
+        mixes = (1 + (x0 is not None)) * (mix is not None and total is not None)
+        counts = [int(p is not None) for p in (branch_scale, skip_weight)]
+        counts += [mixes, *(int(p is not None) for p in scales)]
+        rows = parameters.view(-1, x_in.size(-1)).split(counts)
+        *of_parameters, d_mix = (r if r.size(0) else None for r in (*rows[:2], *rows[3:], rows[2]))
+        of_parameters = [None if r is None else r[0] for r in of_parameters]
+        if mixes == 1:
+            d_mix = torch.cat((d_mix, torch.zeros_like(d_mix)))
+    d_branch_scale, d_skip_weight, *d_scales = of_parameters
     # What is added with a factor of 1 has the gradient of x: one tensor for all.
     return (
         dx,
         (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
         (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
-        None if mix is None else dx0, d_mix, d_sums, *(None for _ in ctx.settings),
+        None if mix is None else dx0, d_mix, *d_scales, d_sums, *(None for _ in ctx.settings), None,
     )  # fmt: skip
 
 
@@ -175,10 +193,12 @@ def launchers(run: Run) -> dict[str, Callable]:
         return DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1)
 
     def forward(
-        x, branch, branch_scale, skip, skip_weight, x0, mix, scale, eps, factored, stores_total
+        x, branch, branch_scale, skip, skip_weight, x0, mix0, mix1, scale, eps, factored,
+        stores_total,
     ):  # fmt: skip
-        results = _results(x, branch, skip, mix, factored, stores_total)
-        inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix)
+        mixes = mix0 if mix1 is None else mix1
+        results = _results(x, branch, skip, mixes, factored, stores_total)
+        inputs = (x, branch, branch_scale, skip, skip_weight, x0, mix0, mix1)
         total, x_in, h, rstd = results
         run(
             "residual_norm", x, *addresses(*inputs, total, x_in, None if factored else h, rstd),
@@ -188,14 +208,17 @@ def launchers(run: Run) -> dict[str, Callable]:
 
     def backward(
         d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-        scale, eps, factored, deferred,
+        total_scale, x_in_scale, scale, eps, factored, deferred,
     ):  # fmt: skip
-        *gradients, parts = _gradients(x_in, total, branch_scale, skip_weight, mix)
+        parameters = branch_scale, skip_weight, x0, mix, total_scale, x_in_scale
+        *gradients, parts = _gradients(x_in, total, *parameters)
+        mix0, mix1 = (None, None) if mix is None else mix
         if rstd.numel():  # an empty tensor has no address by which it could be known to be there
             run(
                 "residual_norm_backward", x_in,
                 *addresses(
-                    total, branch, branch_scale, skip, skip_weight, x0, mix, x_in, rstd, d_total,
+                    total, branch, branch_scale, skip, skip_weight, x0, mix0,
+                    None if x0 is None else mix1, total_scale, x_in_scale, x_in, rstd, d_total,
                     d_x_in, dh, *gradients, parts,
                 ),
                 parts.size(0), *shape(x_in), scale, eps, factored,

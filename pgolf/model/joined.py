@@ -1,0 +1,152 @@
+"""Layers that are joined by products which nobody writes, where all of their kernels run.
+
+Before the attention of layer i, with x and the branch of the MLP from the layer before it, stands
+
+    x_in = mix0 (x + branch + w skip) + mix1 x0
+
+With the gradient G of x_in those of mix0 x, mix0 branch, (mix0 w) skip and mix1 x0 are all G. So mix0
+goes into the rows of the matrix that the branch ends in, and the three states go on as products with
+vectors (`joined_norm`). What made a state makes the sums for its vector too, where its numbers are at
+hand: the norm before the MLP for x, the layer that a skip comes from, one kernel for x0 and the G of
+all layers (`scaled_copies`). No sum before the mix is written but those that are skips, and no layer
+writes another gradient than G. `mix` and `skip_weights` get theirs from these vectors by autograd.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf.model.layers import BlockWeights, LayerVectors, Stream
+from pgolf.ops.joined_norm import joined_norm
+from pgolf.ops.part_sums import Sums, deferred
+from pgolf.ops.qk_rope import sums_of as sums_of_gain
+from pgolf.ops.residual_norm import Factored, residual_norm
+from pgolf.ops.residual_norm import sums_of as sums_of_norm
+from pgolf.ops.scaled_copies import scaled_copies
+from pgolf.ops.scaled_copies import sums_of as sums_of_copies
+from pgolf.ops.weight_cast import weight_cast_all
+
+if TYPE_CHECKING:
+    from pgolf.model.gpt import GPT
+
+
+class Join(NamedTuple):
+    """How a block takes the state before it, and hands on the one before its MLP.
+
+    Attributes:
+        weights: of the block, in whose `down` is the next layer's factor.
+        x0: (N, T, D) copy of the first embedding that stands for the product with `x0_scale` (D,).
+        x_scale: (D,) of x; None in the first layer, and where the sum is a later layer's skip.
+        skip_scale: (D,) of a skip, if it takes one.
+        mix: (2, D) where the sum is a later layer's skip; else None.
+        total_scale: (D,) that layer's factor of it.
+        sums: what takes the gradients of mix[0] and total_scale.
+        goes_on: the same of the state before the MLP: x_in_scale and sums of `residual_norm`.
+    """
+
+    weights: BlockWeights
+    x0: Tensor
+    x0_scale: Tensor
+    x_scale: Tensor | None
+    skip_scale: Tensor | None
+    mix: Tensor | None
+    total_scale: Tensor | None
+    sums: Tensor | None
+    goes_on: dict[str, Any]
+
+    def enter(
+        self, stream: Stream, skip: Tensor | None, norm: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor, Factored]:
+        """The sum, where it is a skip, x_in and h. norm: scale, eps and impl."""
+        if self.mix is not None:
+            return residual_norm(
+                stream.x, branch=stream.branch, x0=self.x0, mix=self.mix, x0_is_product=True,
+                total_scale=self.total_scale, keep_total=True, factored=True, sums=self.sums, **norm,
+            )  # fmt: skip
+        if self.x_scale is None:
+            return None, *joined_norm([self.x0], [self.x0_scale], **norm)
+        terms, factors = [stream.branch, stream.x], [None, self.x_scale]
+        if skip is not None:
+            terms, factors = [*terms, skip], [*factors, self.skip_scale]
+        return None, *joined_norm([*terms, self.x0], [*factors, self.x0_scale], **norm)
+
+
+def joins(model: "GPT") -> bool:
+    """Whether the layers of a model whose kernels run have what is joined here."""
+    mixes = all(block.resid_mix is not None for block in model.blocks)
+    return mixes and model.backout is None and model.ops["scaled_copies"] != "reference"
+
+
+class _Vectors(NamedTuple):
+    """Factors by layer; None where it has none.
+
+    Attributes:
+        own: mix[0].
+        of_x: of the state before the last MLP, folded into the matrix that this ends in.
+        of_skip: of a skip.
+    """
+
+    own: Sequence[Tensor]
+    of_x: Sequence[Tensor | None]
+    of_skip: Sequence[Tensor | None]
+    of_x0: Tensor  # (layers, D)
+
+
+def _vectors(model: "GPT") -> _Vectors:
+    """Made of all layers at once: every operation is a launch."""
+    count, encoder = len(model.blocks), model.encoder
+    own, other = torch.stack([block.resid_mix for block in model.blocks]).unbind(1)
+    of_x0 = torch.cat((own[:1] + other[:1], other[1:]))  # x0 is the state before the first layer
+    first = max(encoder, 1)  # layers before it are skips of later ones
+    of_x, of_skip = own[first:], []
+    if encoder:  # x + w x: a factor of the mix
+        weights = model.skip_weights
+        of_x = torch.cat(((1 + weights[:1]) * of_x[:1], of_x[1:]))
+        of_skip = (weights[1:] * own[encoder + 1 : 2 * encoder]).unbind()
+    none = [None] * count
+    skips = [*none[: encoder + 1], *of_skip, *none][:count]
+    return _Vectors(own.unbind(), [*none[:first], *of_x.unbind()], skips, of_x0)
+
+
+def with_joins(model: "GPT", layers: Sequence[LayerVectors], x0: Tensor) -> list[LayerVectors]:
+    """The vectors of layers, each with its `Join`."""
+    count, tokens, encoder = len(layers), x0.shape[:-1].numel(), model.encoder
+    own, of_x, of_skip, of_x0 = _vectors(model)
+    weights = [block.published or block.weights(x0.dtype) for block in model.blocks]
+    folded = [i for i in range(count - 1) if of_x[i + 1] is not None]
+    downs = weight_cast_all(
+        [weights[i].down for i in folded], [of_x[i + 1] for i in folded],
+        impl=model.ops["weight_cast"], dtype=x0.dtype,
+    ) if folded else []  # fmt: skip
+    for i, down in zip(folded, downs, strict=True):
+        weights[i] = weights[i]._replace(down=down)
+    # The layers whose sums are skips, by the layers that take them.
+    partners = {i: of_skip[2 * encoder - i] for i in range(1, encoder)}
+    part = sums_of_norm(tokens, x_in_scale=own[0]).parts
+    wanted = [
+        sums_of_copies(tokens, of_x0),
+        *(sums_of_gain(tokens, v.gain) for v in layers),
+        *(Sums(part, [of_x[i + 1]]) for i in folded),
+        *(Sums(part, [own[i], partner]) for i, partner in partners.items()),
+    ]
+    of_copies, *others = deferred(wanted, model.ops["part_sums"])
+    gains, others = others[:count], others[count:]
+    goes_on = {
+        i: {"x_in_scale": of_x[i + 1], "sums": sums}
+        for i, sums in zip(folded, others[: len(folded)], strict=True)
+    }
+    of_sums = dict(zip(partners, others[len(folded) :], strict=True))
+    copies = scaled_copies(x0, of_x0, of_copies, model.ops["scaled_copies"])
+    return [
+        v._replace(
+            gain_sums=gains[i],
+            join=Join(
+                weights[i], copies[i], of_x0[i], of_x[i], of_skip[i],
+                model.blocks[i].resid_mix if i in partners else None, partners.get(i),
+                of_sums.get(i), goes_on.get(i, {}),
+            ),
+        )
+        for i, v in enumerate(layers)
+    ]  # fmt: skip

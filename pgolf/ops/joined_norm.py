@@ -1,0 +1,122 @@
+"""The norm between two layers where what is added comes as products that nobody writes.
+
+    x_in = sum of f_i t_i over up to four terms,   h = scale x_in rstd           (`residual_norm`)
+
+A term has its own numbers t_i and stands for f_i t_i: what made it (`residual_norm`'s total_scale and
+x_in_scale, `scaled_copies`) takes the gradient of the product, which is the same for all terms, G.
+So one tensor goes back to all that was added, and the sums for the factors are made where the
+numbers are at hand.
+
+Shapes: terms (..., D), factors (D,). The kernels are those of `residual_norm`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.choose import resolve
+from pgolf.ops.derivatives import register_gradient, rerouted, ticket
+from pgolf.ops.launch import launcher
+from pgolf.ops.residual_norm import Factored
+from pgolf.ops.residual_norm_kernels import backward
+from pgolf.ops.tensors import check_alike, compute_dtype, contiguous
+
+MOST_TERMS = 4
+
+
+def joined_norm(
+    terms: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Factored]:
+    """Add up products and norm the sum.
+
+    Args:
+        terms: one to four (..., D) of one dtype, the gradients of which are those of the products.
+        factors: of each, (D,) in fp32 (fp64 for fp64 terms), constants; None is 1. Of several terms
+            the first has none, the others one each.
+        scale, eps, impl: as of `residual_norm`, but for the reference, which knows no products.
+
+    Returns:
+        x_in (..., D), and h as a product of two factors.
+
+    Raises:
+        ValueError, RuntimeError: as `residual_norm`.
+    """
+    x = terms[0]
+    check_alike("joined_norm", **{f"term {i}": t for i, t in enumerate(terms)})
+    wide = compute_dtype(x.dtype)
+    if len(terms) != len(factors) or not 1 <= len(terms) <= MOST_TERMS:
+        raise ValueError(
+            f"joined_norm: {len(terms)} terms and {len(factors)} factors: give one to {MOST_TERMS}, "
+            "and as many factors"
+        )
+    for i, (t, f) in enumerate(zip(terms, factors, strict=True)):
+        if t.shape != x.shape:
+            raise ValueError(
+                f"joined_norm: term {i} is {tuple(t.shape)}: it has to be {tuple(x.shape)}"
+            )
+        if (f is not None) != (i > 0 or len(terms) == 1):
+            raise ValueError(
+                f"joined_norm: term {i} of {len(terms)} has {'no' if f is None else 'a'} factor: the "
+                "first of several has none, every other one has one"
+            )
+        if f is not None and (f.shape != x.shape[-1:] or f.dtype != wide):
+            raise ValueError(
+                f"joined_norm: factor {i} is {f.dtype} {tuple(f.shape)}: it has to be {wide} "
+                f"{tuple(x.shape[-1:])}"
+            )
+    impl = resolve("residual_norm", impl, x, width=x.size(-1))
+    if impl == "reference":
+        raise ValueError("joined_norm: impl=reference takes no products: use residual_norm")
+    given = [f.detach() for f in factors if f is not None]
+    x_in, h, factor = _forward(list(terms), given, scale, eps, impl)
+    return x_in, Factored(rerouted(x_in, h), factor.detach())
+
+
+@torch.library.custom_op("pgolf::joined_norm", mutates_args=())
+def _forward(
+    terms: list[Tensor], factors: list[Tensor], scale: float, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_in, the ticket of it as a factor of h, and the other factor (...,)."""
+    x, *others = contiguous(*terms)
+    factors = contiguous(*factors)
+    of_x = factors.pop() if not others else None
+    nothing = [None] * (MOST_TERMS - 1 - len(others))
+    # (The last place is that of x0 and its factor, which wants no other one of x.)
+    branch, skip, x0 = [*others[:-1], *nothing, *others[-1:]]
+    of_branch, of_skip, of_x0 = [*factors[:-1], *nothing, *factors[-1:]]
+    inputs = x, branch, of_branch, skip, of_skip, x0, of_x, of_x0
+    forward = launcher("residual_norm", impl, "forward")
+    return forward(*inputs, scale, eps, True, False)[1:]
+
+
+@_forward.register_fake
+def _(terms, factors, scale, eps, impl):
+    x = terms[0]
+    rows = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape), ticket(x), rows
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    terms, factors, *ctx.settings, ctx.impl = inputs
+    ctx.counts = len(terms), len(factors)
+    x_in, _, factor = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_in, factor)
+
+
+def _gradient(ctx: Any, d_x_in: Tensor | None, dh: Tensor | None, d_factor: None) -> tuple:
+    x_in, factor = ctx.saved_tensors
+    nothing = [None] * 9
+    settings = *ctx.settings, True, False, ctx.impl
+    g = backward(None, d_x_in, dh, x_in, factor, *nothing, *settings)[0]
+    terms, factors = ctx.counts
+    return [g] * terms, [None] * factors, None, None, None
+
+
+register_gradient("joined_norm", _forward, _gradient, _setup_context)
