@@ -67,6 +67,7 @@ REQUIRED = {
     "qk_rope_backward_blocks": ROWS,
     "residual_norm_forward": ROWS,
     "residual_norm_backward_rows": ROWS,
+    "scaled_copies_backward_rows": ROWS,
     "embed_smear_forward": EMBED,
     "embed_smear_chunks": EMBED,
     "token_order_blocks": Required(),

@@ -66,12 +66,12 @@ ITEMS: Mapping[str, Item] = {
         TOKENS // 12,
     ),
     "residual_norm_forward": Item(
-        "4 rows with branch, mix, total, x_in and h", ("bf16", "8", "32", "2", "113u"),
-        4 * 3 * _ROW, 4 * 3 * _ROW, (4,), TOKENS // 4,
+        "4 rows with branch, x0, total and x_in", ("bf16", "8", "32", "2", "625u"),
+        4 * 3 * _ROW, 4 * 2 * _ROW, (4,), TOKENS // 4,
     ),
     "residual_norm_backward_rows": Item(
-        "24 rows with mix and all gradients, and their sums", ("bf16", "8", "32", "2", "496u"),
-        24 * 6 * _ROW, 24 * 2 * _ROW + 2 * WIDTH * 4 // 8, (24, 2, 0, 2, 0), TOKENS // 24,
+        "24 rows whose sum is a skip, and their sums", ("bf16", "8", "32", "2", "3056u"),
+        24 * 5 * _ROW, 24 * 2 * _ROW + 2 * WIDTH * 4 // 8, (24, 2, 0, 2, 0), TOKENS // 24,
     ),
     "softcap_cross_entropy_rows": Item(
         "a row of 1024 logits", ("bf16", "8", "false", "BoundedCap"), VOCABULARY * 2,

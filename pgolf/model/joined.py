@@ -4,12 +4,13 @@ Before the attention of layer i, with x and the branch of the MLP from the layer
 
     x_in = mix0 (x + branch + w skip) + mix1 x0
 
-With the gradient G of x_in those of mix0 x, mix0 branch, (mix0 w) skip and mix1 x0 are all G. So mix0
-goes into the rows of the matrix that the branch ends in, and the three states go on as products with
-vectors (`joined_norm`). What made a state makes the sums for its vector too, where its numbers are at
-hand: the norm before the MLP for x, the layer that a skip comes from, one kernel for x0 and the G of
-all layers (`scaled_copies`). No sum before the mix is written but those that are skips, and no layer
-writes another gradient than G. `mix` and `skip_weights` get theirs from these vectors by autograd.
+With the gradient G of x_in those of mix0 x, mix0 branch, (mix0 w) skip and mix1 x0 are all G. So
+mix0 goes into the rows of the matrix that the branch ends in, and the three states go on as
+products with vectors (`joined_norm`). What made a state makes the sums for its vector too, where
+its numbers are at hand: the norm before the MLP for x, the layer that a skip comes from, one kernel
+for x0 and the G of all layers (`scaled_copies`). No sum before the mix is written but those that
+are skips, and such layers alone write another gradient than G. `resid_mix` and `skip_weights` get
+theirs from these vectors by autograd.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ class Join(NamedTuple):
         if self.mix is not None:
             return residual_norm(
                 stream.x, branch=stream.branch, x0=self.x0, mix=self.mix, x0_is_product=True,
-                total_scale=self.total_scale, keep_total=True, factored=True, sums=self.sums, **norm,
+                total_scale=self.total_scale, keep_total=True, factored=True, sums=self.sums,
+                **norm,
             )  # fmt: skip
         if self.x_scale is None:
             return None, *joined_norm([self.x0], [self.x0_scale], **norm)

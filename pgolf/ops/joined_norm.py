@@ -2,9 +2,9 @@
 
     x_in = sum of f_i t_i over up to four terms,   h = scale x_in rstd           (`residual_norm`)
 
-A term has its own numbers t_i and stands for f_i t_i: what made it (`residual_norm`'s total_scale and
-x_in_scale, `scaled_copies`) takes the gradient of the product, which is the same for all terms, G.
-So one tensor goes back to all that was added, and the sums for the factors are made where the
+A term has its own numbers t_i and stands for f_i t_i: what made it (`residual_norm`'s total_scale
+and x_in_scale, `scaled_copies`) takes the gradient of the product, which is the same for all terms,
+G. So one tensor goes back to all that was added, and the sums for the factors are made where the
 numbers are at hand.
 
 Shapes: terms (..., D), factors (D,). The kernels are those of `residual_norm`.
@@ -52,7 +52,7 @@ def joined_norm(
     wide = compute_dtype(x.dtype)
     if len(terms) != len(factors) or not 1 <= len(terms) <= MOST_TERMS:
         raise ValueError(
-            f"joined_norm: {len(terms)} terms and {len(factors)} factors: give one to {MOST_TERMS}, "
+            f"joined_norm: {len(terms)} terms and {len(factors)} factors: give 1 to {MOST_TERMS}, "
             "and as many factors"
         )
     for i, (t, f) in enumerate(zip(terms, factors, strict=True)):
@@ -62,8 +62,8 @@ def joined_norm(
             )
         if (f is not None) != (i > 0 or len(terms) == 1):
             raise ValueError(
-                f"joined_norm: term {i} of {len(terms)} has {'no' if f is None else 'a'} factor: the "
-                "first of several has none, every other one has one"
+                f"joined_norm: term {i} of {len(terms)} has {'no' if f is None else 'a'} factor: "
+                "the first of several has none, every other one has one"
             )
         if f is not None and (f.shape != x.shape[-1:] or f.dtype != wide):
             raise ValueError(

@@ -16,9 +16,9 @@ all that the norm needs of h's: G = d_x_in + g - n mean(g n).
 So may products of states with factors of their columns: what takes one has the state's numbers and
 the factor, and gives back the gradient of the product. Of results that stand for p total and q x_in
 
-    d_total and d_x_in above are p d_total and q d_x_in,   dp = sum d_total total,   dq = sum d_x_in x_in
+    dp = sum d_total total,   dq = sum d_x_in x_in,   and p d_total and q d_x_in are meant above
 
-and an x0 that stands for mix1 x0 gets G.
+while an x0 that stands for mix1 x0 gets G.
 
 Shapes: x, branch, skip and x0 (..., D), the scales (D,), mix (2, D). Statistics are fp32 whatever
 the dtype of x (fp64 for fp64). The reference rounds parameters to x's dtype and every step's
@@ -47,7 +47,10 @@ WIDTH_LIMITS = {"cpu": 4096, "cuda": 4096}  # D
 
 _INPUTS = Inputs(
     "residual_norm",
-    ("x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix", "total_scale", "x_in_scale"),
+    (
+        "x", "branch", "branch_scale", "skip", "skip_weight", "x0", "mix", "total_scale",
+        "x_in_scale",
+    ),
     alike=("x", "branch", "skip", "x0"),
     wide=("branch_scale", "skip_weight", "mix", "total_scale", "x_in_scale"),
     optional=(
@@ -79,19 +82,11 @@ class Factored(NamedTuple):
 
 @outside_autocast
 def reference(
-    x: Tensor,
-    *,
-    branch: Tensor | None = None,
-    branch_scale: Tensor | None = None,
-    skip: Tensor | None = None,
-    skip_weight: Tensor | None = None,
-    x0: Tensor | None = None,
-    mix: Tensor | None = None,
-    scale: float = 1.0,
-    eps: float = 1e-6,
-    keep_total: bool = False,
+    x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
+    skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
+    mix: Tensor | None = None, scale: float = 1.0, eps: float = 1e-6, keep_total: bool = False,
     factored: bool = False,
-) -> tuple[Tensor | Factored, ...]:
+) -> tuple[Tensor | Factored, ...]:  # fmt: skip
     """`residual_norm` in plain torch."""
     total = x
     for added, factor in ((branch, branch_scale), (skip, skip_weight)):
@@ -182,24 +177,12 @@ def _resolved(x: Tensor, impl: str) -> str:
 
 
 def residual_norm(
-    x: Tensor,
-    *,
-    branch: Tensor | None = None,
-    branch_scale: Tensor | None = None,
-    skip: Tensor | None = None,
-    skip_weight: Tensor | None = None,
-    x0: Tensor | None = None,
-    mix: Tensor | None = None,
-    total_scale: Tensor | None = None,
-    x_in_scale: Tensor | None = None,
-    x0_is_product: bool = False,
-    scale: float = 1.0,
-    eps: float = 1e-6,
-    keep_total: bool = False,
-    factored: bool = False,
-    sums: Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[Tensor | Factored, ...]:
+    x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
+    skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
+    mix: Tensor | None = None, total_scale: Tensor | None = None, x_in_scale: Tensor | None = None,
+    x0_is_product: bool = False, scale: float = 1.0, eps: float = 1e-6, keep_total: bool = False,
+    factored: bool = False, sums: Tensor | None = None, impl: str = "auto",
+) -> tuple[Tensor | Factored, ...]:  # fmt: skip
     """Add a branch and a skip to the residual stream, mix x0 in, and norm the result.
 
     Args:
@@ -312,7 +295,8 @@ def samples() -> list[Sample]:
         "factored norm": make(2, 17, scale=-1.5, factored=True),
         "sums later": make(150, 17, *scaled, *skip, *mix, sums=_LATER),
         "products": make(
-            70, 264, "branch", *mix, "total_scale", keep_total=True, x0_is_product=True, factored=True
+            70, 264, "branch", *mix, "total_scale", keep_total=True, x0_is_product=True,
+            factored=True,
         ),
         "product": make(5, 40, "branch", "x_in_scale", scale=0.5, factored=True),
         "all products later": make(
@@ -371,7 +355,8 @@ def _of_samples(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(x: Tensor, **named: Any) -> tuple[Tensor, ...]:
         later = named.pop("sums", None) == _LATER
-        kernels = function is residual_norm and _resolved(x, named.get("impl", "auto")) != "reference"
+        impl = named.get("impl", "auto") if function is residual_norm else "reference"
+        kernels = _resolved(x, impl) != "reference"
         factors = [named.get(name) for name in ("total_scale", "x_in_scale")]
         if not kernels:
             named = {n: v for n, v in named.items() if n not in ("total_scale", "x_in_scale")}

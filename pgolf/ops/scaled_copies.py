@@ -2,9 +2,9 @@
 
     y_i = f_i x,   dx = sum over i of f_i dy_i,   df_i = sum over tokens of dy_i x
 
-Kernels return x once more for each factor: what takes a copy has x's numbers and the factor, and gives
-back the gradient of the product (`joined_norm`). Those of all copies are kept until the last has
-come; then one launch reads each of them once, and x, for the gradients of x and of all factors.
+Kernels return x once more for each factor: what takes a copy has x's numbers and the factor, and
+gives back the gradient of the product (`joined_norm`). Those of all copies are kept until the last
+has come; then one launch reads each of them once, and x, for the gradients of x and all factors.
 
 Shapes: x (..., D), factors (n, D), y_i (..., D).
 """
@@ -65,8 +65,8 @@ def scaled_copies(
     wide, width = compute_dtype(x.dtype), x.size(-1) if x.dim() else 0
     if not width or factors.dim() != 2 or factors.size(1) != width or not factors.size(0):
         raise ValueError(
-            f"scaled_copies: x is {tuple(x.shape)} and factors {tuple(factors.shape)}: they have to "
-            "be (..., D) and (n, D), D and n >= 1"
+            f"scaled_copies: x is {tuple(x.shape)} and factors {tuple(factors.shape)}: they have "
+            "to be (..., D) and (n, D), D and n >= 1"
         )
     if factors.dtype != wide or factors.device != x.device:
         raise ValueError(
@@ -194,7 +194,8 @@ def cost(x: Tensor, factors: Tensor) -> tuple[Work, Work]:
     return Work(0, 0, 0), Work(0, factors.size(0) * nbytes(x) + own, own)
 
 
-def _products(x: Tensor, factors: Tensor, *, impl: str) -> list[Tensor]:
+@functools.wraps(scaled_copies)
+def _products(x: Tensor, factors: Tensor, *, impl: str = "auto") -> list[Tensor]:
     """What tests and benchmarks call: the copies, multiplied out."""
     copies = scaled_copies(x, factors, impl=impl)
     if resolve("scaled_copies", impl, x) == "reference":
@@ -203,7 +204,6 @@ def _products(x: Tensor, factors: Tensor, *, impl: str) -> list[Tensor]:
     return [rerouted((f * x.detach()).to(x.dtype), copy) for copy, f in pairs]
 
 
-_products = functools.wraps(scaled_copies)(_products)
 _products.__signature__ = inspect.signature(scaled_copies)
 OPERATOR = register(
     Operator(

@@ -28,16 +28,21 @@ KERNELS = {
     ),
     "token_order": ({"count": 2, "vocab": 3}, "ids order bounds", ""),
     "residual_norm": (
-        RESIDUAL, "x h rstd", "branch branch_scale skip skip_weight x0 mix total x_in",
+        RESIDUAL, "x h rstd", "branch branch_scale skip skip_weight x0 mix0 mix1 total x_in",
     ),
     "residual_norm_backward": (
         {**RESIDUAL, "partial_rows": 1},
-        "total branch branch_scale skip skip_weight x0 mix x_in rstd dx dbranch dskip dx0 partials",
+        "total branch branch_scale skip skip_weight x0 mix0 mix1 total_scale x_in_scale x_in rstd "
+        "dx dbranch dskip dx0 partials",
         "d_total d_x_in dh",
     ),
 }
 # Without one of these the kernel has less to do, and no reason to refuse.
-MAY_BE_NULL = {"residual_norm_backward": ("total", "branch_scale", "skip_weight", "mix")}
+MAY_BE_NULL = {
+    "residual_norm_backward": (
+        "branch_scale", "skip_weight", "mix0", "mix1", "total_scale", "x_in_scale",
+    ),
+}  # fmt: skip
 SIZES = ("n", "t", "h", "g", "d", "vocab", "rows", "width", "count")
 HUGE = 2**62
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -106,7 +111,7 @@ def test_sizes(name: str) -> None:
         ("embed_smear", {"width": 769}, "width is 769: rows may have 1 to 768"),
         ("embed_smear_backward", {"width": 0}, "width is 0: rows may have 1 to 768"),
         ("residual_norm", {"width": 4097}, "width is 4097: it may be at most 4096"),
-        ("residual_norm", {"mix": 64}, "x0 is a null pointer"),
+        ("residual_norm", {"mix1": 64}, "x0 is a null pointer"),
         ("residual_norm", {"skip_weight": 64}, "skip is a null pointer"),
         ("embed_smear", {"x_dtype": 4}, "x_dtype is 4"),
     ],
