@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import OptimConfig
-from pgolf.model import GPT, deferred_sums
+from pgolf.model import GPT, deferred_sums, joined
 from pgolf.model.layers import Matrix
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
@@ -58,7 +58,7 @@ def test_sums_of_all_layers_are_those_of_each(impl: str, monkeypatch: pytest.Mon
     found = []
     for how in (impl, "reference"):
         twin = fused(model, impl)
-        twin.ops["part_sums"] = how
+        twin.ops |= {"part_sums": how, "scaled_copies": "reference"}  # which layers are not joined
         for i in (1, 7):  # without a skip of another layer, and with one
             twin.blocks[i].resid_mix.requires_grad_(False)
         twin(*batch(twin.config)).backward()
@@ -67,6 +67,67 @@ def test_sums_of_all_layers_are_those_of_each(impl: str, monkeypatch: pytest.Mon
     assert calls == [2 * layers - 1]  # block 1 has nothing else to sum
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+
+
+FROZEN = {
+    "nothing": (),
+    "some mixes": ("blocks.1.resid_mix", "blocks.7.resid_mix"),
+    "all mixes": ("resid_mix",),
+    "skips": ("skip_weights",),
+    "all mixes and skips": ("resid_mix", "skip_weights"),
+    "what x0 is made of": ("tok_emb", "bigram", "smear"),
+    "an MLP": ("blocks.4.mlp", "blocks.5.mlp_scale"),
+    "all but a mix": ("tok_emb", "bigram", "smear", "attn", "mlp", "skip", "scale", "gain", "ve_"),
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "frozen"), [*(("cpu", frozen) for frozen in FROZEN), ("cuda", "some mixes")]
+)
+def test_layers_that_are_joined(
+    impl: str, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the gradients of layers that are not, whatever is frozen."""
+    dtype = torch.float64 if impl == "cpu" else torch.float32
+    model = randomised(small(PUBLISHED["pr1473"]), dtype)
+    calls, run = [], joined.joined_norm
+    monkeypatch.setattr(joined, "joined_norm", lambda *a, **k: calls.append(1) or run(*a, **k))
+    found = []
+    for how in (impl, "reference"):
+        twin = fused(model, impl)
+        twin.ops["scaled_copies"] = how
+        for name, p in twin.named_parameters():
+            p.requires_grad_(not any(part in name for part in FROZEN[frozen]))
+        twin(*batch(twin.config)).backward()
+        found.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
+        assert len(calls) == 7  # all but the four whose sums are skips, once
+    rtol = 1e-10 if dtype == torch.float64 else 1e-4
+    assert any(gradient is not None for gradient in found[0].values())
+    for name, gradient in found[1].items():
+        atol = 10 * rtol * gradient.abs().max().item()
+        torch.testing.assert_close(found[0][name], gradient, rtol=rtol, atol=atol, msg=name)
+
+
+def test_no_grad_and_no_join() -> None:
+    """Without a gradient nothing is joined, and the loss is the same."""
+    model = fused(randomised(small(PUBLISHED["pr1473"]), torch.float64), "cpu")
+    loss = model(*batch(model.config)).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(*batch(model.config)), loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layers": 1}, {"layers": 2}, {"layers": 3}, {"unet_skips": False}], ids=str
+)
+def test_models_of_few_layers_or_without_skips(changes: dict) -> None:
+    config = small(PUBLISHED["pr1473"], **{"ve_layers": "0", "xsa_layers": "all"} | changes)
+    model = randomised(config, torch.float64)
+    loss, gradients = loss_and_gradients(model)
+    mine, ours = loss_and_gradients(fused(model, "cpu"))
+    torch.testing.assert_close(mine, loss, rtol=1e-12, atol=0)
+    for (name, _), a, b in zip(model.named_parameters(), ours, gradients, strict=True):
+        atol = 1e-10 * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(
