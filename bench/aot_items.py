@@ -73,6 +73,10 @@ ITEMS: Mapping[str, Item] = {
         "24 rows whose sum is a skip, and their sums", ("bf16", "8", "32", "2", "3056u"),
         24 * 5 * _ROW, 24 * 2 * _ROW + 2 * WIDTH * 4 // 8, (24, 2, 0, 2, 0), TOKENS // 24,
     ),
+    "scaled_copies_backward_rows": Item(
+        "half of 47 rows of 11 copies, and their sums", ("bf16", "8"), 47 * 12 * _ROW // 2,
+        47 * _ROW // 2 + 11 * WIDTH * 4 // 8, (11, 0, 47, *(0,) * 12), TOKENS * 2 // 47,
+    ),
     "softcap_cross_entropy_rows": Item(
         "a row of 1024 logits", ("bf16", "8", "false", "BoundedCap"), VOCABULARY * 2,
         VOCABULARY * 2, (), TOKENS,

@@ -27,6 +27,7 @@ from pgolf.ops.residual_norm import Factored, residual_norm
 from pgolf.ops.residual_norm import sums_of as sums_of_norm
 from pgolf.ops.scaled_copies import scaled_copies
 from pgolf.ops.scaled_copies import sums_of as sums_of_copies
+from pgolf.ops.stacked import stacked
 from pgolf.ops.weight_cast import weight_cast_all
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class _Vectors(NamedTuple):
 def _vectors(model: "GPT") -> _Vectors:
     """Made of all layers at once: every operation is a launch."""
     count, encoder = len(model.blocks), model.encoder
-    own, other = torch.stack([block.resid_mix for block in model.blocks]).unbind(1)
+    own, other = stacked([block.resid_mix for block in model.blocks]).unbind(1)
     of_x0 = torch.cat((own[:1] + other[:1], other[1:]))  # x0 is the state before the first layer
     first = max(encoder, 1)  # layers before it are skips of later ones
     of_x, of_skip = own[first:], []
