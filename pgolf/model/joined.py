@@ -27,7 +27,7 @@ from pgolf.ops.residual_norm import Factored, residual_norm
 from pgolf.ops.residual_norm import sums_of as sums_of_norm
 from pgolf.ops.scaled_copies import scaled_copies
 from pgolf.ops.scaled_copies import sums_of as sums_of_copies
-from pgolf.ops.stacked import stacked
+from pgolf.ops.stacked import rows_of, stacked
 from pgolf.ops.weight_cast import weight_cast_all
 
 if TYPE_CHECKING:
@@ -83,17 +83,19 @@ def joins(model: "GPT") -> bool:
 
 
 class _Vectors(NamedTuple):
-    """Factors by layer; None where it has none.
+    """Factors by layer, of those that have one.
 
     Attributes:
-        own: mix[0].
-        of_x: of the state before the last MLP, folded into the matrix that this ends in.
+        own: mix[0] of those whose sums are skips.
+        of_x: of the state before the last MLP.
+        folded: the same once more, for the matrix that this MLP ends in.
         of_skip: of a skip.
     """
 
-    own: Sequence[Tensor]
-    of_x: Sequence[Tensor | None]
-    of_skip: Sequence[Tensor | None]
+    own: dict[int, Tensor]
+    of_x: dict[int, Tensor]
+    folded: dict[int, Tensor]
+    of_skip: dict[int, Tensor]
     of_x0: Tensor  # (layers, D)
 
 
@@ -103,50 +105,55 @@ def _vectors(model: "GPT") -> _Vectors:
     own, other = stacked([block.resid_mix for block in model.blocks]).unbind(1)
     of_x0 = torch.cat((own[:1] + other[:1], other[1:]))  # x0 is the state before the first layer
     first = max(encoder, 1)  # layers before it are skips of later ones
-    of_x, of_skip = own[first:], []
+    of_x, of_skip = own[first:], own[:0]
     if encoder:  # x + w x: a factor of the mix
         weights = model.skip_weights
         of_x = torch.cat(((1 + weights[:1]) * of_x[:1], of_x[1:]))
-        of_skip = (weights[1:] * own[encoder + 1 : 2 * encoder]).unbind()
-    none = [None] * count
-    skips = [*none[: encoder + 1], *of_skip, *none][:count]
-    return _Vectors(own.unbind(), [*none[:first], *of_x.unbind()], skips, of_x0)
+        of_skip = weights[1:] * own[encoder + 1 : 2 * encoder]
+    # (Two gradients of one row would be added up in a launch of their own, for each of the rows.)
+    parts = {"own": own[1:first], "of_x": of_x, "folded": of_x, "of_skip": of_skip}
+    begins = {"own": 1, "of_x": first, "folded": first, "of_skip": encoder + 1}
+    rows = iter(rows_of(torch.cat(list(parts.values()))) if count > 1 else [])
+    found = {
+        name: {begins[name] + i: next(rows) for i in range(part.size(0))}
+        for name, part in parts.items()
+    }
+    return _Vectors(**found, of_x0=of_x0)
 
 
 def with_joins(model: "GPT", layers: Sequence[LayerVectors], x0: Tensor) -> list[LayerVectors]:
     """The vectors of layers, each with its `Join`."""
     count, tokens, encoder = len(layers), x0.shape[:-1].numel(), model.encoder
-    own, of_x, of_skip, of_x0 = _vectors(model)
+    own, of_x, folded, of_skip, of_x0 = _vectors(model)
     weights = [block.published or block.weights(x0.dtype) for block in model.blocks]
-    folded = [i for i in range(count - 1) if of_x[i + 1] is not None]
     downs = weight_cast_all(
-        [weights[i].down for i in folded], [of_x[i + 1] for i in folded],
+        [weights[i - 1].down for i in folded], list(folded.values()),
         impl=model.ops["weight_cast"], dtype=x0.dtype,
     ) if folded else []  # fmt: skip
     for i, down in zip(folded, downs, strict=True):
-        weights[i] = weights[i]._replace(down=down)
-    # The layers whose sums are skips, by the layers that take them.
-    partners = {i: of_skip[2 * encoder - i] for i in range(1, encoder)}
-    part = sums_of_norm(tokens, x_in_scale=own[0]).parts
+        weights[i - 1] = weights[i - 1]._replace(down=down)
+    # The factors of sums that are skips, for the layers that take them.
+    partners = {i: of_skip[2 * encoder - i] for i in own}
+    part = sums_of_norm(tokens, x_in_scale=of_x0[0]).parts
     wanted = [
         sums_of_copies(tokens, of_x0),
         *(sums_of_gain(tokens, v.gain) for v in layers),
-        *(Sums(part, [of_x[i + 1]]) for i in folded),
+        *(Sums(part, [factor]) for factor in of_x.values()),
         *(Sums(part, [own[i], partner]) for i, partner in partners.items()),
     ]
     of_copies, *others = deferred(wanted, model.ops["part_sums"])
     gains, others = others[:count], others[count:]
     goes_on = {
-        i: {"x_in_scale": of_x[i + 1], "sums": sums}
-        for i, sums in zip(folded, others[: len(folded)], strict=True)
+        i - 1: {"x_in_scale": factor, "sums": sums}
+        for (i, factor), sums in zip(of_x.items(), others[: len(of_x)], strict=True)
     }
-    of_sums = dict(zip(partners, others[len(folded) :], strict=True))
+    of_sums = dict(zip(partners, others[len(of_x) :], strict=True))
     copies = scaled_copies(x0, of_x0, of_copies, model.ops["scaled_copies"])
     return [
         v._replace(
             gain_sums=gains[i],
             join=Join(
-                weights[i], copies[i], of_x0[i], of_x[i], of_skip[i],
+                weights[i], copies[i], of_x0[i], of_x.get(i), of_skip.get(i),
                 model.blocks[i].resid_mix if i in partners else None, partners.get(i),
                 of_sums.get(i), goes_on.get(i, {}),
             ),
