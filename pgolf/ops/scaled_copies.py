@@ -180,8 +180,8 @@ def samples() -> list[Sample]:
         return build
 
     return [
-        Sample("11 of 150x64", make(11, 150, 64)),
         Sample("1 of 3x17", make(1, 3, 17)),
+        Sample("11 of 150x64", make(11, 150, 64)),
         Sample("30 of 70x528", make(30, 70, 528)),
         Sample("0 tokens", make(2, 0, 16)),
         Sample("11 of 98304x512", make(11, 98304, 512), bench=True),

@@ -18,7 +18,13 @@ from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.testing import Call, Function
 
 from ..ops import test_embed_smear as smear
-from ..ops import test_multi_tensor, test_qk_rope, test_weight_cast
+from ..ops import (
+    test_joined_norm,
+    test_multi_tensor,
+    test_qk_rope,
+    test_scaled_copies,
+    test_weight_cast,
+)
 from ..ops import test_operators as t
 from ..ops import test_residual_norm as norm
 from ..ops import test_softcap_cross_entropy as loss
@@ -158,8 +164,19 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
         functools.partial(test_qk_rope.test_without_norm_a_nan_stays_in_its_pair, "cuda", size)
         for size in (16, 17)
     ],
-    "residual_norm": [  # more parts of a sum over rows than are added up at a time
+    "residual_norm": [
+        # More parts of a sum over rows than are added up at a time.
         functools.partial(norm.test_shapes, "cuda", (2200, 8)),
+        *(
+            functools.partial(
+                test_joined_norm.test_sums_of_products, terms, (3, 512), torch.bfloat16, "cuda"
+            )
+            for terms in (1, 3, 4)
+        ),
+    ],
+    "scaled_copies": [
+        functools.partial(test_scaled_copies.test_copies_that_nobody_used, "cuda"),
+        functools.partial(test_scaled_copies.test_any_address, "cuda", torch.bfloat16),
     ],
     "softcap_cross_entropy": [
         functools.partial(check, columns, "cuda")

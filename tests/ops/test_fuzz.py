@@ -24,6 +24,7 @@ from pgolf.ops import (
     xsa,
 )
 from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS
+from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.testing import as_tuple
 
@@ -217,6 +218,20 @@ def test_residual_norm(data, dtype, rows, width, scaled, mixed, factored) -> Non
         return x_in, h.product() if factored else h
 
     agree(call, [x, branch], 8, scalar_like(dtype), least=8)
+
+
+@fuzz
+@given(st.data(), dtypes, lengths, st.integers(0, 40), st.integers(0, 14))
+def test_scaled_copies(data, dtype, rows, width, copies) -> None:
+    odd = data.draw(st.sampled_from([0, 0, 0, 1]))
+    x = data.draw(tensors((rows, 2, width), dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = data.draw(tensors((copies, width + odd), wide))
+
+    def call(x, factors, impl):
+        return OPERATORS["scaled_copies"].call(x, factors, impl=impl)
+
+    agree(call, [x, factors], 8, scalar_like(dtype), least=8, rounded_to=dtype)
 
 
 @fuzz
