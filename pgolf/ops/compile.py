@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pgolf.ops.joined_norm import joined_norm
 from pgolf.ops.operator import OPERATORS, Operator, Sample
+from pgolf.ops.stacked import rows_of, stacked
 
 
 def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.device) -> Callable:
@@ -37,6 +39,7 @@ def _introduce(device: str) -> None:
     come from nowhere. A graph from Inductor's cache on disk would be no meeting.
     """
     calls = [call for o in OPERATORS.values() for call in _opaque_calls(o, device)]
+    calls += _calls_between_layers(device)
 
     def alone() -> list:
         return [operator(*args, **named) for operator, args, named, _ in calls]
@@ -44,6 +47,20 @@ def _introduce(device: str) -> None:
     with torch.no_grad():
         cold = {"fx_graph_cache": False}
         torch.compile(alone, fullgraph=True, dynamic=False, options=cold)()
+
+
+def _calls_between_layers(device: str) -> list["OpaqueCall"]:
+    """Of what layers hand each other, which is no operator of its own."""
+    known = OPERATORS["residual_norm"].implementations.items()
+    impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)
+    if impl is None:
+        return []
+    leaves = [torch.ones(8, device=device, requires_grad=True) for _ in range(2)]
+    with torch.enable_grad(), Recorder() as recorder:
+        first, second = rows_of(stacked(leaves))
+        x_in, _ = joined_norm([first[None], second[None]], [None, first.detach()], impl=impl)
+        x_in.sum().backward()
+    return recorder.calls
 
 
 # An opaque operator, its arguments, those by keyword, and what it gave.
