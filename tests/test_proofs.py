@@ -123,7 +123,7 @@ def test_one_byte_of_one_kernel(root, file, proofs):
 
 def test_a_header_is_part_of_those_that_include_it(root):
     touch(root / "csrc" / "parts.h")
-    in_parts = ("qk_rope", "residual_norm")
+    in_parts = ("qk_rope", "residual_norm", "scaled_copies")
     changed = {n for n in prove(root) if "mutation" in n}
     name = "tests/mutation/test_kernels.py::test_changed_kernels_are_noticed[{}.cu]"
     assert changed == {name.format(kernel) for kernel in in_parts}

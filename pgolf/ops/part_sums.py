@@ -89,13 +89,13 @@ def _sums(parts: list[Tensor], impl: str) -> Tensor:
 
 @_sums.register_fake
 def _(parts, impl):
-    return _room(parts)
+    return _empty_sums(parts)
 
 
 register_no_gradient("part_sums", _sums)
 
 
-def _room(parts: Sequence[Tensor]) -> Tensor:
+def _empty_sums(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(t.size(1) for t in parts))
 
 
@@ -195,7 +195,7 @@ register_gradient("part_sums", _deferred, _gradient, _setup_context)
 
 def sum_parts(run: Run, parts: Sequence[Tensor]) -> Tensor:
     """The sums of contiguous matrices behind one another, by `run_cpp` or `run_cuda`."""
-    sums = _room(parts)
+    sums = _empty_sums(parts)
     run(
         "part_sums", sums, addresses(*parts), [t.size(0) for t in parts],
         [t.size(1) for t in parts], sums.data_ptr(), sums.numel(), DTYPE_CODES[sums.dtype],

@@ -68,7 +68,7 @@ def _backward(
 def _(
     dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred, impl
 ):  # fmt: skip
-    return qkv.new_empty(qkv.shape), _room(qkv, gain) if deferred else gain.new_empty(gain.shape)
+    return qkv.new_empty(qkv.shape), _empty_parts(qkv, gain) if deferred else gain.new_empty(gain.shape)
 
 
 def part_count(tokens: int) -> int:
@@ -76,7 +76,7 @@ def part_count(tokens: int) -> int:
     return parts_of(tokens, MIN_PART, MAX_PARTS)
 
 
-def _room(qkv: Tensor, gain: Tensor) -> Tensor:
+def _empty_parts(qkv: Tensor, gain: Tensor) -> Tensor:
     """For the sums over parts of the tokens (parts, H)."""
     return gain.new_empty((part_count(qkv.shape[:2].numel()), gain.numel()))
 
@@ -136,7 +136,7 @@ def launchers(run: Run) -> dict[str, Callable]:
     def backward(
         dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred
     ):  # fmt: skip
-        dqkv, parts = qkv.new_empty(qkv.shape), _room(qkv, gain)
+        dqkv, parts = qkv.new_empty(qkv.shape), _empty_parts(qkv, gain)
         gradients = (dq, dk, dv, dv_again)
         run(
             "qk_rope_backward", qkv,

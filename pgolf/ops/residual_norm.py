@@ -356,7 +356,7 @@ def _of_samples(function: Callable) -> Callable:
     def call(x: Tensor, **named: Any) -> tuple[Tensor, ...]:
         later = named.pop("sums", None) == _LATER
         impl = named.get("impl", "auto") if function is residual_norm else "reference"
-        kernels = _resolved(x, impl) != "reference"
+        kernels = isinstance(x, Tensor) and _resolved(x, impl) != "reference"
         factors = [named.get(name) for name in ("total_scale", "x_in_scale")]
         if not kernels:
             named = {n: v for n, v in named.items() if n not in ("total_scale", "x_in_scale")}

@@ -308,7 +308,8 @@ def test_pruning_lands_under_the_budget(train, finished, tmp_path):
     code, output = train(f"out={out}", f"budget_bytes={total - 1000}", "fit_to_budget=false")
     assert code == 0, output
     result = json.loads((out / "result.json").read_text())
-    assert total - 2000 < result["bytes_total"] <= total - 1000
+    # (zstd at level 1, which sizes are measured with, leaves some of it.)
+    assert total - 3000 < result["bytes_total"] <= total - 1000
     assert result["codes_pruned"] > 0
 
 
