@@ -68,7 +68,8 @@ def _backward(
 def _(
     dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred, impl
 ):  # fmt: skip
-    return qkv.new_empty(qkv.shape), _empty_parts(qkv, gain) if deferred else gain.new_empty(gain.shape)
+    dgain = _empty_parts(qkv, gain) if deferred else gain.new_empty(gain.shape)
+    return qkv.new_empty(qkv.shape), dgain
 
 
 def part_count(tokens: int) -> int:

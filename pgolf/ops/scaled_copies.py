@@ -100,7 +100,7 @@ def _(x, factors, sums, impl):
     return _tickets(x, factors)
 
 
-def _room(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_results(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """For dx and the sums over parts of the rows (parts, n D)."""
     parts = parts_of(x.numel() // x.size(-1), MIN_PART, MAX_PARTS)
     return x.new_empty(x.shape), factors.new_empty((parts, factors.numel()))
@@ -124,7 +124,7 @@ def _backward(
 
 @_backward.register_fake
 def _(gradients, there, x, factors, deferred, impl):
-    dx, parts = _room(x, factors)
+    dx, parts = _empty_results(x, factors)
     return dx, parts if deferred else parts.new_empty(parts.size(1))
 
 
@@ -157,7 +157,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
     def backward(
         gradients: Sequence[Tensor | None], x: Tensor, factors: Tensor, deferred: bool
     ) -> tuple[Tensor, Tensor]:
-        dx, parts = _room(x, factors)
+        dx, parts = _empty_results(x, factors)
         run(
             "scaled_copies_backward", x, addresses(*gradients), *addresses(x, factors, dx, parts),
             parts.size(0), DTYPE_CODES[x.dtype], x.numel() // x.size(-1), x.size(-1),
