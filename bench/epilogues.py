@@ -158,7 +158,7 @@ def write(name: str, verdicts: Mapping[str, Verdict]) -> None:
     Raises:
         StorageError: the table cannot be written.
     """
-    table = json.loads(choose.TIMED.read_bytes()) if choose.TIMED.is_file() else {}
+    table = choose.timed()
     table.setdefault(name, {}).update({n: list(v) for n, v in verdicts.items()})
     atomic_write(choose.TIMED, json.dumps(table, indent=1, sort_keys=True) + "\n")
     choose.choose.cache_clear()

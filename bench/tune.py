@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.operators and not args.epilogues:
         parser.error("name an operator, or --epilogues")
+    if args.epilogues and (args.sample or args.json or args.dtype != ["bf16"]):
+        parser.error("--epilogues times in bf16, at sizes of its own: no --dtype, --sample, --json")
     try:
         if not torch.cuda.is_available():
             raise PgolfError("torch sees no GPU here, and times of another device would be worth "

@@ -102,7 +102,7 @@ class OptimConfig:
     beta1: float = opt(0.9, "AdamW beta1", ge=0, le=0.9999)
     beta2: float = opt(0.95, "AdamW beta2", ge=0, le=0.99999)
     adam_eps: float = opt(1e-8, "AdamW eps", gt=0)
-    grad_clip: float = opt(0.3, "global gradient norm limit; 0 = off", ge=0)
+    grad_clip: float = opt(0.3, "limit of the norm of all gradients; 0 = off", ge=0)
     clip_scope: str = opt(
         "global",
         "gradients whose norm grad_clip limits: the mean of all ranks, or those of each rank by "

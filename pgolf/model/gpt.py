@@ -198,7 +198,7 @@ class GPT(nn.Module):
         running = [name for name in kernels if self.ops.get(name, "reference") != "reference"]
         if len(running) < len(kernels) or not torch.is_grad_enabled():
             return layers
-        if joins(self):
+        if joins(self, x0.device):
             return with_joins(self, layers, x0)
         return with_deferred_sums(layers, x0, self.ops["part_sums"])
 

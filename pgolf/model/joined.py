@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pgolf.model.layers import BlockWeights, LayerVectors, Stream
+from pgolf.ops.inputs import autocasting
 from pgolf.ops.joined_norm import joined_norm
 from pgolf.ops.part_sums import Sums, deferred
 from pgolf.ops.qk_rope import sums_of as sums_of_gain
@@ -76,10 +77,14 @@ class Join(NamedTuple):
         return None, *joined_norm([*terms, self.x0], [*factors, self.x0_scale], **norm)
 
 
-def joins(model: "GPT") -> bool:
-    """Whether the layers of a model whose kernels run have what is joined here."""
+def joins(model: "GPT", device: torch.device) -> bool:
+    """Whether the layers of a model whose kernels run have what is joined here.
+
+    Under autocast a state is of another dtype than the products that it is joined with.
+    """
     mixes = all(block.resid_mix is not None for block in model.blocks)
-    return mixes and model.backout is None and model.ops["scaled_copies"] != "reference"
+    kernels = model.ops["scaled_copies"] != "reference" and not autocasting(device)
+    return mixes and kernels and model.backout is None
 
 
 class _Vectors(NamedTuple):
@@ -114,11 +119,11 @@ def _vectors(model: "GPT") -> _Vectors:
     parts = {"own": own[1:first], "of_x": of_x, "folded": of_x, "of_skip": of_skip}
     begins = {"own": 1, "of_x": first, "folded": first, "of_skip": encoder + 1}
     rows = iter(rows_of(torch.cat(list(parts.values()))) if count > 1 else [])
-    found = {
+    factors = {
         name: {begins[name] + i: next(rows) for i in range(part.size(0))}
         for name, part in parts.items()
     }
-    return _Vectors(**found, of_x0=of_x0)
+    return _Vectors(**factors, of_x0=of_x0)
 
 
 def with_joins(model: "GPT", layers: Sequence[LayerVectors], x0: Tensor) -> list[LayerVectors]:

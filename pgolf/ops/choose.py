@@ -94,16 +94,42 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
     return tuple((impl, why) for impl, why in each if why)
 
 
-def _order(operator: Operator, device: str, compiled: bool) -> list[tuple[str, str]]:
+def timed() -> dict[str, dict[str, tuple[str, str]]]:
+    """The table in TIMED; empty if there is none.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    if not TIMED.is_file():
+        return {}
+    try:
+        table = json.loads(TIMED.read_bytes())
+        return {gpu: {n: _row(v) for n, v in rows.items()} for gpu, rows in table.items()}
+    except (ValueError, AttributeError, TypeError) as e:
+        raise ConfigError(
+            f"{TIMED} is damaged: delete it, and run `python -m bench tune --epilogues` again"
+        ) from e
+
+
+def _row(value: object) -> tuple[str, str]:
+    impl, reason = value if isinstance(value, list) else ()
+    if not (isinstance(impl, str) and isinstance(reason, str)):
+        raise TypeError(f"{value} is no (implementation, reason)")
+    return impl, reason
+
+
+def _order(
+    operator: Operator, device: str, dtype: torch.dtype, compiled: bool
+) -> list[tuple[str, str]]:
     """(implementation, reason), in the order in which `auto` tries them."""
     order = operator.preferred.get(device, ())
     if compiled:
         order = operator.preferred.get(f"{device} compiled", order)
-    timed = ()
-    if device == "cuda" and torch.cuda.is_available() and TIMED.is_file():
-        table = json.loads(TIMED.read_bytes()).get(torch.cuda.get_device_name(), {})
-        timed = [table[operator.name]] if operator.name in table else ()
-    return [*map(tuple, timed), *order]
+    # What was timed was in bf16.
+    if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
+        table = timed().get(torch.cuda.get_device_name(), {})
+        order = [table[operator.name], *order] if operator.name in table else order
+    return list(order)
 
 
 def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
@@ -158,7 +184,7 @@ def choose(
             raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
         return Choice(impl, reason)
     rejected = []
-    for candidate, why in _order(operator, device, compiled):
+    for candidate, why in _order(operator, device, dtype, compiled):
         if candidate == "reference":
             return Choice(candidate, "; ".join([why, *rejected]))
         problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)

@@ -46,20 +46,33 @@ def scaled_copies(
 ) -> list[Tensor]:
     """x for each of the factors, to be used in the products with them and nowhere else.
 
+    For kernels only: a reference would have to give the products themselves.
+
     Args:
         x: (..., D).
         factors: (n, D), n >= 1, in fp32 (fp64 for an fp64 x).
         sums: what `part_sums.deferred` gives for `sums_of` these arguments: factors then get their
             gradient from there. None: from here.
-        impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64) or 'cuda' (fp32, bf16).
+        impl: 'auto', 'cpu' (C++; fp32, bf16, fp64) or 'cuda' (fp32, bf16).
 
     Returns:
         n tensors (..., D) with the numbers of x, whose gradients are those of the products with
-        their factors; of the reference the products.
+        their factors.
 
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
+    x, factors, impl = _checked(x, factors, impl)
+    if impl == "reference":
+        raise ValueError("scaled_copies: impl=reference takes no products: multiply them out")
+    if sums is not None:
+        own = sums_of(x.shape[:-1].numel(), factors)
+        check_deferred("scaled_copies", sums, own, impl)
+    return [rerouted(x, t) for t in _copies(x, factors, sums, impl)]
+
+
+def _checked(x: Tensor, factors: Tensor, impl: str) -> tuple[Tensor, Tensor, str]:
+    """The arguments as operators take them, and the implementation that runs."""
     x, factors = _INPUTS(x, factors)
     check_alike("scaled_copies", x=x)
     wide, width = compute_dtype(x.dtype), x.size(-1) if x.dim() else 0
@@ -73,13 +86,7 @@ def scaled_copies(
             f"scaled_copies: factors is {factors.dtype} on {factors.device}: for this x it has to "
             f"be {wide} on {x.device}"
         )
-    impl = resolve("scaled_copies", impl, x)
-    if sums is not None:
-        own = sums_of(x.shape[:-1].numel(), factors)
-        check_deferred("scaled_copies", sums, own, impl)
-    if impl == "reference":
-        return reference(x, factors)
-    return [rerouted(x, t) for t in _copies(x, factors, sums, impl)]
+    return x, factors, resolve("scaled_copies", impl, x)
 
 
 # --- the opaque operators -------------------------------------------------------------------------
@@ -197,9 +204,10 @@ def cost(x: Tensor, factors: Tensor) -> tuple[Work, Work]:
 @functools.wraps(scaled_copies)
 def _products(x: Tensor, factors: Tensor, *, impl: str = "auto") -> list[Tensor]:
     """What tests and benchmarks call: the copies, multiplied out."""
+    x, factors, impl = _checked(x, factors, impl)
+    if impl == "reference":
+        return reference(x, factors)
     copies = scaled_copies(x, factors, impl=impl)
-    if resolve("scaled_copies", impl, x) == "reference":
-        return copies
     pairs = zip(copies, factors.detach(), strict=True)
     return [rerouted((f * x.detach()).to(x.dtype), copy) for copy, f in pairs]
 

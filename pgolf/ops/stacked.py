@@ -34,17 +34,17 @@ def _(parameters):
 
 @torch.library.custom_op("pgolf::stacked_backward", mutates_args=())
 def _apart(gradient: Tensor) -> list[Tensor]:
-    found = _room(gradient)
-    torch._foreach_copy_(found, list(gradient.unbind()))
-    return found
+    rows = _empty_rows(gradient)
+    torch._foreach_copy_(rows, list(gradient.unbind()))
+    return rows
 
 
 @_apart.register_fake
 def _(gradient):
-    return _room(gradient)
+    return _empty_rows(gradient)
 
 
-def _room(gradient: Tensor) -> list[Tensor]:
+def _empty_rows(gradient: Tensor) -> list[Tensor]:
     return [gradient.new_empty(gradient.shape[1:]) for _ in range(gradient.size(0))]
 
 

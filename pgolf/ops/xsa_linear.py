@@ -74,11 +74,11 @@ def xsa_linear(
         )
     check_alike("xsa_linear", y=y, v=v, w=w)
     sizes = {"size": y.size(3), "share": y.size(2) // v.size(2)}
-    found = resolve("xsa_linear", impl, y, **sizes)
+    chosen = resolve("xsa_linear", impl, y, **sizes)
     xsa_impl = xsa_impl or impl
-    if found == "reference":
+    if chosen == "reference":
         return _in_two_steps(y, v, w, xsa_impl)
-    return _forward(y, v, w, found, resolve("xsa", xsa_impl, y, **sizes))[0]
+    return _forward(y, v, w, chosen, resolve("xsa", xsa_impl, y, **sizes))[0]
 
 
 # --- the opaque operators -------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def _forward(
     """out and z, which only the gradient of w needs."""
     rows = xsa_reference if xsa_impl == "reference" else launcher("xsa", xsa_impl, "forward")
     with without_autocast(y):
-        z = rows(unit_stride(y), unit_stride(v))
+        (z,) = contiguous(rows(unit_stride(y), unit_stride(v)))
         return z.flatten(2) @ w.t(), z
 
 
@@ -116,6 +116,7 @@ def _(dout, w, y, v, impl):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     y, v, w, ctx.impl, _ = inputs
+    ctx.set_materialize_grads(False)  # of z there is none
     ctx.save_for_backward(y, v, w, output[1])
 
 

@@ -72,9 +72,12 @@ class Muon(torch.optim.Optimizer):
         }
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: torch keeps only what all optimisers have."""
-        own = ("nesterov", "ns_dtype", "ns_options", "grad_scale", "found_inf", "momenta")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        """For copies and pickles: torch keeps only what all optimisers have.
+
+        A copy makes flat momenta of its own: pickled tensors do not share memory.
+        """
+        own = ("nesterov", "ns_dtype", "ns_options", "grad_scale", "found_inf")
+        return super().__getstate__() | {n: getattr(self, n) for n in own} | {"momenta": {}}
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with settings of their own.

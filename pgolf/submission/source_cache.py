@@ -26,14 +26,14 @@ def cached(key: str, make: Callable[[], dict[str, str]]) -> dict[str, str]:
         digest, _, body = path.read_text(encoding="utf-8").partition("\n")
         if digest == _digest(body):
             return json.loads(body)
-    found = make()
-    body = json.dumps(found)
+    sources = make()
+    body = json.dumps(sources)
     with suppress(OSError, StorageError):
         atomic_write(path, f"{_digest(body)}\n{body}")
         files = sorted(path.parent.glob("*.json"), key=lambda f: f.stat().st_mtime)
         for old in files[:-KEPT]:
             old.unlink(missing_ok=True)
-    return found
+    return sources
 
 
 def _digest(text: str) -> str:

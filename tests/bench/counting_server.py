@@ -33,10 +33,13 @@ for line in sys.stdin:
     process = os.fork()
     if not process:
         os.dup2(2, 1)
+        code = 0
         try:
             answer(**json.loads(line))
         except BaseException:
             sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     print(os.waitpid(process, 0)[1], flush=True)

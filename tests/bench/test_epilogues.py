@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if not interpreting():
     pytest.skip("Triton kernels are not interpreted here", allow_module_level=True)
 
-from bench import epilogues, tune  # noqa: E402
+from bench import epilogues, tune
 from pgolf.ops import choose as choose_module  # noqa: E402
 from pgolf.ops import launch  # noqa: E402
 from pgolf.ops.choose import choose  # noqa: E402
@@ -173,3 +173,10 @@ def test_the_command_line(monkeypatch, capsys) -> None:
     assert "name an operator, or --epilogues" in capsys.readouterr().err
     with pytest.raises(PgolfError, match="no epilogue of xsa; there are xsa_linear"):
         epilogues.run(["xsa"], CPU, True)
+
+
+@pytest.mark.parametrize("option", [["--dtype", "fp32"], ["--sample", "8192"], ["--json", "x"]])
+def test_options_that_would_do_nothing_are_refused(option: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["--epilogues", *option])
+    assert "no --dtype, --sample, --json" in capsys.readouterr().err

@@ -108,6 +108,16 @@ def test_layers_that_are_joined(
         torch.testing.assert_close(found[0][name], gradient, rtol=rtol, atol=atol, msg=name)
 
 
+def test_no_join_under_autocast() -> None:
+    """Whose states and branches differ in dtype: a loop of one's own that trains in it."""
+    model = fused(randomised(small(PUBLISHED["pr1473"]), torch.float32), "cpu")
+    exact, _ = loss_and_gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model)
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(g.isfinite().all() for g in gradients)
+
+
 def test_no_grad_and_no_join() -> None:
     """Without a gradient nothing is joined, and the loss is the same."""
     model = fused(randomised(small(PUBLISHED["pr1473"]), torch.float64), "cpu")

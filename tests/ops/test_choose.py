@@ -16,6 +16,7 @@ from pgolf.ops import (
     newton_schulz,
     residual_norm,
     rms_norm,
+    scaled_copies,
     softcap_cross_entropy,
     xsa,
 )
@@ -318,3 +319,20 @@ def test_a_choice_is_constant_to_the_compiler() -> None:
     """The mark is the one that torch sets, which costs an import that every command would pay."""
     marked = torch.compiler.assume_constant_result(lambda: 0)
     assert vars(marked) and vars(module._resolve).items() >= vars(marked).items()
+
+
+def test_copies_for_products_are_for_kernels() -> None:
+    """The reference could only give the products themselves, which callers would multiply again."""
+    with pytest.raises(ValueError, match="scaled_copies: impl=reference takes no products"):
+        scaled_copies(torch.ones(1, 4), torch.ones(2, 4), impl="reference")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a toy"', "[]", '{"GPU": []}', '{"GPU": {"xsa": "triton"}}', '{"GPU": {"xsa": [1]}}']
+)
+def test_a_damaged_table_of_timed_operators(text: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "TIMED", tmp_path / "timed.json")
+    assert module.timed() == {}
+    module.TIMED.write_text(text)
+    with pytest.raises(ConfigError, match=r"timed\.json is damaged: delete it"):
+        module.timed()

@@ -84,6 +84,18 @@ def test_no_gradient_between_them_is_written() -> None:
 
 
 @here
+@pytest.mark.parametrize("named", ["reference", "triton"])
+def test_heads_that_lie_behind_tokens(named: str) -> None:
+    """As torch's attention gives them; z is contiguous in any case."""
+    y, v, w = inputs()
+    turned = y.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    found = torch.autograd.grad(xsa_linear(turned, v, w, "triton", named).square().sum(), turned)
+    y.requires_grad_()
+    expected = torch.autograd.grad(xsa_linear(y, v, w, "reference").square().sum(), y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@here
 def test_only_the_gradients_that_are_wanted_are_computed() -> None:
     y, v, w = inputs(BF16)
     started = []

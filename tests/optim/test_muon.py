@@ -228,3 +228,7 @@ def test_a_copy_goes_on_by_itself(copied) -> None:
     after = step(copied_to, 1)
     assert all(map(torch.equal, before, params.values())), "the original stands still"
     assert all(map(torch.equal, after, step(optimiser, 1)))
+    assert all(map(torch.equal, step(copied_to, 2), step(optimiser, 2)))
+    states = [one.state_dict()["state"] for one in (optimiser, copied_to)]
+    momenta = [[state["momentum_buffer"] for state in of_one.values()] for of_one in states]
+    assert all(map(torch.equal, *momenta)) and len(momenta[0]) == len(SHAPES)

@@ -18,7 +18,7 @@ from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import train_tokenizer
 from pgolf.errors import DataError
 from pgolf.submission import entry
-from pgolf.submission.script import build_script, literal, script_parts
+from pgolf.submission.script import _settings, build_script, literal, script_parts
 
 from ..training.tiny import ROOT
 from .conftest import scored
@@ -182,6 +182,15 @@ def test_only_what_a_script_never_does_is_missing(script):
 
 def test_size(script):
     assert len(script.data) < 86_000, "the budget that a model of a contest recipe has to share"
+
+
+def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
+    """Or it could not read its own settings."""
+    for ops, left in (
+        ("xsa_linear=triton", "auto"), ("xsa=reference,part_sums=cpu", "xsa=reference"),
+    ):  # fmt: skip
+        settings = ast.literal_eval(_settings(with_overrides(config, {"ops": ops})))
+        assert settings["run"].get("ops", "auto") == left
 
 
 @pytest.mark.slow
