@@ -17,7 +17,7 @@ import torch
 from bench import cases, timing
 from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
-from pgolf.ops import choose
+from pgolf.ops import choose, timed
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.testing import Call, kernel
 
@@ -158,9 +158,9 @@ def write(name: str, verdicts: Mapping[str, Verdict]) -> None:
     Raises:
         StorageError: the table cannot be written.
     """
-    table = choose.timed()
+    table = timed.table()
     table.setdefault(name, {}).update({n: list(v) for n, v in verdicts.items()})
-    atomic_write(choose.TIMED, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    atomic_write(timed.TIMED, json.dumps(table, indent=1, sort_keys=True) + "\n")
     choose.choose.cache_clear()
     for operator, verdict in verdicts.items():
-        print(f"{choose.TIMED.name}: {operator}={verdict.impl} on {name}: {verdict.reason}")
+        print(f"{timed.TIMED.name}: {operator}={verdict.impl} on {name}: {verdict.reason}")

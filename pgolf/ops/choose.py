@@ -1,10 +1,8 @@
 """Which implementation of each operator runs: decided once, with a reason."""
 
 import functools
-import json
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +11,9 @@ from torch.autograd import forward_ad
 
 from pgolf.errors import ConfigError
 from pgolf.ops.operator import OPERATORS, Operator
+from pgolf.ops.timed import timed
 
 VARIABLE = "PGOLF_OPS"
-# Name of a GPU -> operator -> (implementation, reason): what `python -m bench tune --epilogues`
-# measured there, which `auto` tries before the operator's own order.
-TIMED = Path(__file__).with_name("timed.json")
 
 
 class Choice(NamedTuple):
@@ -94,30 +90,6 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
     return tuple((impl, why) for impl, why in each if why)
 
 
-def timed() -> dict[str, dict[str, tuple[str, str]]]:
-    """The table in TIMED; empty if there is none.
-
-    Raises:
-        ConfigError: the file holds something else.
-    """
-    if not TIMED.is_file():
-        return {}
-    try:
-        table = json.loads(TIMED.read_bytes())
-        return {gpu: {n: _row(v) for n, v in rows.items()} for gpu, rows in table.items()}
-    except (ValueError, AttributeError, TypeError) as e:
-        raise ConfigError(
-            f"{TIMED} is damaged: delete it, and run `python -m bench tune --epilogues` again"
-        ) from e
-
-
-def _row(value: object) -> tuple[str, str]:
-    impl, reason = value if isinstance(value, list) else ()
-    if not (isinstance(impl, str) and isinstance(reason, str)):
-        raise TypeError(f"{value} is no (implementation, reason)")
-    return impl, reason
-
-
 def _order(
     operator: Operator, device: str, dtype: torch.dtype, compiled: bool
 ) -> list[tuple[str, str]]:
@@ -125,10 +97,9 @@ def _order(
     order = operator.preferred.get(device, ())
     if compiled:
         order = operator.preferred.get(f"{device} compiled", order)
-    # What was timed was in bf16.
-    if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
-        table = timed().get(torch.cuda.get_device_name(), {})
-        order = [table[operator.name], *order] if operator.name in table else order
+    # (A script leaves the table out.)
+    if timed and device == "cuda" and (row := timed(operator.name, dtype)):
+        order = [row, *order]
     return list(order)
 
 
@@ -156,8 +127,8 @@ def choose(
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
     'auto' is the environment's choice (PGOLF_OPS) if there is one, else what was timed on this GPU
-    (TIMED), else the first implementation in the operator's order that can run, else the reference.
-    Decided once for each set of arguments.
+    (`timed`), else the first implementation in the operator's order that can run, else the
+    reference. Decided once for each set of arguments.
 
     Args:
         cannot: of `obstacles`; where 'auto' is the environment's choice, it gives way to them.

@@ -16,7 +16,7 @@ if not interpreting():
 
 from bench import epilogues, tune
 from pgolf.ops import choose as choose_module  # noqa: E402
-from pgolf.ops import launch  # noqa: E402
+from pgolf.ops import launch, timed  # noqa: E402
 from pgolf.ops.choose import choose  # noqa: E402
 from pgolf.triton_kernels.launch import intercepted  # noqa: E402
 
@@ -40,12 +40,12 @@ def table(tmp_path, monkeypatch):
         OPERATORS["xsa_linear"], samples=lambda: [Sample(XSA_LINEAR.sample, small, bench=True)]
     )
     monkeypatch.setitem(OPERATORS, "xsa_linear", operator)
-    monkeypatch.setattr(choose_module, "TIMED", tmp_path / "timed.json")
+    monkeypatch.setattr(timed, "TIMED", tmp_path / "timed.json")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     monkeypatch.setattr(launch, "no_triton", lambda: "")
     choose.cache_clear()
-    yield choose_module.TIMED
+    yield timed.TIMED
     choose.cache_clear()
 
 

@@ -18,6 +18,7 @@ from pgolf.ops import (
     rms_norm,
     scaled_copies,
     softcap_cross_entropy,
+    timed,
     xsa,
 )
 from pgolf.ops.choose import VARIABLE, choose, choose_all, parse
@@ -331,8 +332,8 @@ def test_copies_for_products_are_for_kernels() -> None:
     "text", ['{"a toy"', "[]", '{"GPU": []}', '{"GPU": {"xsa": "triton"}}', '{"GPU": {"xsa": [1]}}']
 )
 def test_a_damaged_table_of_timed_operators(text: str, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "TIMED", tmp_path / "timed.json")
-    assert module.timed() == {}
-    module.TIMED.write_text(text)
+    monkeypatch.setattr(timed, "TIMED", tmp_path / "timed.json")
+    assert timed.table() == {}
+    timed.TIMED.write_text(text)
     with pytest.raises(ConfigError, match=r"timed\.json is damaged: delete it"):
-        module.timed()
+        timed.table()

@@ -1,6 +1,7 @@
 """The script of a submission: alone, it does what the package does."""
 
 import ast
+import bz2
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from pgolf.data.tokenizer import train_tokenizer
 from pgolf.errors import DataError
 from pgolf.submission import entry
 from pgolf.submission.script import _settings, build_script, literal, script_parts
+from pgolf.triton_kernels.launch import Config, configs
 
 from ..training.tiny import ROOT
 from .conftest import scored
@@ -174,7 +176,7 @@ def test_only_what_a_script_never_does_is_missing(script):
         "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
         "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
         "pgolf.ops.joined_norm", "pgolf.ops.scaled_copies", "pgolf.ops.stacked",
-        "pgolf.ops.xsa_linear",
+        "pgolf.ops.timed", "pgolf.ops.xsa_linear",
         "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.last_words",
         "pgolf.training.mirrors", "pgolf.training.profile",
     }  # fmt: skip
@@ -182,6 +184,16 @@ def test_only_what_a_script_never_does_is_missing(script):
 
 def test_size(script):
     assert len(script.data) < 86_000, "the budget that a model of a contest recipe has to share"
+
+
+def test_a_script_has_the_tile_sizes_of_its_kernels(script):
+    texts = [n.value for n in ast.walk(ast.parse(script.data)) if isinstance(n, ast.Constant)]
+    packed = max((t for t in texts if isinstance(t, str)), key=len).encode("latin1")
+    _, *parts = bz2.decompress(packed).decode().split("\0")
+    table = json.loads(dict(zip(parts[::2], parts[1::2], strict=True))["configs.json"])
+    whole = {k: v for k, v in configs().items() if not k.startswith("xsa_linear")}
+    assert {k: [dataclasses.replace(Config(**row), reason=whole[k][i].reason)
+                for i, row in enumerate(rows)] for k, rows in table.items()} == whole  # fmt: skip
 
 
 def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
