@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) scaled_copies_backward_rows(Copies<T
     }
   }
   __syncthreads();
-  float sums[kMost][kVector] = {};
+  using Sums = float[kMost][kVector];
+  Sums sums = {};
   const int own = thread % kGroup * kVector;
   if (own < columns) {
     const int64_t step = copies.parts * kGroups;
