@@ -99,11 +99,6 @@ def intercepted(handler: Callable[[Launch], None]) -> Iterator[None]:
         _handler = before
 
 
-def ceil_div(size: int, block: int) -> int:
-    """Blocks that cover a size, on the host: triton.cdiv unwraps constants, which takes 9 us."""
-    return -(-size // block)
-
-
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one, whose current stream Triton launches on."""
     return torch.cuda.device_of(tensor)

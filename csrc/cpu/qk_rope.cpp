@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cpu/item_parts.h"
 #include "cpu/lanes.h"
 #include "cpu/stream.h"
 #include "heads.h"
@@ -285,21 +286,9 @@ void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
     const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
     const Tokens<T> dv_again(gradients.dv_again);
     const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
-    const Parts parts = rope_parts(op.tokens());
-    F* const sums = static_cast<F*>(partials);
-    const int64_t bytes = 3 * op.token_bytes() * parts.each;
-    parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        F* const gains = sums + part * shape.heads;
-        std::fill(gains, gains + shape.heads, F(0));
-        const int64_t first = part * parts.each;
-        const int64_t last = std::min(first + parts.each, op.tokens());
-        for (int64_t token = first; token < last; ++token) {
-          op.backward(token, dq, dk, dv, dv_again, to, gains);
-        }
-      }
-      end_streaming();
-    });
+    for_items_in_parts<F>(
+        rope_parts(op.tokens()), op.tokens(), shape.heads, partials, 3 * op.token_bytes(), threads,
+        [&](int64_t token, F* gains) { op.backward(token, dq, dk, dv, dv_again, to, gains); });
   });
 }
 

@@ -2,9 +2,8 @@
 // from memory once. Sums are in float for float and bf16, in double for double.
 #include "residual_norm.h"
 
-#include <algorithm>
-
 #include "cpu/dispatch.h"
+#include "cpu/item_parts.h"
 #include "cpu/lanes.h"
 #include "cpu/stream.h"
 #include "host/parallel.h"
@@ -170,20 +169,10 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormIn
     using T = decltype(element);
     using F = compute_t<T>;
     const Backward<T> op(shape, in, upstream, out);
-    const Parts parts = residual_parts(shape.rows);
     const int64_t numbers = residual_parameters(in, upstream) * shape.width;
-    F* const partials = static_cast<F*>(out.partials);
-    const int64_t bytes = 5 * parts.each * shape.width * int64_t{sizeof(T)};
-    parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        F* const sums = partials + part * numbers;
-        std::fill(sums, sums + numbers, F(0));
-        const int64_t first = part * parts.each;
-        const int64_t last = std::min(first + parts.each, shape.rows);
-        for (int64_t row = first; row < last; ++row) op.row(row, sums);
-      }
-      end_streaming();
-    });
+    const int64_t bytes = 5 * shape.width * int64_t{sizeof(T)};
+    for_items_in_parts<F>(residual_parts(shape.rows), shape.rows, numbers, out.partials, bytes,
+                          threads, [&](int64_t row, F* sums) { op.row(row, sums); });
   });
 }
 

@@ -2,12 +2,10 @@
 // for float and bf16, in double for double.
 #include "scaled_copies.h"
 
-#include <algorithm>
-
 #include "cpu/dispatch.h"
+#include "cpu/item_parts.h"
 #include "cpu/lanes.h"
 #include "cpu/stream.h"
-#include "host/parallel.h"
 #include "kernels.h"
 
 namespace pgolf::cpu::PGOLF_ISA {
@@ -51,19 +49,10 @@ void scaled_copies_backward(const ScaledCopiesShape& shape, const ScaledCopiesIn
     const CopiesBackward<T> op{shape, gradients, static_cast<const T*>(in.x),
                                static_cast<const F*>(in.factors),
                                Output<T>(dx, shape.rows, shape.width)};
-    const Parts parts = copies_parts(shape.rows);
     const int64_t numbers = shape.count * shape.width;
-    const int64_t bytes = (shape.count + 2) * parts.each * shape.width * int64_t{sizeof(T)};
-    parallel_for(parts.count, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        F* const sums = static_cast<F*>(partials) + part * numbers;
-        std::fill(sums, sums + numbers, F(0));
-        const int64_t first = part * parts.each;
-        const int64_t last = std::min(first + parts.each, shape.rows);
-        for (int64_t row = first; row < last; ++row) op.row(row, sums);
-      }
-      end_streaming();
-    });
+    const int64_t bytes = (shape.count + 2) * shape.width * int64_t{sizeof(T)};
+    for_items_in_parts<F>(copies_parts(shape.rows), shape.rows, numbers, partials, bytes, threads,
+                          [&](int64_t row, F* sums) { op.row(row, sums); });
   });
 }
 
