@@ -304,12 +304,12 @@ def test_over_budget_is_an_error(pgolf, train, tmp_path):
 
 def test_pruning_lands_under_the_budget(train, finished, tmp_path):
     total = json.loads((finished / "result.json").read_text())["bytes_total"]
+    # zstd saves 2,100 bytes at one more code on the way there: a budget in that gap is not met.
     out = tmp_path / "pruned"
-    code, output = train(f"out={out}", f"budget_bytes={total - 1000}", "fit_to_budget=false")
+    code, output = train(f"out={out}", f"budget_bytes={total - 3000}", "fit_to_budget=false")
     assert code == 0, output
     result = json.loads((out / "result.json").read_text())
-    # (zstd at level 1, which sizes are measured with, leaves some of it.)
-    assert total - 3000 < result["bytes_total"] <= total - 1000
+    assert total - 4000 < result["bytes_total"] <= total - 3000
     assert result["codes_pruned"] > 0
 
 
