@@ -67,12 +67,12 @@ class Run:
 
     def alive(self) -> list[int]:
         """Ranks whose process is there; one that ended and that nobody asks about is not."""
-        found = []
+        running = []
         for rank, pid in self.ranks.items():
-            stat = Path(f"/proc/{pid}/stat")
-            if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(rank)
-        return found
+            with suppress(OSError):  # gone, perhaps while its file is being read
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                running += [rank] * (state != "Z")
+        return running
 
     def ended(self, soon: float = SOON) -> list[str]:
         """What it says, in lines of ours, once all its processes are gone."""
