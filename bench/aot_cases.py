@@ -33,7 +33,9 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them, in a fixed order."""
-    return [*_xsa(), *_mlp(), *_xsa_linear(), *_newton_schulz(), *_fake_quant()]
+    return [
+        *_xsa(), *_mlp(), *_xsa_linear(), *_linear_residual(), *_newton_schulz(), *_fake_quant()
+    ]  # fmt: skip
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -107,6 +109,14 @@ def _xsa_linear() -> Iterator[Case]:
             f"bf16 d={size}, {share} heads to a value", "bf16",
             lambda y=y, v=v, w=w: dgrad(dout, w, y, v, tma=True),
         )  # fmt: skip
+
+
+def _linear_residual() -> Iterator[Case]:
+    from pgolf.triton_kernels.linear_residual import linear_residual
+
+    bf16 = torch.bfloat16
+    z, w = _meta(TOKENS, WIDTH, dtype=bf16), _meta(WIDTH, WIDTH, dtype=bf16)
+    yield Case("bf16", "bf16", lambda: linear_residual(z, w, z, 0.5, 1e-6, tma=True))
 
 
 def _newton_schulz() -> Iterator[Case]:

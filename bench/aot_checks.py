@@ -35,7 +35,7 @@ MOVES = ("LDG.128", "STG.128")  # 16 bytes at once
 VECTORS = Required(always=MOVES)
 POINTER_GEMM = Required(("HGMMA", "LDGSTS"))
 TMA_GEMM = Required(("HGMMA", "UTMALDG", "UTMASTG"))
-# What the forward pass saved comes by pointers.
+# What epilogues take comes by pointers.
 SAVING_TMA_GEMM = Required((*TMA_GEMM.wide, "LDG.128"))
 # Correctly rounded: `/` in Triton is div.full.f32, which is off by up to 2 units in the last place.
 QUANTISER = Required(always=(*MOVES, "div.rn.f32"), never=("div.full.f32",))
@@ -55,6 +55,7 @@ REQUIRED = {
     "leaky_relu2_up": POINTER_GEMM,
     "leaky_relu2_dgrad": POINTER_GEMM,
     "xsa_linear_dgrad_tma": SAVING_TMA_GEMM,
+    "linear_residual_tma": SAVING_TMA_GEMM,
     "newton_schulz_norms": Required(always=("LDG.128",)),
     "newton_schulz_scale": VECTORS,
     "newton_schulz_product": POINTER_GEMM,

@@ -33,6 +33,7 @@ CANDIDATES = {
     "leaky_relu2_up_tma": [Candidate(SHARING, 4, 3), Candidate(SHARING, 8, 3)],
     "leaky_relu2_dgrad_tma": [Candidate(SHARING, 4, 3)],  # 8 warps need 171 registers a thread
     "xsa_linear_dgrad_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 3)],
+    "linear_residual_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 3)],
 }
 
 

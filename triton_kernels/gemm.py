@@ -36,6 +36,17 @@ def halves(x):
 
 
 @triton.jit
+def load_columns(x, rows, first, t, n, stride, WIDTH: tl.constexpr):
+    """WIDTH columns of a matrix (t, n) from `first` on, 0 beyond the edges.
+
+    By pointers: they are waited for where they are used, not where they are loaded.
+    """
+    columns = first + tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(x + offsets, mask=(rows < t)[:, None] & (columns < n)[None, :], other=0.0)
+
+
+@triton.jit
 def matmul_tile(
     a, b, rows, cols, m, n, k, stride_am, stride_ak, stride_bk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,

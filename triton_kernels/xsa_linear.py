@@ -17,20 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pgolf.triton_kernels.gemm import block_shape, halves, persistent_grid, takes_tma, tile_of
+from pgolf.triton_kernels.gemm import (
+    block_shape,
+    halves,
+    load_columns,
+    persistent_grid,
+    takes_tma,
+    tile_of,
+)
 from pgolf.triton_kernels.launch import Config, launch, on_device_of, pick
 from pgolf.triton_kernels.xsa import NORM_FLOOR, xsa_backward
-
-
-@triton.jit
-def load_columns(x, rows, first, t, n, stride, WIDTH: tl.constexpr):
-    """WIDTH columns of a matrix (t, n) from `first` on, anything beyond the edges.
-
-    By pointers: they are waited for where they are used, not where they are loaded.
-    """
-    columns = first + tl.arange(0, WIDTH)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(x + offsets, mask=(rows < t)[:, None] & (columns < n)[None, :])
 
 
 @triton.jit

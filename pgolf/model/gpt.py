@@ -45,6 +45,7 @@ def operator_sizes(
         "xsa": {"size": head, "share": group},
         "xsa_linear": {"size": head, "share": group},
         "residual_norm": {"width": config.dim},
+        "linear_residual": {"width": config.dim},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},
         "newton_schulz": {"dtype": ns_dtype},

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.ops.inputs import autocasting
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.linear_residual import linear_residual
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import Factored, residual_norm
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
-from pgolf.ops.xsa_linear import xsa_linear
+from pgolf.ops.xsa_linear import Product, xsa_linear
 
 
 class Matrix(nn.Module):
@@ -186,8 +188,9 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         value: Tensor | None,
         attend: Attend,
-    ) -> Tensor:
-        """h (N, T, D) normed; value (N, T, G d) is added to v."""
+        as_product: bool,
+    ) -> Tensor | Product:
+        """h (N, T, D) normed; value (N, T, G d) is added to v. `as_product`: not multiplied yet."""
         c = self.config
         batch, time, _ = h.y.shape
         q, k, *values = qk_rope(
@@ -200,9 +203,10 @@ class Attention(nn.Module):
             # (A script leaves it out: there it is these two steps.)
             whole = self.ops.get("xsa_linear", "reference")
             if whole != "reference":
-                return xsa_linear(y, values[1], weights.out, whole, self.ops["xsa"])
+                return xsa_linear(y, values[1], weights.out, whole, self.ops["xsa"], as_product)
             y = xsa(y, values[1], self.ops["xsa"])
-        return F.linear(y.reshape(batch, time, -1), weights.out)
+        y = y.reshape(batch, time, -1)
+        return Product(y, weights.out, None) if as_product else F.linear(y, weights.out)
 
 
 class MLP(nn.Module):
@@ -336,11 +340,30 @@ class Block(nn.Module):
         else:
             weights, goes_on = join.weights, join.goes_on
             total, x, h = join.enter(stream, skip, self.norm)
-        branch = self.attn(h, weights, vectors, rope, value, attend)
-        x, h = self._normed(
-            "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on
-        )
+        x, h = self._attended(x, h, weights, goes_on, vectors, rope, value, attend)
         return BlockOutput(total, Stream(x, self.mlp(h, weights), weights.mlp_scale))
+
+    def _attended(
+        self, x: Tensor, h: Factored, weights: BlockWeights, goes_on: Mapping[str, Any], *seen: Any
+    ) -> tuple[Tensor, Factored]:
+        """x with what attention makes of h, and its norm; `seen` is what attention takes else."""
+        # (A script leaves linear_residual out: there it is these two steps.)
+        impl = self.ops.get("linear_residual", "reference")
+        # Under autocast the state may be of another dtype than the product.
+        if impl == "reference" or autocasting(x.device):
+            branch = self.attn(h, weights, *seen, as_product=False)
+            return self._normed(
+                "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on
+            )
+        if weights.attn_scale is not None:
+            rows = weights.attn_scale.to(x.dtype)[:, None]
+            weights = weights._replace(out=rows * weights.out)
+        z, w, out = self.attn(h, weights, *seen, as_product=True)
+        norm = {"scale": self.norm["scale"], "eps": self.norm["eps"]}
+        return linear_residual(
+            z, w, x, out=out, factored=True, impl=impl, norm_impl=self.norm["impl"], **norm,
+            **goes_on,
+        )  # fmt: skip
 
     def _normed(self, taker: str, x: Tensor, **added: Any) -> tuple:
         """`residual_norm` of this layer; h is factored, unless its taker is plain torch."""

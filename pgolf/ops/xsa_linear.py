@@ -16,14 +16,14 @@ pass is this operator's. `auto` is the reference but on a GPU where the other wa
 Shapes: y, z (N, T, H, d), v (N, T, G, d), w (D, H d), out (N, T, D).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import resolve
-from pgolf.ops.derivatives import register_gradient
+from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -32,6 +32,21 @@ from pgolf.ops.xsa import obstacle, xsa
 from pgolf.ops.xsa import reference as xsa_reference
 
 _INPUTS = Inputs("xsa_linear", ("y", "v", "w"), alike=("y", "v", "w"), matmul=True)
+
+
+class Product(NamedTuple):
+    """z w^T, which nobody has computed.
+
+    Attributes:
+        z: (..., K).
+        w: (D, K).
+        out: (..., D) ticket that takes the gradient of the product, where z and w are constants as
+            far as gradients go; None: they take theirs.
+    """
+
+    z: Tensor
+    w: Tensor
+    out: Tensor | None
 
 
 @outside_autocast
@@ -46,8 +61,9 @@ def _in_two_steps(y: Tensor, v: Tensor, w: Tensor, xsa_impl: str) -> Tensor:
 
 
 def xsa_linear(
-    y: Tensor, v: Tensor, w: Tensor, impl: str = "auto", xsa_impl: str | None = None
-) -> Tensor:
+    y: Tensor, v: Tensor, w: Tensor, impl: str = "auto", xsa_impl: str | None = None,
+    as_product: bool = False,
+) -> Tensor | Product:  # fmt: skip
     """The output projection of what `xsa` leaves of y.
 
     Args:
@@ -57,9 +73,10 @@ def xsa_linear(
         impl: 'auto', 'reference' (`xsa`, then torch's matmul) or 'triton' (fp32, bf16; d <= 256;
             see above for what runs where its epilogue is not possible).
         xsa_impl: of `xsa`, in the forward pass or in the two steps of the reference; None: `impl`.
+        as_product: whether the product is left to who takes it, such as `linear_residual`.
 
     Returns:
-        (N, T, D), contiguous.
+        (N, T, D), contiguous; or it as a `Product`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `xsa`.
@@ -77,8 +94,11 @@ def xsa_linear(
     chosen = resolve("xsa_linear", impl, y, **sizes)
     xsa_impl = xsa_impl or impl
     if chosen == "reference":
+        if as_product:
+            return Product(xsa(y, v, xsa_impl).flatten(2), w, None)
         return _in_two_steps(y, v, w, xsa_impl)
-    return _forward(y, v, w, chosen, resolve("xsa", xsa_impl, y, **sizes))[0]
+    out, z = _forward(y, v, w, as_product, chosen, resolve("xsa", xsa_impl, y, **sizes))
+    return Product(z.flatten(2).detach(), w.detach(), out) if as_product else out
 
 
 # --- the opaque operators -------------------------------------------------------------------------
@@ -86,18 +106,24 @@ def xsa_linear(
 
 @torch.library.custom_op("pgolf::xsa_linear", mutates_args=())
 def _forward(
-    y: Tensor, v: Tensor, w: Tensor, impl: str, xsa_impl: str
+    y: Tensor, v: Tensor, w: Tensor, as_product: bool, impl: str, xsa_impl: str
 ) -> tuple[Tensor, Tensor]:
-    """out and z, which only the gradient of w needs."""
+    """out, or its ticket, and z, which only the gradient of w needs, and who takes a product."""
     rows = xsa_reference if xsa_impl == "reference" else launcher("xsa", xsa_impl, "forward")
     with without_autocast(y):
         (z,) = contiguous(rows(unit_stride(y), unit_stride(v)))
-        return z.flatten(2) @ w.t(), z
+        return _ticket_of(y, w) if as_product else z.flatten(2) @ w.t(), z
 
 
 @_forward.register_fake
-def _(y, v, w, impl, xsa_impl):
-    return y.new_empty((*y.shape[:2], w.size(0))), y.new_empty(y.shape)
+def _(y, v, w, as_product, impl, xsa_impl):
+    out = _ticket_of(y, w) if as_product else y.new_empty((*y.shape[:2], w.size(0)))
+    return out, y.new_empty(y.shape)
+
+
+def _ticket_of(y: Tensor, w: Tensor) -> Tensor:
+    """For the gradient of out."""
+    return ticket(w[:, 0].expand(*y.shape[:2], w.size(0)))
 
 
 @torch.library.custom_op("pgolf::xsa_linear_dgrad", mutates_args=())
@@ -115,7 +141,7 @@ def _(dout, w, y, v, impl):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    y, v, w, ctx.impl, _ = inputs
+    y, v, w, _, ctx.impl, _ = inputs
     ctx.set_materialize_grads(False)  # of z there is none
     ctx.save_for_backward(y, v, w, output[1])
 
@@ -128,7 +154,7 @@ def _gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
     if need_y or need_v:
         dy, dv = _dgrad(rows, w, y, v, ctx.impl)
     dw = rows.t() @ z.view(rows.size(0), w.size(1)) if need_w else None
-    return dy if need_y else None, dv if need_v else None, dw, None, None
+    return dy if need_y else None, dv if need_v else None, dw, None, None, None
 
 
 register_gradient("xsa_linear", _forward, _gradient, _setup_context)

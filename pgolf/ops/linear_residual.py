@@ -1,0 +1,310 @@
+"""What an output projection adds to the residual stream, and the RMS norm, as one step.
+
+    x_in = x + z W^T,   h = scale x_in rstd,   rstd = 1 / sqrt(mean(x_in^2) + eps)
+
+`residual_norm` of F.linear. 'triton' computes x_in and h's factor scale rstd in one GEMM: z W^T is
+neither written nor read, two tensors of x's size, and there is no launch for the norm. h stays a
+product of two factors (`Factored`). The gradient is that of the two steps: `residual_norm`'s kernel
+and torch's matmuls. On a GPU without TMA, for fp32, and for what is not aligned the forward pass is
+torch's matmul and the row kernel of `residual_norm` too.
+
+With `ops=`: where this operator is the reference, a model takes torch's matmul and `residual_norm`
+as `residual_norm=` names it; where it is not, the gradient takes `residual_norm` so. `auto` is the
+reference but on a GPU where the other was found to be faster (`python -m bench tune --epilogues`).
+Shapes: x, x_in, h (..., D), z (..., K), w (D, K).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.ops.choose import beyond, resolve
+from pgolf.ops.derivatives import register_gradient, rerouted, ticket
+from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
+from pgolf.ops.launch import in_triton, launcher
+from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.part_sums import check_deferred
+from pgolf.ops.residual_norm import WIDTH_LIMITS, Factored, residual_norm, sums_of
+from pgolf.ops.residual_norm import reference as norm_reference
+from pgolf.ops.residual_norm_kernels import backward
+from pgolf.ops.tensors import check_alike, compute_dtype, contiguous, nbytes, unit_stride
+
+_INPUTS = Inputs(
+    "linear_residual", ("z", "w", "x", "x_in_scale"), alike=("z", "w", "x"), wide=("x_in_scale",),
+    optional=("x_in_scale",), matmul=True,
+)  # fmt: skip
+
+
+@outside_autocast
+def reference(
+    z: Tensor, w: Tensor, x: Tensor, *, scale: float = 1.0, eps: float = 1e-6,
+    factored: bool = False,
+) -> tuple[Tensor, Tensor | Factored]:  # fmt: skip
+    """`linear_residual` in plain torch."""
+    return norm_reference(x, branch=F.linear(z, w), scale=scale, eps=eps, factored=factored)
+
+
+def _check(z: Tensor, w: Tensor, x: Tensor, out: Tensor | None, scale: float, eps: float) -> None:
+    for name, t in (("z", z), ("x", x)):
+        if t.dim() == 0 or not t.size(-1):
+            wanted = "(..., K), K >= 1" if name == "z" else "(..., D), D >= 1"
+            raise ValueError(
+                f"linear_residual: {name} is {tuple(t.shape)}: it has to be {wanted}"
+            )
+    for name, shape, wanted in (
+        ("z", z.shape, (*x.shape[:-1], z.size(-1))),
+        ("w", w.shape, (x.size(-1), z.size(-1))),
+        ("out", x.shape if out is None else out.shape, x.shape),
+    ):
+        if tuple(shape) != tuple(wanted):
+            raise ValueError(
+                f"linear_residual: {name} is {tuple(shape)}: with x {tuple(x.shape)} and z "
+                f"{tuple(z.shape)} it has to be {tuple(wanted)}"
+            )
+    check_alike("linear_residual", z=z, w=w, x=x, out=out)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"linear_residual: eps={eps}: it has to be 0 or more, and finite")
+    if not 0 < abs(scale) < float("inf"):
+        raise ValueError(f"linear_residual: scale={scale}: it has to be finite and not 0")
+
+
+def obstacle(impl: str, width: int) -> str:
+    """Why `impl` cannot run rows of that width; '' if it can: `residual_norm` has the gradient."""
+    return beyond({"triton": WIDTH_LIMITS["cuda"]}, impl, width, "elements a row")
+
+
+def linear_residual(
+    z: Tensor, w: Tensor, x: Tensor, *, x_in_scale: Tensor | None = None, out: Tensor | None = None,
+    scale: float = 1.0, eps: float = 1e-6, factored: bool = False, sums: Tensor | None = None,
+    impl: str = "auto", norm_impl: str | None = None,
+) -> tuple[Tensor, Tensor | Factored]:  # fmt: skip
+    """Add z W^T to the residual stream, and norm the sum.
+
+    Args:
+        z: (..., K) inputs of the projection.
+        w: (D, K).
+        x: (..., D) residual stream, all three of one dtype and device; under autocast they are cast
+            to its dtype.
+        out: (..., D) ticket that takes the gradient of z W^T (`xsa_linear`, as_product=True), where
+            z and w have theirs from there: they count as constants then. For kernels only.
+        scale, eps: of the norm; scale is not 0.
+        x_in_scale, factored, sums: as of `residual_norm`. The first and the last are for kernels
+            only.
+        impl: 'auto', 'reference' (torch's matmul, then `residual_norm`) or 'triton' (fp32, bf16;
+            D <= 4096; see above for what runs where its GEMM is not possible).
+        norm_impl: of `residual_norm`, in the gradient or in the two steps of the reference; None:
+            'reference' if `impl` is, else 'auto'.
+
+    Returns:
+        (x_in, h), as `residual_norm`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `residual_norm`.
+    """
+    z, w, x, x_in_scale = _INPUTS(z, w, x, x_in_scale)
+    _check(z, w, x, out, scale, eps)
+    chosen = resolve("linear_residual", impl, x, width=x.size(-1))
+    norm_impl = norm_impl or ("reference" if impl == "reference" else "auto")
+    if chosen == "reference":
+        if out is not None:
+            raise ValueError("linear_residual: impl=reference takes no ticket: leave `out` out")
+        return residual_norm(
+            x, branch=F.linear(z, w), x_in_scale=x_in_scale, scale=scale, eps=eps,
+            factored=factored, sums=sums, impl=norm_impl,
+        )  # fmt: skip
+    norm_impl = resolve("residual_norm", norm_impl, x, width=x.size(-1))
+    _check_products(x, x_in_scale, sums, norm_impl)
+    settings = scale, eps, chosen, norm_impl
+    x_in, h, factor = _forward(z, w, x, out, x_in_scale, sums, *settings)
+    h = Factored(rerouted(x_in, h), factor.detach())
+    return x_in, h if factored else h.product()
+
+
+def _check_products(
+    x: Tensor, x_in_scale: Tensor | None, sums: Tensor | None, norm_impl: str
+) -> None:
+    """Of arguments that are for `residual_norm`'s kernels."""
+    if x_in_scale is not None:
+        wanted, wide = x.shape[-1:], compute_dtype(x.dtype)
+        if x_in_scale.shape != wanted or x_in_scale.dtype != wide or x_in_scale.device != x.device:
+            raise ValueError(
+                f"linear_residual: x_in_scale is {x_in_scale.dtype} {tuple(x_in_scale.shape)} on "
+                f"{x_in_scale.device}: for this x it has to be {wide} {tuple(wanted)} on {x.device}"
+            )
+        if norm_impl == "reference":
+            raise ValueError(
+                "linear_residual: norm_impl=reference takes no products: multiply them out"
+            )
+    if sums is not None:
+        own = sums_of(x.shape[:-1].numel(), x_in_scale=x_in_scale)
+        check_deferred("linear_residual", sums, own, norm_impl)
+
+
+# --- the opaque operator --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pgolf::linear_residual", mutates_args=())
+def _forward(
+    z: Tensor, w: Tensor, x: Tensor, out: Tensor | None, x_in_scale: Tensor | None,
+    sums: Tensor | None, scale: float, eps: float, impl: str, norm_impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x_in, the ticket of it as a factor of h, and the other factor (...,)."""
+    z2, x2 = _rows(z), _rows(x)
+    with without_autocast(z):
+        (w,) = contiguous(w)
+        made = launcher("linear_residual", impl, "forward")(z2, w, x2, scale, eps)
+        x_in, factor = made or _in_two_steps(z2, w, x2, scale, eps, norm_impl)
+    return x_in.view(x.shape), ticket(x), factor.view(x.shape[:-1])
+
+
+@_forward.register_fake
+def _(z, w, x, out, x_in_scale, sums, scale, eps, impl, norm_impl):
+    factor = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape), ticket(x), factor
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t (..., C) as a matrix whose rows are contiguous."""
+    return unit_stride(t.reshape(t.shape[:-1].numel(), t.size(-1)))
+
+
+def _in_two_steps(
+    z: Tensor, w: Tensor, x: Tensor, scale: float, eps: float, norm_impl: str
+) -> tuple[Tensor, Tensor]:
+    """x_in and the factor of h by a matmul and a pass over its result."""
+    branch = z @ w.t()
+    if norm_impl == "reference":
+        x_in = x + branch
+        mean = x_in.to(compute_dtype(x.dtype)).square().mean(-1)
+        return x_in, scale * (mean + eps).rsqrt()
+    forward = launcher("residual_norm", norm_impl, "forward")
+    _, x_in, _, factor = forward(x.contiguous(), branch, *[None] * 6, scale, eps, True, False)
+    return x_in, factor
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, w, _, out, x_in_scale, sums, ctx.scale, ctx.eps, _, ctx.norm_impl = inputs
+    x_in, _, factor = output
+    ctx.set_materialize_grads(False)
+    ctx.is_product, ctx.deferred = out is not None, sums is not None
+    need_z, need_w = (not ctx.is_product and need for need in ctx.needs_input_grad[:2])
+    ctx.save_for_backward(
+        x_in, factor, x_in_scale, z if need_w else None, w if need_z else None
+    )
+
+
+def _gradient(ctx: Any, d_x_in: Tensor | None, dh: Tensor | None, d_factor: None) -> tuple:
+    x_in, factor, x_in_scale, z, w = ctx.saved_tensors
+    d_scale = d_sums = None
+    if ctx.norm_impl == "reference":
+        dx = _gradient_of_norm(d_x_in, dh, x_in, factor / ctx.scale)
+    else:
+        nothing = [None] * 8
+        dx, *_, d_scale = backward(
+            None, d_x_in, dh, x_in, factor, *nothing, x_in_scale, ctx.scale, ctx.eps, True,
+            ctx.deferred, ctx.norm_impl,
+        )  # fmt: skip
+        if ctx.deferred:
+            d_scale, d_sums = None, d_scale
+        elif x_in_scale is None:
+            d_scale = None
+    rows = dx.reshape(-1, dx.size(-1))
+    dz = None if w is None else dx @ w
+    dw = None if z is None else rows.t() @ z.reshape(rows.size(0), z.size(-1))
+    d_out = dx if ctx.is_product else None
+    return dz, dw, dx, d_out, d_scale, d_sums, None, None, None, None
+
+
+def _gradient_of_norm(
+    d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor
+) -> Tensor:
+    """`residual_norm`'s with a factored h, in plain torch."""
+    if dh is None:
+        return torch.zeros_like(x_in) if d_x_in is None else d_x_in
+    n, g = x_in.to(rstd.dtype) * rstd[..., None], dh.to(rstd.dtype)
+    dx = g - n * (g * n).mean(-1, keepdim=True)
+    return (dx if d_x_in is None else dx + d_x_in).to(x_in.dtype)
+
+
+register_gradient("linear_residual", _forward, _gradient, _setup_context)
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+
+def samples() -> list[Sample]:
+    """Widths within a tile and beyond, ragged ones too; the recipes' at 98,304 tokens."""
+
+    def make(tokens: int, inner: int, width: int, **options: Any):
+        def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+            g = torch.Generator().manual_seed(tokens)
+            shapes = (1, tokens, inner), (width, inner), (1, tokens, width)
+            z, w, x = (torch.randn(shape, generator=g) for shape in shapes)
+            w *= inner**-0.5
+            return tuple(t.to(device, dtype) for t in (z, w, x)), options
+
+        return build
+
+    small = {
+        "7 x 40 to 264": make(7, 40, 264, scale=0.5, factored=True),
+        "130 x 16 to 24": make(130, 16, 24, factored=True),
+        "3 x 33 to 17": make(3, 33, 17, scale=-1.5, factored=True),
+        "normed": make(5, 24, 40, scale=0.5),
+        "0 tokens": make(0, 16, 32, factored=True),
+    }
+    big = {f"{t} tokens": make(t, 512, 512, scale=0.5, factored=True) for t in (8192, 98304)}
+    return [Sample(label, build) for label, build in small.items()] + [
+        Sample(label, build, bench=True) for label, build in big.items()
+    ]
+
+
+def cost(
+    z: Tensor, w: Tensor, x: Tensor, *, x_in_scale: Tensor | None = None, scale: float = 1.0,
+    eps: float = 1e-6, factored: bool = False,
+) -> tuple[Work, Work]:  # fmt: skip
+    """A GEMM forward and two backward; kept are x_in, which is a result, z and the factor."""
+    gemm = 2 * z.numel() * w.size(0)
+    factor = x.numel() // x.size(-1) * 4
+    row = nbytes(x)
+    return (
+        Work(gemm, nbytes(z, w, x), row * (1 + (not factored)) + factor),
+        Work(
+            2 * gemm, 3 * row + factor + 2 * row + nbytes(w, z, x_in_scale),
+            row + nbytes(z, w, x_in_scale),
+        ),
+    )  # fmt: skip
+
+
+def _of_samples(function: Callable) -> Callable:
+    """What tests and benchmarks call: h is multiplied out."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        x_in, h = function(*args, **named)
+        return x_in, h.product() if isinstance(h, Factored) else h
+
+    call.__signature__ = inspect.signature(linear_residual)
+    return call
+
+
+OPERATOR = register(
+    Operator(
+        name="linear_residual",
+        call=_of_samples(linear_residual),
+        reference=_of_samples(reference),
+        differentiable=("z", "w", "x"),
+        implementations={"triton": in_triton("linear_residual", forward="linear_residual")},
+        preferred={
+            "cpu": [("reference", "torch's matmul, then `residual_norm`")],
+            "cuda": [("reference", "torch's matmul, then `residual_norm`: no GPU has timed it")],
+        },
+        samples=samples,
+        cost=cost,
+        obstacle=obstacle,
+    )
+)
