@@ -27,6 +27,13 @@ from pgolf.triton_kernels.launch import launch, on_device_of, pick
 
 
 @triton.jit
+def sum_of_squares(x, first, n):
+    """Of each row's columns from `first` on that are below n: beyond, what is infinite is NaN."""
+    columns = first + tl.arange(0, x.shape[1])
+    return tl.sum(tl.where((columns < n)[None, :], x * x, 0.0), axis=1)
+
+
+@triton.jit
 def linear_residual_tma(
     z, w, x, out, factor, t, k, n, x_t, scale, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
@@ -60,10 +67,10 @@ def linear_residual_tma(
         sums = halves(acc)
         following = load_columns(x, rows, column + HALF, t, n, x_t, HALF)
         total = sums[0] + xs.to(tl.float32)
-        squares = tl.where(column == 0, 0.0, squares) + tl.sum(total * total, axis=1)
+        squares = tl.where(column == 0, 0.0, squares) + sum_of_squares(total, column, n)
         out.store([row, column], total.to(tl.bfloat16))
         total = sums[1] + following.to(tl.float32)
-        squares += tl.sum(total * total, axis=1)
+        squares += sum_of_squares(total, column + HALF, n)
         out.store([row, column + HALF], total.to(tl.bfloat16))
         last = column + BLOCK_N >= n
         tl.store(factor + rows, scale / tl.sqrt_rn(squares / n + eps), mask=last & (rows < t))

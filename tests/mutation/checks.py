@@ -102,6 +102,21 @@ def xsa_linear_around_the_floor_of_the_norm() -> None:
     t.test_values_at_the_floor_of_the_norm()
 
 
+def linear_residual_in_small_tiles() -> None:
+    """Rows within a tile, and beyond several of them; then all else in one call."""
+    small_tiles("linear_residual", BLOCK_M=16, BLOCK_N=64, BLOCK_K=16)
+    from tests.triton import test_linear_residual as t
+
+    t.gemm.H100_SMS = 2  # persistent programs that have several tiles each
+    for shape in ((35, 24, 24), (70, 40, 136)):
+        t.check(t.random_inputs(*shape))
+        t.test_touched_bytes_are_inputs_and_outputs(*shape)
+    t.test_exact_on_small_integers()
+    t.test_sizes_of_rows(0.0)
+    for name in ("z", "x"):
+        t.test_what_is_not_finite_stays_in_its_row(name, math.inf)
+
+
 def newton_schulz_normalisation() -> None:
     small_tiles("newton_schulz", BLOCK_R=8, BLOCK_C=32, BLOCK_P=4)
     from tests.triton import test_newton_schulz as t
@@ -264,6 +279,7 @@ CHECKS = {
         xsa_linear_in_small_tiles,
         xsa_linear_around_the_floor_of_the_norm,
     ],
+    "linear_residual_tma": [linear_residual_in_small_tiles],
     "newton_schulz_norms": NORMALISATION,
     "newton_schulz_scale": NORMALISATION,
     "newton_schulz_product": [

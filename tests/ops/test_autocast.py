@@ -17,6 +17,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MATMULS = {
     "attention": ("q", "k", "v"),
     "leaky_relu2_mlp": ("h", "w_up", "w_down"),
+    "linear_residual": ("z", "w", "x"),
     "softcap_cross_entropy": ("x", "w"),
     "xsa_linear": ("y", "v", "w"),
 }

@@ -18,6 +18,7 @@ from .cases import cases, is_empty, over, small
 repair()
 
 SINGLE_PASS = ("fake_quant", "weight_cast", "xsa")
+WITH_ROWS = ("linear_residual",)  # half of it is an operator of the compiled half; its own tests
 
 
 class Traffic:
@@ -50,7 +51,7 @@ class Traffic:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@over(p for p in cases() if p.values[1] == "triton")
+@over(p for p in cases() if p.values[1] == "triton" and p.values[0].name not in WITH_ROWS)
 def test_least_bytes_are_those_that_are_touched(
     operator: Operator, impl: str, sample: Sample, dtype: torch.dtype
 ) -> None:

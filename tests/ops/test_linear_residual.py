@@ -20,6 +20,7 @@ from ..model.test_forms import batch, loss_and_gradients
 from ..model.test_gpt_spec import TIME, randomised
 from ..triton.interpreter import repair
 from .cases import implementations
+from .test_cost import Traffic
 
 repair()
 
@@ -108,6 +109,23 @@ def test_one_launch_and_nothing_kept_but_the_sum_and_the_factor() -> None:
     with Started() as started:
         torch.autograd.grad([x_in, h.y], leaves, [x_in, h.y])
     assert started == []
+
+
+@here
+def test_least_bytes_are_those_that_are_touched() -> None:
+    """By the GEMM; by torch's in the gradient, beside what the norm's takes by itself."""
+    call = Call.of(OPERATOR, OPERATOR.samples()[0], BF16)
+    z, w, x = leaves = call.leaves()
+    forward, backward = OPERATOR.cost(**call.arguments)
+    named = {n: v for n, v in call.arguments.items() if n not in "zwx"}
+    with (traffic := Traffic()).counted():
+        x_in, h = linear_residual(*leaves, impl="triton", **named)
+    assert (traffic.read, traffic.written) == (forward.read, forward.written)
+    with (traffic := Traffic()).counted():
+        torch.autograd.grad([x_in, h.y], leaves, [x_in, h.y])
+    of_norm = OPERATORS["residual_norm"].cost(x, branch=x, eps=1e-6, **named)[1]
+    assert traffic.read + of_norm.read == backward.read
+    assert traffic.written + of_norm.written == backward.written
 
 
 @here

@@ -173,9 +173,9 @@ def test_only_what_a_script_never_does_is_missing(script):
     missing = {m for m in asked if m.startswith("pgolf.")} - script.sources.keys()
     assert missing == {
         "pgolf.child", "pgolf.data.held_out", "pgolf.model.deferred_sums", "pgolf.model.joined",
-        "pgolf.ops.grad_norm", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
-        "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
-        "pgolf.ops.joined_norm", "pgolf.ops.scaled_copies", "pgolf.ops.stacked",
+        "pgolf.ops.grad_norm", "pgolf.ops.linear_residual", "pgolf.ops.muon_momentum",
+        "pgolf.ops.param_update", "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels",
+        "pgolf.ops.residual_norm_kernels", "pgolf.ops.joined_norm", "pgolf.ops.scaled_copies", "pgolf.ops.stacked",
         "pgolf.ops.timed", "pgolf.ops.xsa_linear",
         "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.last_words",
         "pgolf.training.mirrors", "pgolf.training.profile",
@@ -191,7 +191,8 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
     packed = max((t for t in texts if isinstance(t, str)), key=len).encode("latin1")
     _, *parts = bz2.decompress(packed).decode().split("\0")
     table = json.loads(dict(zip(parts[::2], parts[1::2], strict=True))["configs.json"])
-    whole = {k: v for k, v in configs().items() if not k.startswith("xsa_linear")}
+    epilogues = ("xsa_linear", "linear_residual")
+    whole = {k: v for k, v in configs().items() if not k.startswith(epilogues)}
     assert {k: [dataclasses.replace(Config(**row), reason=whole[k][i].reason)
                 for i, row in enumerate(rows)] for k, rows in table.items()} == whole  # fmt: skip
 
@@ -199,7 +200,8 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
 def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
     """Or it could not read its own settings."""
     for ops, left in (
-        ("xsa_linear=triton", "auto"), ("xsa=reference,part_sums=cpu", "xsa=reference"),
+        ("xsa_linear=triton,linear_residual=triton", "auto"),
+        ("xsa=reference,part_sums=cpu", "xsa=reference"),
     ):  # fmt: skip
         settings = ast.literal_eval(_settings(with_overrides(config, {"ops": ops})))
         assert settings["run"].get("ops", "auto") == left

@@ -1,0 +1,254 @@
+"""A GEMM that adds to the residual stream and norms, in the interpreter, against float64."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from bench import candidates
+from pgolf.triton_kernels import gemm
+from pgolf.triton_kernels.launch import Launch, configs, intercepted
+from pgolf.triton_kernels.linear_residual import linear_residual
+
+from ..ops.guards import GuardZones
+from .interpreter import addresses, last_program, touched, vast
+
+BF16, FP32 = torch.bfloat16, torch.float32
+KERNEL = "linear_residual_tma"
+SCALE, EPS = 0.5, 1e-3
+# Tokens, K, D: less than a tile of each, edges of tiles, several tiles with a ragged last one.
+SHAPES = [(1, 8, 8), (65, 136, 24), (128, 64, 256), (130, 72, 264), (300, 16, 520)]
+
+
+@pytest.fixture(autouse=True)
+def few_multiprocessors(monkeypatch) -> None:
+    """Persistent programs that have several tiles each, although the shapes are small."""
+    monkeypatch.setattr(gemm, "H100_SMS", 2)
+
+
+@dataclass
+class Inputs:
+    z: Tensor
+    w: Tensor
+    x: Tensor
+
+    def in_zones(self, zones: GuardZones) -> "Inputs":
+        return Inputs(*(zones.input(t) for t in vars(self).values()))
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs(*(t.contiguous().to(dtype) for t in vars(self).values()))
+
+    def both(self, tma: bool | None = True) -> tuple[Tensor, Tensor] | None:
+        return linear_residual(self.z, self.w, self.x, SCALE, EPS, tma=tma)
+
+    def exactly(self) -> tuple[Tensor, Tensor]:
+        """By the formula, in float32 or float64: the sum, and the factor."""
+        total = self.x + self.z @ self.w.T
+        return total, SCALE / (total.square().mean(1) + EPS).sqrt()
+
+
+def random_inputs(t: int, k: int, n: int, dtype: torch.dtype = BF16) -> Inputs:
+    """Rows of z and x lie apart in memory."""
+    g = torch.Generator().manual_seed(t + k + n)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    return Inputs(normal(t, k + 8)[:, :k], normal(n, k), normal(t, n + 16)[:, :n])
+
+
+def check(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The kernel in guard zones, against float64 with torch in the same dtype as the measure."""
+    with GuardZones() as zones:
+        out, factor = x.in_zones(zones).both()
+    truth, of_rows = x.to(torch.float64).exactly()
+    plain = x.to(BF16)
+    usual = plain.x + plain.z @ plain.w.T
+    assert out.dtype == BF16 and out.shape == truth.shape and out.is_contiguous()
+    floor = torch.finfo(FP32).eps * truth.abs().max()
+    assert (out - truth).abs().max() <= 2 * (usual - truth).abs().max() + floor
+    # That of the sum before it is rounded: a float32's, whatever the dtype.
+    assert factor.dtype == FP32 and factor.shape == of_rows.shape
+    torch.testing.assert_close(factor.double(), of_rows, rtol=2e-6, atol=0)
+    return out, factor
+
+
+@pytest.mark.parametrize(("t", "k", "n"), SHAPES)
+def test_against_float64(t: int, k: int, n: int) -> None:
+    check(random_inputs(t, k, n))
+
+
+def test_exact_on_small_integers() -> None:
+    """Nothing is rounded: every sum is known."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (130, 72), (264, 72), (130, 264)
+    x = Inputs(*(torch.randint(-2, 3, shape, generator=g).to(BF16) for shape in shapes))
+    assert torch.equal(x.both()[0], x.to(torch.float64).exactly()[0].to(BF16))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e15])
+def test_sizes_of_rows(size: float) -> None:
+    """Of nothing the factor is that of eps; of small and large ones the row's."""
+    x = random_inputs(5, 16, 264)
+    x.z, x.x = ((t.float() * size).to(BF16) for t in (x.z, x.x))
+    out, factor = check(x)
+    if not size:
+        assert not out.any() and (factor == factor[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["z", "x"])
+def test_what_is_not_finite_stays_in_its_row(name: str, bad: float) -> None:
+    x = random_inputs(130, 16, 264)
+    getattr(x, name)[129, 7] = bad
+    (out, factor), wanted = x.both(), x.to(FP32).exactly()
+    assert torch.equal(out.isfinite(), wanted[0].isfinite())
+    assert torch.equal(factor.isnan(), wanted[1].isnan()) and factor[:129].isfinite().all()
+
+
+def test_calls_are_alike_to_the_bit() -> None:
+    """Whatever number of programs shares the rows out."""
+    x = random_inputs(300, 72, 520)
+    found = []
+    for count in (1, 2, 7):
+        gemm.H100_SMS = count
+        found.append(x.both())
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize(("t", "k", "n"), SHAPES)
+def test_touched_bytes_are_inputs_and_outputs(t: int, k: int, n: int) -> None:
+    x = random_inputs(t, k, n)
+    with touched() as record:
+        results = x.both()
+    assert np.array_equal(record.read, addresses(*vars(x).values()))
+    assert np.array_equal(record.written, addresses(*results))
+    assert sum(map(len, record.writes)) == len(record.written)  # no tile is computed twice
+
+
+def test_offsets_beyond_int32() -> None:
+    """2^30 elements between the rows of every operand, by pointer and by TMA."""
+    memory = vast(2**36).view(BF16)
+    x = random_inputs(4, 16, 8)
+    far = []
+    for i, near in enumerate(vars(x).values()):
+        far.append(memory.as_strided(near.shape, (2**30, 1), 2**31 + 256 * i))
+        far[-1].copy_(near)
+    assert all(map(torch.equal, Inputs(*far).both(), check(x)))
+
+
+def test_results_beyond_int32(monkeypatch) -> None:
+    """The last tile of a result of more than 2^31 elements; one row of z and x is for all."""
+    t = 2**23 + 1
+    x = random_inputs(1, 8, 256)
+    wanted = x.both()
+    memory, right = vast(2**34).view(BF16), torch.empty
+
+    def empty(shape: tuple[int, ...], **named) -> Tensor:
+        return memory.as_strided(shape, (256, 1), 2**31) if len(shape) == 2 else right(t, **named)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(gemm, "tma_obstacle", lambda *_: "")  # rows that overlap
+    monkeypatch.setattr(gemm, "H100_SMS", 2**31)  # a program for each block of rows
+    with intercepted(last_program):
+        out, factor = linear_residual(
+            x.z.expand(t, -1), x.w, x.x.expand(t, -1), SCALE, EPS, tma=True
+        )
+    assert torch.equal(out[-1:], wanted[0]) and torch.equal(factor[-1:], wanted[1])
+
+
+def launched(x: Inputs, tma: bool | None = None) -> list[Launch]:
+    launches: list[Launch] = []
+    with intercepted(launches.append):
+        assert (x.both(tma) is None) == (not launches)
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, ""),
+        ({"z": torch.ones(3, 16)}, "torch.float32 .* is not bfloat16"),
+        ({"z": torch.ones(16, 3, dtype=BF16).T}, "aligned to 16 bytes"),
+        ({"w": torch.ones(24, 20, dtype=BF16)[:, :16]}, "aligned to 16 bytes"),
+        ({"x": torch.ones(1, 24, dtype=BF16).expand(3, 24)}, "has rows that overlap"),
+        ({"x": torch.ones(3, 24, dtype=BF16)[:, :20]}, "20 columns are no multiple of 8"),
+    ],
+)
+def test_the_gemm_wherever_it_is_possible(change: dict, complaint: str) -> None:
+    x = Inputs(**vars(random_inputs(3, 16, 24)) | change)
+    assert len(launched(x)) == (not complaint)
+    assert launched(x, tma=False) == []
+    if complaint:
+        message = f"linear_residual: tma=True is not possible: .*{complaint}"
+        with pytest.raises(ValueError, match=message):
+            x.both(tma=True)
+
+
+def test_a_device_without_tma(monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "device_obstacle", lambda device: "it has none")
+    assert launched(random_inputs(3, 16, 24)) == []
+
+
+def test_without_tokens() -> None:
+    assert random_inputs(0, 16, 24).both(None) is None
+
+
+def test_a_launch_on_meta_tensors(monkeypatch) -> None:
+    """What is compiled ahead of time: a program has all columns of its rows."""
+    monkeypatch.undo()
+    meta = Inputs(*(torch.empty(s, dtype=BF16, device="meta") for s in
+                    ((2048, 512), (512, 512), (2048, 512))))  # fmt: skip
+    (launch,) = launched(meta)
+    assert launch.grid == (2048 // 128,)
+    blocks = [launch.arguments[name].block_shape for name in ("z", "w", "out")]
+    assert blocks == [[128, 64], [256, 64], [128, 128]]
+
+
+@pytest.mark.parametrize("candidate", candidates.CANDIDATES[KERNEL])
+def test_candidates_for_tuning(candidate: candidates.Candidate) -> None:
+    """Against float64 as well; their programs share multiprocessors."""
+    with candidates.taken(KERNEL, candidate):
+        for shape in SHAPES:
+            check(random_inputs(*shape))
+        assert launched(random_inputs(300, 16, 24))[0].grid == (2 * 2,)
+
+
+def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
+    """Half of x before the last products, the rest before anything is written."""
+    x = random_inputs(128, 128, 256)  # one tile, two blocks of K
+    x.x = x.x.contiguous()
+    taken, events = addresses(x.x), []
+    load, dot = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot
+    store = InterpreterBuilder.create_masked_store
+
+    def noted_load(self, pointers, mask, *rest, **named):
+        if wanted := int(np.isin(pointers.data[mask.data], taken).sum()):
+            events.append(wanted)
+        return load(self, pointers, mask, *rest, **named)
+
+    def noted_dot(*operands):
+        events.append("products")
+        return dot(*operands)
+
+    def noted_store(*operands):
+        events.append("written")
+        return store(*operands)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", noted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", noted_dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noted_store)
+    x.both()
+    half = 128 * 128  # elements
+    assert events == ["products", half, "products", half, *["written"] * 3]
+
+
+def test_every_configuration_is_reached() -> None:
+    """So that none is shipped uninterpreted."""
+    (launch,) = launched(random_inputs(3, 16, 24))
+    assert [launch.config] == configs()[KERNEL]
