@@ -66,7 +66,7 @@ def counted(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(counted):
-    return counted(replace(TINY, ops="triton,xsa_linear=reference"))
+    return counted(replace(TINY, ops="triton,xsa_linear=reference,linear_residual=reference"))
 
 
 @needs_device
