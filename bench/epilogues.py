@@ -1,16 +1,16 @@
 """`python -m bench tune --epilogues`: where a GEMM with an epilogue is faster than two steps.
 
-An operator that has one is a row of EPILOGUES. On this GPU, at the recipes' shapes, its backward
-pass is checked and timed against that of the product by cuBLAS and the row kernel, by turns; what
-is faster goes into pgolf/ops/timed.json under the GPU's name, where `auto` finds it.
+An operator that has one is a row of EPILOGUES. On this GPU, at the recipes' shapes, the operator is
+checked, and the pass that has the epilogue timed against the product by cuBLAS and the row kernel,
+by turns; what is faster goes into pgolf/ops/timed.json under the GPU's name, where `auto` finds it.
 """
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import NamedTuple
 
 import torch
 
@@ -33,21 +33,25 @@ Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 
 @dataclass(frozen=True)
 class Epilogue:
-    """An operator whose backward pass has one.
+    """An operator one of whose passes has one.
 
     Attributes:
         operator: its name.
+        which: pass, 'forward' or 'backward'.
         impl: with the epilogue.
         steps: arguments that make it two steps, by what `auto` takes for each of them.
         sample: label of a benchmark size of the operator, which is the recipes'.
+        sizes: of that sample, as the operator's `obstacle` takes them.
         flops: of the product that has the epilogue.
         row_bytes: that the row kernel after the plain product reads and writes.
     """
 
     operator: str
+    which: str
     impl: str
     steps: Mapping[str, str]
     sample: str
+    sizes: timed.Sizes
     flops: float
     row_bytes: float
 
@@ -63,17 +67,17 @@ UNIT = 2 * TOKENS * WIDTH  # bytes of a bf16 tensor of the tokens
 EPILOGUES = [
     # dz, y, v -> dy, dv, of which v and dv have half of the heads
     Epilogue(
-        "xsa_linear", "triton", {"impl": "reference", "xsa_impl": "auto"}, "98304 tokens",
+        "xsa_linear", "backward", "triton", {"impl": "reference", "xsa_impl": "auto"},
+        "98304 tokens", {"size": 64, "share": 2, "heads": 8, "width": WIDTH},
         2 * TOKENS * WIDTH * WIDTH, 4 * UNIT,
     ),
-]
-
-
-class Verdict(NamedTuple):
-    """What is to run on a GPU, and why."""
-
-    impl: str
-    reason: str
+    # x and the branch -> their sum
+    Epilogue(
+        "linear_residual", "forward", "triton", {"impl": "reference", "norm_impl": "auto"},
+        "98304 tokens", {"width": WIDTH, "inner": WIDTH},
+        2 * TOKENS * WIDTH * WIDTH, 3 * UNIT,
+    ),
+]  # fmt: skip
 
 
 def run(names: Sequence[str], device: torch.device, dry_run: bool) -> int:
@@ -94,7 +98,7 @@ def run(names: Sequence[str], device: torch.device, dry_run: bool) -> int:
     return 0
 
 
-def decide(epilogue: Epilogue, device: torch.device, name: str, timer: Timer) -> Verdict:
+def decide(epilogue: Epilogue, device: torch.device, name: str, timer: Timer) -> timed.Row:
     """Check and time one epilogue, and say how it went; a wrong one is never taken."""
     operator = OPERATORS[epilogue.operator]
     sample = next(s for s in operator.samples() if s.label == epilogue.sample)
@@ -102,23 +106,29 @@ def decide(epilogue: Epilogue, device: torch.device, name: str, timer: Timer) ->
         call = Call.of(operator, sample, torch.bfloat16, device, contiguous=True)
     with_epilogue = kernel(operator, epilogue.impl)
     if problem := _problem(call, with_epilogue):
-        verdict = Verdict("reference", f"{epilogue.impl} is wrong on {name}: {problem}")
+        reason = f"{epilogue.impl} is wrong on {name}: {problem}"
+        verdict = timed.Row("reference", reason, epilogue.sizes)
         print(f"{epilogue.operator}: {verdict.reason}", flush=True)
         return verdict
-    two_steps = functools.partial(operator.call, **epilogue.steps)
-    times = timer({"epilogue": backward(call, with_epilogue), "steps": backward(call, two_steps)})
+    passes = forward if epilogue.which == "forward" else backward
+    function = inspect.unwrap(operator.call)  # without what samples have multiplied out
+    ways = {"epilogue": {"impl": epilogue.impl}, "steps": epilogue.steps}
+    times = timer(
+        {n: passes(call, functools.partial(function, **way)) for n, way in ways.items()}
+    )
     fused, steps = times["epilogue"], times["steps"]
     print(
-        f"{epilogue.operator}: backward {fused:.4g} ms with the epilogue, {steps:.4g} ms in two "
-        f"steps, {fused / steps:.3f} of it; by rates of {GEMM_RATE / 1e12:.0f} TFLOP/s and "
+        f"{epilogue.operator}: {epilogue.which} {fused:.4g} ms with the epilogue, {steps:.4g} ms "
+        f"in two steps, {fused / steps:.3f} of it; by rates of {GEMM_RATE / 1e12:.0f} TFLOP/s and "
         f"{MEMORY_RATE / 1e12:.1f} TB/s it breaks even at {epilogue.break_even / 1e12:.0f} TFLOP/s",
         flush=True,
     )
     faster = fused <= FASTER * steps
-    return Verdict(
+    return timed.Row(
         epilogue.impl if faster else "reference",
-        f"backward {fused:.4g} ms with the epilogue, {steps:.4g} in two steps "
+        f"{epilogue.which} {fused:.4g} ms with the epilogue, {steps:.4g} in two steps "
         f"({name}, {date.today()})",
+        epilogue.sizes,
     )
 
 
@@ -128,6 +138,12 @@ def _problem(call: Call, function: Callable) -> str:
         return call.problem(function)
     except Exception as e:  # too large for the device, or not what the kernel is written for
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+
+
+def forward(call: Call, function: Callable) -> Callable[[], object]:
+    """The forward pass of a call, with what its gradient needs, again and again."""
+    leaves = call.leaves()
+    return lambda: call.on(function, *leaves)
 
 
 def backward(call: Call, function: Callable) -> Callable[[], object]:
@@ -152,15 +168,16 @@ def gpu_timer(device: torch.device) -> Timer:
     return milliseconds
 
 
-def write(name: str, verdicts: Mapping[str, Verdict]) -> None:
+def write(name: str, verdicts: Mapping[str, timed.Row]) -> None:
     """Put the verdicts for a GPU into the table; others of it and of other GPUs stay.
 
     Raises:
         StorageError: the table cannot be written.
     """
     table = timed.table()
-    table.setdefault(name, {}).update({n: list(v) for n, v in verdicts.items()})
-    atomic_write(timed.TIMED, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    table.setdefault(name, {}).update(verdicts)
+    rows = {gpu: {n: row._asdict() for n, row in of.items()} for gpu, of in table.items()}
+    atomic_write(timed.TIMED, json.dumps(rows, indent=1, sort_keys=True) + "\n")
     choose.choose.cache_clear()
     for operator, verdict in verdicts.items():
         print(f"{timed.TIMED.name}: {operator}={verdict.impl} on {name}: {verdict.reason}")

@@ -43,9 +43,11 @@ def operator_sizes(
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
         "xsa": {"size": head, "share": group},
-        "xsa_linear": {"size": head, "share": group},
+        "xsa_linear": {
+            "size": head, "share": group, "heads": config.heads, "width": config.dim
+        },
         "residual_norm": {"width": config.dim},
-        "linear_residual": {"width": config.dim},
+        "linear_residual": {"width": config.dim, "inner": config.dim},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},
         "newton_schulz": {"dtype": ns_dtype},

@@ -81,6 +81,7 @@ def beyond(limits: Mapping[str, int], impl: str, size: int, what: str) -> str:
 
 # (implementation, why it cannot run the sizes at hand), of those that cannot.
 Obstacles = tuple[tuple[str, str], ...]
+Sizes = tuple[tuple[str, int], ...]  # (name, size), as `obstacle` takes them
 
 
 def obstacles(name: str, **sizes: Any) -> Obstacles:
@@ -90,16 +91,21 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
     return tuple((impl, why) for impl, why in each if why)
 
 
+def _timed_sizes(name: str, sizes: Mapping[str, Any]) -> Sizes:
+    """Those that a choice depends on where they are no obstacle."""
+    return tuple(sizes.items()) if OPERATORS[name].timed else ()
+
+
 def _order(
-    operator: Operator, device: str, dtype: torch.dtype, compiled: bool
+    operator: Operator, device: str, dtype: torch.dtype, compiled: bool, sizes: Sizes
 ) -> list[tuple[str, str]]:
     """(implementation, reason), in the order in which `auto` tries them."""
     order = operator.preferred.get(device, ())
     if compiled:
         order = operator.preferred.get(f"{device} compiled", order)
-    # (A script leaves the table out.)
-    if timed and device == "cuda" and (row := timed(operator.name, dtype)):
-        order = [row, *order]
+    if operator.timed and device == "cuda":
+        row = timed(operator.name, dtype, dict(sizes))
+        order = [row, *order] if row else order
     return list(order)
 
 
@@ -123,6 +129,7 @@ def choose(
     dtype: torch.dtype,
     compiled: bool = False,
     cannot: Obstacles = (),
+    sizes: Sizes = (),
 ) -> Choice:
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
@@ -132,6 +139,7 @@ def choose(
 
     Args:
         cannot: of `obstacles`; where 'auto' is the environment's choice, it gives way to them.
+        sizes: of operators that are `timed`.
 
     Raises:
         ValueError: an unknown implementation, or one for another device, dtype or size.
@@ -155,7 +163,7 @@ def choose(
             raise kind(f"{name}: impl={impl}: {problem}; impl='reference' runs everywhere")
         return Choice(impl, reason)
     rejected = []
-    for candidate, why in _order(operator, device, dtype, compiled):
+    for candidate, why in _order(operator, device, dtype, compiled, sizes):
         if candidate == "reference":
             return Choice(candidate, "; ".join([why, *rejected]))
         problem = _problem(operator, candidate, device, dtype) or unable.get(candidate)
@@ -184,9 +192,10 @@ def choose_all(
     """
     wanted = parse(text)
     cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in names}
+    own = {n: _timed_sizes(n, sizes.get(n, {})) for n in names}
     try:
         return {
-            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n])
+            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n], own[n])
             for n in names
         }
     except (ValueError, RuntimeError) as e:
@@ -194,9 +203,10 @@ def choose_all(
 
 
 def _resolve(
-    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles
-) -> str:
-    return choose(name, impl, device, dtype, compiled, cannot).impl
+    name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles,
+    sizes: Sizes,
+) -> str:  # fmt: skip
+    return choose(name, impl, device, dtype, compiled, cannot, sizes).impl
 
 
 # What torch.compiler.assume_constant_result sets. It would import torch._dynamo, which takes as
@@ -241,4 +251,5 @@ def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
         return impl
     compiled = torch.compiler.is_compiling()
     cannot = obstacles(name, **sizes)
-    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled, cannot)
+    own = _timed_sizes(name, sizes)
+    return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled, cannot, own)

@@ -73,8 +73,8 @@ def _check(z: Tensor, w: Tensor, x: Tensor, out: Tensor | None, scale: float, ep
         raise ValueError(f"linear_residual: scale={scale}: it has to be finite and not 0")
 
 
-def obstacle(impl: str, width: int) -> str:
-    """Why `impl` cannot run rows of that width; '' if it can: `residual_norm` has the gradient."""
+def obstacle(impl: str, width: int, inner: int) -> str:
+    """Why `impl` cannot run rows of these D and K; '' if it can. The gradient limits D."""
     return beyond({"triton": WIDTH_LIMITS["cuda"]}, impl, width, "elements a row")
 
 
@@ -108,7 +108,7 @@ def linear_residual(
     """
     z, w, x, x_in_scale = _INPUTS(z, w, x, x_in_scale)
     _check(z, w, x, out, scale, eps)
-    chosen = resolve("linear_residual", impl, x, width=x.size(-1))
+    chosen = resolve("linear_residual", impl, x, width=x.size(-1), inner=z.size(-1))
     norm_impl = norm_impl or ("reference" if impl == "reference" else "auto")
     if chosen == "reference":
         if out is not None:
@@ -306,5 +306,6 @@ OPERATOR = register(
         samples=samples,
         cost=cost,
         obstacle=obstacle,
+        timed=True,
     )
 )

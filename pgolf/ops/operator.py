@@ -77,6 +77,7 @@ class Operator:
         mutates: names of the arguments that it changes in place.
         obstacle: (implementation, sizes by name) -> why it cannot run these sizes; '' if it can.
         aliases: other names of implementations, or of the reference.
+        timed: whether `python -m bench tune --epilogues` may have found what `auto` takes.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Operator:
     mutates: tuple[str, ...] = ()
     obstacle: Callable[..., str] = lambda impl, **sizes: ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    timed: bool = False
 
     @property
     def own(self) -> list[str]:

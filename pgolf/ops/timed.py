@@ -1,17 +1,28 @@
 """What `python -m bench tune --epilogues` found on GPUs, which `auto` tries before its own order.
 
-The table is beside this file: name of a GPU -> operator -> [implementation, reason].
+The table is beside this file: name of a GPU -> operator -> what is to run, why, and the sizes that
+it was timed for. For others it says nothing.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pgolf.errors import ConfigError
 
 TIMED = Path(__file__).with_name("timed.json")
-Row = tuple[str, str]
+Sizes = Mapping[str, int]  # by name, as the operator's `obstacle` takes them
+
+
+class Row(NamedTuple):
+    """What is to run for tensors of these sizes, and why."""
+
+    impl: str
+    reason: str
+    sizes: Sizes
 
 
 def table() -> dict[str, dict[str, Row]]:
@@ -32,13 +43,14 @@ def table() -> dict[str, dict[str, Row]]:
 
 
 def _row(value: object) -> Row:
-    impl, reason = value if isinstance(value, list) else ()
-    if not (isinstance(impl, str) and isinstance(reason, str)):
-        raise TypeError(f"{value} is no (implementation, reason)")
-    return impl, reason
+    row = Row(**value)
+    wanted = isinstance(row.sizes, dict) and all(isinstance(n, int) for n in row.sizes.values())
+    if not (isinstance(row.impl, str) and isinstance(row.reason, str) and wanted):
+        raise TypeError(f"{value} is no implementation, reason and sizes")
+    return row
 
 
-def timed(operator: str, dtype: torch.dtype) -> Row | None:
+def timed(operator: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str] | None:
     """(implementation, reason) of an operator on this GPU; None if it was not timed in that dtype.
 
     Raises:
@@ -47,4 +59,12 @@ def timed(operator: str, dtype: torch.dtype) -> Row | None:
     rows = table() if dtype == torch.bfloat16 else {}  # in which it is timed
     if not rows or not torch.cuda.is_available():
         return None
-    return rows.get(torch.cuda.get_device_name(), {}).get(operator)
+    row = rows.get(torch.cuda.get_device_name(), {}).get(operator)
+    if row is None or sizes == row.sizes:
+        return row and row[:2]
+    return "reference", f"this GPU has timed {_words(row.sizes)}, not {_words(sizes)}"
+
+
+def _words(sizes: Sizes) -> str:
+    named = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items()))
+    return named or "sizes that are not named"

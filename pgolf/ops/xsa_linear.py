@@ -28,8 +28,9 @@ from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import check_alike, check_grouped, contiguous, nbytes, unit_stride
-from pgolf.ops.xsa import obstacle, xsa
+from pgolf.ops.xsa import obstacle as xsa_obstacle
 from pgolf.ops.xsa import reference as xsa_reference
+from pgolf.ops.xsa import xsa
 
 _INPUTS = Inputs("xsa_linear", ("y", "v", "w"), alike=("y", "v", "w"), matmul=True)
 
@@ -58,6 +59,11 @@ def reference(y: Tensor, v: Tensor, w: Tensor) -> Tensor:
 @outside_autocast
 def _in_two_steps(y: Tensor, v: Tensor, w: Tensor, xsa_impl: str) -> Tensor:
     return F.linear(xsa(y, v, xsa_impl).flatten(2), w)
+
+
+def obstacle(impl: str, size: int, share: int, heads: int, width: int) -> str:
+    """Why `impl` cannot run these heads, to rows of that width; '' if it can."""
+    return xsa_obstacle(impl, size, share)
 
 
 def xsa_linear(
@@ -91,7 +97,7 @@ def xsa_linear(
         )
     check_alike("xsa_linear", y=y, v=v, w=w)
     sizes = {"size": y.size(3), "share": y.size(2) // v.size(2)}
-    chosen = resolve("xsa_linear", impl, y, **sizes)
+    chosen = resolve("xsa_linear", impl, y, **sizes, heads=y.size(2), width=w.size(0))
     xsa_impl = xsa_impl or impl
     if chosen == "reference":
         if as_product:
@@ -215,5 +221,6 @@ OPERATOR = register(
         samples=samples,
         cost=cost,
         obstacle=obstacle,
+        timed=True,
     )
 )

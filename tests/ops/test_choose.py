@@ -329,7 +329,10 @@ def test_copies_for_products_are_for_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a toy"', "[]", '{"GPU": []}', '{"GPU": {"xsa": "triton"}}', '{"GPU": {"xsa": [1]}}']
+    "text",
+    ['{"a toy"', "[]", '{"GPU": []}', '{"GPU": {"xsa": "triton"}}', '{"GPU": {"xsa": [1]}}',
+     '{"GPU": {"xsa": {"impl": "triton", "reason": "it is"}}}',
+     '{"GPU": {"xsa": {"impl": "triton", "reason": "it is", "sizes": {"size": "64"}}}}'],
 )
 def test_a_damaged_table_of_timed_operators(text: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(timed, "TIMED", tmp_path / "timed.json")
