@@ -131,6 +131,19 @@ def test_touched_bytes_are_inputs_and_outputs(t: int, k: int, n: int) -> None:
     assert sum(map(len, record.writes)) == len(record.written)  # no tile is computed twice
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_programs_have_the_tiles_of_their_rows_and_no_more(blocks: int, monkeypatch) -> None:
+    """A tile beyond the edges would write nothing, and take as long as another."""
+    block_m, block_n, block_k = gemm.block_shape(configs()[KERNEL][0])
+    x = random_inputs(blocks * block_m - 1, 2 * block_k, 2 * block_n + 8)
+    products, dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda *of: products.append(1) or dot(*of)
+    )
+    x.both()
+    assert len(products) == blocks * 3 * 2
+
+
 def test_offsets_beyond_int32() -> None:
     """2^30 elements between the rows of every operand, by pointer and by TMA."""
     memory = vast(2**36).view(BF16)
