@@ -37,13 +37,13 @@ def halves(x):
 
 @triton.jit
 def load_columns(x, rows, first, t, n, stride, WIDTH: tl.constexpr):
-    """WIDTH columns of a matrix (t, n) from `first` on, 0 beyond the edges.
+    """WIDTH columns of a matrix (t, n) from `first` on, anything beyond the edges.
 
     By pointers: they are waited for where they are used, not where they are loaded.
     """
     columns = first + tl.arange(0, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(x + offsets, mask=(rows < t)[:, None] & (columns < n)[None, :], other=0.0)
+    return tl.load(x + offsets, mask=(rows < t)[:, None] & (columns < n)[None, :])
 
 
 @triton.jit

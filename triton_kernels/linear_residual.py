@@ -28,7 +28,7 @@ from pgolf.triton_kernels.launch import launch, on_device_of, pick
 
 @triton.jit
 def sum_of_squares(x, first, n):
-    """Of each row's columns from `first` on that are below n: beyond, what is infinite is NaN."""
+    """Of each row's columns from `first` on that are below n. Beyond lies anything."""
     columns = first + tl.arange(0, x.shape[1])
     return tl.sum(tl.where((columns < n)[None, :], x * x, 0.0), axis=1)
 

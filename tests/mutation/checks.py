@@ -115,6 +115,8 @@ def linear_residual_in_small_tiles() -> None:
     t.test_sizes_of_rows(0.0)
     with pytest.MonkeyPatch.context() as patch:
         t.test_programs_have_the_tiles_of_their_rows_and_no_more(3, patch)
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_what_the_epilogue_reads_is_requested_early(patch)
     for name in ("z", "x"):
         t.test_what_is_not_finite_stays_in_its_row(name, math.inf)
 

@@ -234,7 +234,8 @@ def test_candidates_for_tuning(candidate: candidates.Candidate) -> None:
 
 def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
     """Half of x before the last products, the rest before anything is written."""
-    x = random_inputs(128, 128, 256)  # one tile, two blocks of K
+    block_m, block_n, block_k = gemm.block_shape(configs()[KERNEL][0])
+    x = random_inputs(block_m, 2 * block_k, block_n)  # one tile
     x.x = x.x.contiguous()
     taken, events = addresses(x.x), []
     load, dot = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot
@@ -257,7 +258,7 @@ def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", noted_dot)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noted_store)
     x.both()
-    half = 128 * 128  # elements
+    half = block_m * block_n // 2  # elements
     assert events == ["products", half, "products", half, *["written"] * 3]
 
 
