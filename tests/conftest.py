@@ -21,7 +21,9 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     with suppress(ImportError):
-        import triton.language  # noqa: F401
+        from .triton.overhead import trim
+
+        trim()
 
 # One process for each core fills them: threads would only wait for each other. Tests of threads ask
 # for theirs.
