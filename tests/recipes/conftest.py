@@ -7,6 +7,8 @@ import pytest
 from pgolf.data.prepare import prepare
 from pgolf.data.readers import TextSource
 
+from ..training.inside import no_plots, pgolf, scoring_here  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

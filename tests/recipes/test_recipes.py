@@ -12,6 +12,7 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT
 from pgolf.recipes import RECIPES, get, run_name, title
 from pgolf.recipes.show import list_keys, list_recipes, show_recipe
+from pgolf.training import added_loss
 
 PUBLISHED = {"pr478": 26_993_756, "pr531": 27_878_489, "pr543": 25_224_283, "pr1473": 27_067_484}
 
@@ -109,30 +110,51 @@ def test_names_of_settings_are_unique():
     assert len(names) == len(set(names))
 
 
+def two_steps(name: str, shards, out, *overrides: str) -> list[str]:
+    """Words that train two short steps of a recipe at full size."""
+    return [
+        "train", name, f"data={shards}", f"out={out}", "max_seconds=0", "max_steps=2", "seq_len=64",
+        "batch_tokens=128", "val_tokens=256", "stride=32", "score_live=false", "checkpoint_every=0",
+        *overrides,
+    ]  # fmt: skip
+
+
 def run(name: str, shards, out, *overrides: str) -> tuple[dict, str]:
-    """Two short steps of a recipe at full size: result.json and what was printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pgolf", "train", name, f"data={shards}", f"out={out}",
-         "max_seconds=0", "max_steps=2", "seq_len=64", "batch_tokens=128", "val_tokens=256",
-         "stride=32", "score_live=false", "checkpoint_every=0", *overrides],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    """result.json and what was printed."""
+    command = [sys.executable, "-m", "pgolf", *two_steps(name, shards, out, *overrides)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "result.json").read_text()), done.stdout
 
 
-# One in the quick suite; the others' structure is in tests/model, their size above.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pr1473")) for n in PUBLISHED]
-)
-def test_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
-    """The whole structure on a CPU: the second step with QAT on, then the artifact."""
-    quick = ("qat_start=0.5", "codec=rans", "quantizer=lite", "grid=rows", "fit_to_budget=false")
-    result, printed = run(name, seed_shards, tmp_path / name, *quick)
+# The second step with QAT on, then the artifact, with little search for the best one.
+QUICK = ("qat_start=0.5", "quantizer=lite", "grid=rows", "fit_to_budget=false")
+
+
+def check(result: dict, printed: str, name: str) -> None:
     assert "late QAT on for" in printed
     assert result["parameters"] == PUBLISHED[name]
     assert result["bytes_total"] <= 16_000_000
     assert result["val_targets"] == 256
+
+
+def test_full_size_recipe_trains_packs_and_scores(pgolf, seed_shards, tmp_path, monkeypatch):
+    """The whole structure on a CPU; the others' is in tests/model, their size above.
+
+    In this process, with the fastest codec, and few tokens to measure the added loss on.
+    """
+    monkeypatch.setattr(added_loss, "TOKENS", 256)
+    out, fast = tmp_path / "run", ("codec=zstd", "zstd_level=1")
+    code, printed = pgolf(*two_steps("pr1473", seed_shards, out, *QUICK, *fast))
+    assert code == 0, printed
+    check(json.loads((out / "result.json").read_text()), printed, "pr1473")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
+    """As a user runs it, with the codec of the smallest files."""
+    check(*run(name, seed_shards, tmp_path / name, *QUICK, "codec=rans"), name)
 
 
 @pytest.mark.slow

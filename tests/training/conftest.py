@@ -1,21 +1,15 @@
 """Runs of a tiny model, shared by the tests of this folder."""
 
-import contextlib
-import io
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 from bench.synthetic import Words
-from pgolf.cli import main
 from pgolf.data.prepare import prepare
-from pgolf.scoring import job
-from pgolf.training import finish
 
+from .inside import no_plots, pgolf, scoring_here  # noqa: F401
 from .tiny import ONE_THREAD, ROOT, TINY, replaced
 
 
@@ -55,48 +49,7 @@ def finished(train_alone, tmp_path_factory) -> Path:
     return out
 
 
-def scored_here(module: str, text: str, stdout: int) -> subprocess.CompletedProcess[str]:
-    """In place of `run_module`: the scoring job in this process, which saves its start."""
-    assert (module, stdout) == ("pgolf.scoring.job", subprocess.PIPE)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [module, text]):
-        return subprocess.CompletedProcess([], job.main(), said.getvalue())
-
-
 @pytest.fixture
-def scoring_here(monkeypatch) -> None:
-    monkeypatch.setattr(job, "run_module", scored_here)
-
-
-@pytest.fixture
-def no_plots(monkeypatch) -> None:
-    """In place of a run's report, seconds of drawing: `finished` has one, tests/report the rest."""
-
-    def written(folder: Path) -> str:
-        file = folder / "report.html"
-        file.write_text("")
-        return str(file)
-
-    monkeypatch.setattr(finish, "report_line", written)
-
-
-@pytest.fixture
-def pgolf(scoring_here, no_plots, capsys):
-    """Run a command of pgolf in this process, scoring included; returns (exit code, output)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def call(*words: object) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(list(map(str, words)))
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    yield call
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def train(pgolf, shards):
+def train(pgolf, shards):  # noqa: F811
     """`pgolf train demo` in this process; returns (exit code, output)."""
     return lambda *words: pgolf("train", "demo", f"data={shards}", *replaced(TINY, words))
