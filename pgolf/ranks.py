@@ -166,7 +166,7 @@ class Ranks:
             waited: how long this rank waited; '': the other one is gone.
         """
         signal.alarm(END)  # a GPU that waits for the others would hold the process
-        ended, message, *_ = self.roll_call.first_words() or self._missing(waited)
+        ended, message, *_ = self.roll_call.first_failure() or self._missing(waited)
         speaker = next((r for r in range(self.world) if r not in ended), 0)
         return LostRank(message, self.rank != speaker, ended)
 

@@ -74,10 +74,10 @@ class RollCall:
             return [], False
         return silent or idle, bool(silent)
 
-    def first_words(self) -> tuple[list[int], str, str] | None:
-        """What was written first, as (ranks that ended, what became of them, why); None: nothing.
+    def first_failure(self) -> tuple[list[int], str, str] | None:
+        """The first report, as (ranks that ended, what became of them, why); None: there is none.
 
-        `pgolf.training.last_words` does that.
+        `pgolf.training.failure_report` makes them.
         """
         try:
             return json.loads(self.store.get("end")) if self.store.check(["end"]) else None

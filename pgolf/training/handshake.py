@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from pgolf.errors import PgolfError, TrainingError
 from pgolf.ranks import Ranks, named
+from pgolf.training.failure_report import describe, report_failure
 from pgolf.training.joining import join
-from pgolf.training.last_words import last_words, said
 
 T = TypeVar("T")
 SHOWN = 4  # differences
@@ -37,13 +37,13 @@ def alike(
     """
     if ranks.world == 1:
         return work()
-    result, found, failure = None, {}, None
+    result, mine, failure = None, {}, None
     try:
         result = work()
-        found = dict(facts(result))
+        mine = dict(facts(result))
     except Exception as e:
         failure = e
-    every = gathered(ranks, (found, failure and said(failure)))
+    every = gathered(ranks, (mine, failure and describe(failure)))
     reasons = {rank: why for rank, (_, why) in enumerate(every) if why is not None}
     if reasons:
         raise _failure(ranks.rank, failure, reasons)
@@ -68,7 +68,7 @@ def fail_together(error: PgolfError, device: str) -> None:
         raise error
 
     ranks = join("cpu" if device == "cpu" else "auto")
-    with last_words(ranks, ""):
+    with report_failure(ranks, ""):
         alike(ranks, fail, lambda nothing: {})
 
 

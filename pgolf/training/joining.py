@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pgolf.errors import TrainingError
 from pgolf.ranks import Ranks
 from pgolf.stop import handled
-from pgolf.training.last_words import tell_torchrun
+from pgolf.training.failure_report import tell_torchrun
 
 
 def join(device: str) -> Ranks:

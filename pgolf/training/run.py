@@ -24,12 +24,12 @@ from pgolf.scoring.bpb import ByteTable
 from pgolf.training import facts
 from pgolf.training.compiling import compiled_once, warm_up
 from pgolf.training.estimate import free_memory, memory_line
+from pgolf.training.failure_report import report_failure
 from pgolf.training.finish import finish, stopped_after_training
 from pgolf.training.graphs import captures, replays
 from pgolf.training.handshake import alike
 from pgolf.training.interrupt import Interrupt
 from pgolf.training.joining import exchange_once, join
-from pgolf.training.last_words import last_words
 from pgolf.training.mirrors import mirrored
 from pgolf.training.pace import frozen_objects
 from pgolf.training.passes import compiles, slice_tokens
@@ -186,7 +186,7 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
     state, path = alike(
         ranks,
         lambda: folder.load(torch.device("cpu")),
-        lambda found: {"checkpoint": folder.described(found[1])},
+        lambda loaded: {"checkpoint": folder.described(loaded[1])},
         f"let all ranks see the same {folder.path}, or copy checkpoints/ of rank 0's",
     )
     if "clock" not in state:
@@ -217,7 +217,7 @@ def run(
     started, phases = time.perf_counter(), Phases()
     ranks = join(config.run.device)
     note = ", ".join(f"{k}={v}" for k, v in environment.items())
-    with last_words(ranks, config.recipe) as folders:
+    with report_failure(ranks, config.recipe) as folders:
         alike(ranks, lambda: config, facts.software)
         exchange_once(ranks)
         with claimed_folder(config, ranks) as folder, mirrored(config, ranks, folder):
@@ -226,8 +226,8 @@ def run(
             def opened() -> Session:
                 session = open_session(config, ranks, folder, any_vocabulary, phases)
                 allow = config.data.held_out == "allow"
-                if ranks.first and (found := check_held_out(session.dataset, allow)):
-                    print(f"warning: {found}", flush=True)
+                if ranks.first and (leak := check_held_out(session.dataset, allow)):
+                    print(f"warning: {leak}", flush=True)
                 return session
 
             session = alike(ranks, opened, facts.data)

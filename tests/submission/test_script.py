@@ -177,7 +177,7 @@ def test_only_what_a_script_never_does_is_missing(script):
         "pgolf.ops.param_update", "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels",
         "pgolf.ops.residual_norm_kernels", "pgolf.ops.joined_norm", "pgolf.ops.scaled_copies",
         "pgolf.ops.stacked", "pgolf.ops.timed", "pgolf.ops.xsa_linear",
-        "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.last_words",
+        "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.failure_report",
         "pgolf.training.mirrors", "pgolf.training.profile",
     }  # fmt: skip
 

@@ -16,8 +16,8 @@ from pgolf.errors import DataError, LostRank
 from pgolf.ranks import Ranks
 from pgolf.roll_call import RollCall
 from pgolf.stop import Stopped
+from pgolf.training.failure_report import report_failure
 from pgolf.training.interrupt import Interrupted
-from pgolf.training.last_words import last_words
 
 WORLD = 3
 GLOO = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"
@@ -41,7 +41,7 @@ def end(monkeypatch, tmp_path):
     def ended(rank, error, cause=None, folder=None):
         file = tmp_path / f"{rank}.json"
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-        with pytest.raises(BaseException) as raised, last_words(alive[rank], "demo") as folders:
+        with pytest.raises(BaseException) as raised, report_failure(alive[rank], "demo") as folders:
             if folder is not None:
                 folders.append(folder)
             with alive[rank].patient(10, phase="validation" if rank == 2 else ""):
@@ -154,9 +154,9 @@ def test_who_lost_one_says_how_to_go_on(end):
 def test_a_run_of_one_process_keeps_its_error(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     alone = Ranks(0, 1, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="^boom$"), last_words(alone, "demo"):
+    with pytest.raises(RuntimeError, match="^boom$"), report_failure(alone, "demo"):
         raise RuntimeError("boom")
-    with last_words(alone, "demo"):
+    with report_failure(alone, "demo"):
         pass
 
 

@@ -1,6 +1,7 @@
-"""What a rank says before it ends, so that the others can name it and its reason.
+"""A rank that fails reports why before it ends, so that the others can name it and its reason.
 
-It is put down in the store that torchrun keeps, and for the table that torchrun prints at the end.
+The report goes into the store that torchrun keeps, and into the table that torchrun prints at the
+end.
 """
 
 import json
@@ -20,7 +21,7 @@ from pgolf.training.run_folder import RunFolder
 
 
 @contextmanager
-def last_words(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
+def report_failure(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
     """The whole of a run, after which its ranks part; the first one that fails tells the others.
 
     Yields:
@@ -62,7 +63,7 @@ def _part(ranks: Ranks, lost: bool) -> None:
         signal.alarm(0)
 
 
-def said(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An error as its rank prints it; of a bug, its class and the first line."""
     if isinstance(error, PgolfError | KeyboardInterrupt) and str(error):
         return str(error)
@@ -70,19 +71,19 @@ def said(error: BaseException) -> str:
 
 
 def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
-    """What this rank ends with, after what it and the others have put down."""
+    """What this rank ends with, after what it and the others have reported."""
     call = ranks.roll_call
     # By torchrun, perhaps, because another rank has ended.
     asked = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__))
-    if asked and (call.first_words() or call.missing()[1]):
+    if asked and (call.first_failure() or call.missing()[1]):
         error = ranks.lost()
     if isinstance(error, LostRank):
-        _put_down(call, error.ranks, str(error), "")
+        _report(call, error.ranks, str(error), "")
     if isinstance(error, LostRank) or getattr(error, "quiet", False):  # another one says it
         return error
-    why = said(error)
+    why = describe(error)
     what = f"{named([ranks.rank])} {'ended' if asked else 'failed'} at {call.place}: {why}"
-    first, _, reason = _put_down(call, [ranks.rank], what, why)
+    first, _, reason = _report(call, [ranks.rank], what, why)
     if first == [ranks.rank] or reason != why:
         return error
     same = error if isinstance(error, PgolfError) else ranks.lost()
@@ -90,10 +91,10 @@ def _agreed(ranks: Ranks, error: BaseException) -> BaseException:
     return same
 
 
-def _put_down(
+def _report(
     call: RollCall, ranks: list[int], message: str, why: str
 ) -> tuple[list[int], str, str]:
-    """Put these words down unless some are there; returns the first, as `first_words` does."""
+    """Report this failure unless one is there; returns the first, as `first_failure` does."""
     mine = [list(ranks), message, why]
     with suppress(RuntimeError):  # the store has gone, with torchrun
         mine = json.loads(call.store.compare_set("end", "", json.dumps(mine)))
@@ -110,4 +111,4 @@ def tell_torchrun(error: BaseException) -> None:
     if file:
         late = isinstance(error, LostRank) or getattr(error, "quiet", False)
         when = {"timestamp": str(int(time.time()) + late)}
-        atomic_write(file, json.dumps({"message": {"message": said(error), "extraInfo": when}}))
+        atomic_write(file, json.dumps({"message": {"message": describe(error), "extraInfo": when}}))
