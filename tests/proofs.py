@@ -38,15 +38,15 @@ TO_PROVE = "to prove"  # name of a test's hash among its properties
 
 def versions() -> dict[str, str]:
     """What decides, beside files, whether a proof would come out the same."""
-    found = {"nvcc": aot_cuda.versions, "c++": compiler_version}
+    known = {"nvcc": aot_cuda.versions, "c++": compiler_version}
     for package in ("torch", "triton"):
-        found[package] = functools.partial(importlib.metadata.version, package)
-    for name, ask in found.items():
+        known[package] = functools.partial(importlib.metadata.version, package)
+    for name, ask in known.items():
         try:
-            found[name] = ask()
+            known[name] = ask()
         except (PgolfError, Missing, importlib.metadata.PackageNotFoundError):
-            found[name] = "none"
-    return found
+            known[name] = "none"
+    return known
 
 
 class Sources:
@@ -68,7 +68,7 @@ class Sources:
         Raises:
             pytest.UsageError: there is no such file or folder.
         """
-        found, todo = set(), []
+        reached, todo = set(), []
         for name in names:
             inside = [self.root / name, *(self.root / name).rglob("*")]
             files = [p.resolve() for p in inside if p.is_file() and p.suffix != ".pyc"]
@@ -77,10 +77,10 @@ class Sources:
             todo += files
         while todo:
             path = todo.pop()
-            if path not in found:
-                found.add(path)
+            if path not in reached:
+                reached.add(path)
                 todo += self._named(path)
-        return sorted(found)
+        return sorted(reached)
 
     def _followed(self, path: Path) -> Iterator[Path]:
         for named in _imports(path, self.root) if path.suffix == ".py" else self._includes(path):
@@ -110,14 +110,14 @@ def _imports(path: Path, root: Path) -> Iterator[Path]:
 @functools.cache
 def _imported(source: bytes) -> list[tuple[int, str]]:
     """(leading dots, name) of all that could be a module."""
-    found = []
+    modules = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
+            modules += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
-            found += [(node.level, name) for name in (*names, node.module) if name]
-    return found
+            modules += [(node.level, name) for name in (*names, node.module) if name]
+    return modules
 
 
 class Proofs:

@@ -149,8 +149,8 @@ def pick(logits: Tensor, temperature: float, chance: Tensor) -> Tensor:
     if not temperature:
         return logits.argmax(-1)
     ends = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    found = torch.searchsorted(ends, chance[:, None] * ends[:, -1:], right=True)
-    return found[:, 0].clamp(max=logits.size(1) - 1)
+    drawn = torch.searchsorted(ends, chance[:, None] * ends[:, -1:], right=True)
+    return drawn[:, 0].clamp(max=logits.size(1) - 1)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ def with_deferred_sums(layers: Sequence[LayerVectors], x0: Tensor, impl: str) ->
     tokens = x0.shape[:-1].numel()
     norms = [sums_of_norm(tokens, None, v.skip_weight, v.mix) for v in layers]
     gains = [sums_of_gain(tokens, v.gain) for v in layers]
-    found = iter(deferred([s for s in (*norms, *gains) if s.parameters], impl))
+    sums = iter(deferred([s for s in (*norms, *gains) if s.parameters], impl))
     norm_sums, gain_sums = (
-        [next(found) if s.parameters else None for s in group] for group in (norms, gains)
+        [next(sums) if s.parameters else None for s in group] for group in (norms, gains)
     )
     return [
         v._replace(norm_sums=norm, gain_sums=gain)

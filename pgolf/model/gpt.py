@@ -166,8 +166,8 @@ class GPT(nn.Module):
         c = self.config
         values: dict[int, Tensor] = {}  # by layer
         if self.ve_index:
-            found = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
-            values = dict(zip(self.ve_index, found, strict=True))
+            embedded = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
+            values = dict(zip(self.ve_index, embedded, strict=True))
         skips: list[Tensor] = []
         middle = None
         stream, vectors = Stream(x0), self.vectors(x0)

@@ -48,12 +48,12 @@ def unbanked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: a bank does not divide into its roles, or a tensor is there twice.
     """
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
 
     def add(name: str, value: Tensor) -> None:
-        if name in found:
+        if name in named:
             raise ConfigError(f"{name} is in the file twice, alone and in a bank")
-        found[name] = value
+        named[name] = value
 
     for name, value in state.items():
         for wrapper in WRAPPERS:
@@ -70,7 +70,7 @@ def unbanked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layers = len(value) // len(roles)
         for i, matrix in enumerate(value):
             add(f"blocks.{i % layers}.{roles[i // layers]}.weight", matrix)
-    return found
+    return named
 
 
 def settings_of(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Any]:
@@ -80,35 +80,35 @@ def settings_of(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, An
     where that agrees.
     """
     shape = {name: tuple(value.shape) for name, value in state.items()}
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "tied_embedding": "lm_head.weight" not in shape,
         "backout": "backout" in shape,
         "unet_skips": "skip_weights" in shape,
     }
     if len(tok := shape.get("tok_emb.weight", ())) == 2:
-        found["vocab_size"], found["dim"] = tok
+        settings["vocab_size"], settings["dim"] = tok
     layers = [int(m[1]) for name in shape if (m := re.match(r"blocks\.(\d+)\.", name))]
-    found["layers"] = 1 + max(layers, default=model.layers - 1)
+    settings["layers"] = 1 + max(layers, default=model.layers - 1)
     heads = shape.get("blocks.0.attn.q_gain", ())
     if len(heads) == 1:
-        found["heads"] = heads[0]
-        head = found.get("dim", model.dim) // heads[0]
+        settings["heads"] = heads[0]
+        head = settings.get("dim", model.dim) // heads[0]
         rows = shape.get("blocks.0.attn.c_k.weight", (head * model.kv_heads,))[0]
-        found["kv_heads"] = rows // max(head, 1)
-    found["mlp_hidden"] = shape.get("blocks.0.mlp.fc.weight", (model.mlp_hidden,))[0]
-    found["bigram_buckets"], width = shape.get("bigram.embed.weight", (0, model.bigram_dim))
-    found["bigram_dim"] = width
-    found["ve_dim"] = shape.get("ve_shared.embed.weight", (0, model.ve_dim))[1]
+        settings["kv_heads"] = rows // max(head, 1)
+    settings["mlp_hidden"] = shape.get("blocks.0.mlp.fc.weight", (model.mlp_hidden,))[0]
+    settings["bigram_buckets"], width = shape.get("bigram.embed.weight", (0, model.bigram_dim))
+    settings["bigram_dim"] = width
+    settings["ve_dim"] = shape.get("ve_shared.embed.weight", (0, model.ve_dim))[1]
     adding = sum(name.startswith("ve_layer_scales.") for name in shape)
     if adding != len(resolve_layers("ve_layers", model.ve_layers, model.layers)):
-        found["ve_layers"] = f"last:{adding}" if adding else "none"
+        settings["ve_layers"] = f"last:{adding}" if adding else "none"
     for key, name, on in (
         ("smear", "smear.gate", "plain"),
         ("resid_mix", "blocks.0.resid_mix", "identity"),
     ):
         if (name in shape) == (getattr(model, key) == "off"):
-            found[key] = on if name in shape else "off"
-    return found
+            settings[key] = on if name in shape else "off"
+    return settings
 
 
 def from_public(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -118,13 +118,13 @@ def from_public(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
         ConfigError: a parameter is missing, unknown, of another shape or not finite; the message
             lists all of them, and the settings that would fit the file.
     """
-    found = unbanked(state)
+    given = unbanked(state)
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in GPT(model).named_parameters()}
     problems: dict[str, int] = {}
     taken = {}
-    for name in [*wanted, *(found.keys() - wanted.keys())]:
-        value, shape = found.get(name), wanted.get(name)
+    for name in [*wanted, *(given.keys() - wanted.keys())]:
+        value, shape = given.get(name), wanted.get(name)
         if value is not None and shape is not None and value.numel() == shape.numel() == 1:
             value = value.reshape(shape)  # scalars are () here and (1,) there, or the reverse
         problem = _problem(name, value, shape)
@@ -134,7 +134,7 @@ def from_public(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
         else:
             taken[name] = value
     if problems:
-        raise ConfigError(_refusal(problems, settings_of(found, model), model))
+        raise ConfigError(_refusal(problems, settings_of(given, model), model))
     return taken
 
 

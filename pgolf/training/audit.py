@@ -29,7 +29,7 @@ class Audit:
         self.last = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
         self._late_qat = self._qat()
 
-    def found(self, exported: str) -> list[str]:
+    def warnings(self, exported: str) -> list[str]:
         """What did nothing, a line each with the remedy; empty if all did what it is there for.
 
         Args:

@@ -86,10 +86,10 @@ def read(path: Path, key: str) -> dict[int, bytes]:
     if not content.startswith(MAGIC):
         raise Unusable("is no file of compiled code, and is left as it is")
     head, _, body = content[len(MAGIC) :].partition(b"\n")
-    found, _, digest = head.partition(b" ")
+    its_key, _, digest = head.partition(b" ")
     if digest.decode(errors="replace") != hashlib.sha256(body).hexdigest():
         raise Unusable("is damaged")
-    if found != key.encode():
+    if its_key != key.encode():
         raise Unusable("is of another model, machine or version")
     sizes, _, rest = body.partition(b"\n")
     parts = {}

@@ -104,7 +104,7 @@ def export(session: Session, model: GPT, script: Script | None, path: Path) -> E
     torch.set_float32_matmul_precision("highest")
     try:
         with session.phases("quantisation"):
-            quantized, found = _quantized(session, model, state, meta, script)
+            quantized, fit = _quantized(session, model, state, meta, script)
     finally:
         torch.set_float32_matmul_precision(precision)
     seconds = time.perf_counter() - started
@@ -117,7 +117,7 @@ def export(session: Session, model: GPT, script: Script | None, path: Path) -> E
         added = added_loss(model, packed, config, dataset) if dataset.train_shards else None
         if added is not None:
             session.say(added.line())
-        return Export(packed, report, script, pruned, found, added, seconds)
+        return Export(packed, report, script, pruned, fit, added, seconds)
 
     with session.phases("packing"):
         return session.ranks.on_first(write)
@@ -176,10 +176,10 @@ def _fitted(
         data = ranks.on_first(lambda: encode(candidate, meta, probing, progress=False).data)
         return int(ranks.decide(len(data or b""))[0])
 
-    quantized, found = fill_budget(steps, budget, size, ranks.first)
-    for line in fit_lines(found, budget):
+    quantized, fit = fill_budget(steps, budget, size, ranks.first)
+    for line in fit_lines(fit, budget):
         session.say(line)
-    return quantized, found
+    return quantized, fit
 
 
 def _probing(codec: str) -> str:

@@ -29,8 +29,8 @@ def weights_of(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """
     artifact = path / "artifact" if path.is_dir() else path
     if artifact.is_file():
-        found = read_artifact(artifact)
-        return found.state_dict(), found.meta, f"decoded from {artifact}"
+        decoded = read_artifact(artifact)
+        return decoded.state_dict(), decoded.meta, f"decoded from {artifact}"
     trained = from_dict(read_config(path))
     model, description = load_weights(path, trained, torch.device("cpu"))
     meta = {

@@ -62,7 +62,7 @@ def finish(
     trainer.exchange.gather_weights()
     audit = Audit(trainer) if ranks.first else None
     exported = trainer.take_export()
-    idle = audit.found(exported) if audit else []
+    idle = audit.warnings(exported) if audit else []
     for line in idle:
         session.say(f"warning: {line}")
     model = trainer.model

@@ -90,15 +90,15 @@ class Graphs:
         trainer.loader.load_state_dict(cursor)
 
         def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-            found, why = None, ""
+            result, why = None, ""
             try:
-                found = capture(work)
+                result = capture(work)
             except RuntimeError as e:
                 why = f"the capture failed: {_cause(e)}"
             # A rank that has no graph must not leave the others alone in their collectives.
             if why := _first_reason(trainer.ranks, why):
                 raise RuntimeError(why)
-            return found
+            return result
 
         self.publishing, _ = captured(trainer.exchange.publish)
         first, self.loss = captured(self._pass)
@@ -116,10 +116,10 @@ class Graphs:
         self.loss += self._pass()
 
     def _update(self) -> tuple[dict, Tensor]:
-        found = self.trainer.exchange.reduce()
+        reduced = self.trainer.exchange.reduce()
         scalars = self.numbers.view(-1, len(COLUMNS))
-        self.update(*found, scalars, self.optimizers.averages)
-        return found
+        self.update(*reduced, scalars, self.optimizers.averages)
+        return reduced
 
     def publish(self) -> None:
         """`Exchange.publish`, which a replayed update can go back through."""
@@ -203,11 +203,11 @@ class Trial:
             eager: outcomes of two.
         """
         limit = min(TIMES * max(self.distances(*eager).values()), PART)
-        found = self.distances(eager[0], replayed)
-        name = max(found, key=lambda n: (found[n] != found[n], found[n]))
-        if found[name] <= limit:
+        distances = self.distances(eager[0], replayed)
+        name = max(distances, key=lambda n: (distances[n] != distances[n], distances[n]))
+        if distances[name] <= limit:
             return ""
-        much = f"{found[name]:.2g} of what it moves, and may by {limit:.2g}"
+        much = f"{distances[name]:.2g} of what it moves, and may by {limit:.2g}"
         return f"in a replayed step {name} differs from an eager one's by {much}"
 
 
@@ -224,9 +224,9 @@ def _made(trainer: Trainer, capture: Capture) -> tuple[Graphs | None, str]:
     except RuntimeError as e:
         why = str(e)
     if graphs:
-        found = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step, *rates))
+        why = trial.verdict(eager, trial.outcome(graphs.publish, graphs.step, *rates))
         trial.restore(graphs.publish)
-        why = _first_reason(trainer.ranks, found)
+        why = _first_reason(trainer.ranks, why)
         if not why:
             return graphs, ""
         graphs.release()
@@ -265,10 +265,10 @@ def replays(trainer: Trainer) -> bool:
     Raises:
         ConfigError: graphs=true, and there can be none.
     """
-    wanted, found = trainer.config.run.graphs, obstacle(trainer)
-    if wanted == "true" and found:
-        raise ConfigError(f"graphs=true: {found}; or leave it at graphs=auto")
-    return wanted != "false" and not found
+    wanted, reason = trainer.config.run.graphs, obstacle(trainer)
+    if wanted == "true" and reason:
+        raise ConfigError(f"graphs=true: {reason}; or leave it at graphs=auto")
+    return wanted != "false" and not reason
 
 
 @contextmanager

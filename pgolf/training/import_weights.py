@@ -49,10 +49,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         data = path.read_bytes()
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror}") from e
-    found = kind(data)
-    if found == "safetensors":
+    form = kind(data)
+    if form == "safetensors":
         return _safetensors(path, data), "safetensors"
-    if found != "torch":
+    if form != "torch":
         raise ArtifactError(f"{path} is {explain(data)}; expected a state dict of torch.save")
     content = decompress(data, MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

@@ -82,12 +82,12 @@ def limits(config: Config, contest: bool) -> dict[str, tuple[str, float]]:
 
     Calibration and quantisation share theirs.
     """
-    s, found = config.schedule, {}
+    s, limit = config.schedule, {}
     if s.max_seconds:
         name = "max_seconds - reserve_s" if s.reserve_s else "max_seconds"
-        found["training"] = name, s.max_seconds - s.reserve_s
+        limit["training"] = name, s.max_seconds - s.reserve_s
     if s.reserve_s:
-        found |= dict.fromkeys(("calibration", "quantisation"), ("reserve_s", s.reserve_s))
+        limit |= dict.fromkeys(("calibration", "quantisation"), ("reserve_s", s.reserve_s))
     if contest:
-        found["scoring"] = "evaluation", CONTEST_SCORING_S
-    return found
+        limit["scoring"] = "evaluation", CONTEST_SCORING_S
+    return limit

@@ -71,12 +71,12 @@ class Identity:
             or (bare and self.val_sha256 == other.val_sha256)
         )
 
-    def differences(self, found: "Identity") -> str:
-        """What `found` has that is not as here."""
+    def differences(self, other: "Identity") -> str:
+        """What `other` has that is not as here."""
         return "; ".join(
-            f"{name} {getattr(found, name)[:12]}... for {getattr(self, name)[:12]}..."
+            f"{name} {getattr(other, name)[:12]}... for {getattr(self, name)[:12]}..."
             for name in ("corpus_sha256", "tokenizer_sha256")
-            if getattr(found, name) != getattr(self, name)
+            if getattr(other, name) != getattr(self, name)
         )
 
     def write(self, run: Path) -> None:
@@ -119,12 +119,12 @@ def find_dataset(
         if not place.is_dir() or not (known or (stated and any(place.glob("*_val_*.bin")))):
             continue
         dataset = Dataset.open(place, tokenizer or _tokenizer(run, recorded, stated))
-        found = Identity.of(dataset)
+        here = Identity.of(dataset)
         if stated is None:
             return dataset
-        if found.matches(stated):
+        if here.matches(stated):
             return replace(dataset, corpus=stated.corpus)
-        others[place.resolve()] = f"{place} holds other data ({stated.differences(found)})"
+        others[place.resolve()] = f"{place} holds other data ({stated.differences(here)})"
     problem = "; ".join(others.values()) or f"there is no folder {data or recorded.data}"
     raise DataError(
         f"the shards that {run} was trained on are not found: {problem}; name the folder that "

@@ -309,14 +309,14 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _check_finite(self, step: int, found: list[list[float]]) -> None:
+    def _check_finite(self, step: int, by_rank: list[list[float]]) -> None:
         """Stop if the loss or the norm of the gradient of a rank was not finite."""
-        bad = [r for r, numbers in enumerate(found) if not all(map(math.isfinite, numbers))]
+        bad = [r for r, numbers in enumerate(by_rank) if not all(map(math.isfinite, numbers))]
         if not bad:
             return
         kept = self.folder.checkpoints()
         # Every rank has the norm of all gradients together: the loss says whose it was.
-        whose = [r for r in bad if not math.isfinite(found[r][0])]
+        whose = [r for r in bad if not math.isfinite(by_rank[r][0])]
         where = f" on rank {whose[0]}" if whose and self.ranks.world > 1 else ""
         error = TrainingError(
             f"the loss or its gradient was not finite at step {step}{where}: "

@@ -25,8 +25,8 @@ def answer(asked: dict, file: str) -> None:
     request = Request(**asked)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log.jsonl"
-        found = count_turn(request, log, Path(scratch)) if request.turn else count(request, log)
-    Path(file).write_text(json.dumps(found), encoding="utf-8")
+        result = count_turn(request, log, Path(scratch)) if request.turn else count(request, log)
+    Path(file).write_text(json.dumps(result), encoding="utf-8")
 
 
 for line in sys.stdin:

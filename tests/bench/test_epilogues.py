@@ -208,9 +208,9 @@ def test_other_gpus_and_operators_stay_in_the_table(table) -> None:
     assert auto().impl == "reference"
     choose.cache_clear()
     epilogues.write(GPU, {"xsa_linear": row("triton", "faster")})
-    found = json.loads(table.read_text())
-    assert found["another GPU"] == other["another GPU"]
-    assert found[GPU] == {"later": two, "xsa_linear": row("triton", "faster")._asdict()}
+    written = json.loads(table.read_text())
+    assert written["another GPU"] == other["another GPU"]
+    assert written[GPU] == {"later": two, "xsa_linear": row("triton", "faster")._asdict()}
     assert auto() == ("triton", "faster")
 
 

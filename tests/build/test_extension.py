@@ -128,8 +128,8 @@ def test_the_version_of_the_driver_is_asked_of_it(tmp_path, monkeypatch):
     command = [compiler, "-shared", "-fPIC", str(tmp_path / "libcuda.c"), "-o", str(library)]
     subprocess.run(command, check=True)
     real = ctypes.CDLL
-    for found, version in ((library, 12080), (tmp_path / "nothing", 0)):
-        monkeypatch.setattr(ctypes, "CDLL", lambda name, found=found: real(str(found)))
+    for file, version in ((library, 12080), (tmp_path / "nothing", 0)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, file=file: real(str(file)))
         assert extension.driver_cuda() == version
 
 
@@ -178,9 +178,9 @@ def test_auto_takes_kernels_with_code_for_the_gpu_and_doctor_shows_both(gpu, mon
     monkeypatch.setattr(doctor, "_operators", lambda: [])
     gpu("sm_80 sm_90a compute_90", (12, 0))
     assert choose("residual_norm", "auto", "cuda", torch.float32).impl == "cuda"
-    found = dict(doctor.rows())
-    assert found["GPU"].startswith("1 x Some GPU (sm_120)")
-    assert found["extension"].startswith("CPU and CUDA (sm_80 sm_90a compute_90)")
-    assert found["CUDA kernels"] == "have code for this GPU"
+    rows = dict(doctor.rows())
+    assert rows["GPU"].startswith("1 x Some GPU (sm_120)")
+    assert rows["extension"].startswith("CPU and CUDA (sm_80 sm_90a compute_90)")
+    assert rows["CUDA kernels"] == "have code for this GPU"
     gpu("sm_80", (12, 0))
     assert "CUDA code for sm_80, and this GPU is sm_120" in dict(doctor.rows())["CUDA kernels"]

@@ -35,9 +35,9 @@ def cached(
     """Logits (B, T - max(read, 1) + 1, V) where `read` tokens are read in one pass."""
     decoder = Decoder(model, len(ids), length)
     decoder.stride = stride
-    found = [decoder.read(ids[:, :read])] if read else []
-    found += [decoder.step(ids[:, t]) for t in range(read, ids.size(1))]
-    return torch.stack(found, dim=1)
+    logits = [decoder.read(ids[:, :read])] if read else []
+    logits += [decoder.step(ids[:, t]) for t in range(read, ids.size(1))]
+    return torch.stack(logits, dim=1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,9 +62,9 @@ def test_batches_lengths_and_spans(
 ) -> None:
     model = randomised(small(PUBLISHED[name]), torch.float32)
     ids, read = sequences(model, batch, time), min(read, time)
-    found = cached(frozen_copy(model), ids, read, time, stride)
+    logits = cached(frozen_copy(model), ids, read, time, stride)
     expected = whole(model, ids)[:, max(read, 1) - 1 :]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_our_kernels_decode_the_same() -> None:
@@ -92,8 +92,8 @@ def test_a_compiled_step_compiles_once_a_span() -> None:
         patch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
         patch.setattr(decode, "SPANS", 2)
         decoder = Decoder(frozen_copy(model), 2, TIME, compiled=True)
-        found = [decoder.step(ids[:, t]) for t in range(TIME)]
-    torch.testing.assert_close(torch.stack(found, 1), whole(model, ids), rtol=1e-4, atol=1e-4)
+        logits = [decoder.step(ids[:, t]) for t in range(TIME)]
+    torch.testing.assert_close(torch.stack(logits, 1), whole(model, ids), rtol=1e-4, atol=1e-4)
     assert len(compiled) == 2
 
 
@@ -158,8 +158,8 @@ def test_greedy_text_is_that_of_whole_passes(prompt: int) -> None:
     model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     pieces = model.config.vocab_size - 3
     ids = sequences(model, 4, prompt)
-    found = generate(frozen_copy(model), ids, TIME - prompt, TIME, pieces)
-    for row, start in zip(found.tolist(), ids.tolist(), strict=True):
+    tokens = generate(frozen_copy(model), ids, TIME - prompt, TIME, pieces)
+    for row, start in zip(tokens.tolist(), ids.tolist(), strict=True):
         assert row == greedy(model, start, TIME - prompt, pieces)
 
 
@@ -173,8 +173,8 @@ def test_a_full_context_goes_on_from_its_last_half(monkeypatch) -> None:
     monkeypatch.setattr(Decoder, "read", noted)
     model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     pieces, ids = model.config.vocab_size, sequences(model, 8, 2)
-    found = generate(frozen_copy(model), ids, 10, 6, pieces).tolist()
-    for row, start in zip(found, ids.tolist(), strict=True):
+    tokens = generate(frozen_copy(model), ids, 10, 6, pieces).tolist()
+    for row, start in zip(tokens, ids.tolist(), strict=True):
         text = greedy(model, start, 5, pieces)  # 2 + 5: the last was taken from 6
         for _ in range(2):  # each time 3 are kept, and 4 taken before there are 6 again
             text = text[:-3] + greedy(model, text[-3:], 4, pieces)
@@ -185,8 +185,8 @@ def test_a_full_context_goes_on_from_its_last_half(monkeypatch) -> None:
 def test_a_prompt_beyond_the_context_counts_by_its_end() -> None:
     model = randomised(small(PUBLISHED["pr1473"]), torch.float64)
     ids, pieces = sequences(model, 1, 7), model.config.vocab_size
-    found = generate(frozen_copy(model), ids, 1, 4, pieces)[0].tolist()
-    assert found == ids[0, :3].tolist() + greedy(model, ids[0, 3:].tolist(), 1, pieces)
+    tokens = generate(frozen_copy(model), ids, 1, 4, pieces)[0].tolist()
+    assert tokens == ids[0, :3].tolist() + greedy(model, ids[0, 3:].tolist(), 1, pieces)
 
 
 def test_pick_follows_the_distribution() -> None:

@@ -77,12 +77,12 @@ def without_documents(model: GPT) -> GPT:
 def test_loss_and_every_gradient_are_those_of_each_document_alone(where: str, impl: str) -> None:
     model, (ids, targets) = on(impl), sequences(where)
     plain = without_documents(on("reference"))
-    found, expected = model(ids, targets), alone(plain, ids, targets).mean()
+    actual, expected = model(ids, targets), alone(plain, ids, targets).mean()
     # logits are capped in fp32
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-6, atol=0)
     mine, theirs = (
         gradients(loss, dict(m.named_parameters()))
-        for m, loss in ((model, found), (plain, expected))
+        for m, loss in ((model, actual), (plain, expected))
     )
     for name, grad in theirs.items():
         assert (mine[name] - grad).norm() <= 1e-6 * grad.norm(), name

@@ -55,18 +55,18 @@ def test_sums_of_all_layers_are_those_of_each(impl: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         deferred_sums, "deferred", lambda sums, impl: calls.append(len(sums)) or run(sums, impl)
     )
-    found = []
+    gradients = []
     for how in (impl, "reference"):
         twin = fused(model, impl)
         twin.ops |= {"part_sums": how, "scaled_copies": "reference"}  # which layers are not joined
         for i in (1, 7):  # without a skip of another layer, and with one
             twin.blocks[i].resid_mix.requires_grad_(False)
         twin(*batch(twin.config)).backward()
-        found.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
+        gradients.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
     layers = model.config.layers
     assert calls == [2 * layers - 1]  # block 1 has nothing else to sum
-    for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name]), name
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
 
 
 FROZEN = {
@@ -92,20 +92,20 @@ def test_layers_that_are_joined(
     model = randomised(small(PUBLISHED["pr1473"]), dtype)
     calls, run = [], joined.joined_norm
     monkeypatch.setattr(joined, "joined_norm", lambda *a, **k: calls.append(1) or run(*a, **k))
-    found = []
+    gradients = []
     for how in (impl, "reference"):
         twin = fused(model, impl)
         twin.ops["scaled_copies"] = how
         for name, p in twin.named_parameters():
             p.requires_grad_(not any(part in name for part in FROZEN[frozen]))
         twin(*batch(twin.config)).backward()
-        found.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
+        gradients.append({n: p.grad for n, p in twin.named_parameters() if p.requires_grad})
         assert len(calls) == 7  # all but the four whose sums are skips, once
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
-    assert any(gradient is not None for gradient in found[0].values())
-    for name, gradient in found[1].items():
+    assert any(gradient is not None for gradient in gradients[0].values())
+    for name, gradient in gradients[1].items():
         atol = 10 * rtol * gradient.abs().max().item()
-        torch.testing.assert_close(found[0][name], gradient, rtol=rtol, atol=atol, msg=name)
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=rtol, atol=atol, msg=name)
 
 
 def test_no_join_under_autocast() -> None:

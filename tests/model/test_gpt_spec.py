@@ -120,13 +120,13 @@ def test_more_tokens_than_rows_of_the_side_tables(dtype: torch.dtype) -> None:
     model, multiplied = randomised(config, dtype), []
     for side in (model.bigram, model.ve_shared):
         side.proj.register_forward_hook(lambda _, args, out: multiplied.append(args[0].dim()))
-    found = gradients(model(ids, targets), dict(model.named_parameters()))
+    actual = gradients(model(ids, targets), dict(model.named_parameters()))
     assert sorted(multiplied) == [2, 2]
     with torch.no_grad():
         model(ids, targets)
     assert sorted(multiplied) == [2, 2, 3, 3]
     for name in (n for n in params if n.startswith(("bigram.", "ve_shared."))):
-        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        error = (actual[name] - expected[name]).norm() / expected[name].norm()
         assert error < {torch.float64: 1e-6, torch.float32: 1e-4}[dtype], name
 
 

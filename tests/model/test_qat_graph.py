@@ -139,8 +139,8 @@ def test_plain_torch_quantises_alike_matrices_as_one(clip_mask: bool, monkeypatc
         return quantise(w, *args, **named)
 
     monkeypatch.setattr(layers, "fake_quant", counted)
-    found = layers.cast_all(matrices, torch.bfloat16)
+    results = layers.cast_all(matrices, torch.bfloat16)
     assert sorted(tuple(w.shape) for w in calls) == [(16, 24), (24, 16), (48, 16)]
-    gradients = torch.autograd.grad(found, weights, [t.bfloat16() for t in into])
-    for one, other in zip((*alone, *expected), (*found, *gradients), strict=True):
+    gradients = torch.autograd.grad(results, weights, [t.bfloat16() for t in into])
+    for one, other in zip((*alone, *expected), (*results, *gradients), strict=True):
         assert torch.equal(one, other)

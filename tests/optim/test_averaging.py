@@ -57,12 +57,12 @@ def test_ema_from_its_start() -> None:
     weights, words = a.export()
     assert words == "EMA"
     decay = torch.tensor(-1 / STEPS / 0.1, dtype=torch.float64).exp().item()
-    for i, (found, p) in enumerate(zip(constant(weights), net.parameters(), strict=True)):
+    for i, (average, p) in enumerate(zip(constant(weights), net.parameters(), strict=True)):
         expected = value(10, i)
         for step in range(11, STEPS + 1):
             expected = decay * expected + (1 - decay) * value(step, i)
         rel = 1e-2 if p.dtype is torch.bfloat16 else 1e-5
-        assert found == pytest.approx(expected, rel=rel)
+        assert average == pytest.approx(expected, rel=rel)
 
 
 def test_published_ema_counts_the_initial_weights() -> None:
@@ -86,10 +86,10 @@ def test_swa_is_the_mean_of_its_snapshots() -> None:
     weights, words = a.export()
     steps = [20, 24, 28, 32, 36, 40]
     assert a.snapshots == len(steps) and words == "SWA of 6 snapshots"
-    for i, (found, p) in enumerate(zip(constant(weights), net.parameters(), strict=True)):
+    for i, (average, p) in enumerate(zip(constant(weights), net.parameters(), strict=True)):
         expected = sum(value(s, i) for s in steps) / len(steps)
         rel = 1e-2 if p.dtype is torch.bfloat16 else 1e-5
-        assert found == pytest.approx(expected, rel=rel)
+        assert average == pytest.approx(expected, rel=rel)
 
 
 def test_published_order_swa_over_ema() -> None:
@@ -165,9 +165,9 @@ def test_state_round_trips(kind: str) -> None:
     resumed = averager(net, **settings)
     resumed.load_state_dict(state)
     run(net, resumed, first=17)
-    found, said = resumed.export()
+    weights, said = resumed.export()
     assert said == words
-    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    assert all(torch.equal(weights[n], expected[n]) for n in expected)
 
 
 def test_averaging_leaves_the_model_alone() -> None:

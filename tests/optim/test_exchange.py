@@ -39,9 +39,9 @@ class Group:
     def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.handed[rank] = tensor.clone()
         self.barrier.wait()
-        found = [self.handed[r] for r in range(self.world)]
+        tensors = [self.handed[r] for r in range(self.world)]
         self.barrier.wait()
-        return found
+        return tensors
 
 
 class Together(Ranks):
@@ -232,8 +232,8 @@ def test_a_checkpoint_has_the_state_of_every_parameter(world, side, form) -> Non
         exchange.gather_weights()
         return saved, model.state_dict()
 
-    found = on_ranks(world, until_the_checkpoint)
-    (weights, state), _ = found[0]
+    results = on_ranks(world, until_the_checkpoint)
+    (weights, state), _ = results[0]
 
     def from_it(ranks: Ranks) -> dict[str, torch.Tensor]:
         model, exchange, optimizers = run = begun(ranks, weights)
@@ -242,7 +242,7 @@ def test_a_checkpoint_has_the_state_of_every_parameter(world, side, form) -> Non
         exchange.gather_weights()
         return model.state_dict()
 
-    for (_, straight), resumed in zip(found, on_ranks(world, from_it), strict=True):
+    for (_, straight), resumed in zip(results, on_ranks(world, from_it), strict=True):
         for name, weight in straight.items():
             assert torch.equal(resumed[name], weight), name
     assert not state["momentum"].keys() & state["exp_avg"].keys()
@@ -280,8 +280,8 @@ def test_twenty_steps_stay_together(world, qat) -> None:
         codes = torch.cat([cast_all([m], torch.float32)[0].flatten() for m in matrices(model)])
         return total.item(), {n: p.detach() for n, p in model.named_parameters()}, codes
 
-    (loss, weights, codes), *found = run(ALONE), *on_ranks(world, run)
-    for other_loss, other_weights, other_codes in found:
+    (loss, weights, codes), *others = run(ALONE), *on_ranks(world, run)
+    for other_loss, other_weights, other_codes in others:
         assert other_loss == pytest.approx(loss, rel=1e-3 if qat else 1e-6)
         for name, weight in weights.items():
             error = (other_weights[name] - weight).norm() / weight.norm()
@@ -301,10 +301,10 @@ def test_who_owns_nothing_takes_part() -> None:
     model = fused(randomised(config, torch.float32), "cpu")
     owned = on_ranks(8, lambda ranks: len(Exchange(copy.deepcopy(model), ranks).own))
     assert sorted(owned) == [0, 0, 1, 1, 1, 1, 1, 3]
-    found = on_ranks(8, lambda ranks: train(ranks, model, 1))
+    results = on_ranks(8, lambda ranks: train(ranks, model, 1))
     alone = train(ALONE, model, 1)
     for name, _ in model.named_parameters():
-        torch.testing.assert_close(found[-1][name], alone[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(results[-1][name], alone[name], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_many_passes_add_up_in_fp32() -> None:
@@ -342,8 +342,8 @@ def test_momenta_are_gathered_before_any_rank_has_them() -> None:
     def gathered(ranks: Ranks) -> dict[str, torch.Tensor]:
         return Exchange(copy.deepcopy(model), ranks).gather({})
 
-    for found in on_ranks(12, gathered):
-        assert all(not found[n].any() for n in names if n.startswith("blocks"))
+    for state in on_ranks(12, gathered):
+        assert all(not state[n].any() for n in names if n.startswith("blocks"))
 
 
 @pytest.mark.parametrize("ops", [{}, {"param_update": "cpu"}])
@@ -354,8 +354,8 @@ def test_weights_are_published_in_the_dtype_of_activations(ops: dict[str, str]) 
     exchange = Exchange(model, ALONE, ops=ops)
     for block in model.blocks:
         *qkv, out, up, down = (m.weight.bfloat16() for m in block.matrices())
-        for found, wanted in zip(block.published, [torch.cat(qkv), out, up, down], strict=False):
-            assert torch.equal(found, wanted)
+        for actual, wanted in zip(block.published, [torch.cat(qkv), out, up, down], strict=False):
+            assert torch.equal(actual, wanted)
     for side in (model.bigram.proj, model.ve_shared.proj):
         assert torch.equal(side.published, side.weight.bfloat16())
     for leaf in exchange.leaves.values():

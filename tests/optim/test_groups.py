@@ -100,10 +100,10 @@ def gradients(
 ) -> tuple[dict[torch.nn.Parameter, torch.Tensor], torch.Tensor]:
     """Random ones, and their norm."""
     g = torch.Generator().manual_seed(step)
-    found = {
+    grads = {
         p: (torch.randn(p.shape, generator=g) * size).to(p.dtype) for p in optimisers.params
     }
-    return found, grad_norm(list(found.values()), "reference")[0]
+    return grads, grad_norm(list(grads.values()), "reference")[0]
 
 
 def test_adamw_follows_the_formula() -> None:

@@ -111,8 +111,8 @@ def test_published_warmdown_reproduces_the_trap_on_one_gpu() -> None:
 
 def test_published_warmdown_on_steps() -> None:
     s = schedule(schedule="iterations", max_steps=1000, warmdown_iters=200)
-    found = [s.warmdown(Clock(step=k, seconds=k * 1.0)) for k in (0, 799, 800, 900, 999, 1000)]
-    assert found == pytest.approx([1, 1, 1, 0.5, 0.005, 0])
+    scales = [s.warmdown(Clock(step=k, seconds=k * 1.0)) for k in (0, 799, 800, 900, 999, 1000)]
+    assert scales == pytest.approx([1, 1, 1, 0.5, 0.005, 0])
     longer = schedule(schedule="iterations", max_steps=100, warmdown_iters=400)
     assert longer.warmdown(Clock(step=0)) == pytest.approx(0.25)
     flat = schedule(schedule="iterations", max_steps=100, warmdown_iters=0)
@@ -204,8 +204,8 @@ def count_snapshots(s: Schedule, steps: int, seconds: float = 0.0) -> list[int]:
 def test_published_swa_every_50_steps_below_its_multiplier() -> None:
     s = published(swa_start_lr=0.4, swa_every_iters=50, warmdown_iters=3000)
     # 0.1 s a step: tail 300 s, m < 0.4 once less than 120 s are left, after step 4800
-    found = count_snapshots(s, 6000, 0.1)
-    assert found == list(range(4850, 6001, 50)) and len(found) == 24
+    steps = count_snapshots(s, 6000, 0.1)
+    assert steps == list(range(4850, 6001, 50)) and len(steps) == 24
     # the multiplier of the step itself, at its start, decides
     on_time = schedule(
         schedule="iterations",

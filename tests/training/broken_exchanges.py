@@ -1,6 +1,6 @@
 """Short runs of several ranks, in each of which another exchange between them fails on one.
 
-    broken_exchanges.py WORLD FOLDER train ...    runs N in FOLDER/N, writes FOLDER/found.json
+    broken_exchanges.py WORLD FOLDER train ...    runs N in FOLDER/N, writes FOLDER/runs.json
 
 Ranks are forks of this process, which has loaded all that they need and, as torchrun does, keeps
 their store. The first run is whole; then exchange N fails on rank N modulo WORLD, each N that is
@@ -125,11 +125,11 @@ if __name__ == "__main__":
     world, folder = int(world), Path(folder)
     run.finish = lambda *_: {}
     run.frozen_objects = nullcontext
-    found = [case(folder / "0", world, 0, words)]
+    runs = [case(folder / "0", world, 0, words)]
     seen = set()
-    for number, (name, place) in enumerate(found[0]["made"], 1):
+    for number, (name, place) in enumerate(runs[0]["made"], 1):
         kind = name, re.sub(r"\d+", "", place)
         if kind not in seen:
             seen.add(kind)
-            found.append(case(folder / str(number), world, number, words))
-    (folder / "found.json").write_text(json.dumps(found))
+            runs.append(case(folder / str(number), world, number, words))
+    (folder / "runs.json").write_text(json.dumps(runs))

@@ -76,9 +76,9 @@ class Capture:
         tape = Tape()
         try:
             with tape:
-                found = work()
+                result = work()
         finally:
             tape.rewind()
         tape.resets = self.resets
         self.made.append(tape)
-        return tape, found
+        return tape, result

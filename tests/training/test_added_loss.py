@@ -45,7 +45,7 @@ def case(tmp_path, monkeypatch):
 def test_both_losses_are_the_models(case) -> None:
     model, stored, config, dataset, tokens = case
     kept = {n: t.clone() for n, t in model.export_state().items()}
-    found = added_loss(model, stored, config, dataset)
+    added = added_loss(model, stored, config, dataset)
     assert all(torch.equal(t, kept[n]) for n, t in model.export_state().items())
 
     starts = [8 * ((2 * i + 1) * 25 // 20) for i in range(10)]
@@ -58,16 +58,16 @@ def test_both_losses_are_the_models(case) -> None:
     for name, p in model.named_parameters():
         p.copy_(dequantize(stored.tensors[name]))
     after = losses()
-    assert found.before == pytest.approx(before.mean().item(), abs=1e-5)
-    assert found.after == pytest.approx(after.mean().item(), abs=1e-5)
-    assert found.error == pytest.approx((after - before).std().item() / 10**0.5, abs=1e-5)
-    assert abs(found.after - found.before) > 1e-3, "4 bits must show for this to test"
-    assert (found.tokens, found.expected) == (80, None)
-    assert "80 held-out tokens" in found.line() and "expected" not in found.line()
+    assert added.before == pytest.approx(before.mean().item(), abs=1e-5)
+    assert added.after == pytest.approx(after.mean().item(), abs=1e-5)
+    assert added.error == pytest.approx((after - before).std().item() / 10**0.5, abs=1e-5)
+    assert abs(added.after - added.before) > 1e-3, "4 bits must show for this to test"
+    assert (added.tokens, added.expected) == (80, None)
+    assert "80 held-out tokens" in added.line() and "expected" not in added.line()
 
 
 def test_one_sequence_has_no_standard_error(case, monkeypatch) -> None:
     model, stored, config, dataset, _ = case
     monkeypatch.setattr(module, "TOKENS", 1)
-    found = added_loss(model, stored, config, dataset)
-    assert (found.tokens, found.error) == (8, None) and "±" not in found.line()
+    added = added_loss(model, stored, config, dataset)
+    assert (added.tokens, added.error) == (8, None) and "±" not in added.line()

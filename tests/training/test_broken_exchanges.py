@@ -19,7 +19,7 @@ WORLD = 3
 
 
 @pytest.fixture(scope="module")
-def found(shards, tmp_path_factory) -> list[tuple[Path, dict]]:
+def runs(shards, tmp_path_factory) -> list[tuple[Path, dict]]:
     """(folder, how it ended) of each run; the first was whole."""
     folder = tmp_path_factory.mktemp("exchanges")
     words = replaced(replaced(TINY, WORDS), ("batch_tokens=96", "micro_tokens=32"))
@@ -29,20 +29,20 @@ def found(shards, tmp_path_factory) -> list[tuple[Path, dict]]:
         check=True, env=ONE_THREAD | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     numbers = sorted(int(p.name) for p in folder.iterdir() if p.is_dir())
-    runs = json.loads((folder / "found.json").read_text())
+    runs = json.loads((folder / "runs.json").read_text())
     return [(folder / str(n), run) for n, run in zip(numbers, runs, strict=True)]
 
 
-def test_the_whole_run_has_exchanges_of_every_kind(found):
-    _, whole = found[0]
+def test_the_whole_run_has_exchanges_of_every_kind(runs):
+    _, whole = runs[0]
     assert whole["codes"] == [0] * WORLD
     kinds = {"all_gather_object", "broadcast_object_list", "broadcast", "all_reduce", "all_gather"}
     assert {name for name, _ in whole["made"]} == kinds | {"_REDUCE_SCATTER", "_ALL_GATHER"}
 
 
-def test_every_rank_ends_and_one_names_who_failed_where_and_why(found):
+def test_every_rank_ends_and_one_names_who_failed_where_and_why(runs):
     places = set()
-    for folder, run in found[1:]:
+    for folder, run in runs[1:]:
         number = int(folder.name)
         faulty = number % WORLD
         place = run["made"][-1][1]

@@ -185,16 +185,16 @@ def test_a_folder_has_so_many_files_at_most(tmp_path):
 
 
 def test_places(tmp_path, monkeypatch):
-    def found(named):
+    def where(named):
         return str(place(with_overrides(Config(), {"compile_cache": named}), KEY))
 
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     monkeypatch.setenv("HOME", "/home/me")
-    assert found("auto") == f"/c/pgolf/compile/{KEY}{SUFFIX}"
+    assert where("auto") == f"/c/pgolf/compile/{KEY}{SUFFIX}"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert found("auto") == f"/home/me/.cache/pgolf/compile/{KEY}{SUFFIX}"
-    assert found("~/code") == "/home/me/code"
-    assert found("new/") == f"new/{KEY}{SUFFIX}" and found(str(tmp_path)).endswith(KEY + SUFFIX)
+    assert where("auto") == f"/home/me/.cache/pgolf/compile/{KEY}{SUFFIX}"
+    assert where("~/code") == "/home/me/code"
+    assert where("new/") == f"new/{KEY}{SUFFIX}" and where(str(tmp_path)).endswith(KEY + SUFFIX)
 
 
 @pytest.mark.parametrize("word", ["off", ""])

@@ -82,11 +82,11 @@ def test_a_budget_without_a_step_is_refused() -> None:
 
 
 def test_quick_gives_way_to_what_is_given(monkeypatch) -> None:
-    found = []
-    monkeypatch.setattr(run, "run", lambda config, *_: found.append(config) or 0)
+    configs = []
+    monkeypatch.setattr(run, "run", lambda config, *_: configs.append(config) or 0)
     assert cli.main(["train", "demo", "quick=true", "eval.val_tokens=999"]) == 0
     assert cli.main(["train", "demo"]) == 0
-    e = found[0].eval
+    e = configs[0].eval
     assert (e.val_tokens, e.stride, e.val_every, e.score_live) == (999, 128, 0, False)
-    assert found[0].quant.calibration_sequences == 16 and found[1] == get("demo").config()
+    assert configs[0].quant.calibration_sequences == 16 and configs[1] == get("demo").config()
     assert cli.main(["train", "demo", "quick=maybe"]) == 2

@@ -85,8 +85,8 @@ class Run:
 
     def tracebacks(self) -> list[int]:
         """Ranks that print one, as often as they do."""
-        found = re.findall(r"^\[rank(\d)\]: Traceback", self.said.read_text(), re.MULTILINE)
-        return list(map(int, found))
+        ranks = re.findall(r"^\[rank(\d)\]: Traceback", self.said.read_text(), re.MULTILINE)
+        return list(map(int, ranks))
 
     def root_cause(self) -> tuple[int, str]:
         """(rank, reason) of torchrun's table."""

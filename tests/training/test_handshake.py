@@ -138,9 +138,9 @@ def test_every_setting_that_may_differ_is_one():
 
 
 def test_hardware_names_implementations():
-    found = facts.hardware(CPU, torch.float32, {"xsa": "cpu"})
+    one = facts.hardware(CPU, torch.float32, {"xsa": "cpu"})
     other = facts.hardware(CPU, torch.bfloat16, {"xsa": "reference"})
-    assert differences([found, other]) == [
+    assert differences([one, other]) == [
         "rank 1 has compute_dtype=bf16, rank 0 compute_dtype=fp32",
         "rank 1 has xsa=reference, rank 0 xsa=cpu",
     ]

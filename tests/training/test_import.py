@@ -128,9 +128,9 @@ def test_export_is_the_decoded_artifact(finished, shards, tmp_path):
     out = tmp_path / "exported"
     assert run("export", finished, "--format", "safetensors", "--out", out) == 0
     expected = read_artifact(finished / "artifact")
-    found = library.load_file(out / "model.safetensors")
-    assert found.keys() == expected.tensors.keys()
-    assert all(torch.equal(found[n], t) for n, t in expected.state_dict().items())
+    exported = library.load_file(out / "model.safetensors")
+    assert exported.keys() == expected.tensors.keys()
+    assert all(torch.equal(exported[n], t) for n, t in expected.state_dict().items())
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == expected.meta["model"] and "decoded from" in config["weights"]
     assert (out / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()

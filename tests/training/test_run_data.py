@@ -52,8 +52,8 @@ def test_a_place_that_is_named(project, tmp_path):
     shutil.move(run.parents[1] / "data" / "words", tmp_path / "new name")
     with pytest.raises(DataError, match="no folder .*/a/data/words; name .* data=FOLDER"):
         find_dataset(run, project.settings.data)
-    found = find_dataset(run, project.settings.data, tmp_path / "new name")
-    assert found.folder == tmp_path / "new name"
+    dataset = find_dataset(run, project.settings.data, tmp_path / "new name")
+    assert dataset.folder == tmp_path / "new name"
     # and so in a run that goes on
     given = with_overrides(project.settings, {"data": str(tmp_path / "new name")})
     assert data_again(given, run).folder == tmp_path / "new name"

@@ -184,7 +184,7 @@ def test_a_resumed_clock_goes_on(monkeypatch):
 @pytest.mark.parametrize("schedule", ["share", "iterations"])
 def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
     """Losses, norms and the exported average of 20 steps, with an EMA that starts in the middle."""
-    found = []
+    runs = []
     for ops in (dict.fromkeys(fused.OPERATORS, "cpu"), {}):
         torch.manual_seed(0)
         words = ("max_seconds=0", "max_steps=20", "qat_start=1", "ns_dtype=fp32", "val_every=0",
@@ -194,8 +194,8 @@ def test_a_run_through_the_operators_is_one_with_torch(monkeypatch, schedule):
         trainer.train(unasked())
         assert bool(trainer.loader.carried.numel()) == bool(ops)
         lines = [m for m in folder.lines if m["kind"] == "train"]
-        found.append((lines, trainer.averager.export()))
-    (ours, (mine, words)), (torchs, (theirs, same)) = found
+        runs.append((lines, trainer.averager.export()))
+    (ours, (mine, words)), (torchs, (theirs, same)) = runs
     assert len(ours) == 20 and words == same == "EMA"
     for key in ("loss", "grad_norm"):
         values = [m[key] for m in torchs]
