@@ -1,5 +1,7 @@
 """What is left out of the interpreter changes no result and stays out of the next launch."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -51,6 +53,22 @@ def test_types_have_their_numpy_types(dtype: tl.dtype) -> None:
     size = 64 if dtype.is_ptr() else max(dtype.primitive_bitwidth, 8)
     for kind in (dtype, tl.block_type(dtype, [4])):
         assert stock._get_np_dtype(kind).itemsize * 8 == size
+
+
+def test_types_and_shapes_are_their_own() -> None:
+    """Of equal shapes and other numbers, of other shapes, and of constants in place of numbers."""
+    for dtype, shape in itertools.product(TYPES, ([4, 8], [8, 4], [32])):
+        one = tl.block_type(dtype, shape)
+        assert one.scalar is dtype and [*one.shape] == shape and one.numel == 32
+        assert str(dtype) in one.name
+        block = tl.tensor(object(), one)
+        assert block.dtype is dtype and block.type is one and block.numel.value == 32
+        assert [size.value for size in block.shape] == shape
+    constants = [tl.constexpr(4), tl.constexpr(8)]
+    assert tl.block_type(tl.float32, constants) == tl.block_type(tl.float32, [4, 8])
+    assert tl.tensor(object(), tl.int32).shape.values == []
+    pointers = tl.block_type(tl.pointer_type(tl.int8), [4])
+    assert pointers != tl.block_type(tl.pointer_type(tl.int32), [4])
 
 
 def test_trimming_twice_is_trimming_once() -> None:
