@@ -38,7 +38,7 @@ class Progress:
         self.enabled = enabled
         self.tty = sys.stderr.isatty()
         self.every = 0.2 if self.tty else every
-        self.done = self.said = 0
+        self.done = self.last_shown = 0
         self.start = self.shown = time.monotonic()
         self.note = ""
 
@@ -58,7 +58,7 @@ class Progress:
             self._show(now)
 
     def _show(self, now: float, end: str = "") -> None:
-        self.said = self.done
+        self.last_shown = self.done
         elapsed = now - self.start
         eta = elapsed / self.done * max(self.total - self.done, 0) if self.done else 0.0
         line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}".rstrip()
@@ -74,7 +74,7 @@ class Progress:
     def close(self) -> None:
         """End the moving line; on other outputs, a last line if the work took a while."""
         now = time.monotonic()
-        unsaid = now - self.start >= self.every and self.said < self.done
-        if self.enabled and (self.tty or unsaid):
+        not_shown = now - self.start >= self.every and self.last_shown < self.done
+        if self.enabled and (self.tty or not_shown):
             self._show(now, end="\n")
         self.enabled = False

@@ -34,9 +34,9 @@ class Unusable(Exception):
 def key_of(trainer: Trainer) -> str:
     """A hash of what decides the code: versions, sources, device, operators, model and shapes."""
     config, device = trainer.config, trainer.ranks.device
-    said = facts.software(config)
+    software = facts.software(config)
     what = {
-        **{name: said[name] for name in ("Python", "torch", "triton", "pgolf")},
+        **{name: software[name] for name in ("Python", "torch", "triton", "pgolf")},
         **facts.hardware(device, trainer.model.compute_dtype, trainer.ops),
         "capability": torch.cuda.get_device_capability(device) if device.type == "cuda" else "",
         "model": to_dict(config)["model"],
@@ -118,10 +118,10 @@ def kept_code(trainer: Trainer) -> Iterator[None]:
     cold = _misses() > before
     trainer.session.phases.cache = "cold" if cold else "warm"
     if cold:
-        said = "cold" if path is None else f"cold, {path} had nothing for it"
+        origin = "cold" if path is None else f"cold, {path} had nothing for it"
     else:
-        said = f"warm, from {path}" if loaded else "warm, from torch's own files on this machine"
-    trainer.say(f"compiled code: {said}")
+        origin = f"warm, from {path}" if loaded else "warm, from torch's own files on this machine"
+    trainer.say(f"compiled code: {origin}")
     if path is not None and any(
         lacks for (lacks,) in trainer.ranks.gather([float(cold or not loaded)])
     ):

@@ -246,8 +246,8 @@ def _cause(error: BaseException) -> str:
 
 def _first_reason(ranks: Ranks, why: str) -> str:
     """What the first rank that has a reason says, on every rank; '' if none has."""
-    said = enumerate(gathered(ranks, why)) if ranks.world > 1 else [(0, why)]
-    return next((f"rank {r}: {w}" if ranks.world > 1 else w for r, w in said if w), "")
+    reasons = enumerate(gathered(ranks, why)) if ranks.world > 1 else [(0, why)]
+    return next((f"rank {r}: {w}" if ranks.world > 1 else w for r, w in reasons if w), "")
 
 
 def obstacle(trainer: Trainer) -> str:

@@ -38,13 +38,13 @@ class Run:
     def __init__(
         self, shards: Path, out: Path, program: tuple[str, ...], settings: tuple[str, ...]
     ):
-        self.out, self.said = out, out.with_suffix(".log")
+        self.out, self.log = out, out.with_suffix(".log")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
         words = replaced(TINY, (*settings, "batch_tokens=192", "micro_tokens=64", f"out={out}"))
-        with self.said.open("w") as said:
+        with self.log.open("w") as log:
             self.torchrun = subprocess.Popen(
                 [sys.executable, *launcher, *program, "train", "demo", f"data={shards}", *words],
-                stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+                stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
                 env=ONE_THREAD | {"PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         self.ranks: dict[int, int] = {}
@@ -62,7 +62,7 @@ class Run:
     def wait(self, done, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not done():
-            assert time.monotonic() < end, self.said.read_text()
+            assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.2)
 
     def alive(self) -> list[int]:
@@ -77,7 +77,7 @@ class Run:
     def ended(self, soon: float = SOON) -> list[str]:
         """What it says, in lines of ours, once all its processes are gone."""
         self.wait(lambda: not self.alive(), soon)
-        text = self.said.read_text()
+        text = self.log.read_text()
         # Not "pgolf FAILED", the title of torchrun's table.
         lines = [line for line in text.splitlines() if line.startswith(("pgolf (", "pgolf:"))]
         assert len(lines) <= 5, text
@@ -85,19 +85,19 @@ class Run:
 
     def tracebacks(self) -> list[int]:
         """Ranks that print one, as often as they do."""
-        ranks = re.findall(r"^\[rank(\d)\]: Traceback", self.said.read_text(), re.MULTILINE)
+        ranks = re.findall(r"^\[rank(\d)\]: Traceback", self.log.read_text(), re.MULTILINE)
         return list(map(int, ranks))
 
     def root_cause(self) -> tuple[int, str]:
         """(rank, reason) of torchrun's table."""
-        cause = self.said.read_text().rpartition("Root Cause")[2]
+        cause = self.log.read_text().rpartition("Root Cause")[2]
         rank = re.search(r"^  rank      : (\d)", cause, re.MULTILINE)
         return int(rank[1]), re.search(r"^  traceback : (.*)", cause, re.MULTILINE)[1]
 
     def exit_codes(self) -> dict[int, int]:
         """Rank -> exit code, of those in torchrun's table."""
         row = r"^  rank      : (\d).*\n  exitcode  : (-?\d+)"
-        return {int(r): int(c) for r, c in re.findall(row, self.said.read_text(), re.MULTILINE)}
+        return {int(r): int(c) for r, c in re.findall(row, self.log.read_text(), re.MULTILINE)}
 
     def kill(self) -> None:
         for pid in (self.torchrun.pid, *(self.ranks[r] for r in self.alive())):
@@ -116,7 +116,7 @@ def run(shards, tmp_path):
         started.wait(started.all_there, 240)
         # Just after a checkpoint, so that none is being written when a process is stopped: a rank
         # that writes one is waited for much longer than `patience`.
-        started.wait(lambda: "step:30 checkpoint" in started.said.read_text(), 240)
+        started.wait(lambda: "step:30 checkpoint" in started.log.read_text(), 240)
         yield started
     finally:
         started.kill()
@@ -139,7 +139,7 @@ def faulty(shards, tmp_path):
         words = tuple(f"{key}={value}" for key, value in settings.items())
         started.append(run := Run(data, tmp_path / "run", program, words))
         run.wait(run.all_there, 240)
-        run.wait(lambda: "\npgolf" in f"\n{run.said.read_text()}", 240)
+        run.wait(lambda: "\npgolf" in f"\n{run.log.read_text()}", 240)
         lines = run.ended(DETECTED + settings.get("patience", 0))
         assert run.torchrun.wait(SOON) != 0
         return lines, run
@@ -241,7 +241,7 @@ def test_a_rank_that_ends_after_training_is_named(faulty, fault, what):
 def test_a_rank_that_cannot_begin_is_named(faulty, fault, manifest, what):
     (line,), run = faulty(fault, manifest)
     assert re.match(rf"pgolf \(?{what}", line), line
-    assert run.tracebacks() == [] and "step:1/" not in run.said.read_text()
+    assert run.tracebacks() == [] and "step:1/" not in run.log.read_text()
     assert not (run.out / "config.json").exists()
 
 
