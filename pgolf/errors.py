@@ -57,6 +57,10 @@ class LostRank(TrainingError):
         self.quiet, self.ranks = quiet, ranks
 
 
+class StaleWeights(PgolfError):
+    """A pass would read weights that were made of parameters as they no longer are."""
+
+
 class StorageError(PgolfError):
     """A file could not be written: no space, no permission, a folder in the way."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from pgolf.model.embeddings import Table
 from pgolf.model.gpt import GPT
 from pgolf.model.layers import Matrix
+from pgolf.model.masters import Masters
 
 
 def frozen_copy(
@@ -40,4 +41,7 @@ def frozen_copy(
     copy.requires_grad_(False)
     for block in copy.blocks:
         block.published = block.weights(dtype)
+    packed = {id(p) for block in copy.blocks for p in block.packs()}
+    names = [name for name, p in copy.named_parameters() if id(p) in packed]
+    copy.masters = Masters(copy, names, "make the frozen copy anew")
     return copy

@@ -17,6 +17,7 @@ from pgolf.model.deferred_sums import with_deferred_sums
 from pgolf.model.embeddings import BigramHash, SmearGate, Table, ValueEmbedding
 from pgolf.model.joined import joins, with_joins
 from pgolf.model.layers import Block, LayerVectors, Stream
+from pgolf.model.masters import Masters
 from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.operator import OPERATORS
@@ -73,6 +74,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.ops = dict.fromkeys(OPERATORS, "reference") | dict(ops or {})
+        self.masters: Masters | None = None  # of what blocks have `published`
         self.config, self.compute_dtype = config, compute_dtype
         table_dtype = DTYPES[config.table_dtype]
         kv_dim = config.dim // config.heads * config.kv_heads
@@ -164,6 +166,8 @@ class GPT(nn.Module):
             attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
         """
         c = self.config
+        if not torch.compiler.is_compiling():
+            self.check_published()
         values: dict[int, Tensor] = {}  # by layer
         if self.ve_index:
             embedded = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
@@ -223,6 +227,14 @@ class GPT(nn.Module):
             impl=self.ops["softcap_cross_entropy"],
         )
         return losses.view(targets.shape) if last else losses
+
+    def check_published(self) -> None:
+        """Raise StaleWeights if a parameter was changed after passes' weights were made of it.
+
+        A pass that is not compiled asks this itself.
+        """
+        if self.masters is not None:
+            self.masters.check()
 
     def export_state(self) -> dict[str, Tensor]:
         """Parameters by name: what an artifact stores. Buffers of QAT are not among them."""

@@ -295,6 +295,11 @@ class Block(nn.Module):
         scales = [None, None, None, self.attn_scale, None, self.mlp_scale]
         return None if impl == "reference" else Fold(impl, scales)
 
+    def packs(self) -> list[nn.Parameter]:
+        """What `weights` is made of."""
+        scales = self.fold().scales if self.fold() else ()
+        return [*(m.weight for m in self.matrices()), *(s for s in scales if s is not None)]
+
     def packed(self, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor) -> BlockWeights:
         """Cast matrices, into which scales are folded as `fold` says, with what is left of them."""
         left = (None, None) if self.fold() else (self.attn_scale, self.mlp_scale)

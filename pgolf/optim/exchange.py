@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pgolf.model.gpt import GPT
 from pgolf.model.layers import Fold, Matrix, cast_all
+from pgolf.model.masters import Masters
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.tensors import compute_dtype
 from pgolf.optim.groups import fuses
@@ -83,6 +84,15 @@ class Exchange:
         self.sums = self._buffer(torch.float32) if passes > 1 and narrow else None
         self.passes = 0
         self.cast: list[Tensor] = []
+        folded = [names[s] for s in scales.values() if s is not None] if self.fold else []
+        grids = [
+            n.removesuffix("weight") + buffer
+            for n in self.starts
+            if matrices[n].grid is not None
+            for buffer in ("qat_clip", "qat_bits", "qat_on")
+        ]
+        remedy = "call Exchange.publish after every change"
+        self.masters = model.masters = Masters(model, [*self.starts, *folded, *grids], remedy)
         self.publish()
 
     def _give_leaves(
@@ -243,6 +253,7 @@ class Exchange:
                 self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
             self._fill(part, self._placed(self.cast))
         self.ranks.all_gather(self.published)
+        self.masters.note()
 
     def _placed(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
         """Of own matrices, by their first elements in this rank's part."""

@@ -124,12 +124,14 @@ class Graphs:
     def publish(self) -> None:
         """`Exchange.publish`, which a replayed update can go back through."""
         self.publishing.replay()
+        self.trainer.exchange.masters.note()
 
     def step(
         self, lr_scale: float, momentum: float, average_rate: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """`Trainer.step`; the results are overwritten by the next one."""
         trainer, loader = self.trainer, self.trainer.loader
+        trainer.model.check_published()
         rates = lr_scale, momentum, average_rate
         numbers = self.optimizers.numbers(*rates)
         for n in range(trainer.accum):

@@ -117,6 +117,7 @@ class Trainer:
             numbers: that go to the device with the tokens.
             batch: that each takes; None: the loader's next ones.
         """
+        self.model.check_published()
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(count):
             x, y = batch or self.loader.next_batch(self.local_tokens, numbers)
@@ -334,6 +335,7 @@ class Trainer:
 
     def score(self, stride: int, label: str = "") -> Sums:
         """Sums over the validation tokens with the model's present weights, all ranks together."""
+        self.model.check_published()
         sums = evaluate(
             self.forward, self.val, self.table, self.config.data.seq_len, stride,
             self.config.eval.eval_tokens, self.ranks, label,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pgolf.errors import ConfigError
+from pgolf.errors import ConfigError, StaleWeights
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim import fused
 from pgolf.optim.exchange import Exchange
@@ -108,6 +108,18 @@ def test_a_replayed_run_is_the_eager_one(monkeypatch, taped, capsys, words):
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "graphs" in line)
     assert said.startswith(f"graphs: {3 + ('micro_tokens=256' not in words)} in ")
     same(replayed, eager)
+
+
+@needs_cpp
+def test_a_replayed_step_of_weights_that_were_changed_is_an_error(monkeypatch, taped):
+    trainer, _ = made(monkeypatch)
+    with replaying(trainer):
+        trainer.step(0.5, 0.9)
+        trainer.model.load_state_dict(trainer.model.state_dict())
+        with pytest.raises(StaleWeights, match="was changed"):
+            trainer.step(0.5, 0.9)
+        trainer.exchange.publish()
+        trainer.step(0.5, 0.9)
 
 
 @needs_cpp

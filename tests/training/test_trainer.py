@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgolf.config import Config, parse_overrides, with_overrides
-from pgolf.errors import ConfigError, StorageError
+from pgolf.errors import ConfigError, StaleWeights, StorageError
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 from pgolf.ops.operator import OPERATORS
@@ -216,3 +216,13 @@ def test_ranks_pace_themselves_by_the_first_ones_measure(monkeypatch):
     monkeypatch.setattr(trainer, "_queue_step", first_step)
     with pytest.raises(KeyError, match="0.25"):
         trainer.train(unasked())
+
+
+@pytest.mark.parametrize("work", [lambda t: t.step(0.0, 0.9), lambda t: t.score(SEQ_LEN)])
+def test_weights_that_were_changed_after_publishing_are_not_trained_on(monkeypatch, work):
+    """Of a compiled model too, which does not look itself."""
+    trainer, *_ = build(monkeypatch)
+    trainer.forward = None
+    trainer.model.load_state_dict(trainer.model.state_dict())
+    with pytest.raises(StaleWeights, match=r"blocks.0.* was changed.*: call Exchange.publish"):
+        work(trainer)
