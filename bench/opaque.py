@@ -46,21 +46,19 @@ Call = Callable[[Operator, Callable, tuple, dict], Any]
 @contextlib.contextmanager
 def intercepted(call: Call) -> Iterator[None]:
     """Inside, each of our operators runs through `call`."""
-    from torch._library.custom_ops import OPDEFS
+    from pgolf.ops.opaque import OPAQUE
 
     def wrapped(operator: Operator, function: Callable) -> Callable:
         return lambda *args, **named: call(operator, function, args, named)
 
-    ours = {name: op for name, op in OPDEFS.items() if name.startswith(NAMESPACE)}
-    before = {name: dict(op._backend_fns) for name, op in ours.items()}
-    for name, op in ours.items():
-        known = Operator(name, tuple(op._opoverload._schema.arguments))
-        op._backend_fns.update({k: wrapped(known, f) for k, f in op._backend_fns.items()})
+    before = {name: op.function for name, op in OPAQUE.items()}
+    for name, op in OPAQUE.items():
+        op.function = wrapped(Operator(name, tuple(op.overload._schema.arguments)), op.function)
     try:
         yield
     finally:
-        for name, op in ours.items():
-            op._backend_fns.update(before[name])
+        for name, function in before.items():
+            OPAQUE[name].function = function
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

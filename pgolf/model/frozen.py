@@ -41,7 +41,8 @@ def frozen_copy(
     copy.requires_grad_(False)
     for block in copy.blocks:
         block.published = block.weights(dtype)
-    packed = {id(p) for block in copy.blocks for p in block.packs()}
-    names = [name for name, p in copy.named_parameters() if id(p) in packed]
-    copy.masters = Masters(copy, names, "make the frozen copy anew")
+    if Masters:  # (In a script nobody changes weights.)
+        packed = {id(p) for block in copy.blocks for p in block.packs()}
+        names = [name for name, p in copy.named_parameters() if id(p) in packed]
+        copy.masters = Masters(copy, names, "make the frozen copy anew")
     return copy

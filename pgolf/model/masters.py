@@ -10,7 +10,7 @@ goes through `.data`, nor what the replay of a CUDA graph changes.)
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pgolf.errors import StaleWeights
 
@@ -27,6 +27,23 @@ class Masters:
         self.names, self.remedy = list(names), remedy
         self.places = [_place(model, name) for name in self.names]
         self.note()
+
+    @classmethod
+    def published(
+        cls, model: nn.Module, matrices: Iterable[str], scales: Iterable[Tensor | None]
+    ) -> "Masters":
+        """Of what `Exchange.publish` reads: matrices, factors in their rows, late QAT's grids.
+
+        Args:
+            matrices: names of their weights.
+        """
+        names = list(matrices)
+        folded = {id(s) for s in scales if s is not None}
+        for prefix in [name.removesuffix("weight") for name in names]:
+            buffers = model.get_submodule(prefix[:-1])._buffers
+            names += [prefix + key for key in buffers]
+        names += [name for name, p in model.named_parameters() if id(p) in folded]
+        return cls(model, names, "call Exchange.publish after every change")
 
     def note(self) -> None:
         """The packed weights are those of the tensors as they are now."""

@@ -35,6 +35,7 @@ from pgolf.ops.choose import beyond, resolve, transformed
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Implementation, Operator, Sample, Work, register
 from pgolf.ops.tensors import check_grouped, compute_dtype, nbytes, unit_stride
 
@@ -129,7 +130,7 @@ def attention(
 # --- the opaque operator --------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pgolf::attention", mutates_args=())
+@opaque("pgolf::attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None, impl: str):
     return _results(q, borders)
 
 
-@torch.library.custom_op("pgolf::attention_backward", mutates_args=())
+@opaque("pgolf::attention_backward", mutates_args=())
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None, y: Tensor, lse: Tensor,
     impl: str,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from pgolf.ops.inputs import without_autocast
+from pgolf.ops.opaque import Opaque
 from pgolf.ops.tensors import tensors_in
 
 
@@ -87,7 +87,7 @@ def once(operator: str, gradient: Callable) -> Callable:
 
 
 def register_gradient(
-    operator: str, forward: CustomOpDef, gradient: Callable, setup_context: Callable
+    operator: str, forward: Opaque, gradient: Callable, setup_context: Callable
 ) -> None:
     """Give an opaque operator its gradient, as `register_autograd` takes it; `once`."""
     forward.register_autograd(once(operator, gradient), setup_context=setup_context)
@@ -100,8 +100,9 @@ def ticket(like: Tensor) -> Tensor:
     its own. The gradient of a ticket comes to its operator beside that of the tensor.
     """
     # Zero where that is no launch: who compares all results of an operator finds the same ones.
-    number = like.new_empty(1) if like.is_cuda else like.new_zeros(1)
-    return number.expand(like.shape)
+    if like.is_cuda:
+        return like.new_empty_strided(like.shape, (0,) * like.dim())
+    return like.new_zeros(1).expand(like.shape)
 
 
 class _Rerouted(torch.autograd.Function):
@@ -135,7 +136,7 @@ def factor_gradient(x: Tensor, dx: Tensor, factor: Tensor) -> Tensor:
     return (x.to(factor.dtype) * dx.to(factor.dtype)).sum(-1) / factor
 
 
-def register_no_gradient(operator: str, forward: CustomOpDef) -> None:
+def register_no_gradient(operator: str, forward: Opaque) -> None:
     """Say what to do instead where somebody wants a gradient that the kernels do not have."""
 
     def gradient(ctx: Any, *_: Any) -> tuple:

@@ -33,6 +33,7 @@ from pgolf.ops.launch import (
     run_cpp,
     run_cuda,
 )
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
@@ -193,7 +194,7 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
     return table.new_empty(table.shape), dbigram, rstd.new_empty(table.size(1) + 1)
 
 
-@torch.library.custom_op("pgolf::embed_smear", mutates_args=())
+@opaque("pgolf::embed_smear", mutates_args=())
 def _forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
     gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
@@ -207,7 +208,7 @@ def _(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl):
     return _results(ids, table, dtype)
 
 
-@torch.library.custom_op("pgolf::embed_smear_backward", mutates_args=())
+@opaque("pgolf::embed_smear_backward", mutates_args=())
 def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
     bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None, eps: float, impl: str,

@@ -26,6 +26,7 @@ from pgolf.ops.multi_tensor import (
     sizes,
     widened,
 )
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
 
@@ -59,7 +60,7 @@ def grad_norm(grads: Tensors, impl: str = "auto") -> tuple[Tensor, Tensor]:
     return reference(grads) if impl == "reference" else _norm(grads, impl)
 
 
-@torch.library.custom_op("pgolf::grad_norm", mutates_args=())
+@opaque("pgolf::grad_norm", mutates_args=())
 def _norm(grads: list[Tensor], impl: str) -> tuple[Tensor, Tensor]:
     return launcher("grad_norm", impl, "forward")(grads)
 

@@ -13,12 +13,12 @@ Shapes: terms (..., D), factors (D,). The kernels are those of `residual_norm`.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
 from pgolf.ops.launch import launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.residual_norm import Factored
 from pgolf.ops.residual_norm_kernels import backward
 from pgolf.ops.tensors import check_alike, compute_dtype, contiguous
@@ -78,7 +78,7 @@ def joined_norm(
     return x_in, Factored(rerouted(x_in, h), factor.detach())
 
 
-@torch.library.custom_op("pgolf::joined_norm", mutates_args=())
+@opaque("pgolf::joined_norm", mutates_args=())
 def _forward(
     terms: list[Tensor], factors: list[Tensor], scale: float, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import factor_gradient, register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
@@ -120,7 +121,7 @@ def _words(post: Tensor) -> Tensor:
     return post.new_empty((post.size(0), -(-post.size(1) // 32)), dtype=torch.int32)
 
 
-@torch.library.custom_op("pgolf::leaky_relu2_mlp", mutates_args=())
+@opaque("pgolf::leaky_relu2_mlp", mutates_args=())
 def _mlp(
     h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +138,7 @@ def _(h, w_up, w_down, rstd, slope, impl):
     return h.new_empty(h.shape), post, _words(post)
 
 
-@torch.library.custom_op("pgolf::leaky_relu2_down_dgrad", mutates_args=())
+@opaque("pgolf::leaky_relu2_down_dgrad", mutates_args=())
 def _down_dgrad(
     dout: Tensor,
     w_down: Tensor,

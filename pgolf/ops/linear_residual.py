@@ -27,6 +27,7 @@ from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.part_sums import check_deferred
 from pgolf.ops.residual_norm import WIDTH_LIMITS, Factored, residual_norm, sums_of
@@ -148,7 +149,7 @@ def _check_products(
 # --- the opaque operator --------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pgolf::linear_residual", mutates_args=())
+@opaque("pgolf::linear_residual", mutates_args=())
 def _forward(
     z: Tensor, w: Tensor, x: Tensor, out: Tensor | None, x_in_scale: Tensor | None,
     sums: Tensor | None, scale: float, eps: float, impl: str, norm_impl: str,

@@ -35,6 +35,7 @@ from pgolf.ops.multi_tensor import (
     widened,
 )
 from pgolf.ops.newton_schulz import normalize
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
 
@@ -135,7 +136,7 @@ def muon_momentum(
 
 
 # (An operator that changes arguments may not return a list of tensors, so xs is one of them.)
-@torch.library.custom_op("pgolf::muon_momentum", mutates_args=("momenta", "xs"))
+@opaque("pgolf::muon_momentum", mutates_args=("momenta", "xs"))
 def _direct(
     grads: list[Tensor],
     momenta: list[Tensor],

@@ -21,6 +21,7 @@ from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_no_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, in_cpp, in_triton, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import check_alike, compute_dtype, unit_stride
 
@@ -244,7 +245,7 @@ def newton_schulz_all(
     return [out.view(g.shape) for out, g in zip(outs, gs, strict=True)]
 
 
-@torch.library.custom_op("pgolf::newton_schulz", mutates_args=())
+@opaque("pgolf::newton_schulz", mutates_args=())
 def _orthogonalise(
     gs: Sequence[Tensor],
     flat: Sequence[float],

@@ -43,6 +43,7 @@ from pgolf.ops.multi_tensor import (
     store,
     widened,
 )
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
 
@@ -166,7 +167,7 @@ def param_update(
         )  # fmt: skip
 
 
-@torch.library.custom_op(
+@opaque(
     "pgolf::param_update",
     mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages"),
 )

@@ -20,6 +20,7 @@ from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, register_no_gradient
 from pgolf.ops.inputs import check_tensors
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
 
@@ -81,7 +82,7 @@ def part_sums(parts: Sequence[Tensor], impl: str = "auto") -> list[Tensor]:
     return list(_sums(list(parts), impl).split([t.size(1) for t in parts]))
 
 
-@torch.library.custom_op("pgolf::part_sums", mutates_args=())
+@opaque("pgolf::part_sums", mutates_args=())
 def _sums(parts: list[Tensor], impl: str) -> Tensor:
     """The sums of all, behind one another."""
     return launcher("part_sums", impl, "forward")(contiguous(*parts))
@@ -140,7 +141,7 @@ def check_deferred(operator: str, sums: Tensor, own: Sums, impl: str) -> None:
         )
 
 
-@torch.library.custom_op("pgolf::deferred_sums", mutates_args=())
+@opaque("pgolf::deferred_sums", mutates_args=())
 def _deferred(
     parameters: list[Tensor], each: list[int], parts: list[int], impl: str
 ) -> list[Tensor]:

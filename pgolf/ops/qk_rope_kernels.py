@@ -6,11 +6,11 @@ Tensors are as `qk_rope` takes them, None where there is none.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pgolf.ops.derivatives import factor_gradient, register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.part_sums import sum_parts
 from pgolf.ops.tensors import addresses, contiguous, parts_of, unit_stride
 
@@ -31,7 +31,7 @@ def _with_ticket(outputs: tuple[Tensor, ...], split_v: bool) -> tuple[Tensor, ..
     return *outputs, ticket(v) if split_v else v.new_empty(0)
 
 
-@torch.library.custom_op("pgolf::qk_rope", mutates_args=())
+@opaque("pgolf::qk_rope", mutates_args=())
 def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
     factor: Tensor | None, sums: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool,
@@ -51,7 +51,7 @@ def _(qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, spli
     return _with_ticket(_outputs(qkv, heads, kv_heads), split_v)
 
 
-@torch.library.custom_op("pgolf::qk_rope_backward", mutates_args=())
+@opaque("pgolf::qk_rope_backward", mutates_args=())
 def _backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,

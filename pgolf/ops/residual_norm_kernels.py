@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.part_sums import sum_parts
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of
 
@@ -67,7 +68,7 @@ def part_count(rows: int) -> int:
     return parts_of(rows, MIN_PART, MAX_PARTS)
 
 
-@torch.library.custom_op("pgolf::residual_norm", mutates_args=())
+@opaque("pgolf::residual_norm", mutates_args=())
 def forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, total_scale: Tensor | None,
@@ -93,7 +94,7 @@ def _(
     return _results(x, branch, skip, mix, factored, stores_total)
 
 
-@torch.library.custom_op("pgolf::residual_norm_backward", mutates_args=())
+@opaque("pgolf::residual_norm_backward", mutates_args=())
 def backward(
     d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor,
     total: Tensor | None, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,

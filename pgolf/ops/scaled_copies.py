@@ -21,6 +21,7 @@ from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.part_sums import Sums, check_deferred, sum_parts
 from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, parts_of
@@ -96,7 +97,7 @@ def _tickets(x: Tensor, factors: Tensor) -> list[Tensor]:
     return [ticket(x) for _ in range(factors.size(0))]
 
 
-@torch.library.custom_op("pgolf::scaled_copies", mutates_args=())
+@opaque("pgolf::scaled_copies", mutates_args=())
 def _copies(x: Tensor, factors: Tensor, sums: Tensor | None, impl: str) -> list[Tensor]:
     """What stands for the copies in the gradient."""
     return _tickets(x, factors)
@@ -113,7 +114,7 @@ def _empty_results(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), factors.new_empty((parts, factors.numel()))
 
 
-@torch.library.custom_op("pgolf::scaled_copies_backward", mutates_args=())
+@opaque("pgolf::scaled_copies_backward", mutates_args=())
 def _backward(
     gradients: list[Tensor], there: list[bool], x: Tensor, factors: Tensor, deferred: bool,
     impl: str,

@@ -23,6 +23,7 @@ from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient, rerouted
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 
@@ -135,7 +136,7 @@ def _reduced(losses: Tensor, whole: Tensor | None, targets: Tensor, mean: bool) 
 # --- the opaque operator --------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pgolf::softcap_cross_entropy", mutates_args=())
+@opaque("pgolf::softcap_cross_entropy", mutates_args=())
 def _forward(
     x: Tensor, w: Tensor, targets: Tensor, cap: float, reduction: str, gradient: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

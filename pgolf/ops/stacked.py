@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
+from pgolf.ops.opaque import opaque
 
 
 def stacked(parameters: Sequence[Tensor]) -> Tensor:
@@ -22,7 +23,7 @@ def stacked(parameters: Sequence[Tensor]) -> Tensor:
     return _stacked(list(parameters))
 
 
-@torch.library.custom_op("pgolf::stacked", mutates_args=())
+@opaque("pgolf::stacked", mutates_args=())
 def _stacked(parameters: list[Tensor]) -> Tensor:
     return torch.stack(parameters)
 
@@ -32,7 +33,7 @@ def _(parameters):
     return torch.stack(parameters)
 
 
-@torch.library.custom_op("pgolf::stacked_backward", mutates_args=())
+@opaque("pgolf::stacked_backward", mutates_args=())
 def _apart(gradient: Tensor) -> list[Tensor]:
     rows = _empty_rows(gradient)
     torch._foreach_copy_(rows, list(gradient.unbind()))
@@ -68,7 +69,7 @@ def rows_of(table: Tensor) -> list[Tensor]:
     return [rerouted(row, one) for row, one in pairs]
 
 
-@torch.library.custom_op("pgolf::rows", mutates_args=())
+@opaque("pgolf::rows", mutates_args=())
 def _rows(table: Tensor) -> list[Tensor]:
     """What stands for the rows in the gradient."""
     return [ticket(row) for row in table.unbind()]
@@ -79,7 +80,7 @@ def _(table):
     return [ticket(row) for row in table.unbind()]
 
 
-@torch.library.custom_op("pgolf::rows_backward", mutates_args=())
+@opaque("pgolf::rows_backward", mutates_args=())
 def _together(gradients: list[Tensor], there: list[bool]) -> Tensor:
     """The gradient of a table, of whose rows these are `there`."""
     given, nothing = iter(gradients), torch.zeros_like(gradients[0]) if not all(there) else None

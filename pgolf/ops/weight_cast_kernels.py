@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from pgolf.ops.derivatives import once, register_gradient
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
+from pgolf.ops.opaque import Opaque, opaque
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, unit_stride
 
 
@@ -39,12 +39,12 @@ def _stepped(scaled: Sequence[bool], gridded: Sequence[bool], clip_mask: bool) -
 class _Opaque(NamedTuple):
     """pgolf::OPERATOR and its gradient."""
 
-    forward: CustomOpDef
-    backward: CustomOpDef
+    forward: Opaque
+    backward: Opaque
 
 
 def _opaque(operator: str) -> _Opaque:
-    @torch.library.custom_op(f"pgolf::{operator}", mutates_args=())
+    @opaque(f"pgolf::{operator}", mutates_args=())
     def forward(
         ws: Sequence[Tensor], scales: Sequence[Tensor], scaled: Sequence[bool],
         clip_factors: Sequence[Tensor], bits: Sequence[Tensor], gridded: Sequence[bool],
@@ -71,7 +71,7 @@ def _opaque(operator: str) -> _Opaque:
         steps = [w.new_empty(w.shape[:1], dtype=computed) for w in with_steps]
         return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *steps]
 
-    @torch.library.custom_op(f"pgolf::{operator}_backward", mutates_args=())
+    @opaque(f"pgolf::{operator}_backward", mutates_args=())
     def backward(
         douts: Sequence[Tensor], ws: Sequence[Tensor], scales: Sequence[Tensor],
         scaled: Sequence[bool], steps: Sequence[Tensor], bits: Sequence[Tensor],

@@ -22,6 +22,7 @@ from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import check_grouped, nbytes, unit_stride
 
@@ -77,7 +78,7 @@ def xsa(y: Tensor, v: Tensor, impl: str = "auto") -> Tensor:
 # --- the opaque operator --------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pgolf::xsa", mutates_args=())
+@opaque("pgolf::xsa", mutates_args=())
 def _forward(y: Tensor, v: Tensor, impl: str) -> Tensor:
     return launcher("xsa", impl, "forward")(unit_stride(y), unit_stride(v))
 
@@ -87,7 +88,7 @@ def _(y: Tensor, v: Tensor, impl: str) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("pgolf::xsa_backward", mutates_args=())
+@opaque("pgolf::xsa_backward", mutates_args=())
 def _backward(dz: Tensor, y: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return launcher("xsa", impl, "backward")(*map(unit_stride, (dz, y, v)))
 

@@ -26,6 +26,7 @@ from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
+from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import check_alike, check_grouped, contiguous, nbytes, unit_stride
 from pgolf.ops.xsa import obstacle as xsa_obstacle
@@ -110,7 +111,7 @@ def xsa_linear(
 # --- the opaque operators -------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pgolf::xsa_linear", mutates_args=())
+@opaque("pgolf::xsa_linear", mutates_args=())
 def _forward(
     y: Tensor, v: Tensor, w: Tensor, as_product: bool, impl: str, xsa_impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ def _ticket_of(y: Tensor, w: Tensor) -> Tensor:
     return ticket(w[:, 0].expand(*y.shape[:2], w.size(0)))
 
 
-@torch.library.custom_op("pgolf::xsa_linear_dgrad", mutates_args=())
+@opaque("pgolf::xsa_linear_dgrad", mutates_args=())
 def _dgrad(
     dout: Tensor, w: Tensor, y: Tensor, v: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:

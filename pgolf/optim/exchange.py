@@ -84,15 +84,10 @@ class Exchange:
         self.sums = self._buffer(torch.float32) if passes > 1 and narrow else None
         self.passes = 0
         self.cast: list[Tensor] = []
-        folded = [names[s] for s in scales.values() if s is not None] if self.fold else []
-        grids = [
-            n.removesuffix("weight") + buffer
-            for n in self.starts
-            if matrices[n].grid is not None
-            for buffer in ("qat_clip", "qat_bits", "qat_on")
-        ]
-        remedy = "call Exchange.publish after every change"
-        self.masters = model.masters = Masters(model, [*self.starts, *folded, *grids], remedy)
+        if Masters:  # (In a script nobody changes weights.)
+            folded = self.fold.scales if self.fold else ()
+            model.masters = Masters.published(model, self.starts, folded)
+        self.masters = model.masters
         self.publish()
 
     def _give_leaves(
@@ -253,7 +248,8 @@ class Exchange:
                 self.cast = cast_all(self.own, self.dtype, self.fold) if self.own else []
             self._fill(part, self._placed(self.cast))
         self.ranks.all_gather(self.published)
-        self.masters.note()
+        if self.masters:
+            self.masters.note()
 
     def _placed(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
         """Of own matrices, by their first elements in this rank's part."""

@@ -56,22 +56,23 @@ TRAINING = (
     *SCORING, "pgolf.artifact.pack", "pgolf.artifact.sizes", "pgolf.codecs.rans",
     "pgolf.codecs.rans_encode", "pgolf.codecs.weight_model", "pgolf.data.corpus",
     "pgolf.data.loader", "pgolf.data.manifest", "pgolf.data.order", "pgolf.model.decode",
-    "pgolf.model.frozen", "pgolf.model.init", "pgolf.model.masters", "pgolf.optim.*",
-    "pgolf.quant.*", "pgolf.training.added_loss", "pgolf.training.compiling",
-    "pgolf.training.estimate", "pgolf.training.export", "pgolf.training.graphs",
-    "pgolf.training.handshake", "pgolf.training.interrupt", "pgolf.training.late_qat",
-    "pgolf.training.pace", "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
+    "pgolf.model.frozen", "pgolf.model.init", "pgolf.optim.*", "pgolf.quant.*",
+    "pgolf.training.added_loss", "pgolf.training.compiling", "pgolf.training.estimate",
+    "pgolf.training.export", "pgolf.training.graphs", "pgolf.training.handshake",
+    "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
+    "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
     "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
     "pgolf.training.step_log", "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, what `auto` takes
 # nowhere, and tests of any.
 LEFT_OUT = {
-    "pgolf.ops.grad_norm", "pgolf.ops.joined_norm", "pgolf.ops.linear_residual",
-    "pgolf.ops.muon_momentum", "pgolf.ops.param_update", "pgolf.ops.part_sums",
-    "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels", "pgolf.ops.scaled_copies",
-    "pgolf.ops.stacked", "pgolf.ops.testing", "pgolf.ops.timed", "pgolf.ops.xsa_linear",
-    "pgolf.triton_kernels.linear_residual", "pgolf.triton_kernels.xsa_linear",
+    "pgolf.ops.changes", "pgolf.ops.grad_norm", "pgolf.ops.joined_norm",
+    "pgolf.ops.linear_residual", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
+    "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
+    "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.testing", "pgolf.ops.timed",
+    "pgolf.ops.xsa_linear", "pgolf.triton_kernels.linear_residual",
+    "pgolf.triton_kernels.xsa_linear",
 }  # fmt: skip
 
 # bzip2 is in Python itself, and 1.6 % smaller than raw lzma here; brotli would take 1 % less

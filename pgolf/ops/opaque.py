@@ -1,0 +1,89 @@
+"""Operators that torch, its autograd and torch.compile see as one piece.
+
+`torch.library.custom_op` passes through eight Python functions a call: aliases are looked for, the
+kernel is looked up, Dynamo is switched off. A step calls some 150 operators, and where the GPU
+waits for the host these are a sixth of its time. Here a call that needs no gradient passes through
+two, or one for an operator without a gradient; `python -m pytest tests/ops` checks by opcheck what
+custom_op would check in every call.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._library.autograd import Info, make_autograd_impl
+
+from pgolf.ops.changes import counting
+
+_LIBRARY = torch.library.Library("pgolf", "FRAGMENT")
+_PLAIN = frozenset((torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
+
+# By name, all that there are.
+OPAQUE: dict[str, "Opaque"] = {}
+
+
+def opaque(name: str, mutates_args: Sequence[str]) -> Callable[[Callable], "Opaque"]:
+    """A decorator of the function that runs, as `torch.library.custom_op` is one.
+
+    Args:
+        name: 'pgolf::...'.
+        mutates_args: names of the arguments that it changes in place.
+    """
+    return lambda function: Opaque(name, function, mutates_args)
+
+
+class Opaque:
+    """An operator of torch.library, for all devices; results never alias an argument.
+
+    Attributes:
+        function: what runs.
+        overload: what torch calls.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
+        self.function, self.__doc__ = function, function.__doc__
+        self.name, (_, self.short) = name, name.split("::")
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        _LIBRARY.define(self.short + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.overload = getattr(torch.ops.pgolf, self.short).default
+        self.register(self._run, "CompositeExplicitAutograd")
+        if mutates_args:
+            self.register(counting(self.overload), "ADInplaceOrView", with_keyset=True)
+        OPAQUE[name] = self
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.overload(*args, **named)
+
+    def _run(self, *args: Any, **named: Any) -> Any:
+        return self.function(*args, **named)
+
+    def register(self, kernel: Callable, key: str, **named: bool) -> None:
+        """Let torch call `kernel` for a key of its dispatcher."""
+        # Called by torch, not by Python: Dynamo would take it for a frame that it may compile.
+        skip = torch._C._dynamo.eval_frame._FrameAction.SKIP
+        strategy = torch._C._dynamo.eval_frame._FrameExecStrategy(skip, skip)
+        torch._C._dynamo.eval_frame.set_code_exec_strategy(kernel.__code__, strategy)
+        _LIBRARY.impl(self.short, kernel, key, **named)
+
+    def register_fake(self, function: Callable) -> Callable:
+        """Take a function of the same arguments that gives results without their numbers."""
+        torch.library.register_fake(self.name, function, lib=_LIBRARY)
+        return function
+
+    def register_autograd(
+        self, backward: Callable, setup_context: Callable | None = None
+    ) -> None:
+        """Take a gradient, as `torch.library.register_autograd` does."""
+        recorded = make_autograd_impl(self.overload, Info(backward, setup_context))
+
+        def kernel(keyset: Any, *args: Any) -> Any:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return recorded(keyset, *args)
+            with torch._C._AutoDispatchBelowAutograd():
+                # What torch would call next, where nothing (a mode, a fake tensor) is between.
+                left = keyset & torch._C._after_ADInplaceOrView_keyset
+                if left.highestPriorityTypeId() in _PLAIN:
+                    return self.function(*args)
+                return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        self.register(kernel, "Autograd", with_keyset=True)
