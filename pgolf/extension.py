@@ -69,7 +69,13 @@ def cuda() -> ModuleType | None:
         ImportError: the one that PGOLF_CUDA_MODULE names is not there or does not load.
     """
     module = _other(path) if (path := os.environ.get(CUDA_VARIABLE)) else load()
-    return module if module is not None and module.build_info()["cuda"] else None
+    return module if module is not None and _has_cuda(module) else None
+
+
+@functools.cache
+def _has_cuda(module: ModuleType) -> bool:
+    """Every launch of a CUDA kernel asks."""
+    return bool(module.build_info()["cuda"])
 
 
 def emulates_cuda() -> bool:

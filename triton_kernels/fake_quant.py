@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf.triton_kernels.launch import launch, on_device_of, pick
+from pgolf.triton_kernels.launch import cdiv, launch, on_device_of, pick
 
 SMALLEST_STEP = tl.constexpr(2.0**-24)
 LARGEST_STEP = tl.constexpr(65504.0)
@@ -243,7 +243,7 @@ def fake_quant_backward(
     with on_device_of(w):
         launch(
             fake_quant_backward_kernel,
-            (rows, triton.cdiv(columns, config.blocks["BLOCK"])),
+            (rows, cdiv(columns, config.blocks["BLOCK"])),
             config,
             dout=dout,
             w=w,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf.triton_kernels.launch import Config
+from pgolf.triton_kernels.launch import Config, cdiv
 
 H100_SMS = 132  # the grid for tensors that lie on no GPU: compiled ahead of time, interpreted
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # as configs.json spells them
@@ -106,16 +106,21 @@ def device_obstacle(device: torch.device) -> str:
 def tma_obstacle(*operands: Tensor) -> str:
     """Why no TMA descriptors of these matrices can be, or an empty string."""
     for x in operands:
-        what = f"an operand {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
-        if x.dtype != torch.bfloat16:
-            return f"{what} is not bfloat16"
-        if x.numel() == 0:
-            return f"{what} is empty"
-        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-            return f"{what} is not aligned to 16 bytes row by row"
-        if x.stride(0) < x.size(1):
-            return f"{what} has rows that overlap"
+        if problem := _no_descriptor(x):
+            what = f"an operand {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
+            return f"{what} {problem}"
     return ""
+
+
+def _no_descriptor(x: Tensor) -> str:
+    rows, columns = x.stride()
+    if x.dtype != torch.bfloat16:
+        return "is not bfloat16"
+    if x.numel() == 0:
+        return "is empty"
+    if columns != 1 or rows * x.element_size() % 16 or x.data_ptr() % 16:
+        return "is not aligned to 16 bytes row by row"
+    return "has rows that overlap" if rows < x.size(1) else ""
 
 
 def block_shape(config: Config) -> tuple[int, int, int]:
@@ -126,7 +131,7 @@ def block_shape(config: Config) -> tuple[int, int, int]:
 def tiles(config: Config, rows: int, columns: int) -> int:
     """How many tiles a result has."""
     block_m, block_n, _ = block_shape(config)
-    return triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+    return cdiv(rows, block_m) * cdiv(columns, block_n)
 
 
 def persistent_grid(config: Config, x: Tensor, columns: int) -> tuple[int]:

@@ -101,4 +101,14 @@ def intercepted(handler: Callable[[Launch], None]) -> Iterator[None]:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one, whose current stream Triton launches on."""
-    return torch.cuda.device_of(tensor)
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device_of(tensor)
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv is a kernel's, and takes 30 times as long on the host.)"""
+    return -(-a // b)

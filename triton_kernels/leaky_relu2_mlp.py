@@ -27,7 +27,7 @@ from pgolf.triton_kernels.gemm import (
     tile_of,
     tiles,
 )
-from pgolf.triton_kernels.launch import Config, launch, on_device_of, pick
+from pgolf.triton_kernels.launch import Config, cdiv, launch, on_device_of, pick
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def up(
     """
     (t, d), f = h.shape, w_up.size(0)
     post = torch.empty((t, f), dtype=h.dtype, device=h.device)
-    bits = torch.empty((t, triton.cdiv(f, 32)), dtype=torch.int32, device=h.device)
+    bits = torch.empty((t, cdiv(f, 32)), dtype=torch.int32, device=h.device)
     sizes = {"t": t, "d": d, "f": f, "words": bits.size(1), "slope": float(slope)}
     with on_device_of(h):
         if takes_tma("leaky_relu2_mlp", tma, h, w_up, post):

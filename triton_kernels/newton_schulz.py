@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf.triton_kernels.gemm import DTYPES, dot_precision, matmul_tile, tile_of
-from pgolf.triton_kernels.launch import launch, on_device_of, pick
+from pgolf.triton_kernels.launch import cdiv, launch, on_device_of, pick
 
 BATCHES = 4  # a launch, at most: the kernel has a branch for each
 Product = tuple[Tensor, Tensor, Tensor | None, Tensor]  # P, Q, S or None, and where it goes
@@ -211,7 +211,7 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> Tensor:
     b, r, c = g.shape
     strides = dict(zip(("stride_gb", "stride_gr", "stride_gc"), g.stride(), strict=True))
     config = pick("newton_schulz_norms")
-    count = triton.cdiv(r, config.blocks["BLOCK_R"])
+    count = cdiv(r, config.blocks["BLOCK_R"])
     partials = torch.empty((b, count), dtype=torch.float32, device=g.device)
     row_norms = None
     if row_norm:
@@ -221,7 +221,7 @@ def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> Tensor:
         g=g, row_norms=row_norms, partials=partials, r=r, c=c, **strides, ROW_NORM=row_norm,
     )  # fmt: skip
     config = pick("newton_schulz_scale")
-    tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(c, config.blocks["BLOCK_C"])
+    tiles = cdiv(r, config.blocks["BLOCK_R"]) * cdiv(c, config.blocks["BLOCK_C"])
     launch(
         newton_schulz_scale, (b * tiles,), config,
         g=g, row_norms=row_norms, partials=partials, x=x, r=r, c=c, count=count, **strides,
@@ -280,12 +280,12 @@ def _launch_products(
     config = pick(
         "newton_schulz_product", dtype=DTYPES[dtype], precision=dot_precision(dtype),
         symmetric=symmetric, m=min(m for _, m, _ in shapes),
-        squares=sum(triton.cdiv(m, 128) * triton.cdiv(n, 128) * b for b, m, n in shapes),
+        squares=sum(cdiv(m, 128) * cdiv(n, 128) * b for b, m, n in shapes),
     )  # fmt: skip
     firsts = [0]
     for b, m, n in shapes:
-        tiles_m = triton.cdiv(m, config.blocks["BLOCK_M"])
-        tiles_n = triton.cdiv(n, config.blocks["BLOCK_N"])
+        tiles_m = cdiv(m, config.blocks["BLOCK_M"])
+        tiles_n = cdiv(n, config.blocks["BLOCK_N"])
         triangle = tiles_m * (tiles_m + 1) // 2
         tiles = triangle if config.blocks["SYMMETRIC"] else tiles_m * tiles_n
         firsts.append(firsts[-1] + b * tiles)

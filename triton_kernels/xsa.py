@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf.triton_kernels.launch import Config, launch, on_device_of, pick
+from pgolf.triton_kernels.launch import Config, cdiv, launch, on_device_of, pick
 
 NORM_FLOOR = tl.constexpr(1e-12)
 
@@ -151,13 +151,13 @@ def _shared(kernel: str, y: Tensor, v: Tensor) -> tuple[dict[str, int], tuple[in
     n, t, heads, size = y.shape
     groups = v.size(2)
     pairs = n * t * groups
-    block_size = triton.next_power_of_2(size)
+    block_size = 1 << (size - 1).bit_length()
     config = pick(kernel, block_bytes=block_size * y.element_size())
     block_pairs = config.blocks["BLOCK_PAIRS"]
     if pairs > 2**31 - block_pairs:
         raise ValueError(f"xsa: {n} x {t} x {groups} values, but a kernel counts fewer than 2^31")
     arguments = dict(t=t, pairs=pairs, HEADS=heads, GROUPS=groups, SIZE=size)
-    return arguments | dict(BLOCK_SIZE=block_size), (triton.cdiv(pairs, block_pairs),), config
+    return arguments | dict(BLOCK_SIZE=block_size), (cdiv(pairs, block_pairs),), config
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

@@ -83,8 +83,13 @@ def run_cuda(function: str, like: Tensor, *args: Any) -> None:
     launch = getattr(extension.cuda(), f"{function}_cuda")
     if not like.is_cuda:  # emulated
         return launch(*args, 0)
-    with torch.cuda.device(like.device):
-        launch(*args, torch.cuda.current_stream().cuda_stream)
+    index = like.get_device()
+    # (torch.cuda.current_stream makes an object of a stream, which takes longer than a launch.)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if index == torch.cuda.current_device():
+        return launch(*args, stream)
+    with torch.cuda.device(index):
+        launch(*args, stream)
 
 
 def in_cpp(
