@@ -99,7 +99,7 @@ def test_what_it_changes_counts_it(toys) -> None:
 def test_dynamo_keeps_out_of_what_runs(toys) -> None:
     """In one graph it is an operator; called from a frame that Dynamo leaves alone it is C code."""
     torch._dynamo.reset()
-    x = torch.randn(3)
+    x = torch.arange(3.0)
     one = torch.compile(lambda x: toys[0](x, None, 1.0) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(one(x), 2 * x + 2)
     seen = []
@@ -108,15 +108,17 @@ def test_dynamo_keeps_out_of_what_runs(toys) -> None:
         seen.append(graph)
         return graph
 
+    @torch._dynamo.disable(recursive=False)  # what this calls may be compiled
+    def left_alone(x: Tensor) -> Tensor:
+        return torch.ops.pgolf.toy_doubled(x, None, 1.0)
+
     @torch.compile(backend=noted)
     def broken(x: Tensor) -> Tensor:
-        x = x + 1
-        torch._dynamo.graph_break()
-        return list(map(lambda y: torch.ops.pgolf.toy_doubled(y, None, 1.0), iter([x])))[0] - 1
+        return left_alone(x + 1) - 1
 
-    assert torch.allclose(broken(x), 2 * (x + 1))
-    targets = {n.target for g in seen for n in g.graph.nodes if n.op == "call_function"}
-    assert torch.mul not in targets and not any("mul" in str(t) for t in targets), targets
+    assert torch.equal(broken(x), 2 * (x + 1))
+    targets = {str(n.target) for g in seen for n in g.graph.nodes if n.op == "call_function"}
+    assert seen and not any("mul" in target for target in targets), targets
 
 
 def test_a_benchmark_can_take_its_place(toys) -> None:
