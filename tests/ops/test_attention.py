@@ -314,9 +314,9 @@ def test_documents_in_the_opaque_operators() -> None:
     inputs = [t.contiguous() for t in (q, k, v)]
     borders = documents("neighbours")[1]
     y, lse = _forward(*inputs, borders, "varlen")
-    torch.library.opcheck(_backward, (y, *inputs, borders, y, lse, "varlen"))
+    torch.library.opcheck(_backward.overload, (y, *inputs, borders, y, lse, "varlen"))
     inputs = [t.requires_grad_() for t in inputs]
-    torch.library.opcheck(_forward, (*inputs, borders, "varlen"))
+    torch.library.opcheck(_forward.overload, (*inputs, borders, "varlen"))
     inputs = [t.detach()[:, :, :, :4].double().requires_grad_() for t in inputs]
     for impl in ("reference", "varlen"):
         run = lambda *qkv: attention(*qkv, impl, borders)  # noqa: B023, E731
