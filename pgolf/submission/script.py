@@ -31,6 +31,7 @@ REPLACED = {
     "pgolf.artifact.foreign": "foreign.py",
     "pgolf.extension": "extension.py",
     "pgolf.data.corpus": "corpus.py",
+    "pgolf.ops.opaque": "opaque.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
     "pgolf.training.compiling": "compiling.py",
