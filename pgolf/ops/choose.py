@@ -81,7 +81,7 @@ def beyond(limits: Mapping[str, int], impl: str, size: int, what: str) -> str:
 
 # (implementation, why it cannot run the sizes at hand), of those that cannot.
 Obstacles = tuple[tuple[str, str], ...]
-Sizes = tuple[tuple[str, int], ...]  # (name, size), as `obstacle` takes them
+SizePairs = tuple[tuple[str, int], ...]  # (name, size), as `obstacle` takes them
 
 
 def obstacles(name: str, **sizes: Any) -> Obstacles:
@@ -91,13 +91,18 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
     return tuple((impl, why) for impl, why in each if why)
 
 
-def _timed_sizes(name: str, sizes: Mapping[str, Any]) -> Sizes:
-    """Those that a choice depends on where they are no obstacle."""
-    return tuple(sizes.items()) if OPERATORS[name].timed else ()
+def _timed_sizes(name: str, impl: str, device: str, sizes: Mapping[str, Any]) -> SizePairs:
+    """Those that a choice depends on where they are no obstacle.
+
+    As numbers: a size that Dynamo holds as dynamic becomes one there, and nowhere else.
+    """
+    if impl != "auto" or device != "cuda" or not OPERATORS[name].timed:
+        return ()
+    return tuple((size, int(n)) for size, n in sizes.items())
 
 
 def _order(
-    operator: Operator, device: str, dtype: torch.dtype, compiled: bool, sizes: Sizes
+    operator: Operator, device: str, dtype: torch.dtype, compiled: bool, sizes: SizePairs
 ) -> list[tuple[str, str]]:
     """(implementation, reason), in the order in which `auto` tries them."""
     order = operator.preferred.get(device, ())
@@ -129,7 +134,7 @@ def choose(
     dtype: torch.dtype,
     compiled: bool = False,
     cannot: Obstacles = (),
-    sizes: Sizes = (),
+    sizes: SizePairs = (),
 ) -> Choice:
     """What `impl` ('auto', 'reference' or an implementation) means for tensors of a device type.
 
@@ -192,11 +197,11 @@ def choose_all(
     """
     wanted = parse(text)
     cannot = {n: obstacles(n, **sizes[n]) if n in sizes else () for n in names}
-    own = {n: _timed_sizes(n, sizes.get(n, {})) for n in names}
+    asked = {n: wanted.get(n, "auto") for n in names}
+    own = {n: _timed_sizes(n, asked[n], device, sizes.get(n, {})) for n in names}
     try:
         return {
-            n: choose(n, wanted.get(n, "auto"), device, dtype, compiled, cannot[n], own[n])
-            for n in names
+            n: choose(n, asked[n], device, dtype, compiled, cannot[n], own[n]) for n in names
         }
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"ops={text or os.environ.get(VARIABLE, '')}: {e}") from None
@@ -204,7 +209,7 @@ def choose_all(
 
 def _resolve(
     name: str, impl: str, device: str, dtype: torch.dtype, compiled: bool, cannot: Obstacles,
-    sizes: Sizes,
+    sizes: SizePairs,
 ) -> str:  # fmt: skip
     return choose(name, impl, device, dtype, compiled, cannot, sizes).impl
 
@@ -251,5 +256,5 @@ def resolve(name: str, impl: str, tensor: Tensor, **sizes: Any) -> str:
         return impl
     compiled = torch.compiler.is_compiling()
     cannot = obstacles(name, **sizes)
-    own = _timed_sizes(name, sizes)
+    own = _timed_sizes(name, impl, tensor.device.type, sizes)
     return _resolve(name, impl, tensor.device.type, tensor.dtype, compiled, cannot, own)

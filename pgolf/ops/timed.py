@@ -1,7 +1,7 @@
 """What `python -m bench tune --epilogues` found on GPUs, which `auto` tries before its own order.
 
 The table is beside this file: name of a GPU -> operator -> what is to run, why, and the sizes that
-it was timed for. For others it says nothing.
+it was timed for. At others the reference runs, as it does where nothing was timed.
 """
 
 import json
@@ -53,6 +53,9 @@ def _row(value: object) -> Row:
 def timed(operator: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str] | None:
     """(implementation, reason) of an operator on this GPU; None if it was not timed in that dtype.
 
+    Args:
+        sizes: at hand; {} if there are none yet: then what was timed is said with its sizes.
+
     Raises:
         ConfigError: as `table`.
     """
@@ -62,9 +65,10 @@ def timed(operator: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str] | 
     row = rows.get(torch.cuda.get_device_name(), {}).get(operator)
     if row is None or sizes == row.sizes:
         return row and row[:2]
+    if not sizes:
+        return row.impl, f"at {_words(row.sizes)}: {row.reason}; at others the reference"
     return "reference", f"this GPU has timed {_words(row.sizes)}, not {_words(sizes)}"
 
 
 def _words(sizes: Sizes) -> str:
-    named = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items()))
-    return named or "sizes that are not named"
+    return ", ".join(f"{name} {size}" for name, size in sorted(sizes.items()))

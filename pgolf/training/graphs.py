@@ -124,7 +124,8 @@ class Graphs:
     def publish(self) -> None:
         """`Exchange.publish`, which a replayed update can go back through."""
         self.publishing.replay()
-        self.trainer.model.masters.note()
+        if self.trainer.exchange.masters:
+            self.trainer.exchange.masters.note()
 
     def step(
         self, lr_scale: float, momentum: float, average_rate: float = 0.0

@@ -72,7 +72,7 @@ class Identity:
         )
 
     def differences(self, other: "Identity") -> str:
-        """What `other` has that is not as here."""
+        """What `other` has in place of what this one has."""
         return "; ".join(
             f"{name} {getattr(other, name)[:12]}... for {getattr(self, name)[:12]}..."
             for name in ("corpus_sha256", "tokenizer_sha256")

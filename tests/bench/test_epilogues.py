@@ -163,7 +163,8 @@ def test_other_sizes_were_not_timed(table) -> None:
         assert choice.reason.startswith("this GPU has timed heads 8, share 2, size 64, width 512, ")
         (changed,) = (f"{name} {size}" for name, size in other.items())
         assert changed in choice.reason.partition(", not ")[2]
-    assert choose("xsa_linear", "auto", "cuda", torch.bfloat16).reason.endswith("are not named")
+    unsized = choose("xsa_linear", "auto", "cuda", torch.bfloat16)
+    assert unsized.impl == "triton" and unsized.reason.startswith("at heads 8, share 2, size 64, ")
 
 
 def test_a_model_of_other_sizes_takes_the_reference(table) -> None:

@@ -335,3 +335,24 @@ def test_a_damaged_table_of_timed_operators(text: str, tmp_path, monkeypatch) ->
     timed.TIMED.write_text(text)
     with pytest.raises(ConfigError, match=r"timed\.json is damaged: delete it"):
         timed.table()
+
+
+def linear_residual_of(width: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(5, 8), torch.randn(width, 8), torch.randn(5, width)
+
+
+def xsa_linear_of(width: int) -> tuple[torch.Tensor, ...]:
+    heads = width // 8
+    y, v = torch.randn(1, 5, heads, 8), torch.randn(1, 5, heads // 2, 8)
+    return y, v, torch.randn(width, width)
+
+
+@pytest.mark.parametrize("arguments", [linear_residual_of, xsa_linear_of])
+def test_sizes_that_are_timed_may_be_dynamic(arguments) -> None:
+    torch._dynamo.reset()
+    operator = OPERATORS[arguments.__name__.removesuffix("_of")]
+    assert operator.timed
+    compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend="eager")
+    for width in (16, 32, 48):
+        given = arguments(width)
+        torch.testing.assert_close(compiled(*given), operator.call(*given))

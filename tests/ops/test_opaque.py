@@ -79,6 +79,17 @@ def test_a_second_derivative_is_refused(toys) -> None:
         g.sum().backward()
 
 
+def test_no_gradient_is_made_up(toys) -> None:
+    """Of an operator that was given none, and of what changes its arguments."""
+    alone = opaque("pgolf::toy_alone", mutates_args=())(_doubled)
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="toy_alone.* but no autograd formula was registered"):
+        alone(x, None, 1.0).sum().backward()
+    with pytest.raises(RuntimeError, match="toy_bumped changes arguments in place"):
+        toys[1].register_autograd(lambda ctx, g: g)
+    del OPAQUE["pgolf::toy_alone"]
+
+
 def test_modes_see_every_call_and_fake_tensors_run_nothing(toys) -> None:
     doubled, _ = toys
     with torch.no_grad(), Recorder() as recorder:
