@@ -9,7 +9,8 @@
 //
 // With a factor f of the token x stands for f x: rstd = f / sqrt(f^2 |x|^2 / d + eps), or f, is all that
 // changes for queries and keys, and dx is the gradient of x itself. A value becomes f v, and
-// dx = f (dv + dv'), where v' is v once more, with a gradient of its own.
+// dx = f (dv + dv'), where v' is v once more, with a gradient of its own. It gets a row added, its own
+// or that of its token's id in a table.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,18 @@ struct QkRopeShape {
 // factor, of the same type, is (N, T), or null for 1.
 struct QkRopeInputs {
   const void *qkv, *cos, *sin, *gain, *factor;
+};
+
+// What values get added: rows (N, T, G d), or with ids (N, T) those of a table (count, G d); rows is
+// null where there is nothing. On a GPU an id that the table does not have gives NaN.
+struct QkRopeValue {
+  const void* rows;
+  const int64_t* ids;
+  int64_t count;
+
+  // The row of a token.
+  PGOLF_HOST_DEVICE int64_t row(int64_t token) const { return ids ? ids[token] : token; }
+  PGOLF_HOST_DEVICE bool has(int64_t row) const { return !ids || (row >= 0 && row < count); }
 };
 
 struct QkRopeOutputs {

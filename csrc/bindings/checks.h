@@ -68,4 +68,14 @@ inline void check_strides(const std::string& name,
   }
 }
 
+// On the CPU, where they can be looked at.
+inline void check_ids(const std::string& name, const int64_t* ids, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= rows) {
+      refuse(name + "[" + std::to_string(i) + "]", ids[i],
+             "the table has " + std::to_string(rows) + " rows");
+    }
+  }
+}
+
 }  // namespace pgolf::bindings

@@ -24,11 +24,18 @@ EmbedSmearShape checked_shape(int table_dtype, int x_dtype, int64_t n, int64_t t
 
 int64_t tokens_of(const EmbedSmearShape& shape) { return shape.batch * shape.time; }
 
+template <typename On>
 EmbedSmearInputs checked_inputs(const EmbedSmearShape& shape, Address ids, Address table,
-                                Address bigram, Address scale, Address gate, Address starts) {
+                                Address bigram, Address scale, Address gate, Address starts,
+                                Address bigram_ids, int64_t bigram_rows) {
+  const int64_t bigrams = count_of({{"bigram_rows", bigram_rows}, {"width", shape.width}});
   check_pointer("ids", ids, tokens_of(shape));
   check_pointer("table", table, shape.vocab * shape.width);
-  return {ids, table, bigram, scale, gate, starts};
+  if (bigram_ids) check_pointer("bigram", bigram, bigrams);
+  if (On::on_cpu && bigram_ids) {
+    check_ids("bigram_ids", bigram_ids, tokens_of(shape), bigram_rows);
+  }
+  return {ids, table, bigram, scale, gate, starts, bigram_ids, bigram_rows};
 }
 
 EmbedSmearGradients checked_gradients(const EmbedSmearShape& shape, Address bigram, Address dx,
@@ -62,36 +69,30 @@ TokenOrder checked_order(const EmbedSmearShape& shape, Address order, Address bo
   return {order, bounds};
 }
 
-void check_ids(const int64_t* ids, int64_t count, int64_t vocab) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (ids[i] < 0 || ids[i] >= vocab) {
-      refuse("ids[" + std::to_string(i) + "]", ids[i],
-             "the table has " + std::to_string(vocab) + " rows");
-    }
-  }
-}
-
 template <typename On>
 void embed_smear(Address ids, Address table, Address bigram, Address scale, Address gate,
-                 Address starts, Address x, Address rstd, int table_dtype, int x_dtype, int64_t n,
+                 Address starts, Address bigram_ids, int64_t bigram_rows, Address x, Address rstd,
+                 int table_dtype, int x_dtype, int64_t n,
                  int64_t t, int64_t vocab, int64_t width, double eps, On on) {
   const EmbedSmearShape shape = checked_shape<On>(table_dtype, x_dtype, n, t, vocab, width, eps);
-  const EmbedSmearInputs in = checked_inputs(shape, ids, table, bigram, scale, gate, starts);
+  const EmbedSmearInputs in = checked_inputs<On>(shape, ids, table, bigram, scale, gate, starts,
+                                                 bigram_ids, bigram_rows);
   check_pointer("x", x, tokens_of(shape) * width);
   check_pointer("rstd", rstd, tokens_of(shape));
-  if (On::on_cpu) check_ids(in.ids, tokens_of(shape), vocab);
+  if (On::on_cpu) check_ids("ids", in.ids, tokens_of(shape), vocab);
   launch::embed_smear(on, shape, in, x, rstd);
 }
 
 template <typename On>
 void embed_smear_backward(Address ids, Address table, Address bigram, Address scale, Address gate,
-                          Address starts, Address order, Address bounds, Address dx, Address rstd,
+                          Address starts, Address bigram_ids, int64_t bigram_rows, Address order, Address bounds, Address dx, Address rstd,
                           Address dtable, Address dbigram, Address sums, Address pieces,
                           int64_t piece_rows, Address partials, int64_t partial_rows,
                           int table_dtype, int x_dtype, int64_t n, int64_t t, int64_t vocab,
                           int64_t width, double eps, On on) {
   const EmbedSmearShape shape = checked_shape<On>(table_dtype, x_dtype, n, t, vocab, width, eps);
-  const EmbedSmearInputs in = checked_inputs(shape, ids, table, bigram, scale, gate, starts);
+  const EmbedSmearInputs in = checked_inputs<On>(shape, ids, table, bigram, scale, gate, starts,
+                                                 bigram_ids, bigram_rows);
   const TokenOrder tokens = checked_order(shape, order, bounds);
   const auto out = checked_gradients(shape, bigram, dx, rstd, dtable, dbigram, sums);
   const auto scratch = checked_scratch(shape, pieces, piece_rows, partials, partial_rows);
@@ -106,7 +107,7 @@ void token_order(Address ids, int64_t count, int64_t vocab, Address order, Addre
   check_pointer("order", order, count);
   check_pointer("bounds", bounds, vocab + 1);
   if (On::on_cpu) {
-    check_ids(ids, count, vocab);
+    check_ids("ids", ids, count, vocab);
   } else {
     if (count > INT32_MAX) refuse("count", count, "it may be at most 2147483647");
     if (vocab > kMaxOrderVocab) {
@@ -120,16 +121,16 @@ const Functions functions = {
     {
         PGOLF_BOTH(token_order, "ids count vocab order bounds"),
         PGOLF_BOTH(embed_smear,
-                   "ids table bigram scale gate starts x rstd table_dtype x_dtype n t vocab width "
+                   "ids table bigram scale gate starts bigram_ids bigram_rows x rstd table_dtype x_dtype n t vocab width "
                    "eps"),
         PGOLF_BOTH(embed_smear_backward,
-                   "ids table bigram scale gate starts order bounds dx rstd dtable dbigram sums "
+                   "ids table bigram scale gate starts bigram_ids bigram_rows order bounds dx rstd dtable dbigram sums "
                    "pieces piece_rows partials partial_rows table_dtype x_dtype n t vocab width "
                    "eps"),
     },
     {
         {"embed_smear.WIDTH_LIMITS.cuda", kMaxSmearWidth},
-        {"embed_smear.ORDER_LIMITS.cuda", kMaxOrderVocab},
+        {"token_sums.ORDER_LIMITS.cuda", kMaxOrderVocab},
         {"embed_smear.CHUNK", kSmearChunk},
         {"embed_smear.CHUNKS_PER_BLOCK", kSmearChunksPerBlock},
     }};

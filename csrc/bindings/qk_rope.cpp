@@ -45,6 +45,17 @@ QkRopeOutputs checked_outputs(const QkRopeShape& shape, Address q, Address k, Ad
   return {q, k, v};
 }
 
+// Values (N, T, G d), or a table of as many rows as `rows` says with ids; a null pointer is none.
+template <typename On>
+QkRopeValue checked_value(const QkRopeShape& shape, Address value, Address ids, int64_t rows) {
+  const int64_t width = shape.kv_heads * shape.size;
+  const int64_t count = count_of({{"value_rows", rows}, {"kv_heads", width}});
+  if (!ids) return {value, ids, tokens_of(shape)};
+  check_pointer("value", value, count);
+  if (On::on_cpu) check_ids("value_ids", ids, tokens_of(shape), rows);
+  return {value, ids, rows};
+}
+
 // A gradient that is missing has a null pointer.
 Heads checked_gradient(const std::string& name, const QkRopeShape& shape, int64_t heads,
                        Address address, const Strides& strides) {
@@ -66,12 +77,12 @@ void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address part
 
 template <typename On>
 void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address factor, Address value,
-             Address q, Address k, Address v, int dtype, int64_t n, int64_t t, int64_t h, int64_t g,
+             Address value_ids, int64_t value_rows, Address q, Address k, Address v, int dtype, int64_t n, int64_t t, int64_t h, int64_t g,
              int64_t d, int64_t half, double eps, bool norm, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
   const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
   const QkRopeOutputs out = checked_outputs(shape, q, k, v);
-  launch::qk_rope(on, shape, in, value, out);
+  launch::qk_rope(on, shape, in, checked_value<On>(shape, value, value_ids, value_rows), out);
 }
 
 template <typename On>
@@ -94,7 +105,7 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
 
 const Functions functions = {
     {
-        PGOLF_BOTH(qk_rope, "qkv cos sin gain factor value q k v dtype n t h g d half eps norm"),
+        PGOLF_BOTH(qk_rope, "qkv cos sin gain factor value value_ids value_rows q k v dtype n t h g d half eps norm"),
         PGOLF_BOTH(qk_rope_backward,
                    "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows "
                    "dtype n t h g d half eps norm dq_strides dk_strides dv_strides "

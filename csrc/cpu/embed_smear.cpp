@@ -48,7 +48,9 @@ struct Operator {
 
   int64_t tokens() const { return shape.batch * shape.time; }
   const X* bigram(int64_t token) const {
-    return in.bigram ? static_cast<const X*>(in.bigram) + token * shape.width : nullptr;
+    if (!in.bigram) return nullptr;
+    const int64_t row = in.bigram_ids ? in.bigram_ids[token] : token;
+    return static_cast<const X*>(in.bigram) + row * shape.width;
   }
   // Whether a token sees the one before it.
   bool joined(int64_t token) const {

@@ -165,6 +165,7 @@ struct Operator {
     return shape.norm ? rope_rstd(squares, size(), static_cast<F>(shape.eps), factor) : factor;
   }
 
+  // value: of this token, or null.
   void forward(int64_t token, const T* value, const HeadOutput<T>& q, const HeadOutput<T>& k,
                const HeadOutput<T>& v) const {
     const int64_t groups = shape.kv_heads;
@@ -181,7 +182,7 @@ struct Operator {
       turned(k, at, head(token, shape.heads + g), F(1));
       const T* x = head(token, shape.heads + groups + g);
       v.row(at, [&](T* y) {
-        weighted(factor, x, F(1), value ? value + at * size() : nullptr, y);
+        weighted(factor, x, F(1), value ? value + g * size() : nullptr, y);
       });
     }
   }
@@ -262,7 +263,7 @@ void with_operator(const QkRopeShape& shape, const QkRopeInputs& in, const Body&
 
 }  // namespace
 
-void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
+void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeValue& value,
              const QkRopeOutputs& out, int threads) {
   with_operator(shape, in, [&](auto element, const auto& op) {
     using T = decltype(element);
@@ -271,7 +272,9 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value
     const HeadOutput<T> v(out.v, op.tokens() * shape.kv_heads, shape.size);
     parallel_for(op.tokens(), 2 * op.token_bytes(), threads, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
-        op.forward(token, static_cast<const T*>(value), q, k, v);
+        const T* const rows = static_cast<const T*>(value.rows);
+        const int64_t width = shape.kv_heads * shape.size;
+        op.forward(token, rows ? rows + value.row(token) * width : nullptr, q, k, v);
       }
       end_streaming();
     });

@@ -20,11 +20,12 @@ __global__ void __launch_bounds__(kBlock, 2)
     embed_smear_forward(EmbedSmearShape shape, const int64_t* __restrict__ ids,
                         const T* __restrict__ table, const X* __restrict__ bigram,
                         const float* __restrict__ scale, const float* __restrict__ gate,
-                        const bool* __restrict__ starts, X* __restrict__ x,
+                        const bool* __restrict__ starts, const int64_t* __restrict__ bigram_ids,
+                        int64_t bigram_rows, X* __restrict__ x,
                         float* __restrict__ rstds) {
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
-  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
+  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts, bigram_ids, bigram_rows};
   const int width = args.width();
   const float factor = args.scale();
   const auto g = R::gate(args);
@@ -36,11 +37,13 @@ __global__ void __launch_bounds__(kBlock, 2)
     const int64_t own_token = before_run + this_lane();
     const bool here = own_token >= 0 && this_lane() <= count;
     const int64_t own_row = here ? args.row(ids[own_token]) : shape.vocab;
-    const unsigned known = __ballot_sync(~0u, own_row < shape.vocab);
+    const int64_t own_bigram = here ? args.bigram_row(own_token) : -1;
+    const unsigned known = __ballot_sync(~0u, own_row < shape.vocab && own_bigram >= 0);
     const unsigned joined = __ballot_sync(~0u, here && args.joined(own_token));
     const auto fetch = [&](int i) {
-      return R::fetch(args, (before_run + i) * width, __shfl_sync(~0u, own_row * width, i),
-                      known >> i & 1);
+      const int64_t bigram_place = __shfl_sync(~0u, own_bigram * width, i);
+      const int64_t place = __shfl_sync(~0u, own_row * width, i);
+      return R::fetch(args, bigram_place, known >> i & 1, place, known >> i & 1);
     };
     Lanes before = Lanes::zero();
     int i = joined >> 1 & 1 ? 0 : 1;
@@ -102,14 +105,15 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
     embed_smear_chunks(EmbedSmearShape shape, const int64_t* __restrict__ ids,
                        const T* __restrict__ table, const X* __restrict__ bigram,
                        const float* __restrict__ scale, const float* __restrict__ gate,
-                       const bool* __restrict__ starts, const int64_t* __restrict__ order,
+                       const bool* __restrict__ starts, const int64_t* __restrict__ bigram_ids,
+                       int64_t bigram_rows, const int64_t* __restrict__ order,
                        const X* __restrict__ dx, const float* __restrict__ rstds,
                        T* __restrict__ dtable, X* __restrict__ dbigram,
                        float* __restrict__ pieces, float* __restrict__ partials) {
   using R = Rows<T, X, kVector, kChunks>;
   using Lanes = typename R::Lanes;
   using Floats = typename R::Floats;
-  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts};
+  const Inputs<T, X> args = {shape, ids, table, bigram, scale, gate, starts, bigram_ids, bigram_rows};
   alignas(32) __shared__ float gates[R::kWidth];
   alignas(32) __shared__ float gate_sums[kWarps][R::kWidth];
   const int width = args.width(), warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -267,7 +271,7 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
                   stepping_blocks(runs, kWarps), kBlock, stream, shape, in.ids,
                   static_cast<const T*>(in.table), static_cast<const X*>(in.bigram),
                   static_cast<const float*>(in.scale), static_cast<const float*>(in.gate),
-                  in.starts, static_cast<X*>(x), static_cast<float*>(rstd));
+                  in.starts, in.bigram_ids, in.bigram_rows, static_cast<X*>(x), static_cast<float*>(rstd));
   });
 }
 
@@ -295,7 +299,8 @@ const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearI
         return launch(embed_smear_chunks<T, X, decltype(vector)::value, decltype(chunks)::value>,
                       blocks, kBlock, stream, shape, in.ids, static_cast<const T*>(in.table),
                       static_cast<const X*>(in.bigram), static_cast<const float*>(in.scale),
-                      static_cast<const float*>(in.gate), in.starts, tokens.order,
+                      static_cast<const float*>(in.gate), in.starts, in.bigram_ids, in.bigram_rows,
+                      tokens.order,
                       static_cast<const X*>(dx), static_cast<const float*>(rstd),
                       static_cast<T*>(out.dtable), static_cast<X*>(out.dbigram), pieces, partials);
       });

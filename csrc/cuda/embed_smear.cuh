@@ -31,6 +31,8 @@ struct Inputs {
   const X* bigram;
   const float *scale_at, *gate;
   const bool* starts;
+  const int64_t* bigram_ids;
+  int64_t bigram_rows;
 
   __device__ int64_t tokens() const { return shape.batch * shape.time; }
   __device__ int width() const { return static_cast<int>(shape.width); }
@@ -38,6 +40,12 @@ struct Inputs {
   // The row of the table for an id; one too many for an id that it does not have.
   __device__ int64_t row(int64_t id) const {
     return id >= 0 && id < shape.vocab ? id : shape.vocab;
+  }
+  // The row of its bigram; -1 for an id that their table does not have.
+  __device__ int64_t bigram_row(int64_t token) const {
+    if (bigram_ids == nullptr) return token;
+    const int64_t id = bigram_ids[token];
+    return id >= 0 && id < bigram_rows ? id : -1;
   }
   // Whether a token, which may be one too many, sees the one before it.
   __device__ bool joined(int64_t token) const {
@@ -64,12 +72,12 @@ struct Rows {
     OfX bigram;
     bool known;
   };
-  // Where its bigram and its row of the table begin, if that has one.
-  __device__ static Fetched fetch(const Inputs<T, X>& args, int64_t bigram, int64_t row,
-                                  bool known) {
+  // Where its bigram and its row of the table begin, if these have one.
+  __device__ static Fetched fetch(const Inputs<T, X>& args, int64_t bigram, bool bigram_known,
+                                  int64_t row, bool known) {
     const int width = args.width();
     return {OfTable::load(args.table + row, width, known),
-            OfX::load(args.bigram + bigram, width, args.bigram), known};
+            OfX::load(args.bigram + bigram, width, args.bigram && bigram_known), known};
   }
 
   // e, of rows that are zero where the token has none.
@@ -111,11 +119,12 @@ __device__ inline void store_as(const Row<float, kVector, kWarp, kChunks>& sum, 
 template <typename T, typename X>
 struct Positions {
   int count;
-  int64_t own_place, own_row_place;  // where the token's row of x and its row of the table begin
+  // Where the token's row of x, its row of the table and its bigram begin.
+  int64_t own_place, own_row_place, own_bigram_place;
   float own_rstd;
   // Of all of them, a bit each: the next token sees this one; its id is one of the table's; the
-  // next position has another id.
-  unsigned seen, known, ends;
+  // next position has another id; there is a bigram.
+  unsigned seen, known, ends, bigram_known;
 
   __device__ Positions(const Inputs<T, X>& args, const int64_t* order, const float* rstds,
                        int64_t begin) {
@@ -129,12 +138,18 @@ struct Positions {
     known = __ballot_sync(~0u, row < args.shape.vocab);
     const int64_t row_after = __shfl_down_sync(~0u, row, 1);
     ends = __ballot_sync(~0u, this_lane() + 1 < count && row != row_after);
+    const int64_t bigram = here ? args.bigram_row(token) : -1;
+    bigram_known = __ballot_sync(~0u, bigram >= 0);
+    own_bigram_place = bigram * args.width();
     own_place = token * args.width();
     own_row_place = row * args.width();
   }
 
   __device__ int64_t place(int i) const { return __shfl_sync(~0u, own_place, i); }
   __device__ int64_t row_place(int i) const { return __shfl_sync(~0u, own_row_place, i); }
+  __device__ int64_t bigram_place(int i) const {
+    return __shfl_sync(~0u, own_bigram_place, i);
+  }
   __device__ float rstd(int i) const { return __shfl_sync(~0u, own_rstd, i); }
 };
 
@@ -150,7 +165,8 @@ __device__ inline Position<R> fetch(const Inputs<T, X>& args, const Positions<T,
                                     const X* dx, int i) {
   const int width = args.width();
   const int64_t place = at.place(i);
-  return {R::fetch(args, place, at.row_place(i), at.known >> i & 1),
+  return {R::fetch(args, at.bigram_place(i), at.bigram_known >> i & 1, at.row_place(i),
+                   at.known >> i & 1),
           R::OfX::load(dx + place, width, true),
           R::OfX::load(dx + place + width, width, at.seen >> i & 1)};
 }

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     qk_rope_forward(Shape shape, Span span, const T* __restrict__ qkv,
                     const float* __restrict__ cos, const float* __restrict__ sin,
                     const float* __restrict__ gain, const float* __restrict__ factors,
-                    const T* __restrict__ value, T* __restrict__ q, T* __restrict__ k,
-                    T* __restrict__ v) {
+                    QkRopeValue value, T* __restrict__ q, T* __restrict__ k, T* __restrict__ v) {
   using Own = Packed<T, kVector, kLanes, kChunks>;
   using Of = Head<Shape, kLanes>;
   constexpr int kPasses = Shape::kPasses;
@@ -50,13 +49,16 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     }
     for (Place at(span); at.in_block(); at.advance(span)) {
       const T* const from = qkv + at.token * shape.total * shape.size;
+      const int64_t value_row = value.rows ? value.row(at.token) : 0;
+      const bool known = value.has(value_row);
+      const T* const values = static_cast<const T*>(value.rows);
       EachPass<Shape, Own> x, added;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
         x[i] = Own::load(from + head.index * shape.size, shape.size, head.exists);
-        const bool adds = head.exists && head.is_value && value;
-        added[i] = Own::load(adds ? value + head.place(at.token) : nullptr, shape.size, adds);
+        const bool adds = head.exists && head.is_value && values && known;
+        added[i] = Own::load(adds ? values + head.place(value_row) : nullptr, shape.size, adds);
       }
       const Turn<T, kVector, kLanes, kChunks, Shape> turn(shape, cos, sin, at.time, 1);
       const float factor = factors ? factors[at.token] : 1.0f;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        if (head.is_value) y = Own::rounded(added[i].unpacked().plus(factor, x[i].unpacked()));
+        const float of_x = known ? factor : NAN;
+        if (head.is_value) y = Own::rounded(added[i].unpacked().plus(of_x, x[i].unpacked()));
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -197,12 +200,12 @@ bool aligned_heads(const QkRopeShape& shape, const QkRopeInputs& in) {
 
 }  // namespace
 
-const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void* value,
+const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeValue& value,
                     const QkRopeOutputs& out, void* stream) {
   return with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const bool vectors =
-        aligned_heads<T>(shape, in) && aligned({value, out.q, out.k, out.v}, {});
+        aligned_heads<T>(shape, in) && aligned({value.rows, out.q, out.k, out.v}, {});
     return with_shape<T>(shape, vectors, true, [&](auto known, auto vector, auto lanes,
                                                    auto chunks) {
       const auto kernel = qk_rope_forward<T, decltype(vector)::value, decltype(lanes)::value,
@@ -211,8 +214,7 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const void
                     known, Span(shape, kForwardTokens), static_cast<const T*>(in.qkv),
                     static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
                     static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
-                    static_cast<const T*>(value), static_cast<T*>(out.q), static_cast<T*>(out.k),
-                    static_cast<T*>(out.v));
+                    value, static_cast<T*>(out.q), static_cast<T*>(out.k), static_cast<T*>(out.v));
     });
   });
 }

@@ -11,7 +11,10 @@ u_t = d_{t+1} where t + 1 sees t, else 0, the gradients are
     dtable[i] = sum of de over the tokens i,   d_scale = sum of de . bigram,
     d_gate = g (1 - g) sum of n (u - d)
 
-Shapes: ids (N, T) int64, table (V, D), x and bigram (N, T, D), gate (D,).
+Bigrams may come as rows of a table, which kernels look up.
+
+Shapes: ids (N, T) int64, table (V, D), x and bigram (N, T, D), gate (D,); with bigram_ids (N, T)
+bigram is a table (B, D).
 """
 
 from collections.abc import Callable
@@ -24,25 +27,19 @@ from torch import Tensor
 from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast
-from pgolf.ops.launch import (
-    DTYPE_CODES,
-    Run,
-    in_cpp,
-    in_cuda,
-    launcher,
-    run_cpp,
-    run_cuda,
-)
+from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
+from pgolf.ops.token_sums import token_order, token_sums
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
-ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
 _INPUTS = Inputs(
-    "embed_smear", ("ids", "table", "bigram", "bigram_scale", "gate", "starts"), alike=("bigram",),
-    wide=("bigram_scale", "gate"), optional=("bigram", "bigram_scale", "gate", "starts"),
+    "embed_smear",
+    ("ids", "table", "bigram", "bigram_scale", "gate", "starts", "bigram_ids"),
+    alike=("bigram",), wide=("bigram_scale", "gate"),
+    optional=("bigram", "bigram_scale", "gate", "starts", "bigram_ids"),
 )  # fmt: skip
 # Of positions that are sorted by id, as csrc/embed_smear.h has them.
 CHUNK, CHUNKS_PER_BLOCK = 32, 4
@@ -78,8 +75,11 @@ def reference(
     starts: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype = torch.float32,
+    bigram_ids: Tensor | None = None,
 ) -> Tensor:
     """`embed_smear` in plain torch."""
+    if bigram_ids is not None:  # (the gradient of a row is a sum over tokens, so it is fp32)
+        bigram = F.embedding(bigram_ids, bigram.to(compute_dtype(dtype))).to(dtype)
     x = F.embedding(ids, table).to(dtype)
     if bigram is not None:
         x = x + (bigram if bigram_scale is None else bigram * bigram_scale.to(dtype))
@@ -90,6 +90,7 @@ def reference(
 def _check(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
     gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype,
+    bigram_ids: Tensor | None,
 ) -> None:  # fmt: skip
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(
@@ -105,8 +106,17 @@ def _check(
     if not 0 <= eps < float("inf"):
         raise ValueError(f"embed_smear: eps={eps}: it has to be 0 or more, and finite")
     width, wide = table.size(1), compute_dtype(dtype)
+    of_bigram = ids.shape
+    if bigram_ids is not None:
+        if bigram is None or bigram.dim() != 2:
+            found = None if bigram is None else tuple(bigram.shape)
+            raise ValueError(
+                f"embed_smear: bigram is {found}: with bigram_ids it has to be a table (B, {width})"
+            )
+        of_bigram = bigram.shape[:1]
     for name, t, shape, expected in (
-        ("bigram", bigram, (*ids.shape, width), dtype),
+        ("bigram", bigram, (*of_bigram, width), dtype),
+        ("bigram_ids", bigram_ids, ids.shape, torch.int64),
         ("bigram_scale", bigram_scale, (), wide),
         ("gate", gate, (width,), wide),
         ("starts", starts, ids.shape, torch.bool),
@@ -143,17 +153,21 @@ def embed_smear(
     eps: float = 1e-6,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
+    *,
+    bigram_ids: Tensor | None = None,
 ) -> Tensor:
     """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
 
     The gradient of the table is deterministic: tokens are sorted by id, and the order of every sum
-    is fixed. On a GPU its whole backward is three launches; above 32,768 rows torch sorts, in many.
+    is fixed. On a GPU its whole backward is three launches, and two more with bigrams by id; above
+    32,768 rows torch sorts, in many.
 
     Args:
         ids: (N, T) int64. One that the table does not have is an error on a CPU; on a GPU, where
             nobody looks, its row of x is NaN and the table gets no gradient from it.
         table: (V, D), in fp32 or bf16 for the kernels whatever dtype is (fp64 with an fp64 dtype).
-        bigram: (N, T, D) of `dtype`, projected to the width of the table.
+        bigram: (N, T, D) of `dtype`, projected to the width of the table; with `bigram_ids` a table
+            (B, D), whose gradient is made as that of `table` is.
         bigram_scale: () factor of bigram in fp32 (fp64 for an fp64 dtype); None is 1.
         gate: (D,) in fp32 (fp64 for an fp64 dtype); None: no smearing.
         starts: (N, T) bool, positions that see zeros instead of the one before; None: only t = 0.
@@ -161,6 +175,7 @@ def embed_smear(
         dtype: of x.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 768) or 'cuda' (fp32, bf16;
             D <= 768).
+        bigram_ids: (N, T) int64, the row of `bigram` for each token; what is said of `ids` holds.
 
     Returns:
         x (N, T, D), contiguous.
@@ -168,14 +183,14 @@ def embed_smear(
     Raises:
         ValueError, RuntimeError: as `xsa`; IndexError by torch, from the reference, for ids.
     """
-    ids, table, bigram, bigram_scale, gate, starts = _INPUTS(
-        ids, table, bigram, bigram_scale, gate, starts, dtype=dtype
+    ids, table, bigram, bigram_scale, gate, starts, bigram_ids = _INPUTS(
+        ids, table, bigram, bigram_scale, gate, starts, bigram_ids, dtype=dtype
     )
-    _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
+    _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
     impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
     if impl == "reference":
-        return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype)
-    return _forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl)[0]
+        return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
+    return _forward(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype, impl)[0]
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -197,28 +212,30 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
 @opaque("pgolf::embed_smear", mutates_args=())
 def _forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
-    gate: Tensor | None, starts: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
+    gate: Tensor | None, starts: Tensor | None, bigram_ids: Tensor | None, eps: float,
+    dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
     return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
 
 
 @_forward.register_fake
-def _(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, impl):
+def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype, impl):
     return _results(ids, table, dtype)
 
 
 @opaque("pgolf::embed_smear_backward", mutates_args=())
 def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
-    bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None, eps: float, impl: str,
+    bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None,
+    bigram_ids: Tensor | None, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts)
+    inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
     return launcher("embed_smear", impl, "backward")(*inputs, eps)
 
 
 @_backward.register_fake
-def _(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, eps, impl):
+def _(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, impl):
     return _gradients(table, bigram, rstd)
 
 
@@ -229,8 +246,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
-    rstd, ids, table, bigram, bigram_scale, gate, starts = ctx.saved_tensors
-    inputs = (ids, table, bigram, bigram_scale, gate, starts)
+    rstd, *inputs = ctx.saved_tensors
+    _, _, bigram, bigram_scale, gate, *_ = inputs
     dtable, dbigram, sums = _backward(dx, rstd, *inputs, ctx.eps, ctx.impl)
     return (
         None,
@@ -238,7 +255,7 @@ def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
         None if bigram is None else dbigram,
         None if bigram_scale is None else sums[-1],
         None if gate is None else sums[:-1],
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -248,57 +265,44 @@ register_gradient("embed_smear", _forward, _gradient, _setup_context)
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _order(run: Run, ids: Tensor, table: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Tokens by id, stable, and where each id begins (V + 1,): a counting sort, or torch's.
-
-    Tokens of ids that are no rows lie outside of the bounds.
-
-    Args:
-        limit: the largest V of the counting sort, which on a GPU keeps its counts in shared memory
-            and indexes tokens in 32 bits; None: any.
-    """
-    rows = table.size(0)
-    if limit is not None and (rows > limit or ids.numel() > 2**31 - 1):
-        by_id, order = torch.sort(ids.flatten(), stable=True)
-        return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
-    order, bounds = ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
-    run(
-        "token_order", table,
-        ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr(),
-    )  # fmt: skip
-    return order, bounds
-
-
 def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     """What the kernels call table_dtype, x_dtype, n, t, vocab and width."""
     return DTYPE_CODES[table.dtype], DTYPE_CODES[dtype], *ids.shape, *table.shape
 
 
-def _launchers(run: Run, order_limit: int | None) -> dict[str, Callable]:
+def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
-    def forward(ids, table, bigram, bigram_scale, gate, starts, eps, dtype):
+    def bigram_table(bigram, bigram_ids):  # its ids and its number of rows
+        return addresses(bigram_ids)[0], 0 if bigram_ids is None else bigram.size(0)
+
+    def forward(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype):
         x, rstd = _results(ids, table, dtype)
         run(
             "embed_smear", table,
-            *addresses(ids, table, bigram, bigram_scale, gate, starts, x, rstd),
+            *addresses(ids, table, bigram, bigram_scale, gate, starts),
+            *bigram_table(bigram, bigram_ids), *addresses(x, rstd),
             *_shape(ids, table, dtype), eps,
         )  # fmt: skip
         return x, rstd
 
-    def backward(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, eps):
-        dtable, dbigram, sums = _gradients(table, bigram, rstd)
+    def backward(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps):
+        of_tokens = bigram if bigram_ids is None else dx
+        dtable, dbigram, sums = _gradients(table, of_tokens, rstd)
         chunks = -(-ids.numel() // CHUNK)
         pieces = rstd.new_empty((2 * chunks, table.size(1)))
         partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
-        order, bounds = _order(run, ids, table, order_limit)
+        order, bounds = token_order(run, ids, table.size(0))
         run(
             "embed_smear_backward", table,
             *addresses(ids, table, bigram, bigram_scale, gate, starts),
+            *bigram_table(bigram, bigram_ids),
             *addresses(order, bounds, dx, rstd, dtable, dbigram, sums, pieces),
             pieces.size(0), partials.data_ptr(), partials.size(0),
             *_shape(ids, table, dx.dtype), eps,
         )  # fmt: skip
+        if bigram_ids is not None:
+            dbigram = token_sums(run, bigram_ids, bigram.size(0), dbigram)
         return dtable, dbigram, sums
 
     return {"forward": forward, "backward": backward}
@@ -310,13 +314,14 @@ def samples() -> list[Sample]:
     def make(
         batch: int, time: int, rows: int, width: int, bigrams: bool = True, gated: bool = True,
         starts: bool = False, same: bool = False, table_dtype: torch.dtype | None = None,
-        scaled: bool = True,
+        scaled: bool = True, bigram_rows: int = 0,
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
             wide = compute_dtype(dtype)
             table = torch.randn(rows, width, generator=g).double()
-            bigram = torch.randn(batch, time, width, generator=g).double()
+            of_bigram = (bigram_rows,) if bigram_rows else (batch, time)
+            bigram = torch.randn(*of_bigram, width, generator=g).double()
             ids = torch.randint(rows, (batch, time), generator=g)
             ids = torch.full_like(ids, rows // 2) if same else ids
             own = dtype if table_dtype is None or dtype == torch.float64 else table_dtype
@@ -329,6 +334,9 @@ def samples() -> list[Sample]:
                 named["gate"] = torch.linspace(-2, 1, width).to(device, wide)
             if starts:
                 named["starts"] = (torch.rand(batch, time, generator=g) < 0.3).to(device)
+            if bigram_rows:
+                bigram_ids = torch.randint(bigram_rows, (batch, time), generator=g)
+                named["bigram_ids"] = bigram_ids.to(device)
             return (ids.to(device), table.to(device, own)), named
 
         return build
@@ -338,6 +346,8 @@ def samples() -> list[Sample]:
         "1x40 of 9x516 fp32 table": make(1, 40, 9, 516, table_dtype=torch.float32),
         "3x50 of 4x33, one id": make(3, 50, 4, 33, same=True, scaled=False),
         "2x9 of 40x48 alone": make(2, 9, 40, 48, bigrams=False, gated=False),
+        "2x70 of 5x64, bigrams of 11": make(2, 70, 5, 64, bigram_rows=11),
+        "1x9 of 4x33, bigrams of 90": make(1, 9, 4, 33, bigram_rows=90, scaled=False),
         "0 tokens": make(1, 0, 3, 16),
     }
     big = {f"{t} tokens": make(t // 2048, 2048, 1024, 512) for t in (8192, 98304)}
@@ -349,30 +359,28 @@ def samples() -> list[Sample]:
 def cost(
     ids: Tensor, table: Tensor, bigram: Tensor | None = None, bigram_scale: Tensor | None = None,
     gate: Tensor | None = None, starts: Tensor | None = None, eps: float = 1e-6,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, bigram_ids: Tensor | None = None,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once, of the table no more rows than tokens, and rstd is kept."""
     x_bytes = ids.numel() * table.size(1) * dtype.itemsize
     rstd = ids.numel() * compute_dtype(dtype).itemsize
     rows = min(nbytes(table), ids.numel() * table.size(1) * table.element_size())
-    read = nbytes(ids, bigram, bigram_scale, gate, starts) + rows
+    read = nbytes(ids, bigram, bigram_scale, gate, starts, bigram_ids) + rows
     return (
         Work(0, read, x_bytes + rstd),
         Work(0, read + x_bytes + rstd, nbytes(table, bigram, bigram_scale, gate)),
     )
 
 
-_FUNCTIONS = ("embed_smear", "embed_smear_backward", "token_order")
 OPERATOR = register(
     Operator(
         name="embed_smear",
         call=embed_smear,
         reference=reference,
         differentiable=("table", "bigram", "bigram_scale", "gate"),
-        implementations={
-            "cpu": in_cpp(*_FUNCTIONS, **_launchers(run_cpp, None)),
-            "cuda": in_cuda(*_FUNCTIONS, **_launchers(run_cuda, ORDER_LIMITS["cuda"])),
-        },
+        implementations=in_extension(
+            ("embed_smear", "embed_smear_backward", "token_order"), _launchers
+        ),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every number once forward; the table's gradient is deterministic")],

@@ -15,11 +15,15 @@ projection is such a factor. For queries and keys it goes into rstd, since
 
     norm(f x) = x f / sqrt(f^2 mean(x^2) + eps)
 
+What values get added may be rows of a table, by the ids of the tokens: the gradient of such a row
+is the sum of dv over its tokens. Kernels look the rows up, and no tensor of them is written.
+
 Shapes: qkv (N, T, (H + 2 G) d) is q, k and v side by side, cos and sin (T, r/2), gain (H,), factor
-(N, T).
+(N, T), value (N, T, G d), or with ids (N, T) a table (V, G d).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
@@ -34,8 +38,9 @@ from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 _INPUTS = Inputs(
-    "qk_rope", ("qkv", "cos", "sin", "gain", "value", "factor"), alike=("qkv", "value"),
-    wide=("cos", "sin", "gain", "factor"), optional=("value", "factor"),
+    "qk_rope", ("qkv", "cos", "sin", "gain", "value", "factor", "value_ids"),
+    alike=("qkv", "value"), wide=("cos", "sin", "gain", "factor"),
+    optional=("value", "factor", "value_ids"),
 )  # fmt: skip
 
 
@@ -69,8 +74,11 @@ def reference(
     value: Tensor | None = None,
     factor: Tensor | None = None,
     split_v: bool = False,
+    value_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`qk_rope` in plain torch; k and v may be views of qkv."""
+    if value_ids is not None:  # (the gradient of a row is a sum over tokens, so it is fp32)
+        value = F.embedding(value_ids, value.to(compute_dtype(value.dtype))).to(value.dtype)
     total = heads + 2 * kv_heads
     if factor is not None:
         qkv = qkv * factor[..., None].to(qkv.dtype)
@@ -85,7 +93,7 @@ def reference(
 
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, heads: int, kv_heads: int, eps: float,
-    value: Tensor | None, factor: Tensor | None,
+    value: Tensor | None, factor: Tensor | None, ids: Tensor | None,
 ) -> None:  # fmt: skip
     if heads < 1 or kv_heads < 1:
         raise ValueError(f"qk_rope: heads={heads}, kv_heads={kv_heads}: both have to be 1 or more")
@@ -117,14 +125,31 @@ def _check(
             raise ValueError(
                 f"qk_rope: {name} is {t.dtype} on {t.device}: it has to be {wide} on {qkv.device}"
             )
-    if value is not None and value.shape != (batch, time, kv_heads * size):
-        raise ValueError(
-            f"qk_rope: value is {tuple(value.shape)}: it has to be "
-            f"{(batch, time, kv_heads * size)}, as v"
-        )
+    _check_value(value, ids, (batch, time, kv_heads * size), qkv.device)
     if factor is not None and factor.shape != (batch, time):
         raise ValueError(
             f"qk_rope: factor is {tuple(factor.shape)}: it has to be {(batch, time)}, one a token"
+        )
+
+
+def _check_value(
+    value: Tensor | None, ids: Tensor | None, of_v: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise ValueError unless values of v's shape, or rows of a table by ids, can be added to v."""
+    if ids is not None and (ids.shape != of_v[:2] or ids.dtype != torch.int64):
+        raise ValueError(
+            f"qk_rope: value_ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 {of_v[:2]}"
+        )
+    if ids is not None and ids.device != device:
+        raise ValueError(f"qk_rope: value_ids is on {ids.device} and qkv on {device}: move one")
+    if ids is not None and (value is None or value.dim() != 2 or value.size(1) != of_v[2]):
+        found = None if value is None else tuple(value.shape)
+        raise ValueError(
+            f"qk_rope: value is {found}: with value_ids it has to be a table (V, {of_v[2]})"
+        )
+    if ids is None and value is not None and value.shape != of_v:
+        raise ValueError(
+            f"qk_rope: value is {tuple(value.shape)}: it has to be {of_v}, as v"
         )
 
 
@@ -153,6 +178,7 @@ def qk_rope(
     factor: Tensor | None = None,
     split_v: bool = False,
     sums: Tensor | None = None,
+    value_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Split a packed projection into q, k and v; norm and rotate q and k, scale q by its gain.
 
@@ -163,7 +189,7 @@ def qk_rope(
         heads, kv_heads: H and G.
         eps: added to the mean square of a head before the root.
         norm: whether heads of q and k are normed.
-        value: (N, T, G d) of qkv's dtype, added to v.
+        value: (N, T, G d) of qkv's dtype, added to v; with `value_ids` a table (V, G d).
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; d <= 256) or 'cuda' (fp32, bf16;
             d <= 256).
         factor: (N, T) in fp32 (fp64 for an fp64 qkv), not 0: what each token's qkv is still to be
@@ -172,6 +198,9 @@ def qk_rope(
             qkv, and autograd has nothing to add (but for the gradient of `value`).
         sums: what `part_sums.deferred` gives for `sums_of` these arguments: gain then gets its
             gradient from there. None: from here.
+        value_ids: (N, T) int64, the row of `value` for each token. One that the table does not have
+            is an error on a CPU; on a GPU, where nobody looks, its values are NaN. The gradient of
+            the table is deterministic.
 
     Returns:
         q (N, T, H, d), k and v (N, T, G, d), contiguous, with split_v v once more; of the
@@ -180,18 +209,21 @@ def qk_rope(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    qkv, cos, sin, gain, value, factor = _INPUTS(qkv, cos, sin, gain, value, factor)
-    _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor)
+    qkv, cos, sin, gain, value, factor, value_ids = _INPUTS(
+        qkv, cos, sin, gain, value, factor, value_ids
+    )
+    _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor, value_ids)
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
     if sums is not None:
         check_deferred("qk_rope", sums, sums_of(qkv.shape[:2].numel(), gain), impl)
     if impl == "reference":
         return reference(
-            qkv, cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v
+            qkv, cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v, value_ids
         )
     q, k, v, again = forward(
-        qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, split_v, impl
-    )
+        qkv, cos, sin, gain, value, value_ids, factor, sums, heads, kv_heads, eps, norm, split_v,
+        impl,
+    )  # fmt: skip
     return (q, k, v, *([rerouted(v, again)] if split_v else []))
 
 
@@ -201,13 +233,14 @@ def samples() -> list[Sample]:
     def make(
         batch: int, time: int, heads: int, groups: int, size: int, dims: int,
         norm: bool = True, with_value: bool = False, with_factor: bool = False,
-        split_v: bool = False,
+        split_v: bool = False, rows: int = 0,
     ):  # fmt: skip
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(time)
             wide = compute_dtype(dtype)
             qkv = torch.randn(batch, time, (heads + 2 * groups) * size, generator=g).double()
-            value = torch.randn(batch, time, groups * size, generator=g).double()
+            of_value = (rows,) if rows else (batch, time)
+            value = torch.randn(*of_value, groups * size, generator=g).double()
             table = [t.to(device, wide) for t in rope_table(time, dims, 10000.0)]
             gain = torch.linspace(-0.5, 1.5, heads).to(device, wide)
             named = {"value": value.to(device, dtype)} if with_value else {}
@@ -216,6 +249,8 @@ def samples() -> list[Sample]:
                 named["factor"] = factor.to(device, wide)
             if split_v:
                 named["split_v"] = True
+            if rows:
+                named["value_ids"] = torch.randint(rows, (batch, time), generator=g).to(device)
             return (qkv.to(device, dtype), *table, gain, heads, groups, 1e-6, norm), named
 
         return build
@@ -227,6 +262,10 @@ def samples() -> list[Sample]:
             2, 9, 8, 4, 64, 16, with_factor=True, split_v=True
         ),
         "1x70 4/4 32 r32": make(1, 70, 4, 4, 32, 32),
+        "2x40 8/4 64 r16 table, factor, v twice": make(
+            2, 40, 8, 4, 64, 16, with_value=True, with_factor=True, split_v=True, rows=7
+        ),
+        "1x9 2/1 33 r6 table": make(1, 9, 2, 1, 33, 6, with_value=True, rows=90),
         "2x2 2/1 24 r6 value, factor, v twice": make(
             2, 2, 2, 1, 24, 6, with_value=True, with_factor=True, split_v=True
         ),
@@ -246,19 +285,21 @@ def samples() -> list[Sample]:
 def cost(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, heads: int, kv_heads: int, eps: float,
     norm: bool = True, value: Tensor | None = None, factor: Tensor | None = None,
-    split_v: bool = False,
+    split_v: bool = False, value_ids: Tensor | None = None,
 ) -> tuple[Work, Work]:  # fmt: skip
     """Least work: every tensor once; the norms are recomputed, so that nothing but qkv is kept.
 
     The gradient reads those of q, k and v, both of a v that is split, and of qkv the queries (for
-    d_gain) and, with norm, the keys. The gradient of `value` is that of v and costs nothing.
+    d_gain) and, with norm, the keys. The gradient of `value` is that of v and costs nothing, but
+    for that of a table, which is written.
     """
-    small = nbytes(cos, sin, gain, factor)
+    small = nbytes(cos, sin, gain, factor, value_ids)
     part = nbytes(qkv) // (heads + 2 * kv_heads)  # of one head
     again = part * (heads + kv_heads * (norm + split_v))
+    table = None if value_ids is None else value
     return (
         Work(0, nbytes(qkv, value) + small, nbytes(qkv)),
-        Work(0, nbytes(qkv) + again + small, nbytes(qkv, gain)),
+        Work(0, nbytes(qkv) + again + small, nbytes(qkv, gain, table)),
     )
 
 
@@ -268,7 +309,9 @@ OPERATOR = register(
         call=qk_rope,
         reference=reference,
         differentiable=("qkv", "gain", "value", "factor"),
-        implementations=in_extension(("qk_rope", "qk_rope_backward"), launchers),
+        implementations=in_extension(
+            ("qk_rope", "qk_rope_backward", "token_order", "token_sums"), launchers
+        ),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every number once, forward one launch, backward two")],

@@ -13,6 +13,7 @@ from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.part_sums import sum_parts
 from pgolf.ops.tensors import addresses, contiguous, parts_of, unit_stride
+from pgolf.ops.token_sums import token_sums
 
 # Kernels sum d_gain over parts of the tokens, of so many at least; csrc/qk_rope.h
 MIN_PART, MAX_PARTS = 64, 1024
@@ -34,20 +35,22 @@ def _with_ticket(outputs: tuple[Tensor, ...], split_v: bool) -> tuple[Tensor, ..
 @opaque("pgolf::qk_rope", mutates_args=())
 def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
-    factor: Tensor | None, sums: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool,
-    split_v: bool, impl: str,
+    value_ids: Tensor | None, factor: Tensor | None, sums: Tensor | None, heads: int,
+    kv_heads: int, eps: float, norm: bool, split_v: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v and the ticket of a second v, if it is to `split_v`.
 
     `sums` is what takes the gradient of gain in parts, where it does not get it itself.
     """
-    inputs = contiguous(qkv, cos, sin, gain, value, factor)
+    inputs = contiguous(qkv, cos, sin, gain, value, value_ids, factor)
     outputs = launcher("qk_rope", impl, "forward")(*inputs, heads, kv_heads, eps, norm)
     return _with_ticket(outputs, split_v)
 
 
 @forward.register_fake
-def _(qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, split_v, impl):
+def _(
+    qkv, cos, sin, gain, value, value_ids, factor, sums, heads, kv_heads, eps, norm, split_v, impl
+):  # fmt: skip
     return _with_ticket(_outputs(qkv, heads, kv_heads), split_v)
 
 
@@ -55,21 +58,27 @@ def _(qkv, cos, sin, gain, value, factor, sums, heads, kv_heads, eps, norm, spli
 def _backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,
-    heads: int, kv_heads: int, eps: float, norm: bool, deferred: bool, impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dqkv and the gradient of gain, `deferred` in parts."""
+    value_ids: Tensor | None, value_rows: int, heads: int, kv_heads: int, eps: float, norm: bool,
+    deferred: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dqkv and the gradients of gain, `deferred` in parts, and of a table of values.
+
+    That has as many rows as there are `value_rows`: none, where values came from no table.
+    """
     gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv, dv_again)]
-    inputs = contiguous(qkv, cos, sin, gain, factor)
-    settings = heads, kv_heads, eps, norm, deferred
+    inputs = contiguous(qkv, cos, sin, gain, factor, value_ids)
+    settings = value_rows, heads, kv_heads, eps, norm, deferred
     return launcher("qk_rope", impl, "backward")(*gradients, *inputs, *settings)
 
 
 @_backward.register_fake
 def _(
-    dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred, impl
+    dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, value_rows, heads, kv_heads, eps,
+    norm, deferred, impl
 ):  # fmt: skip
     dgain = _empty_parts(qkv, gain) if deferred else gain.new_empty(gain.shape)
-    return qkv.new_empty(qkv.shape), dgain
+    width = kv_heads * (qkv.size(2) // (heads + 2 * kv_heads))
+    return qkv.new_empty(qkv.shape), dgain, qkv.new_empty((value_rows, width))
 
 
 def part_count(tokens: int) -> int:
@@ -83,18 +92,19 @@ def _empty_parts(qkv: Tensor, gain: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, cos, sin, gain, value, factor, sums, *settings, ctx.split_v, impl = inputs
+    qkv, cos, sin, gain, value, value_ids, factor, sums, *settings, ctx.split_v, impl = inputs
     ctx.deferred = sums is not None
-    ctx.settings = *settings, ctx.deferred, impl
-    ctx.value_shape = None if value is None else value.shape
+    by_id = value_ids is not None
+    ctx.settings = value.size(0) if by_id else 0, *settings, ctx.deferred, impl
+    ctx.value_shape = None if value is None or by_id else value.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, cos, sin, gain, factor)
+    ctx.save_for_backward(qkv, cos, sin, gain, factor, value_ids)
 
 
 def _gradient(
     ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None
 ) -> tuple:
-    qkv, *_, factor = saved = ctx.saved_tensors
+    qkv, *_, factor, value_ids = saved = ctx.saved_tensors
     dv_again = dv_again if ctx.split_v else None
     dvalue = None
     if ctx.value_shape is not None:
@@ -104,10 +114,12 @@ def _gradient(
             dv, dv_again = dv + dv_again, None
         whole = dv_again if dv is None else dv
         dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
-    dqkv, gains = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
+    dqkv, gains, dtable = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
+    dvalue = dvalue if value_ids is None else dtable
     d_gain, d_sums = (None, gains) if ctx.deferred else (gains, None)
-    d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[5] else None
-    return dqkv, None, None, d_gain, dvalue, d_factor, d_sums, *(None for _ in ctx.settings)
+    d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[6] else None
+    none = (None for _ in range(6))  # for what is no tensor
+    return dqkv, None, None, d_gain, dvalue, None, d_factor, d_sums, *none
 
 
 register_gradient("qk_rope", forward, _gradient, _setup_context)
@@ -126,25 +138,32 @@ def _shape(qkv: Tensor, cos: Tensor, heads: int, kv_heads: int) -> tuple[int, ..
 def launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
-    def forward(qkv, cos, sin, gain, value, factor, heads, kv_heads, eps, norm):
+    def forward(qkv, cos, sin, gain, value, value_ids, factor, heads, kv_heads, eps, norm):
         outputs = _outputs(qkv, heads, kv_heads)
         run(
-            "qk_rope", qkv, *addresses(qkv, cos, sin, gain, factor, value, *outputs),
+            "qk_rope", qkv, *addresses(qkv, cos, sin, gain, factor, value, value_ids),
+            0 if value_ids is None else value.size(0), *addresses(*outputs),
             *_shape(qkv, cos, heads, kv_heads), eps, norm,
         )  # fmt: skip
         return outputs
 
     def backward(
-        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, heads, kv_heads, eps, norm, deferred
+        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, value_rows, heads, kv_heads,
+        eps, norm, deferred,
     ):  # fmt: skip
         dqkv, parts = qkv.new_empty(qkv.shape), _empty_parts(qkv, gain)
         gradients = (dq, dk, dv, dv_again)
+        values = qkv.size(2) // (heads + 2 * kv_heads) * kv_heads  # of a token
+        read = qkv[..., :-values]
         run(
             "qk_rope_backward", qkv,
-            *addresses(qkv, cos, sin, gain, factor, *gradients, dqkv, parts),
+            *addresses(read, cos, sin, gain, factor, *gradients, dqkv, parts),
             parts.size(0), *_shape(qkv, cos, heads, kv_heads), eps, norm,
             *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
         )  # fmt: skip
-        return dqkv, parts if deferred else sum_parts(run, [parts])
+        dtable = qkv.new_empty((0, values))
+        if value_ids is not None:  # dv of a token is what its part of dqkv is the factor's times of
+            dtable = token_sums(run, value_ids, value_rows, dqkv[..., -values:], factor)
+        return dqkv, parts if deferred else sum_parts(run, [parts]), dtable
 
     return {"forward": forward, "backward": backward}

@@ -72,7 +72,7 @@ LEFT_OUT = {
     "pgolf.ops.linear_residual", "pgolf.ops.muon_momentum", "pgolf.ops.param_update",
     "pgolf.ops.part_sums", "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels",
     "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.testing", "pgolf.ops.timed",
-    "pgolf.ops.xsa_linear", "pgolf.triton_kernels.linear_residual",
+    "pgolf.ops.token_sums", "pgolf.ops.xsa_linear", "pgolf.triton_kernels.linear_residual",
     "pgolf.triton_kernels.xsa_linear",
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pgolf.ops.embed_smear import _order, bigram_rows, cost, embed_smear, smear
+from pgolf.ops import token_sums
+from pgolf.ops.embed_smear import bigram_rows, cost, embed_smear, smear
 from pgolf.ops.launch import run_cuda
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.tensors import nbytes
@@ -308,14 +309,17 @@ def test_any_order_of_threads_gives_the_same_bits(
 
 
 @pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA kernels")
-def test_a_table_too_large_for_the_counting_sort_is_sorted_by_torch() -> None:
+def test_a_table_too_large_for_the_counting_sort_is_sorted_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The same order and bounds; with the counting sort torch sorts nothing."""
-    ids, table = some_ids(2, 60, rows=9), torch.empty(9, 1)
+    ids = some_ids(2, 60, rows=9)
     with mock.patch.object(torch, "sort") as sorts:
-        counted = _order(run_cuda, ids, table, 9)
+        counted = token_sums.token_order(run_cuda, ids, 9)
         assert not sorts.called
+    monkeypatch.setitem(token_sums.ORDER_LIMITS, "cuda", 8)
     with mock.patch.object(torch, "sort", wraps=torch.sort) as sorts:
-        sorted_ = _order(run_cuda, ids, table, 8)
+        sorted_ = token_sums.token_order(run_cuda, ids, 9)
         assert sorts.called
     assert all(map(torch.equal, counted, sorted_))
 

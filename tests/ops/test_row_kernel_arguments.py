@@ -7,26 +7,31 @@ from pgolf import extension
 
 TOKENS = {"n": 1, "t": 2}
 ROPE = {**TOKENS, "dtype": 0, "h": 2, "g": 1, "d": 8, "half": 2, "eps": 1e-6, "norm": True}
-SMEAR = {**TOKENS, "table_dtype": 0, "x_dtype": 0, "vocab": 3, "width": 8, "eps": 1e-6}
+SMEAR = {**TOKENS, "table_dtype": 0, "x_dtype": 0, "vocab": 3, "width": 8, "eps": 1e-6,
+         "bigram_rows": 3}  # fmt: skip
 RESIDUAL = {"rows": 2, "width": 8, "dtype": 0, "scale": 1.0, "eps": 1e-6, "factored": False}
 STRIDES = dict.fromkeys(
     ("dq_strides", "dk_strides", "dv_strides", "dv_again_strides"), (32, 16, 8)
 )
 # Sizes and numbers, pointers that have to be there, pointers that may be null.
 KERNELS = {
-    "qk_rope": (ROPE, "qkv cos sin gain q k v", "value factor"),
+    "qk_rope": ({**ROPE, "value_rows": 3}, "qkv cos sin gain q k v", "value factor value_ids"),
     "qk_rope_backward": (
         {**ROPE, **STRIDES, "partial_rows": 1},
         "qkv cos sin gain dqkv partials",
         "dq dk dv dv_again factor",
     ),
-    "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts"),
+    "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts bigram_ids"),
     "embed_smear_backward": (
         {**SMEAR, "piece_rows": 2, "partial_rows": 1},
         "ids table order bounds dx rstd dtable sums pieces partials",
-        "bigram scale gate starts dbigram",
+        "bigram scale gate starts dbigram bigram_ids",
     ),
     "token_order": ({"count": 2, "vocab": 3}, "ids order bounds", ""),
+    "token_sums": (
+        {"dtype": 0, "tokens": 2, "vocab": 3, "width": 8, "stride": 8}, "order bounds x sums",
+        "divisors",
+    ),
     "residual_norm": (
         RESIDUAL, "x h rstd", "branch branch_scale skip skip_weight x0 mix0 mix1 total x_in",
     ),

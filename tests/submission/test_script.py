@@ -177,7 +177,8 @@ def test_only_what_a_script_never_does_is_missing(script):
         "pgolf.ops.grad_norm", "pgolf.ops.linear_residual",
         "pgolf.ops.muon_momentum", "pgolf.ops.param_update", "pgolf.ops.part_sums",
         "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels", "pgolf.ops.joined_norm",
-        "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.timed", "pgolf.ops.xsa_linear",
+        "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.timed",
+        "pgolf.ops.token_sums", "pgolf.ops.xsa_linear",
         "pgolf.training.finish", "pgolf.training.joining", "pgolf.training.failure_report",
         "pgolf.training.mirrors", "pgolf.training.profile",
     }  # fmt: skip

@@ -1,0 +1,52 @@
+"""Tables whose rows are looked up by id: the order of the tokens, and the gradient of a table.
+
+    sums[i] = sum over the tokens of id i of x[token] / divisor[token]
+
+Tokens are sorted by id, so that each sum is made in one order: nothing depends on threads or on the
+size of a GPU. Operators whose kernels look rows up themselves call this in their gradients.
+
+Shapes: ids and divisor (N, T), x (N, T, C), sums (V, C).
+"""
+
+import torch
+from torch import Tensor
+
+from pgolf.ops.launch import DTYPE_CODES, Run, run_cuda
+from pgolf.ops.tensors import addresses
+
+ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
+
+
+def token_order(run: Run, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Tokens by id, stable, and where each id begins (rows + 1,): a counting sort, or torch's.
+
+    Tokens of ids that are no rows lie outside of the bounds. On a GPU the counting sort keeps its
+    counts in shared memory and indexes tokens in 32 bits: there larger ones are torch's.
+    """
+    small = rows <= ORDER_LIMITS["cuda"] and ids.numel() <= 2**31 - 1
+    if run is run_cuda and not small:
+        by_id, order = torch.sort(ids.flatten(), stable=True)
+        return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
+    order, bounds = ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
+    run("token_order", ids, ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr())
+    return order, bounds
+
+
+def token_sums(
+    run: Run, ids: Tensor, rows: int, x: Tensor, divisor: Tensor | None = None
+) -> Tensor:
+    """The gradient of a table that these ids were looked up in, from that of their rows.
+
+    Args:
+        ids: (N, T) int64, contiguous.
+        x: (N, T, C) with rows at any distance.
+        divisor: (N, T) in what x computes in, contiguous; None is 1.
+    """
+    order, bounds = token_order(run, ids, rows)
+    flat = x.flatten(0, 1)
+    sums = flat.new_empty((rows, flat.size(1)))
+    run(
+        "token_sums", x, *addresses(order, bounds, flat, divisor, sums), DTYPE_CODES[x.dtype],
+        *(flat.size(0), *sums.shape, flat.stride(0)),
+    )  # fmt: skip
+    return sums
