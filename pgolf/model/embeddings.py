@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgolf.model.layers import Matrix
+from pgolf.model.layers import Matrix, TokenRows
 from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.tensors import compute_dtype
 
@@ -31,19 +31,20 @@ def _gathered(
     proj: Matrix | None,
     dtype: torch.dtype,
     scales: Sequence[Tensor | None] = (None,),
-) -> list[Tensor]:
+) -> list[TokenRows]:
     """Rows of a table, projected, times each of the 0-d scales."""
     trains = torch.is_grad_enabled() and table.weight.requires_grad
     if not trains or rows.numel() <= table.weight.size(0):
         found = table(rows).to(dtype)
         found = found if proj is None else proj(found)
-        return [found if scale is None else found * scale.to(dtype) for scale in scales]
+        scaled = [found if scale is None else found * scale.to(dtype) for scale in scales]
+        return [TokenRows(t) for t in scaled]
     # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
-    # gradients are sums over the table then. That of a product is a sum over tokens, so it is fp32.
+    # gradients are sums over the table then. Who takes the rows looks them up.
     products = table.weight if proj is None else proj(table.weight.to(dtype))
     products = products.to(compute_dtype(dtype))
     tables = [products if scale is None else products * scale for scale in scales]
-    return [F.embedding(rows, t).to(dtype) for t in tables]
+    return [TokenRows(t.to(dtype), rows) for t in tables]
 
 
 class BigramHash(nn.Module):
@@ -58,7 +59,7 @@ class BigramHash(nn.Module):
         self.proj = Matrix(dim, width) if width != dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, starts: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype, starts: Tensor | None = None) -> TokenRows:
         """starts (N, T) bool: tokens that have no previous one."""
         buckets = self.embed.weight.size(0)
         rows = bigram_rows(ids, buckets)
@@ -76,8 +77,10 @@ class ValueEmbedding(nn.Module):
         self.proj = Matrix(kv_dim, width) if width != kv_dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, scales: Sequence[Tensor]) -> list[Tensor]:
-        """(N, T, G d) for each of the layers that have these `scales`."""
+    def forward(
+        self, ids: Tensor, dtype: torch.dtype, scales: Sequence[Tensor]
+    ) -> list[TokenRows]:
+        """Of G d columns, for each of the layers that have these `scales`."""
         return _gathered(ids, self.embed, self.proj, dtype, [self.scale * s for s in scales])
 
 

@@ -16,7 +16,7 @@ from pgolf.device import DTYPES
 from pgolf.model.deferred_sums import with_deferred_sums
 from pgolf.model.embeddings import BigramHash, SmearGate, Table, ValueEmbedding
 from pgolf.model.joined import joins, with_joins
-from pgolf.model.layers import Block, LayerVectors, Stream
+from pgolf.model.layers import Block, LayerVectors, Stream, TokenRows
 from pgolf.model.masters import Masters
 from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
@@ -117,16 +117,17 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """First residual state (N, T, D): normed and smeared."""
         c = self.config
-        bigram = scale = gate = starts = None
+        bigram = rows = scale = gate = starts = None
         own = ids == c.bos_id if c.documents else None
         if self.bigram is not None:
-            bigram, scale = self.bigram(ids, self.compute_dtype, own), self.bigram.scale
+            bigram, rows = self.bigram(ids, self.compute_dtype, own)
+            scale = self.bigram.scale
         if self.smear is not None:
             gate = self.smear.gate
             starts = ids == c.bos_id if c.smear == "bos_masked" else own
         return embed_smear(
             ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
-            self.ops["embed_smear"],
+            self.ops["embed_smear"], bigram_ids=rows,
         )  # fmt: skip
 
     def features(self, ids: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class GPT(nn.Module):
         c = self.config
         if not torch.compiler.is_compiling():
             self.check_published()
-        values: dict[int, Tensor] = {}  # by layer
+        values: dict[int, TokenRows] = {}  # by layer
         if self.ve_index:
             embedded = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
             values = dict(zip(self.ve_index, embedded, strict=True))

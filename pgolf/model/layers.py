@@ -129,6 +129,13 @@ def _quantised_as_one(
     return [found[i] for i in range(len(matrices))]
 
 
+class TokenRows(NamedTuple):
+    """A row for each token: (N, T, C), or with ids (N, T) those of a table (V, C)."""
+
+    rows: Tensor
+    ids: Tensor | None = None
+
+
 # q (N, T, H, d), k and v (N, T, G, d) of a layer -> what its queries see (N, T, H, d).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -186,17 +193,18 @@ class Attention(nn.Module):
         weights: BlockWeights,
         vectors: LayerVectors,
         rope: tuple[Tensor, Tensor],
-        value: Tensor | None,
+        value: TokenRows | None,
         attend: Attend,
         as_product: bool,
     ) -> Tensor | Product:
-        """h (N, T, D) normed; value (N, T, G d) is added to v. `as_product`: not multiplied yet."""
+        """h (N, T, D) normed; value (of G d columns) is added to v. `as_product`: not multiplied yet."""
         c = self.config
         batch, time, _ = h.y.shape
+        added, ids = value or (None, None)
         q, k, *values = qk_rope(
             F.linear(h.y, weights.qkv), *rope, vectors.gain, c.heads, c.kv_heads, c.norm_eps,
-            c.qk_norm, value, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
-            sums=vectors.gain_sums,
+            c.qk_norm, added, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
+            sums=vectors.gain_sums, value_ids=ids,
         )  # fmt: skip
         y = attend(q, k, values[0])
         if self.exclusive:
@@ -325,7 +333,7 @@ class Block(nn.Module):
         x0: Tensor,
         vectors: LayerVectors,
         rope: tuple[Tensor, Tensor],
-        value: Tensor | None,
+        value: TokenRows | None,
         attend: Attend,
     ) -> BlockOutput:
         """What this block makes of the state before it, and of a skip (N, T, D) if it has one."""

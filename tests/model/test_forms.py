@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import OptimConfig
-from pgolf.model import GPT, deferred_sums, joined
+from pgolf.model import GPT, deferred_sums, gpt, joined, layers
 from pgolf.model.layers import Matrix
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
@@ -106,6 +106,34 @@ def test_layers_that_are_joined(
     for name, gradient in gradients[1].items():
         atol = 10 * rtol * gradient.abs().max().item()
         torch.testing.assert_close(gradients[0][name], gradient, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "cuda"])
+def test_tables_that_kernels_look_up(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than rows: no tensor of rows is made, and the gradients are those of torch."""
+    dtype = torch.float64 if impl == "cpu" else torch.float32
+    config = small(PUBLISHED["pr1473"], bigram_buckets=20)
+    model = randomised(config, dtype)
+    g = torch.Generator().manual_seed(3)
+    count = 2 + max(config.vocab_size, config.bigram_buckets) // TIME
+    ids, targets = torch.randint(config.vocab_size, (2, count, TIME), generator=g)
+    looked_up, found = [], []
+    for name, module, operator in (
+        ("value_ids", layers, "qk_rope"), ("bigram_ids", gpt, "embed_smear")
+    ):  # fmt: skip
+        run = getattr(module, operator)
+        monkeypatch.setattr(
+            module, operator,
+            lambda *a, run=run, name=name, **k: looked_up.append((name, k[name])) or run(*a, **k),
+        )
+    for form in (fused(model, impl), model):
+        loss = form(ids, targets)
+        found.append([loss, *torch.autograd.grad(loss, list(form.parameters()))])
+    names = [name for name, rows in looked_up if rows is not None]
+    assert names == ["bigram_ids", *["value_ids"] * len(model.ve_index)] * 2
+    rtol = 1e-10 if impl == "cpu" else 1e-4
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=10 * rtol * b.abs().max().item())
 
 
 def test_no_join_under_autocast() -> None:

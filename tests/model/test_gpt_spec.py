@@ -10,6 +10,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.model import GPT
 from pgolf.model.embeddings import ValueEmbedding
+from pgolf.ops.qk_rope import qk_rope
 
 from . import spec_model
 from .published import PUBLISHED, small
@@ -130,13 +131,20 @@ def test_more_tokens_than_rows_of_the_side_tables(dtype: torch.dtype) -> None:
         assert error < {torch.float64: 1e-6, torch.float32: 1e-4}[dtype], name
 
 
-def test_many_tokens_of_one_row_add_up_in_fp32() -> None:
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_many_tokens_of_one_row_add_up_in_fp32(impl: str) -> None:
     """Added up in bf16, a sum of 30,000 numbers stands still at a small part of them."""
     side = ValueEmbedding(3, 8, 4, torch.float32)
     for p in side.parameters():
         torch.nn.init.ones_(p)
-    ids, scales = torch.zeros(30_000, dtype=torch.int64), [torch.ones(()), torch.tensor(2.0)]
-    sum(v.sum() for v in side(ids, torch.bfloat16, scales)).backward()
+    ids, scales = torch.zeros(1, 30_000, dtype=torch.int64), [torch.ones(()), torch.tensor(2.0)]
+    qkv, table = torch.zeros(1, 30_000, 12).bfloat16(), torch.empty(30_000, 0)
+    gain, total = torch.ones(1), 0
+    for rows, by_id in side(ids, torch.bfloat16, scales):
+        total += qk_rope(
+            qkv, table, table, gain, 1, 1, value=rows, value_ids=by_id, impl=impl
+        )[2].sum()
+    total.backward()
     assert side.embed.weight.grad[0].tolist() == [pytest.approx(3 * 120_000, rel=0.01)] * 8
     assert side.scale.grad.item() == pytest.approx(3 * 30_000 * 4 * 8, rel=0.01)
 
