@@ -68,12 +68,15 @@ class Fold(NamedTuple):
 
 
 def cast_all(
-    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None = None
+    matrices: Sequence[Matrix],
+    dtype: torch.dtype,
+    fold: Fold | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The weights as the forward pass uses them; those of one grid are quantised together.
 
     All that have a grid share one switch. Without a fold `fake_quant` casts those with a grid, and
-    torch the others.
+    torch the others. `into`, with a fold: where to write those that `weight_cast_all` casts.
     """
     scales = fold.scales if fold else [None] * len(matrices)
     weights = [m.weight for m in matrices]
@@ -85,7 +88,8 @@ def cast_all(
     while left:
         alike = [i for i in left if matrices[i].grid == matrices[left[0]].grid]
         together = [matrices[i] for i in alike]
-        cast = _cast_alike(together, dtype, fold and fold.of(alike))
+        places = into and [into[i] for i in alike]
+        cast = _cast_alike(together, dtype, fold and fold.of(alike), places)
         for i, weight in zip(alike, cast, strict=True):
             weights[i] = weight
         left = [i for i in left if i not in alike]
@@ -93,14 +97,17 @@ def cast_all(
 
 
 def _cast_alike(
-    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None
+    matrices: Sequence[Matrix],
+    dtype: torch.dtype,
+    fold: Fold | None,
+    into: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     """`cast_all` of matrices with one grid, or with none."""
     weights, options, grids = [m.weight for m in matrices], dict(matrices[0].grid or {}), ()
     if matrices[0].grid is not None:
         grids = [m.qat_clip for m in matrices], [m.qat_bits for m in matrices], matrices[0].qat_on
     if fold:
-        options |= {"impl": fold.impl, "dtype": dtype}
+        options |= {"impl": fold.impl, "dtype": dtype, "into": into}
         return weight_cast_all(weights, fold.scales, *grids, **options)
     if grids and options.get("impl") == "reference" and not torch.compiler.is_compiling():
         return _quantised_as_one(matrices, dtype, options)

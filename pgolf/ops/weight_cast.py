@@ -163,7 +163,7 @@ def weight_cast_all(
     clip_factors: Sequence[Tensor | None] | None = None,
     bits: Sequence[Tensor | None] | None = None, on: Tensor | None = None,
     floor: float = 0.0, multiple: int = 1, full_range: bool = False, clip_mask: bool = False,
-    dtype: torch.dtype | None = None, impl: str = "auto",
+    dtype: torch.dtype | None = None, impl: str = "auto", into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """`weight_cast` of several matrices of one dtype and device, in one launch.
 
@@ -171,11 +171,13 @@ def weight_cast_all(
         ws, scales, clip_factors, bits: one a matrix, as in `weight_cast`, or None where the matrix
             has none, or for all of them.
         on, floor, multiple, full_range, clip_mask, dtype, impl: for all.
+        into: contiguous (R, C) of the result's dtype, one a matrix, to write the results to. What
+            is returned then stands for these in gradients, and may be without numbers.
     """
     nothing = [None] * len(ws)
     lists = (nothing if items is None else items for items in (scales, clip_factors, bits))
     options = (floor, multiple, full_range, clip_mask, dtype)
-    return _cast("weight_cast", ws, *lists, on, options, impl)
+    return _cast("weight_cast", ws, *lists, on, options, impl, into)
 
 
 def fake_quant(
@@ -211,7 +213,7 @@ def fake_quant_all(
 def _cast(
     name: str, ws: Sequence[Tensor], scales: Sequence[Tensor | None],
     clip_factors: Sequence[Tensor | None], bits: Sequence[Tensor | float | None],
-    on: Tensor | float | None, options: tuple, impl: str,
+    on: Tensor | float | None, options: tuple, impl: str, into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Either operator; options: floor, multiple, full_range, clip_mask, dtype."""
     if not ws:
@@ -234,9 +236,32 @@ def _cast(
         for k in bits:
             if k is not None and k.device.type == "cpu":
                 _check_bits(name, k.item())
-    if impl == "reference":
-        return [reference(*arguments, on, *options) for arguments in each]
-    return cast_all(name, ws, scales, clip_factors, bits, on, options, impl)
+    if into is not None:
+        _check_into(name, into, ws, options[-1])
+    kernels = impl != "reference"
+    if kernels and options[-1] in (torch.bfloat16, compute_dtype(ws[0].dtype)):
+        return cast_all(name, ws, scales, clip_factors, bits, on, options, impl, into)
+    lists = (scales, clip_factors, bits)
+    outs = (
+        cast_all(name, ws, *lists, on, options, impl)
+        if kernels
+        else [reference(*arguments, on, *options) for arguments in each]
+    )
+    if into is not None:
+        torch._foreach_copy_(list(into), [out.detach() for out in outs])
+    return outs
+
+
+def _check_into(
+    name: str, into: Sequence[Tensor], ws: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    check_tensors(name, "into", into)
+    for i, (t, w) in enumerate(zip(into, ws, strict=True)):
+        if t.shape != w.shape or t.dtype != dtype or not t.is_contiguous():
+            raise ValueError(
+                f"{name}: into[{i}] is {t.dtype} {tuple(t.shape)}: it has to be {dtype} "
+                f"{tuple(w.shape)}, contiguous"
+            )
 
 
 # --- samples and costs ----------------------------------------------------------------------------

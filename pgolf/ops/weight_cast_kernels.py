@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf.ops.derivatives import once, register_gradient
+from pgolf.ops.derivatives import once, register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.opaque import Opaque, opaque
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, unit_stride
@@ -37,9 +37,10 @@ def _stepped(scaled: Sequence[bool], gridded: Sequence[bool], clip_mask: bool) -
 
 
 class _Opaque(NamedTuple):
-    """pgolf::OPERATOR and its gradient."""
+    """pgolf::OPERATOR, which may write into tensors that are there, and its gradient."""
 
     forward: Opaque
+    into: Opaque
     backward: Opaque
 
 
@@ -71,6 +72,27 @@ def _opaque(operator: str) -> _Opaque:
         steps = [w.new_empty(w.shape[:1], dtype=computed) for w in with_steps]
         return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *steps]
 
+    # (An operator that changes arguments may not return a list of tensors.)
+    @opaque(f"pgolf::{operator}_into", mutates_args=("outs", "steps"))
+    def into(
+        outs: Sequence[Tensor], steps: Sequence[Tensor], stepped: Sequence[bool],
+        ws: Sequence[Tensor], scales: Sequence[Tensor], scaled: Sequence[bool],
+        clip_factors: Sequence[Tensor], bits: Sequence[Tensor], gridded: Sequence[bool],
+        on: Tensor | None, floor: float, multiple: int, full_range: bool, impl: str,
+    ) -> None:  # fmt: skip
+        launcher(operator, impl, "into")(
+            outs, _spread(steps, stepped),
+            [unit_stride(w) for w in ws],
+            _spread(contiguous(*scales), scaled),
+            _spread(contiguous(*clip_factors), gridded),
+            _spread(bits, gridded),
+            on, floor, multiple, full_range,
+        )  # fmt: skip
+
+    @into.register_fake
+    def _(*args) -> None:
+        return None
+
     @opaque(f"pgolf::{operator}_backward", mutates_args=())
     def backward(
         douts: Sequence[Tensor], ws: Sequence[Tensor], scales: Sequence[Tensor],
@@ -96,7 +118,7 @@ def _opaque(operator: str) -> _Opaque:
         return [t.new_empty(t.shape) for t in (*ws, *scales)]
 
     register_gradient(operator, forward, _gradient, functools.partial(_remember, operator))
-    return _Opaque(forward, backward)
+    return _Opaque(forward, into, backward)
 
 
 def cast_all(
@@ -108,15 +130,19 @@ def cast_all(
     on: Tensor | None,
     options: tuple,
     impl: str,
+    into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The matrices by kernels of `impl`; options: floor, multiple, full_range, clip_mask, dtype."""
+    """The matrices by kernels of `impl`; options: floor, multiple, full_range, clip_mask, dtype.
+
+    `into` is for 'weight_cast' outside of torch.compile: what they are written to.
+    """
     scaled, gridded = ([x is not None for x in xs] for xs in (scales, bits))
     scales, clips, bits = map(_packed, (scales, clip_factors, bits))
     if torch.compiler.is_compiling():
         lists = (ws, scales, scaled, clips, bits, gridded)
         return _OPAQUE[operator].forward(*lists, on, *options, impl)[: len(ws)]
     tensors = (*ws, *scales, *clips, *bits)
-    return list(_Eager.apply(operator, scaled, gridded, on, options, impl, *tensors))
+    return list(_Eager.apply(operator, scaled, gridded, on, options, impl, into, *tensors))
 
 
 # --- the gradient ---------------------------------------------------------------------------------
@@ -175,7 +201,24 @@ def _gradient(ctx: Any, douts: list[Tensor]) -> tuple:
 
 def _eager_gradient(ctx: Any, *douts: Tensor | None) -> tuple:
     dws, dscales = _gradients(ctx, douts)
-    return *(None,) * 6, *dws, *dscales, *(None,) * (2 * sum(ctx.gridded))
+    return *(None,) * 7, *dws, *dscales, *(None,) * (2 * sum(ctx.gridded))
+
+
+def _written(
+    into: Sequence[Tensor], ws: Sequence[Tensor], scales: Sequence[Tensor],
+    scaled: Sequence[bool], clips: Sequence[Tensor], bits: Sequence[Tensor],
+    gridded: Sequence[bool], on: Tensor | None, floor: float, multiple: int, full_range: bool,
+    clip_mask: bool, dtype: torch.dtype, impl: str,
+) -> list[Tensor]:  # fmt: skip
+    """Tickets of what stands in `into` then, and the steps that the gradients need."""
+    stepped, computed = _stepped(scaled, gridded, clip_mask), compute_dtype(ws[0].dtype)
+    with_steps = [w for w, needed in zip(ws, stepped, strict=True) if needed]
+    steps = [w.new_empty(w.shape[:1], dtype=computed) for w in with_steps]
+    _OPAQUE["weight_cast"].into(
+        list(into), steps, stepped, ws, scales, scaled, clips, bits, gridded, on, floor, multiple,
+        full_range, impl,
+    )  # fmt: skip
+    return [*map(ticket, into), *steps]
 
 
 class _Eager(torch.autograd.Function):
@@ -192,13 +235,14 @@ class _Eager(torch.autograd.Function):
         on: Tensor | None,
         options: tuple,
         impl: str,
+        into: Sequence[Tensor] | None,
         *tensors: Tensor,
     ) -> tuple:
         n, s, g = len(scaled), sum(scaled), sum(gridded)
         ws, scales, grids = tensors[:n], tensors[n : n + s], tensors[n + s :]
         inputs = (ws, scales, scaled, grids[:g], grids[g:], gridded, on, *options, impl)
         ctx.set_materialize_grads(False)
-        output = _OPAQUE[operator].forward(*inputs)
+        output = _OPAQUE[operator].forward(*inputs) if into is None else _written(into, *inputs)
         _remember(operator, ctx, inputs, output)
         return tuple(output[:n])
 
@@ -236,15 +280,30 @@ def launchers(run: Run) -> dict[str, Callable]:
             w.new_empty(w.shape[:1], dtype=compute_dtype(source)) if wanted else None
             for w, wanted in zip(ws, with_steps, strict=True)
         ]
+        write(outs, steps, ws, scales, clip_factors, bits, on, floor, multiple, full_range)
+        return [out.to(dtype) for out in outs], steps
+
+    def write(
+        outs: Sequence[Tensor],
+        steps: Sequence[Tensor | None],
+        ws: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
+        clip_factors: Sequence[Tensor | None],
+        bits: Sequence[Tensor | None],
+        on: Tensor | None,
+        floor: float,
+        multiple: int,
+        full_range: bool,
+    ) -> None:
+        """The matrices to `outs`; those of one dtype, which kernels have."""
         matrices = [
             (*w.shape, w.data_ptr(), w.stride(0), *addresses(*rest))
             for w, *rest in zip(ws, scales, clip_factors, bits, outs, steps, strict=True)
         ]
         run(
-            "weight_cast", ws[0], matrices, *addresses(on), DTYPE_CODES[source],
-            DTYPE_CODES[target], floor, multiple, full_range,
+            "weight_cast", ws[0], matrices, *addresses(on), DTYPE_CODES[ws[0].dtype],
+            DTYPE_CODES[outs[0].dtype], floor, multiple, full_range,
         )  # fmt: skip
-        return [out.to(dtype) for out in outs], steps
 
     def backward(
         douts: Sequence[Tensor],
@@ -278,4 +337,4 @@ def launchers(run: Run) -> dict[str, Callable]:
         )  # fmt: skip
         return dws, dscales
 
-    return {"forward": forward, "backward": backward}
+    return {"forward": forward, "into": write, "backward": backward}

@@ -78,10 +78,14 @@ class Exchange:
         self.held = [n for n in self.params if n in self.starts or n not in matrices]
         self.small = [p for name, p in self.params.items() if name not in matrices]
         self.zeros: dict[torch.dtype, Tensor] = {}
-        self.published, self.gradients = self._buffer(self.dtype), self._buffer(self.dtype)
+        self.published = self._buffer(self.dtype)
         self.leaves = self._give_leaves(model, matrices, units)
         # Gradients of several passes add up in fp32, which narrow leaves do not.
         self.sums = self._buffer(torch.float32) if passes > 1 and narrow else None
+        # What a rank that is alone has of its leaves goes nowhere: it is taken where it is.
+        stays = ranks.world == 1 and self.sums is None and not limit and not self.widens
+        self.stays = stays and self.norm_impl != "reference"
+        self.gradients = self.published.new_empty(0) if self.stays else self._buffer(self.dtype)
         self.passes = 0
         self.cast: list[Tensor] = []
         if Masters:  # (In a script nobody changes weights.)
@@ -119,22 +123,22 @@ class Exchange:
         """Take the gradients of a pass that ended, where several have to add up."""
         if self.sums is None:
             return
-        self._flatten(self.gradients)
+        self._fill(self.gradients, self._take())
         if self.passes:
             self.sums += self.gradients
         else:
             self.sums.copy_(self.gradients)
         self.passes += 1
 
-    def _flatten(self, out: Tensor) -> None:
-        """The gradients of the leaves, which are dropped."""
+    def _take(self) -> dict[int, Tensor]:
+        """The gradients of the leaves, by their first elements. They have none then."""
         missing = sum(leaf.grad is None for leaf in self.leaves.values())
         if missing:
             raise ValueError(f"{missing} weights have no gradient: run a backward pass first")
         grads = {start: leaf.grad for start, leaf in self.leaves.items()}
-        self._fill(out, grads)
         for leaf in self.leaves.values():
             leaf.grad = None
+        return grads
 
     @torch.no_grad()
     def reduce(self) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
@@ -147,18 +151,13 @@ class Exchange:
         Raises:
             ValueError: there was no backward pass.
         """
-        if self.sums is None:
-            self._flatten(self.gradients)
-        elif self.passes:
-            self.gradients.copy_(self.sums)
+        if self.stays:
+            found = self._unpacked(self._take())
         else:
-            raise ValueError("no gradients were collected: run a backward pass first")
-        self.passes = 0
-        if self.limit:
-            self._clip()
-        reduced = self.ranks.reduce_scatter(self.gradients)
-        reduced = reduced.float() if self.widens else reduced
-        grads = self._through_the_cast(reduced)
+            reduced = self._reduced()
+            places = self.starts.values(), map(self.layout.shapes.get, self.starts)
+            found = _views(reduced, *places)
+        grads = self._through_the_cast(found)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
             if p.grad is not None:  # of a factor that is folded in, only its owner knows it
@@ -168,6 +167,33 @@ class Exchange:
             return grads, self._norm(list(grads.values()))
         # Where they are what was summed, one buffer is taken for all of them.
         return grads, self._sum_small(grads, own if self._behind_a_cast() else [reduced])
+
+    def _reduced(self) -> Tensor:
+        """This rank's part of the sum over passes and ranks."""
+        if self.sums is None:
+            self._fill(self.gradients, self._take())
+        elif self.passes:
+            self.gradients.copy_(self.sums)
+        else:
+            raise ValueError("no gradients were collected: run a backward pass first")
+        self.passes = 0
+        if self.limit:
+            self._clip()
+        reduced = self.ranks.reduce_scatter(self.gradients)
+        return reduced.float() if self.widens else reduced
+
+    def _unpacked(self, grads: Mapping[int, Tensor]) -> list[Tensor]:
+        """Of each own matrix, where the gradients of all leaves are here."""
+        inside, first = {start: [] for start in grads}, 0
+        for name, start in self.starts.items():
+            first = start if start in inside else first  # packed ones lie behind one another
+            inside[first].append(name)
+        found = {}
+        for first, names in inside.items():
+            starts = (self.starts[name] - first for name in names)
+            shapes = (self.layout.shapes[name] for name in names)
+            found |= zip(names, _views(grads[first].reshape(-1), starts, shapes), strict=True)
+        return list(found.values())
 
     def _clip(self) -> None:
         """Clip this rank's gradients, before others' are added.
@@ -188,13 +214,12 @@ class Exchange:
             if scale is not None or (m.grid or {}).get("clip_mask")
         ]
 
-    def _through_the_cast(self, reduced: Tensor) -> dict[nn.Parameter, Tensor]:
+    def _through_the_cast(self, found: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
         """Gradients of own matrices and of the factors in their rows, from those of the published.
 
         Through a cast, and a grid that lets all pass, they are the same.
         """
         # The graph of `publish` is still there: weights have not changed since.
-        found = _views(reduced, self.starts.values(), map(self.layout.shapes.get, self.starts))
         grads = {m.weight: g for m, g in zip(self.own, found, strict=True)}
         if kept := self._behind_a_cast():
             behind = [self.own[i].weight for i in kept]
@@ -239,7 +264,12 @@ class Exchange:
         """Let the model read the weights as they are now."""
         part = self.published[self.layout.of_rank(self.ranks.rank)]
         narrow, plain = self.dtype.itemsize < 4, all(m.grid is None for m in self.own)
-        if narrow and plain and self.fold is None:
+        if self.fold and all(m.weight.dtype != self.dtype for m in self.own):
+            with torch.enable_grad():
+                places = self.starts.values(), map(self.layout.shapes.get, self.starts)
+                into = _views(part, *places)
+                self.cast = cast_all(self.own, self.dtype, self.fold, into) if self.own else []
+        elif narrow and plain and self.fold is None:
             wide = torch.empty_like(part, dtype=torch.float32)
             self._fill(wide, self._placed(m.weight for m in self.own))
             part.copy_(wide)  # all of them in one cast
@@ -308,7 +338,7 @@ class Exchange:
         """So many zeros, which are kept: filling them anew would be a launch each time."""
         kept = self.zeros.get(dtype)
         if kept is None or kept.numel() < count:
-            kept = self.zeros[dtype] = self.gradients.new_zeros(count, dtype=dtype)
+            kept = self.zeros[dtype] = self.published.new_zeros(count, dtype=dtype)
         return kept[:count]
 
 

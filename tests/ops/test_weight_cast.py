@@ -281,3 +281,28 @@ def test_kernels_refuse_what_they_cannot_address(kernels) -> None:
             ("to_dtype", 2, "it has to be bf16 or what these weights are computed in"),
         ):
             assert refusal(kernels, name, good, **{argument: value}).endswith(remedy)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float32, torch.float16])
+def test_results_are_written_where_they_are_wanted(impl: str, to: torch.dtype) -> None:
+    """The numbers of a call without `into` and its gradients, with the memory around left alone."""
+    ws = [randn(5, 8), randn(3, 17, seed=1)]
+    scales, clips, bits = [randn(5, seed=2), None], [None, torch.full((3,), 0.7)], [None, 5]
+    named = {"on": torch.tensor(1.0), "clip_mask": True, "dtype": to, "impl": impl}
+    memory = torch.full((200,), 7.0, dtype=to)
+    into = [memory[8:48].view(5, 8), memory[64:115].view(3, 17)]
+    found = []
+    for places in (None, into):
+        leaves = [t.clone().requires_grad_() for t in (*ws, scales[0])]
+        lists = (leaves[:2], [leaves[2], None], clips, bits)
+        outs = weight_cast_all(*lists, **named, into=places)
+        upstream = [randn(*out.shape, seed=9).to(to) for out in outs]
+        gradients = torch.autograd.grad(outs, leaves, upstream)
+        found.append([*(outs if places is None else places), *gradients])
+    assert all(map(torch.equal, *found))
+    untouched = torch.cat((memory[:8], memory[48:64], memory[115:]))
+    assert (untouched == 7).all()
+    for wrong in ([into[0], into[1].float().double()], [into[0], into[0]]):
+        with pytest.raises(ValueError, match=r"weight_cast: into\[1\] is torch"):
+            weight_cast_all(*lists, **named, into=wrong)
