@@ -72,6 +72,7 @@ REQUIRED = {
     "embed_smear_forward": EMBED,
     "embed_smear_chunks": EMBED,
     "token_order_blocks": Required(),
+    "token_sums_columns": Required(("LDG.128",), vector=1),
     "embed_smear_rows": Required(("LDG.128",), vector=1),
     "softcap_cross_entropy_rows": ROWS,
     "leaky_relu2_words": ROWS,

@@ -89,6 +89,10 @@ ITEMS: Mapping[str, Item] = {
         "32 positions of one id, with bigrams, and their sums", ("float", "bf16", "4", "4"),
         32 * 2 * _ROW, 32 * _ROW + WIDTH * 4 + WIDTH * 4 // 4, (0, 1, 0, 0, 32, 1), TOKENS // 32,
     ),
+    "token_sums_columns": Item(
+        "64 columns of 4 rows in each of 4 groups of lanes, divided", ("bf16", "8"),
+        16 * 128, 128 // 8, (1, 1, 0), TOKENS // 4,
+    ),
     "weight_cast_rows": Item(
         "a row of 1536, quantised", ("(Quantise)1", "float", "bf16", "4"), HIDDEN * 4,
         HIDDEN * 2, (1, 1, 0, 1), 512,

@@ -365,3 +365,31 @@ def test_weights_are_published_in_the_dtype_of_activations(ops: dict[str, str]) 
     grads, _ = exchange.reduce()
     dtypes = {grads[m.weight].dtype for m in exchange.own}
     assert dtypes == {torch.bfloat16 if ops else torch.float32}
+
+
+@needs_cpp
+@pytest.mark.parametrize("qat", [False, True])
+def test_a_rank_alone_copies_no_matrix(qat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are cast to where they are read, and gradients taken from where they are."""
+    model = of("pr1473", "cpu")
+    model.compute_dtype = torch.bfloat16
+    if qat:
+        with_qat(model, "cpu", clip_mask=True).fill_(1.0)
+    monkeypatch.delattr(Exchange, "_fill")
+    exchange = Exchange(model, ALONE, ops=model.ops)
+    g = torch.Generator().manual_seed(1)
+    for leaf in exchange.leaves.values():
+        leaf.grad = torch.randn(leaf.shape, generator=g).bfloat16()
+    model.tok_emb.weight.grad = torch.zeros_like(model.tok_emb.weight)
+    wanted = {}
+    for block in model.blocks:
+        outs = block.weights(torch.bfloat16)[:4]
+        assert all(map(torch.equal, outs, block.published[:4]))
+        parameters = [*(m.weight for m in block.matrices()), block.attn_scale, block.mlp_scale]
+        upstream = [w.grad for w in block.published[:4]]
+        found = torch.autograd.grad(outs, parameters, upstream)
+        wanted |= dict(zip(parameters, found, strict=True))
+    grads, _ = exchange.reduce()
+    for parameter, gradient in wanted.items():
+        assert torch.equal(grads[parameter].float(), gradient.float())
+    assert all(leaf.grad is None for leaf in exchange.leaves.values())
