@@ -24,6 +24,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
+from pgolf.ops.token_sums import shared_order
 from pgolf.ops.varlen import document_borders
 from pgolf.settings import resolve_layers
 
@@ -114,27 +115,35 @@ class GPT(nn.Module):
         """(V, D) rows that logits are taken from."""
         return (self.tok_emb if self.lm_head is None else self.lm_head).weight
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def order(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Tokens by id, for the gradients of all tables; None where kernels do not share it."""
+        impl = self.ops["embed_smear"]
+        if impl not in ("cpu", "cuda") or not self.ve_index or not torch.is_grad_enabled():
+            return None
+        return shared_order(ids, self.config.vocab_size, impl)
+
+    def embed(self, ids: Tensor, order: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """First residual state (N, T, D): normed and smeared."""
         c = self.config
         bigram = rows = scale = gate = starts = None
         own = ids == c.bos_id if c.documents else None
         if self.bigram is not None:
-            bigram, rows = self.bigram(ids, self.compute_dtype, own)
+            bigram, rows, _ = self.bigram(ids, self.compute_dtype, own)
             scale = self.bigram.scale
         if self.smear is not None:
             gate = self.smear.gate
             starts = ids == c.bos_id if c.smear == "bos_masked" else own
         return embed_smear(
             ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
-            self.ops["embed_smear"], bigram_ids=rows,
+            self.ops["embed_smear"], bigram_ids=rows, order=order,
         )  # fmt: skip
 
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""
         rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
         attend = partial(self.attend, borders=self.borders(ids))
-        return self.trunk(ids, self.embed(ids), rope, attend)
+        order = self.order(ids)
+        return self.trunk(ids, self.embed(ids, order), rope, attend, order)
 
     def borders(self, ids: Tensor) -> Tensor | None:
         """Of the documents that attention stays inside of; None where it does not."""
@@ -158,6 +167,7 @@ class GPT(nn.Module):
         x0: Tensor,
         rope: tuple[Tensor, Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        order: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`features` of embedded tokens.
 
@@ -165,6 +175,7 @@ class GPT(nn.Module):
             x0: (N, T, D) from `embed`.
             rope: cos and sin (T, r/2) of the positions.
             attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
+            order: of `order`.
         """
         c = self.config
         if not torch.compiler.is_compiling():
@@ -172,6 +183,7 @@ class GPT(nn.Module):
         values: dict[int, TokenRows] = {}  # by layer
         if self.ve_index:
             embedded = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
+            embedded = [rows._replace(order=order) for rows in embedded]
             values = dict(zip(self.ve_index, embedded, strict=True))
         skips: list[Tensor] = []
         middle = None

@@ -137,10 +137,14 @@ def _quantised_as_one(
 
 
 class TokenRows(NamedTuple):
-    """A row for each token: (N, T, C), or with ids (N, T) those of a table (V, C)."""
+    """A row for each token: (N, T, C), or with ids (N, T) those of a table (V, C).
+
+    `order` is what `pgolf.ops.token_sums.shared_order` gives for the ids, if it is known.
+    """
 
     rows: Tensor
     ids: Tensor | None = None
+    order: tuple[Tensor, Tensor] | None = None
 
 
 # q (N, T, H, d), k and v (N, T, G, d) of a layer -> what its queries see (N, T, H, d).
@@ -207,11 +211,11 @@ class Attention(nn.Module):
         """h (N, T, D) normed; value (of G d columns) is added to v. `as_product`: not multiplied yet."""
         c = self.config
         batch, time, _ = h.y.shape
-        added, ids = value or (None, None)
+        added, ids, order = value or (None, None, None)
         q, k, *values = qk_rope(
             F.linear(h.y, weights.qkv), *rope, vectors.gain, c.heads, c.kv_heads, c.norm_eps,
             c.qk_norm, added, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
-            sums=vectors.gain_sums, value_ids=ids,
+            sums=vectors.gain_sums, value_ids=ids, value_order=order,
         )  # fmt: skip
         y = attend(q, k, values[0])
         if self.exclusive:

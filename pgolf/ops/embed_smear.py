@@ -17,6 +17,7 @@ Shapes: ids (N, T) int64, table (V, D), x and bigram (N, T, D), gate (D,); with 
 bigram is a table (B, D).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
-from pgolf.ops.token_sums import token_order, token_sums
+from pgolf.ops.token_sums import check_order, token_order, token_sums
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 _INPUTS = Inputs(
@@ -155,6 +156,7 @@ def embed_smear(
     impl: str = "auto",
     *,
     bigram_ids: Tensor | None = None,
+    order: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
 
@@ -176,6 +178,7 @@ def embed_smear(
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 768) or 'cuda' (fp32, bf16;
             D <= 768).
         bigram_ids: (N, T) int64, the row of `bigram` for each token; what is said of `ids` holds.
+        order: what `token_sums.shared_order` gives for ids, if others need it too.
 
     Returns:
         x (N, T, D), contiguous.
@@ -187,10 +190,12 @@ def embed_smear(
         ids, table, bigram, bigram_scale, gate, starts, bigram_ids, dtype=dtype
     )
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
+    check_order("embed_smear", "order", order, ids, table.size(0))
     impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
     if impl == "reference":
         return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
-    return _forward(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype, impl)[0]
+    tensors = (ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
+    return _forward(*tensors, *(order or (None, None)), eps, dtype, impl)[0]
 
 
 # --- the opaque operator --------------------------------------------------------------------------
@@ -212,15 +217,15 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
 @opaque("pgolf::embed_smear", mutates_args=())
 def _forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
-    gate: Tensor | None, starts: Tensor | None, bigram_ids: Tensor | None, eps: float,
-    dtype: torch.dtype, impl: str,
+    gate: Tensor | None, starts: Tensor | None, bigram_ids: Tensor | None, order: Tensor | None,
+    bounds: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
     return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
 
 
 @_forward.register_fake
-def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype, impl):
+def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps, dtype, impl):
     return _results(ids, table, dtype)
 
 
@@ -228,14 +233,16 @@ def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype, im
 def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
     bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None,
-    bigram_ids: Tensor | None, eps: float, impl: str,
+    bigram_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
-    return launcher("embed_smear", impl, "backward")(*inputs, eps)
+    return launcher("embed_smear", impl, "backward")(*inputs, order, bounds, eps)
 
 
 @_backward.register_fake
-def _(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, impl):
+def _(
+    dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps, impl
+):  # fmt: skip
     return _gradients(table, bigram, rstd)
 
 
@@ -255,7 +262,7 @@ def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
         None if bigram is None else dbigram,
         None if bigram_scale is None else sums[-1],
         None if gate is None else sums[:-1],
-        *(None,) * 5,
+        *(None,) * 7,
     )
 
 
@@ -273,8 +280,8 @@ def _shape(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
 def _launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
-    def bigram_table(bigram, bigram_ids):  # its ids and its number of rows
-        return addresses(bigram_ids)[0], 0 if bigram_ids is None else bigram.size(0)
+    def bigram_table(bigram, ids):  # its ids and its number of rows
+        return (0, 0) if ids is None else (ids.data_ptr(), bigram.size(0))
 
     def forward(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps, dtype):
         x, rstd = _results(ids, table, dtype)
@@ -286,13 +293,16 @@ def _launchers(run: Run) -> dict[str, Callable]:
         )  # fmt: skip
         return x, rstd
 
-    def backward(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, eps):
+    def backward(
+        dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps
+    ):  # fmt: skip
         of_tokens = bigram if bigram_ids is None else dx
         dtable, dbigram, sums = _gradients(table, of_tokens, rstd)
         chunks = -(-ids.numel() // CHUNK)
         pieces = rstd.new_empty((2 * chunks, table.size(1)))
         partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
-        order, bounds = token_order(run, ids, table.size(0))
+        if order is None:
+            order, bounds = token_order(run, ids, table.size(0))
         run(
             "embed_smear_backward", table,
             *addresses(ids, table, bigram, bigram_scale, gate, starts),
@@ -305,7 +315,8 @@ def _launchers(run: Run) -> dict[str, Callable]:
             dbigram = token_sums(run, bigram_ids, bigram.size(0), dbigram)
         return dtable, dbigram, sums
 
-    return {"forward": forward, "backward": backward}
+    order = functools.partial(token_order, run)
+    return {"forward": forward, "backward": backward, "order": order}
 
 
 def samples() -> list[Sample]:
@@ -372,15 +383,14 @@ def cost(
     )
 
 
+_FUNCTIONS = ("embed_smear", "embed_smear_backward", "token_order", "token_sums")
 OPERATOR = register(
     Operator(
         name="embed_smear",
         call=embed_smear,
         reference=reference,
         differentiable=("table", "bigram", "bigram_scale", "gate"),
-        implementations=in_extension(
-            ("embed_smear", "embed_smear_backward", "token_order"), _launchers
-        ),
+        implementations=in_extension(_FUNCTIONS, _launchers),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
             "cuda": [("cuda", "every number once forward; the table's gradient is deterministic")],

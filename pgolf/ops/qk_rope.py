@@ -35,6 +35,7 @@ from pgolf.ops.part_sums import Sums, check_deferred
 from pgolf.ops.qk_rope_kernels import forward, launchers, part_count
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
+from pgolf.ops.token_sums import check_order
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 _INPUTS = Inputs(
@@ -179,6 +180,7 @@ def qk_rope(
     split_v: bool = False,
     sums: Tensor | None = None,
     value_ids: Tensor | None = None,
+    value_order: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Split a packed projection into q, k and v; norm and rotate q and k, scale q by its gain.
 
@@ -201,6 +203,7 @@ def qk_rope(
         value_ids: (N, T) int64, the row of `value` for each token. One that the table does not have
             is an error on a CPU; on a GPU, where nobody looks, its values are NaN. The gradient of
             the table is deterministic.
+        value_order: what `token_sums.shared_order` gives for these, if others need it too.
 
     Returns:
         q (N, T, H, d), k and v (N, T, G, d), contiguous, with split_v v once more; of the
@@ -213,6 +216,8 @@ def qk_rope(
         qkv, cos, sin, gain, value, factor, value_ids
     )
     _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor, value_ids)
+    if value_ids is not None:
+        check_order("qk_rope", "value_order", value_order, value_ids, value.size(0))
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
     if sums is not None:
         check_deferred("qk_rope", sums, sums_of(qkv.shape[:2].numel(), gain), impl)
@@ -221,8 +226,8 @@ def qk_rope(
             qkv, cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v, value_ids
         )
     q, k, v, again = forward(
-        qkv, cos, sin, gain, value, value_ids, factor, sums, heads, kv_heads, eps, norm, split_v,
-        impl,
+        qkv, cos, sin, gain, value, value_ids, *(value_order or (None, None)), factor, sums, heads,
+        kv_heads, eps, norm, split_v, impl,
     )  # fmt: skip
     return (q, k, v, *([rerouted(v, again)] if split_v else []))
 

@@ -35,8 +35,9 @@ def _with_ticket(outputs: tuple[Tensor, ...], split_v: bool) -> tuple[Tensor, ..
 @opaque("pgolf::qk_rope", mutates_args=())
 def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, value: Tensor | None,
-    value_ids: Tensor | None, factor: Tensor | None, sums: Tensor | None, heads: int,
-    kv_heads: int, eps: float, norm: bool, split_v: bool, impl: str,
+    value_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None, factor: Tensor | None,
+    sums: Tensor | None, heads: int, kv_heads: int, eps: float, norm: bool, split_v: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v and the ticket of a second v, if it is to `split_v`.
 
@@ -49,7 +50,8 @@ def forward(
 
 @forward.register_fake
 def _(
-    qkv, cos, sin, gain, value, value_ids, factor, sums, heads, kv_heads, eps, norm, split_v, impl
+    qkv, cos, sin, gain, value, value_ids, order, bounds, factor, sums, heads, kv_heads, eps, norm,
+    split_v, impl
 ):  # fmt: skip
     return _with_ticket(_outputs(qkv, heads, kv_heads), split_v)
 
@@ -58,8 +60,8 @@ def _(
 def _backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,
-    value_ids: Tensor | None, value_rows: int, heads: int, kv_heads: int, eps: float, norm: bool,
-    deferred: bool, impl: str,
+    value_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None, value_rows: int,
+    heads: int, kv_heads: int, eps: float, norm: bool, deferred: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dqkv and the gradients of gain, `deferred` in parts, and of a table of values.
 
@@ -68,13 +70,13 @@ def _backward(
     gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv, dv_again)]
     inputs = contiguous(qkv, cos, sin, gain, factor, value_ids)
     settings = value_rows, heads, kv_heads, eps, norm, deferred
-    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, *settings)
+    return launcher("qk_rope", impl, "backward")(*gradients, *inputs, order, bounds, *settings)
 
 
 @_backward.register_fake
 def _(
-    dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, value_rows, heads, kv_heads, eps,
-    norm, deferred, impl
+    dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, order, bounds, value_rows, heads,
+    kv_heads, eps, norm, deferred, impl
 ):  # fmt: skip
     dgain = _empty_parts(qkv, gain) if deferred else gain.new_empty(gain.shape)
     width = kv_heads * (qkv.size(2) // (heads + 2 * kv_heads))
@@ -92,19 +94,20 @@ def _empty_parts(qkv: Tensor, gain: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, cos, sin, gain, value, value_ids, factor, sums, *settings, ctx.split_v, impl = inputs
+    qkv, cos, sin, gain, value, *by_ids, factor, sums = inputs[:10]
+    *settings, ctx.split_v, impl = inputs[10:]
     ctx.deferred = sums is not None
-    by_id = value_ids is not None
+    by_id = by_ids[0] is not None
     ctx.settings = value.size(0) if by_id else 0, *settings, ctx.deferred, impl
     ctx.value_shape = None if value is None or by_id else value.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, cos, sin, gain, factor, value_ids)
+    ctx.save_for_backward(qkv, cos, sin, gain, factor, *by_ids)
 
 
 def _gradient(
     ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None
 ) -> tuple:
-    qkv, *_, factor, value_ids = saved = ctx.saved_tensors
+    qkv, _, _, _, factor, value_ids, *_ = saved = ctx.saved_tensors
     dv_again = dv_again if ctx.split_v else None
     dvalue = None
     if ctx.value_shape is not None:
@@ -117,9 +120,9 @@ def _gradient(
     dqkv, gains, dtable = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
     dvalue = dvalue if value_ids is None else dtable
     d_gain, d_sums = (None, gains) if ctx.deferred else (gains, None)
-    d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[6] else None
+    d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[8] else None
     none = (None for _ in range(6))  # for what is no tensor
-    return dqkv, None, None, d_gain, dvalue, None, d_factor, d_sums, *none
+    return dqkv, None, None, d_gain, dvalue, None, None, None, d_factor, d_sums, *none
 
 
 register_gradient("qk_rope", forward, _gradient, _setup_context)
@@ -148,8 +151,8 @@ def launchers(run: Run) -> dict[str, Callable]:
         return outputs
 
     def backward(
-        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, value_rows, heads, kv_heads,
-        eps, norm, deferred,
+        dq, dk, dv, dv_again, qkv, cos, sin, gain, factor, value_ids, order, bounds, value_rows,
+        heads, kv_heads, eps, norm, deferred,
     ):  # fmt: skip
         dqkv, parts = qkv.new_empty(qkv.shape), _empty_parts(qkv, gain)
         gradients = (dq, dk, dv, dv_again)
@@ -163,7 +166,8 @@ def launchers(run: Run) -> dict[str, Callable]:
         )  # fmt: skip
         dtable = qkv.new_empty((0, values))
         if value_ids is not None:  # dv of a token is what its part of dqkv is the factor's times of
-            dtable = token_sums(run, value_ids, value_rows, dqkv[..., -values:], factor)
+            known = None if order is None else (order, bounds)
+            dtable = token_sums(run, value_ids, value_rows, dqkv[..., -values:], factor, known)
         return dqkv, parts if deferred else sum_parts(run, [parts]), dtable
 
     return {"forward": forward, "backward": backward}

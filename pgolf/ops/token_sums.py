@@ -11,10 +11,38 @@ Shapes: ids and divisor (N, T), x (N, T, C), sums (V, C).
 import torch
 from torch import Tensor
 
-from pgolf.ops.launch import DTYPE_CODES, Run, run_cuda
+from pgolf.ops.launch import DTYPE_CODES, Run, launcher, run_cuda
 from pgolf.ops.tensors import addresses
 
 ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
+
+
+@torch.library.custom_op("pgolf::token_order", mutates_args=())
+def shared_order(ids: Tensor, rows: int, impl: str) -> tuple[Tensor, Tensor]:
+    """`token_order` for the gradients of several tables, which operators take as an argument.
+
+    Args:
+        ids: (N, T) int64.
+        impl: 'cpu' or 'cuda'.
+    """
+    return launcher("embed_smear", impl, "order")(ids.contiguous(), rows)
+
+
+@shared_order.register_fake
+def _(ids, rows, impl):
+    return ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
+
+
+def check_order(
+    operator: str, name: str, order: tuple[Tensor, Tensor] | None, ids: Tensor, rows: int
+) -> None:
+    """Raise ValueError unless an order that is given can be that of these ids."""
+    found = [(t.dtype, tuple(t.shape)) for t in order or ()]
+    wanted = [(torch.int64, (count,)) for count in (ids.numel(), rows + 1)]
+    if order is not None and found != wanted:
+        raise ValueError(
+            f"{operator}: {name} is {found}: for these ids and {rows} rows it has to be {wanted}"
+        )
 
 
 def token_order(run: Run, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +61,12 @@ def token_order(run: Run, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def token_sums(
-    run: Run, ids: Tensor, rows: int, x: Tensor, divisor: Tensor | None = None
+    run: Run,
+    ids: Tensor,
+    rows: int,
+    x: Tensor,
+    divisor: Tensor | None = None,
+    order: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The gradient of a table that these ids were looked up in, from that of their rows.
 
@@ -41,8 +74,9 @@ def token_sums(
         ids: (N, T) int64, contiguous.
         x: (N, T, C) with rows at any distance.
         divisor: (N, T) in what x computes in, contiguous; None is 1.
+        order: of these ids, if it is known.
     """
-    order, bounds = token_order(run, ids, rows)
+    order, bounds = order or token_order(run, ids, rows)
     flat = x.flatten(0, 1)
     sums = flat.new_empty((rows, flat.size(1)))
     run(

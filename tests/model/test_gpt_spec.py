@@ -140,7 +140,7 @@ def test_many_tokens_of_one_row_add_up_in_fp32(impl: str) -> None:
     ids, scales = torch.zeros(1, 30_000, dtype=torch.int64), [torch.ones(()), torch.tensor(2.0)]
     qkv, table = torch.zeros(1, 30_000, 12).bfloat16(), torch.empty(30_000, 0)
     gain, total = torch.ones(1), 0
-    for rows, by_id in side(ids, torch.bfloat16, scales):
+    for rows, by_id, _ in side(ids, torch.bfloat16, scales):
         total += qk_rope(
             qkv, table, table, gain, 1, 1, value=rows, value_ids=by_id, impl=impl
         )[2].sum()
