@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from bench.counting.client import Device
 from pgolf import extension
 
+# Launchers that only write what their operator changes.
+WRITERS = {"weight_cast"}
 # Position of the tensors that a second kernel of a launcher goes through again.
 AGAIN = {"muon_momentum": 2}
 
@@ -53,9 +55,8 @@ class Addresses:
         """Bytes of the tensors among a launcher's arguments; the next launcher begins anew."""
         used = self.bytes.keys() & set(tree_leaves(arguments))
         again = set(tree_leaves(arguments[AGAIN[function]])) if function in AGAIN else set()
-        count = sum(
-            self.bytes[a] * (1 + (a in self.twice) + (a in again)) for a in used
-        )
+        twice = set() if function in WRITERS else self.twice
+        count = sum(self.bytes[a] * (1 + (a in twice) + (a in again)) for a in used)
         self.bytes.clear()
         self.twice.clear()
         return count
