@@ -108,7 +108,6 @@ def _vectors(model: "GPT") -> _Vectors:
     """Made of all layers at once: every operation is a launch."""
     count, encoder = len(model.blocks), model.encoder
     own, other = stacked([block.resid_mix for block in model.blocks]).unbind(1)
-    of_x0 = torch.cat((own[:1] + other[:1], other[1:]))  # x0 is the state before the first layer
     first = max(encoder, 1)  # layers before it are skips of later ones
     of_x, of_skip = own[first:], own[:0]
     if encoder:  # x + w x: a factor of the mix
@@ -118,7 +117,10 @@ def _vectors(model: "GPT") -> _Vectors:
     # (Two gradients of one row would be added up in a launch of their own, for each of the rows.)
     parts = {"own": own[1:first], "of_x": of_x, "folded": of_x, "of_skip": of_skip}
     begins = {"own": 1, "of_x": first, "folded": first, "of_skip": encoder + 1}
-    rows = iter(rows_of(torch.cat(list(parts.values()))) if count > 1 else [])
+    # x0 is the state before the first layer.
+    table = torch.cat((own[:1] + other[:1], other[1:], *parts.values()))
+    of_x0, table = table.split([count, table.size(0) - count])
+    rows = iter(rows_of(table) if count > 1 else [])
     factors = {
         name: {begins[name] + i: next(rows) for i in range(part.size(0))}
         for name, part in parts.items()

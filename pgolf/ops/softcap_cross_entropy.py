@@ -122,10 +122,13 @@ def _reduced(losses: Tensor, whole: Tensor | None, targets: Tensor, mean: bool) 
     Its gradient comes to the operator through `whole` (), which stands for the sum, or the mean
     over all rows.
     """
+    if mean:
+        kept = targets != IGNORED
+        count = kept.sum(dtype=losses.dtype)
+        losses = losses.where(kept, 0)  # it is that: a compiler sees that both sums read `kept`
     # On a CPU a sum in fp32 is off by more than each loss. (A GPU adds in trees.)
     total = losses.sum(dtype=losses.dtype if losses.is_cuda else torch.float64)
     if mean:
-        count = (targets != IGNORED).sum(dtype=losses.dtype)
         total = total / count
         if whole is not None:  # (Where nothing is ignored the factor is 1 to the bit.)
             whole = whole * (losses.numel() / count.clamp(min=1))
