@@ -57,7 +57,7 @@ SMALL = (
 )  # fmt: skip
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(
-        "4 tokens with a value", ("bf16", "8", "8", "1", "Rotated16"),
+        "4 tokens with a value", ("bf16", "8", "8", "1", "Rotated16", "false"),
         4 * (HEADS + 3 * GROUPS) * _HEAD, 4 * (HEADS + 2 * GROUPS) * _HEAD, (4,), TOKENS // 4,
     ),
     "qk_rope_backward_blocks": Item(

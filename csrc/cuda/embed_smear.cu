@@ -47,10 +47,14 @@ __global__ void __launch_bounds__(kBlock, 2)
     };
     Lanes before = Lanes::zero();
     int i = joined >> 1 & 1 ? 0 : 1;
-    for (auto ahead = fetch(i); i <= count; ++i) {
+    constexpr bool kAhead = kVector > 1;
+    typename R::Fetched ahead = {};
+    if (kAhead) ahead = fetch(i);
+    for (; i <= count; ++i) {
+      if (!kAhead) ahead = fetch(i);
       const bool has_row = ahead.known;
       const Lanes e = R::embedding(ahead.table.unpacked(), factor, ahead.bigram.unpacked());
-      if (i < count) ahead = fetch(i + 1);
+      if (kAhead && i < count) ahead = fetch(i + 1);
       // An id that the table does not have gives NaN here, and by it in all that follows.
       const float rstd =
           has_row ? rms_rstd(e.dot(e), shape.width, static_cast<float>(shape.eps)) : NAN;
@@ -80,7 +84,7 @@ constexpr int kRowWords = kChunks * (Rows<T, X, kVector, kChunks>::OfTable::kWor
 template <typename T, typename X, int kVector, int kChunks>
 constexpr int kBlocksPerSm = kRowWords<T, X, kVector, kChunks> > 40 ? 2 : 3;
 template <typename T, typename X, int kVector, int kChunks>
-constexpr bool kFetchAhead = kRowWords<T, X, kVector, kChunks> <= 64;
+constexpr bool kFetchAhead = kVector > 1 && kRowWords<T, X, kVector, kChunks> <= 64;
 
 // The row of partials for the block: its sums for the gate and, last, for the scale, each over its
 // warps in order.

@@ -31,7 +31,19 @@ __device__ float head_rstd(const Shape& shape, const Lanes& x, float factor) {
   return rope_rstd<float>(squares, shape.size, shape.eps, factor);
 }
 
-template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
+// A head of the row of a token's id, which begins at `column`; NaN for an id that has none.
+template <typename T, typename Own, typename Shape>
+__device__ Own of_table(const QkRopeValue& value, int64_t token, int64_t column,
+                        const Shape& shape) {
+  const int64_t row = value.row(token);
+  if (!value.has(row)) return Own::rounded(Own::Lanes::zero().plus(NAN, Own::Lanes::zero()));
+  const int64_t width = shape.kv_heads * shape.size;
+  return Own::load(static_cast<const T*>(value.rows) + row * width + column, shape.size, true);
+}
+
+// kById: values get rows of a table added. (A kernel for both spills, or has fewer loads on their way
+// in the layers without.)
+template <typename T, int kVector, int kLanes, int kChunks, typename Shape, bool kById>
 __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     qk_rope_forward(Shape shape, Span span, const T* __restrict__ qkv,
                     const float* __restrict__ cos, const float* __restrict__ sin,
@@ -49,16 +61,19 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
     }
     for (Place at(span); at.in_block(); at.advance(span)) {
       const T* const from = qkv + at.token * shape.total * shape.size;
-      const int64_t value_row = value.rows ? value.row(at.token) : 0;
-      const bool known = value.has(value_row);
       const T* const values = static_cast<const T*>(value.rows);
       EachPass<Shape, Own> x, added;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
         x[i] = Own::load(from + head.index * shape.size, shape.size, head.exists);
-        const bool adds = head.exists && head.is_value && values && known;
-        added[i] = Own::load(adds ? values + head.place(value_row) : nullptr, shape.size, adds);
+        const bool adds = head.exists && head.is_value && values;
+        if constexpr (kById) {
+          added[i] = Own{};
+          if (adds) added[i] = of_table<T, Own>(value, at.token, head.own * shape.size, shape);
+        } else {
+          added[i] = Own::load(adds ? values + head.place(at.token) : nullptr, shape.size, adds);
+        }
       }
       const Turn<T, kVector, kLanes, kChunks, Shape> turn(shape, cos, sin, at.time, 1);
       const float factor = factors ? factors[at.token] : 1.0f;
@@ -71,8 +86,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kForwardBlocks)
           const auto turned = turn.of(x[i], from + head.index * shape.size, head.exists);
           if (!head.is_value) y = Own::rounded(Own::Lanes::zero().plus(scale, turned));
         }
-        const float of_x = known ? factor : NAN;
-        if (head.is_value) y = Own::rounded(added[i].unpacked().plus(of_x, x[i].unpacked()));
+        if (head.is_value) y = Own::rounded(added[i].unpacked().plus(factor, x[i].unpacked()));
         T* const to = (head.is_query ? q : head.is_value ? v : k) + head.place(at.token);
         if (head.exists) y.store(to, shape.size);
       }
@@ -208,13 +222,18 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRo
         aligned_heads<T>(shape, in) && aligned({value.rows, out.q, out.k, out.v}, {});
     return with_shape<T>(shape, vectors, true, [&](auto known, auto vector, auto lanes,
                                                    auto chunks) {
-      const auto kernel = qk_rope_forward<T, decltype(vector)::value, decltype(lanes)::value,
-                                          decltype(chunks)::value, decltype(known)>;
-      return launch(kernel, blocks_for(shape.batch * shape.time, kForwardTokens), kThreads, stream,
-                    known, Span(shape, kForwardTokens), static_cast<const T*>(in.qkv),
-                    static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
-                    static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
-                    value, static_cast<T*>(out.q), static_cast<T*>(out.k), static_cast<T*>(out.v));
+      const auto start = [&](auto by_id) {
+        const auto kernel =
+            qk_rope_forward<T, decltype(vector)::value, decltype(lanes)::value,
+                            decltype(chunks)::value, decltype(known), decltype(by_id)::value != 0>;
+        return launch(kernel, blocks_for(shape.batch * shape.time, kForwardTokens), kThreads,
+                      stream, known, Span(shape, kForwardTokens), static_cast<const T*>(in.qkv),
+                      static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
+                      static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
+                      value, static_cast<T*>(out.q), static_cast<T*>(out.k),
+                      static_cast<T*>(out.v));
+      };
+      return value.ids ? start(Constant<1>{}) : start(Constant<0>{});
     });
   });
 }

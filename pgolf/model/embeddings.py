@@ -42,10 +42,9 @@ def _gathered(
     # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
     # gradients are sums over the table then. Who takes the rows looks them up.
     products = table.weight if proj is None else proj(table.weight.to(dtype))
-    tables = products.to(compute_dtype(dtype))[None]
-    if scales[0] is not None:
-        tables = tables * torch.stack(list(scales))[:, None, None]
-    return [TokenRows(t, rows) for t in tables.to(dtype).unbind()]
+    products = products.to(compute_dtype(dtype))
+    tables = [products if scale is None else products * scale for scale in scales]
+    return [TokenRows(t.to(dtype), rows) for t in tables]
 
 
 class BigramHash(nn.Module):

@@ -190,7 +190,8 @@ def embed_smear(
         ids, table, bigram, bigram_scale, gate, starts, bigram_ids, dtype=dtype
     )
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
-    check_order("embed_smear", "order", order, ids, table.size(0))
+    if order is not None:
+        check_order("embed_smear", "order", order, ids, table.size(0))
     impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
     if impl == "reference":
         return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
@@ -296,8 +297,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
     def backward(
         dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps
     ):  # fmt: skip
-        of_tokens = bigram if bigram_ids is None else dx
-        dtable, dbigram, sums = _gradients(table, of_tokens, rstd)
+        dtable, dbigram, sums = _gradients(table, bigram if bigram_ids is None else dx, rstd)
         chunks = -(-ids.numel() // CHUNK)
         pieces = rstd.new_empty((2 * chunks, table.size(1)))
         partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
@@ -315,8 +315,7 @@ def _launchers(run: Run) -> dict[str, Callable]:
             dbigram = token_sums(run, bigram_ids, bigram.size(0), dbigram)
         return dtable, dbigram, sums
 
-    order = functools.partial(token_order, run)
-    return {"forward": forward, "backward": backward, "order": order}
+    return {"forward": forward, "backward": backward, "order": functools.partial(token_order, run)}
 
 
 def samples() -> list[Sample]:

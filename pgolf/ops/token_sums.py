@@ -34,12 +34,12 @@ def _(ids, rows, impl):
 
 
 def check_order(
-    operator: str, name: str, order: tuple[Tensor, Tensor] | None, ids: Tensor, rows: int
+    operator: str, name: str, order: tuple[Tensor, Tensor], ids: Tensor, rows: int
 ) -> None:
-    """Raise ValueError unless an order that is given can be that of these ids."""
-    found = [(t.dtype, tuple(t.shape)) for t in order or ()]
+    """Raise ValueError unless an order can be that of these ids."""
+    found = [(t.dtype, tuple(t.shape)) for t in order]
     wanted = [(torch.int64, (count,)) for count in (ids.numel(), rows + 1)]
-    if order is not None and found != wanted:
+    if found != wanted:
         raise ValueError(
             f"{operator}: {name} is {found}: for these ids and {rows} rows it has to be {wanted}"
         )
