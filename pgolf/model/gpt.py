@@ -183,7 +183,9 @@ class GPT(nn.Module):
         values: dict[int, TokenRows] = {}  # by layer
         if self.ve_index:
             embedded = self.ve_shared(ids, x0.dtype, self.ve_layer_scales)
-            embedded = [rows._replace(order=order) for rows in embedded]
+            embedded = [
+                r if r.ids is None else r._replace(order=order) for r in embedded
+            ]
             values = dict(zip(self.ve_index, embedded, strict=True))
         skips: list[Tensor] = []
         middle = None

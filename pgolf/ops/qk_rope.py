@@ -217,6 +217,8 @@ def qk_rope(
     )
     _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor, value_ids)
     if value_order is not None:
+        if value_ids is None:
+            raise ValueError("qk_rope: value_order is given without value_ids: give both")
         check_order("qk_rope", "value_order", value_order, value_ids, value.size(0))
     impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
     if sums is not None:

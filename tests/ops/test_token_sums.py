@@ -126,6 +126,16 @@ def refused() -> dict:
         "value is (4, 7): with value_ids it has to be a table (V, 8)": lambda i: rope(
             i, table[:, 1:], ids
         ),
+        "value_order is given without value_ids": lambda i: qk_rope(
+            qkv, *angles, gain, 2, 1, impl=i, value_order=(ids.flatten(), ids.flatten()[:5])
+        ),
+        "value_order is [(torch.int64, (6,)), (torch.int64, (4,))]: for": lambda i: qk_rope(
+            qkv, *angles, gain, 2, 1, value=table, value_ids=ids, impl=i,
+            value_order=(ids.flatten(), ids.flatten()[:4]),
+        ),
+        "order is [(torch.int64, (5,)), (torch.int64, (6,))]: for": lambda i: embed_smear(
+            ids, torch.randn(5, 8), impl=i, order=(ids.flatten()[:5], ids.flatten())
+        ),
         "bigram_ids is torch.int32 (2, 3): it has": lambda i: smear(i, table, ids.int()),
         "bigram is None: with bigram_ids it has": lambda i: smear(i, None, ids),
         "bigram is (2, 3, 8): with bigram_ids it has": lambda i: smear(
