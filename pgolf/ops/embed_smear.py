@@ -168,8 +168,7 @@ def embed_smear(
         ids: (N, T) int64. One that the table does not have is an error on a CPU; on a GPU, where
             nobody looks, its row of x is NaN and the table gets no gradient from it.
         table: (V, D), in fp32 or bf16 for the kernels whatever dtype is (fp64 with an fp64 dtype).
-        bigram: (N, T, D) of `dtype`, projected to the width of the table; with `bigram_ids` a table
-            (B, D), whose gradient is made as that of `table` is.
+        bigram: (N, T, D) of `dtype`; with `bigram_ids` a table (B, D), with such a gradient too.
         bigram_scale: () factor of bigram in fp32 (fp64 for an fp64 dtype); None is 1.
         gate: (D,) in fp32 (fp64 for an fp64 dtype); None: no smearing.
         starts: (N, T) bool, positions that see zeros instead of the one before; None: only t = 0.

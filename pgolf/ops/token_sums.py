@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher, run_cuda
+from pgolf.ops.opaque import opaque
 from pgolf.ops.tensors import addresses
 
 ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
 
 
-@torch.library.custom_op("pgolf::token_order", mutates_args=())
+@opaque("pgolf::token_order", mutates_args=())
 def shared_order(ids: Tensor, rows: int, impl: str) -> tuple[Tensor, Tensor]:
     """`token_order` for the gradients of several tables, which operators take as an argument.
 
