@@ -208,7 +208,7 @@ class Attention(nn.Module):
         attend: Attend,
         as_product: bool,
     ) -> Tensor | Product:
-        """h (N, T, D) normed; value (G d columns) is added to v. `as_product`: not multiplied yet."""
+        """h (N, T, D) normed; value (G d columns) goes to v. `as_product`: not multiplied yet."""
         c = self.config
         batch, time, _ = h.y.shape
         added, ids, order = value or (None, None, None)

@@ -69,9 +69,10 @@ class Exchange:
         units += [[name] for name in matrices if name not in packed]
         shapes = [{n: tuple(self.params[n].shape) for n in unit} for unit in units]
         self.layout = Layout.of(shapes, ranks.world)
-        # Own matrices: name -> first element in this rank's part.
+        # Own matrices: name -> first element in this rank's part; with their shapes, `places`.
         part = self.layout.of_rank(ranks.rank)
         self.starts = {n: self.layout.starts[n] - part.start for n in self.layout.owned(ranks.rank)}
+        self.places = [*self.starts.values()], [self.layout.shapes[n] for n in self.starts]
         self.own = [matrices[name] for name in self.starts]
         impl = model.ops["weight_cast"]
         self.fold = Fold(impl, [scales[n] for n in self.starts]) if impl != "reference" else None
@@ -155,8 +156,7 @@ class Exchange:
             found = self._unpacked(self._take())
         else:
             reduced = self._reduced()
-            places = self.starts.values(), map(self.layout.shapes.get, self.starts)
-            found = _views(reduced, *places)
+            found = _views(reduced, *self.places)
         grads = self._through_the_cast(found)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
@@ -184,16 +184,12 @@ class Exchange:
 
     def _unpacked(self, grads: Mapping[int, Tensor]) -> list[Tensor]:
         """Of each own matrix, where the gradients of all leaves are here."""
-        inside, first = {start: [] for start in grads}, 0
-        for name, start in self.starts.items():
-            first = start if start in inside else first  # packed ones lie behind one another
-            inside[first].append(name)
-        found = {}
-        for first, names in inside.items():
-            starts = (self.starts[name] - first for name in names)
-            shapes = (self.layout.shapes[name] for name in names)
-            found |= zip(names, _views(grads[first].reshape(-1), starts, shapes), strict=True)
-        return list(found.values())
+        found, first = [], 0
+        for start, shape in zip(*self.places, strict=True):
+            if start in grads:  # packed ones lie behind one another
+                first, flat = start, grads[start].reshape(-1)
+            found += _views(flat, [start - first], [shape])
+        return found
 
     def _clip(self) -> None:
         """Clip this rank's gradients, before others' are added.
@@ -266,8 +262,7 @@ class Exchange:
         narrow, plain = self.dtype.itemsize < 4, all(m.grid is None for m in self.own)
         if self.fold and all(m.weight.dtype != self.dtype for m in self.own):
             with torch.enable_grad():
-                places = self.starts.values(), map(self.layout.shapes.get, self.starts)
-                into = _views(part, *places)
+                into = _views(part, *self.places)
                 self.cast = cast_all(self.own, self.dtype, self.fold, into) if self.own else []
         elif narrow and plain and self.fold is None:
             wide = torch.empty_like(part, dtype=torch.float32)
