@@ -40,7 +40,8 @@ def _gathered(
         scaled = [found if scale is None else found * scale.to(dtype) for scale in scales]
         return [TokenRows(t) for t in scaled]
     # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
-    # gradients are sums over the table then. Who takes the rows looks them up.
+    # gradients are sums over the table then. Who takes the rows looks them up, and rounds the
+    # gradient of a row of the table to `dtype` once, as that of any matrix.
     products = table.weight if proj is None else proj(table.weight.to(dtype))
     products = products.to(compute_dtype(dtype))
     tables = [products if scale is None else products * scale for scale in scales]

@@ -125,17 +125,17 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor, order: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """First residual state (N, T, D): normed and smeared."""
         c = self.config
-        bigram = rows = scale = gate = starts = None
+        bigram = bigram_ids = scale = gate = starts = None
         own = ids == c.bos_id if c.documents else None
         if self.bigram is not None:
-            bigram, rows, _ = self.bigram(ids, self.compute_dtype, own)
+            bigram, bigram_ids, _ = self.bigram(ids, self.compute_dtype, own)
             scale = self.bigram.scale
         if self.smear is not None:
             gate = self.smear.gate
             starts = ids == c.bos_id if c.smear == "bos_masked" else own
         return embed_smear(
             ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
-            self.ops["embed_smear"], bigram_ids=rows, order=order,
+            self.ops["embed_smear"], bigram_ids=bigram_ids, order=order,
         )  # fmt: skip
 
     def features(self, ids: Tensor) -> Tensor:

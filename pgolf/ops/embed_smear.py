@@ -166,7 +166,8 @@ def embed_smear(
 
     Args:
         ids: (N, T) int64. One that the table does not have is an error on a CPU; on a GPU, where
-            nobody looks, its row of x is NaN and the table gets no gradient from it.
+            nobody looks, its row of x is NaN, and so is the row of another table's gradient that
+            this one goes to.
         table: (V, D), in fp32 or bf16 for the kernels whatever dtype is (fp64 with an fp64 dtype).
         bigram: (N, T, D) of `dtype`; with `bigram_ids` a table (B, D), with such a gradient too.
         bigram_scale: () factor of bigram in fp32 (fp64 for an fp64 dtype); None is 1.

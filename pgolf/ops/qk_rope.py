@@ -143,10 +143,11 @@ def _check_value(
         )
     if ids is not None and ids.device != device:
         raise ValueError(f"qk_rope: value_ids is on {ids.device} and qkv on {device}: move one")
-    if ids is not None and (value is None or value.dim() != 2 or value.size(1) != of_v[2]):
+    fits = value is not None and value.dim() == 2 and value.size(1) == of_v[2]
+    if ids is not None and not (fits and value.size(0)):
         found = None if value is None else tuple(value.shape)
         raise ValueError(
-            f"qk_rope: value is {found}: with value_ids it has to be a table (V, {of_v[2]})"
+            f"qk_rope: value is {found}: with value_ids it has to be a table (V, {of_v[2]}), V >= 1"
         )
     if ids is None and value is not None and value.shape != of_v:
         raise ValueError(
@@ -321,7 +322,7 @@ OPERATOR = register(
         ),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("cuda", "every number once, forward one launch, backward two")],
+            "cuda": [("cuda", "every number once, forward one launch, backward 2, or 3")],
         },
         samples=samples,
         cost=cost,

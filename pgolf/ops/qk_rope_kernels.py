@@ -117,8 +117,12 @@ def _gradient(
             dv, dv_again = dv + dv_again, None
         whole = dv_again if dv is None else dv
         dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
-    dqkv, gains, dtable = _backward(dq, dk, dv, dv_again, *saved, *ctx.settings)
-    dvalue = dvalue if value_ids is None else dtable
+    rows, *settings = ctx.settings
+    if not ctx.needs_input_grad[4]:
+        saved, rows = (*saved[:5], None, None, None), 0
+    dqkv, gains, dtable = _backward(dq, dk, dv, dv_again, *saved, rows, *settings)
+    if value_ids is not None:
+        dvalue = dtable if rows else None
     d_gain, d_sums = (None, gains) if ctx.deferred else (gains, None)
     d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[8] else None
     none = (None for _ in range(6))  # for what is no tensor
@@ -157,7 +161,7 @@ def launchers(run: Run) -> dict[str, Callable]:
         dqkv, parts = qkv.new_empty(qkv.shape), _empty_parts(qkv, gain)
         gradients = (dq, dk, dv, dv_again)
         values = qkv.size(2) // (heads + 2 * kv_heads) * kv_heads  # of a token
-        read = qkv[..., :-values]
+        read = qkv[..., :-values]  # of v, which is a sum, the gradient needs no number
         run(
             "qk_rope_backward", qkv,
             *addresses(read, cos, sin, gain, factor, *gradients, dqkv, parts),

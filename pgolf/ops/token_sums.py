@@ -25,7 +25,14 @@ def shared_order(ids: Tensor, rows: int, impl: str) -> tuple[Tensor, Tensor]:
     Args:
         ids: (N, T) int64.
         impl: 'cpu' or 'cuda'.
+
+    Raises:
+        ValueError: other ids.
     """
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"token_order: ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 (N, T)"
+        )
     return launcher("embed_smear", impl, "order")(ids.contiguous(), rows)
 
 
@@ -37,13 +44,31 @@ def _(ids, rows, impl):
 def check_order(
     operator: str, name: str, order: tuple[Tensor, Tensor], ids: Tensor, rows: int
 ) -> None:
-    """Raise ValueError unless an order can be that of these ids."""
-    found = [(t.dtype, tuple(t.shape)) for t in order]
+    """Raise ValueError unless an order can be that of these ids, as far as memory goes.
+
+    On a GPU its numbers are not looked at, which would wait for them.
+    """
+    given = [(t.dtype, tuple(t.shape)) for t in order]
     wanted = [(torch.int64, (count,)) for count in (ids.numel(), rows + 1)]
-    if found != wanted:
+    if given != wanted:
         raise ValueError(
-            f"{operator}: {name} is {found}: for these ids and {rows} rows it has to be {wanted}"
+            f"{operator}: {name} is {given}: for these ids and {rows} rows it has to be {wanted}"
         )
+    if any(t.device != ids.device or not t.is_contiguous() for t in order):
+        raise ValueError(f"{operator}: {name} has to be contiguous and on {ids.device}, as the ids")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or _within(*order):
+        return
+    raise ValueError(f"{operator}: {name} is no order of {ids.numel()} tokens: take `shared_order`")
+
+
+def _within(order: Tensor, bounds: Tensor) -> bool:
+    """Whether tokens that are there are read and written, and no others."""
+    if not order.numel():
+        return not bounds.any()
+    low, high = order.aminmax()
+    rising = (bounds[1:] >= bounds[:-1]).all()
+    inside = 0 <= bounds[0] and bounds[-1] <= order.numel()
+    return bool(0 <= low and high < order.numel() and rising and inside)
 
 
 def token_order(run: Run, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +98,8 @@ def token_sums(
 
     Args:
         ids: (N, T) int64, contiguous.
-        x: (N, T, C) with rows at any distance.
+        x: (N, T, C) with rows at any distance. Sums are made in fp32 (fp64 of fp64) and rounded to
+            its dtype once.
         divisor: (N, T) in what x computes in, contiguous; None is 1.
         order: of these ids, if it is known.
     """

@@ -21,6 +21,7 @@ Shapes: w, out (R, C), scale, clip_factor, steps (R,); bits and on 0-d.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -257,11 +258,23 @@ def _check_into(
 ) -> None:
     check_tensors(name, "into", into)
     for i, (t, w) in enumerate(zip(into, ws, strict=True)):
-        if t.shape != w.shape or t.dtype != dtype or not t.is_contiguous():
+        alike = (t.shape, t.dtype, t.device) == (w.shape, dtype, w.device)
+        if not alike or not t.is_contiguous():
             raise ValueError(
-                f"{name}: into[{i}] is {t.dtype} {tuple(t.shape)}: it has to be {dtype} "
-                f"{tuple(w.shape)}, contiguous"
+                f"{name}: into[{i}] is {t.dtype} {tuple(t.shape)} on {t.device}: it has to be "
+                f"{dtype} {tuple(w.shape)} on {w.device}, contiguous"
             )
+    if torch.compiler.is_compiling():
+        return
+    spans = sorted((t.data_ptr(), t.data_ptr() + nbytes(t)) for t in into)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise ValueError(f"{name}: two matrices of into share memory: results would be lost")
+    taken = {t.untyped_storage().data_ptr() for t in ws}
+    shared = [i for i, t in enumerate(into) if t.untyped_storage().data_ptr() in taken]
+    if shared and nbytes(*into):
+        raise ValueError(
+            f"{name}: into[{shared[0]}] shares memory with a matrix, which its gradient needs"
+        )
 
 
 # --- samples and costs ----------------------------------------------------------------------------

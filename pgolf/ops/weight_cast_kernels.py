@@ -37,10 +37,9 @@ def _stepped(scaled: Sequence[bool], gridded: Sequence[bool], clip_mask: bool) -
 
 
 class _Opaque(NamedTuple):
-    """pgolf::OPERATOR, which may write into tensors that are there, and its gradient."""
+    """pgolf::OPERATOR and its gradient."""
 
     forward: Opaque
-    into: Opaque
     backward: Opaque
 
 
@@ -72,27 +71,6 @@ def _opaque(operator: str) -> _Opaque:
         steps = [w.new_empty(w.shape[:1], dtype=computed) for w in with_steps]
         return [*(w.new_empty(w.shape, dtype=dtype) for w in ws), *steps]
 
-    # (An operator that changes arguments may not return a list of tensors.)
-    @opaque(f"pgolf::{operator}_into", mutates_args=("outs", "steps"))
-    def into(
-        outs: Sequence[Tensor], steps: Sequence[Tensor], stepped: Sequence[bool],
-        ws: Sequence[Tensor], scales: Sequence[Tensor], scaled: Sequence[bool],
-        clip_factors: Sequence[Tensor], bits: Sequence[Tensor], gridded: Sequence[bool],
-        on: Tensor | None, floor: float, multiple: int, full_range: bool, impl: str,
-    ) -> None:  # fmt: skip
-        launcher(operator, impl, "into")(
-            outs, _spread(steps, stepped),
-            [unit_stride(w) for w in ws],
-            _spread(contiguous(*scales), scaled),
-            _spread(contiguous(*clip_factors), gridded),
-            _spread(bits, gridded),
-            on, floor, multiple, full_range,
-        )  # fmt: skip
-
-    @into.register_fake
-    def _(*args) -> None:
-        return None
-
     @opaque(f"pgolf::{operator}_backward", mutates_args=())
     def backward(
         douts: Sequence[Tensor], ws: Sequence[Tensor], scales: Sequence[Tensor],
@@ -118,7 +96,29 @@ def _opaque(operator: str) -> _Opaque:
         return [t.new_empty(t.shape) for t in (*ws, *scales)]
 
     register_gradient(operator, forward, _gradient, functools.partial(_remember, operator))
-    return _Opaque(forward, into, backward)
+    return _Opaque(forward, backward)
+
+
+# (An operator that changes arguments may not return a list of tensors.)
+@opaque("pgolf::weight_cast_into", mutates_args=("outs", "steps"))
+def _into(
+    outs: Sequence[Tensor], steps: Sequence[Tensor], stepped: Sequence[bool],
+    ws: Sequence[Tensor], scales: Sequence[Tensor], scaled: Sequence[bool],
+    clip_factors: Sequence[Tensor], bits: Sequence[Tensor], gridded: Sequence[bool],
+    on: Tensor | None, floor: float, multiple: int, full_range: bool, impl: str,
+) -> None:  # fmt: skip
+    launcher("weight_cast", impl, "into")(
+        outs, _spread(steps, stepped),
+        [unit_stride(w) for w in ws],
+        _spread(contiguous(*scales), scaled),
+        _spread(contiguous(*clip_factors), gridded),
+        _spread(bits, gridded),
+        on, floor, multiple, full_range,
+    )  # fmt: skip
+
+@_into.register_fake
+def _(*args) -> None:
+    return None
 
 
 def cast_all(
@@ -134,13 +134,16 @@ def cast_all(
 ) -> list[Tensor]:
     """The matrices by kernels of `impl`; options: floor, multiple, full_range, clip_mask, dtype.
 
-    `into` is for 'weight_cast' outside of torch.compile: what they are written to.
+    `into` is for 'weight_cast': what they are written to, under torch.compile by a copy.
     """
     scaled, gridded = ([x is not None for x in xs] for xs in (scales, bits))
     scales, clips, bits = map(_packed, (scales, clip_factors, bits))
     if torch.compiler.is_compiling():
         lists = (ws, scales, scaled, clips, bits, gridded)
-        return _OPAQUE[operator].forward(*lists, on, *options, impl)[: len(ws)]
+        outs = _OPAQUE[operator].forward(*lists, on, *options, impl)[: len(ws)]
+        if into is not None:
+            torch._foreach_copy_(list(into), [out.detach() for out in outs])
+        return outs
     tensors = (*ws, *scales, *clips, *bits)
     return list(_Eager.apply(operator, scaled, gridded, on, options, impl, into, *tensors))
 
@@ -214,7 +217,7 @@ def _written(
     stepped, computed = _stepped(scaled, gridded, clip_mask), compute_dtype(ws[0].dtype)
     with_steps = [w for w, needed in zip(ws, stepped, strict=True) if needed]
     steps = [w.new_empty(w.shape[:1], dtype=computed) for w in with_steps]
-    _OPAQUE["weight_cast"].into(
+    _into(
         list(into), steps, stepped, ws, scales, scaled, clips, bits, gridded, on, floor, multiple,
         full_range, impl,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from pgolf.config import OptimConfig
 from pgolf.model import GPT, deferred_sums, gpt, joined, layers
 from pgolf.model.layers import Matrix
+from pgolf.ops.compile import Recorder
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers
@@ -127,7 +128,10 @@ def test_tables_that_kernels_look_up(impl: str, monkeypatch: pytest.MonkeyPatch)
             lambda *a, run=run, name=name, **k: looked_up.append((name, k[name])) or run(*a, **k),
         )
     for form in (fused(model, impl), model):
-        loss = form(ids, targets)
+        with Recorder() as recorder:
+            loss = form(ids, targets)
+        orders = [call for call in recorder.calls if "token_order" in str(call[0])]
+        assert len(orders) == (form is not model), "one for the tables of tokens"
         found.append([loss, *torch.autograd.grad(loss, list(form.parameters()))])
     names = [name for name, rows in looked_up if rows is not None]
     assert names == ["bigram_ids", *["value_ids"] * len(model.ve_index)] * 2

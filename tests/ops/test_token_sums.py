@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pgolf.ops import qk_rope_kernels
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.launch import run_cpp, run_cuda
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import qk_rope, rope_table
-from pgolf.ops.token_sums import token_sums
+from pgolf.ops.token_sums import shared_order, token_sums
 
 from .cases import implementations
 from .guards import GuardZones
@@ -108,6 +109,43 @@ def test_an_id_that_the_table_does_not_have(impl: str, call, name: str, wrong: i
     assert gradient.isfinite().all() and of_good.isfinite().all()
 
 
+@every_kernel
+def test_an_order_that_is_given_changes_no_bit(impl: str) -> None:
+    ids = drawn(2, 30, 4)
+    order = shared_order(ids, 4, impl)
+    table = torch.randn(4, 8, requires_grad=True)
+    angles, qkv = rope_table(30, 4, 100.0), torch.randn(2, 30, 32)
+    found = []
+    for given in (None, order):
+        v = qk_rope(
+            qkv, *angles, torch.ones(2), 2, 1, value=table, value_ids=ids, value_order=given,
+            impl=impl,
+        )[2]  # fmt: skip
+        x = embed_smear(ids, table, order=given, impl=impl)
+        found.append(torch.autograd.grad((v.square().sum() + x[..., 0].sum()), table)[0])
+    assert torch.equal(*found)
+    strided = tuple(torch.stack((t, t), 1)[:, 0] for t in order)
+    with pytest.raises(ValueError, match="order has to be contiguous"):
+        embed_smear(ids, table, order=strided, impl=impl)
+    for wrong in ((order[0] + 30, order[1]), (order[0], order[1] * 2), (order[0], -order[1])):
+        with pytest.raises(ValueError, match="order is no order of 60 tokens"):
+            embed_smear(ids, table, order=wrong, impl=impl)
+    with pytest.raises(ValueError, match="token_order: ids is torch.int32"):
+        shared_order(ids.int(), 4, impl)
+
+
+@every_kernel
+def test_no_sums_are_made_for_nobody(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(qk_rope_kernels, "token_sums", lambda *a: asked.append(a))
+    ids, table = drawn(2, 9, 4), torch.randn(4, 8)
+    qkv = torch.randn(2, 9, 32, requires_grad=True)
+    angles = rope_table(9, 4, 100.0)
+    v = qk_rope(qkv, *angles, torch.ones(2), 2, 1, value=table, value_ids=ids, impl=impl)[2]
+    v.sum().backward()
+    assert not asked and qkv.grad is not None
+
+
 def refused() -> dict:
     """Message -> the call that has to fail with it."""
     ids, qkv, table = drawn(2, 3, 4), torch.randn(2, 3, 4 * 8), torch.randn(4, 8)
@@ -123,7 +161,7 @@ def refused() -> dict:
         "value_ids is torch.int32 (2, 3): it has": lambda i: rope(i, table, ids.int()),
         "value_ids is torch.int64 (2, 2): it has": lambda i: rope(i, table, ids[:, 1:]),
         "value is None: with value_ids it has": lambda i: rope(i, None, ids),
-        "value is (4, 7): with value_ids it has to be a table (V, 8)": lambda i: rope(
+        "value is (4, 7): with value_ids it has to be a table (V, 8), V >= 1": lambda i: rope(
             i, table[:, 1:], ids
         ),
         "value_order is given without value_ids": lambda i: qk_rope(

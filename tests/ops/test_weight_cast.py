@@ -303,6 +303,16 @@ def test_results_are_written_where_they_are_wanted(impl: str, to: torch.dtype) -
     assert all(map(torch.equal, *found))
     untouched = torch.cat((memory[:8], memory[48:64], memory[115:]))
     assert (untouched == 7).all()
-    for wrong in ([into[0], into[1].float().double()], [into[0], into[0]]):
+    for wrong in (into[1].float().double(), into[0], into[1].to("meta")):
         with pytest.raises(ValueError, match=r"weight_cast: into\[1\] is torch"):
-            weight_cast_all(*lists, **named, into=wrong)
+            weight_cast_all(*lists, **named, into=[into[0], wrong])
+    with pytest.raises(ValueError, match="two matrices of into share memory"):
+        weight_cast_all(*lists, **named, into=[into[0], memory[40:91].view(3, 17)])
+    if to is torch.float32:
+        with pytest.raises(ValueError, match=r"into\[1\] shares memory with a matrix"):
+            weight_cast_all(*lists, **named, into=[into[0], leaves[1].detach()])
+    torch._dynamo.reset()
+    memory.fill_(7.0)
+    compiled = torch.compile(weight_cast_all, fullgraph=True, backend="eager")
+    compiled(*lists, **named, into=into)
+    assert all(map(torch.equal, into, found[0][:2]))
