@@ -85,8 +85,9 @@ void embed_smear(Address ids, Address table, Address bigram, Address scale, Addr
 
 template <typename On>
 void embed_smear_backward(Address ids, Address table, Address bigram, Address scale, Address gate,
-                          Address starts, Address bigram_ids, int64_t bigram_rows, Address order, Address bounds, Address dx, Address rstd,
-                          Address dtable, Address dbigram, Address sums, Address pieces,
+                          Address starts, Address bigram_ids, int64_t bigram_rows, Address order,
+                          Address bounds, Address dx, Address rstd, Address dtable,
+                          Address dbigram, Address sums, Address pieces,
                           int64_t piece_rows, Address partials, int64_t partial_rows,
                           int table_dtype, int x_dtype, int64_t n, int64_t t, int64_t vocab,
                           int64_t width, double eps, On on) {
@@ -121,18 +122,18 @@ const Functions functions = {
     {
         PGOLF_BOTH(token_order, "ids count vocab order bounds"),
         PGOLF_BOTH(embed_smear,
-                   "ids table bigram scale gate starts bigram_ids bigram_rows x rstd table_dtype x_dtype n t vocab width "
-                   "eps"),
+                   "ids table bigram scale gate starts bigram_ids bigram_rows x rstd table_dtype "
+                   "x_dtype n t vocab width eps"),
         PGOLF_BOTH(embed_smear_backward,
-                   "ids table bigram scale gate starts bigram_ids bigram_rows order bounds dx rstd dtable dbigram sums "
-                   "pieces piece_rows partials partial_rows table_dtype x_dtype n t vocab width "
-                   "eps"),
+                   "ids table bigram scale gate starts bigram_ids bigram_rows order bounds dx rstd "
+                   "dtable dbigram sums pieces piece_rows partials partial_rows table_dtype "
+                   "x_dtype n t vocab width eps"),
     },
     {
         {"embed_smear.WIDTH_LIMITS.cuda", kMaxSmearWidth},
         {"token_sums.ORDER_LIMITS.cuda", kMaxOrderVocab},
-        {"embed_smear.CHUNK", kSmearChunk},
-        {"embed_smear.CHUNKS_PER_BLOCK", kSmearChunksPerBlock},
+        {"embed_smear_kernels.CHUNK", kSmearChunk},
+        {"embed_smear_kernels.CHUNKS_PER_BLOCK", kSmearChunksPerBlock},
     }};
 
 }  // namespace

@@ -77,8 +77,9 @@ void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address part
 
 template <typename On>
 void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address factor, Address value,
-             Address value_ids, int64_t value_rows, Address q, Address k, Address v, int dtype, int64_t n, int64_t t, int64_t h, int64_t g,
-             int64_t d, int64_t half, double eps, bool norm, On on) {
+             Address value_ids, int64_t value_rows, Address q, Address k, Address v, int dtype,
+             int64_t n, int64_t t, int64_t h, int64_t g, int64_t d, int64_t half, double eps,
+             bool norm, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
   const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
   const QkRopeOutputs out = checked_outputs(shape, q, k, v);
@@ -105,7 +106,9 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
 
 const Functions functions = {
     {
-        PGOLF_BOTH(qk_rope, "qkv cos sin gain factor value value_ids value_rows q k v dtype n t h g d half eps norm"),
+        PGOLF_BOTH(qk_rope,
+                   "qkv cos sin gain factor value value_ids value_rows q k v dtype n t h g d half "
+                   "eps norm"),
         PGOLF_BOTH(qk_rope_backward,
                    "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows "
                    "dtype n t h g d half eps norm dq_strides dk_strides dv_strides "

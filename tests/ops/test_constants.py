@@ -29,8 +29,10 @@ def in_python(path: str) -> int:
 
 def test_they_agree(constants):
     assert {path: in_python(path) for path in constants} == constants
-    for path in ("residual_norm_kernels.MIN_PART", "qk_rope_kernels.MAX_PARTS", "embed_smear.CHUNK",
-                 "multi_tensor.CHUNK", "xsa.SIZE_LIMITS.cuda", "int_grid.BITS.4"):  # fmt: skip
+    for path in (
+        "residual_norm_kernels.MIN_PART", "qk_rope_kernels.MAX_PARTS", "embed_smear_kernels.CHUNK",
+        "multi_tensor.CHUNK", "xsa.SIZE_LIMITS.cuda", "int_grid.BITS.4",
+    ):  # fmt: skip
         assert path in constants
 
 

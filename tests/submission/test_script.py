@@ -174,7 +174,7 @@ def test_only_what_a_script_never_does_is_missing(script):
     assert missing == {
         "pgolf.child", "pgolf.data.held_out", "pgolf.model.deferred_sums", "pgolf.model.joined",
         "pgolf.model.masters",
-        "pgolf.ops.grad_norm", "pgolf.ops.linear_residual",
+        "pgolf.ops.embed_smear_kernels", "pgolf.ops.grad_norm", "pgolf.ops.linear_residual",
         "pgolf.ops.muon_momentum", "pgolf.ops.param_update", "pgolf.ops.part_sums",
         "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels", "pgolf.ops.joined_norm",
         "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.timed",
