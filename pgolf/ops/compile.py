@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pgolf.ops.joined_norm import joined_norm
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.stacked import rows_of, stacked
+from pgolf.ops.token_sums import shared_order
 
 
 def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.device) -> Callable:
@@ -39,7 +40,7 @@ def _introduce(device: str) -> None:
     come from nowhere. A graph from Inductor's cache on disk would be no meeting.
     """
     calls = [call for o in OPERATORS.values() for call in _opaque_calls(o, device)]
-    calls += _calls_between_layers(device)
+    calls += _calls_of_models(device)
 
     def alone() -> list:
         return [operator(*args, **named) for operator, args, named, _ in calls]
@@ -49,8 +50,8 @@ def _introduce(device: str) -> None:
         torch.compile(alone, fullgraph=True, dynamic=False, options=cold)()
 
 
-def _calls_between_layers(device: str) -> list["OpaqueCall"]:
-    """Of what layers hand each other, which is no operator of its own."""
+def _calls_of_models(device: str) -> list["OpaqueCall"]:
+    """Of what layers hand each other and what tables share, which is no operator of its own."""
     known = OPERATORS["residual_norm"].implementations.items()
     impl = next((n for n, i in known if i.runs_on(device) and not i.missing()), None)
     if impl is None:
@@ -60,6 +61,7 @@ def _calls_between_layers(device: str) -> list["OpaqueCall"]:
         first, second = rows_of(stacked(leaves))
         x_in, _ = joined_norm([first[None], second[None]], [None, first.detach()], impl=impl)
         x_in.sum().backward()
+        shared_order(torch.zeros(1, 1, dtype=torch.int64, device=device), 2, impl)
     return recorder.calls
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -140,9 +140,9 @@ def gpu(monkeypatch):
     def make(archs: str, capability: tuple[int, int], driver: int = 13000) -> None:
         info = dict(cuda=True, cudart="static", nvcc="release 13.0, V13.0.88", archs=archs.split())
         kernels = {f"{n}_cuda": None for n in ("residual_norm", "residual_norm_backward")}
-        module = SimpleNamespace(
-            **kernels, build_info=lambda: {"compiler": "g++", "reason": "it was asked", **info}
-        )
+        module = ModuleType("pgolf._C")
+        info |= {"compiler": "g++", "reason": "it was asked"}
+        vars(module).update(kernels, build_info=lambda: info)
         monkeypatch.delenv(extension.CUDA_VARIABLE, raising=False)
         monkeypatch.setattr(extension, "load", lambda: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -25,9 +25,12 @@ CPU = torch.device("cpu")
 
 
 def opaque_operators() -> set[str]:
-    """Those that a model's graph may hold; of attention, which every layer has, nothing is long."""
+    """Those that a model's graph may hold; of attention, which every layer has, nothing is long.
+
+    Weights are cast into tensors that are there outside of graphs.
+    """
     update = {name for name, operator in OPERATORS.items() if not operator.differentiable}
-    others = ("attention", "_", "name", *(update - {"part_sums"}))
+    others = ("attention", "weight_cast_into", "_", "name", *(update - {"part_sums"}))
     return {name for name in dir(torch.ops.pgolf) if not name.startswith(others)}
 
 
