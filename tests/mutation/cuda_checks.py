@@ -13,9 +13,11 @@ from unittest import mock
 import torch
 
 from pgolf.ops import grad_norm, param_update, xsa
+from pgolf.ops.launch import run_cuda
 from pgolf.ops.multi_tensor import adamw_row
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.testing import Call, Function
+from pgolf.ops.token_sums import token_sums
 
 from ..ops import test_embed_smear as smear
 from ..ops import (
@@ -23,6 +25,7 @@ from ..ops import (
     test_multi_tensor,
     test_qk_rope,
     test_scaled_copies,
+    test_token_sums,
     test_weight_cast,
 )
 from ..ops import test_operators as t
@@ -32,7 +35,10 @@ from ..ops.cases import is_empty, small, takes
 from ..ops.guards import GuardZones
 
 # The operators that launch a file's kernels, where that is not the one of the file's name.
-LAUNCHED_BY: dict[str, tuple[str, ...]] = {"leaky_relu2": ("leaky_relu2_mlp",)}
+LAUNCHED_BY: dict[str, tuple[str, ...]] = {
+    "leaky_relu2": ("leaky_relu2_mlp",),
+    "token_sums": ("qk_rope",),
+}
 
 
 def checks_of(kernel: str) -> list[Callable[[], None]]:
@@ -141,6 +147,17 @@ def tokens_by_id_in_any_order_of_threads() -> None:
             smear.agree("cuda", named)
 
 
+def sums_in_any_order_of_threads() -> None:
+    """Of more sums than there are blocks."""
+    ids, x = test_token_sums.drawn(2, 150, 200), torch.randn(2, 150, 40)
+    with mock.patch.dict(os.environ, PGOLF_EMULATOR_SEED="0"):
+        first = token_sums(run_cuda, ids, 5000, x)
+    with mock.patch.dict(os.environ, PGOLF_EMULATOR_SEED="1"):
+        assert torch.equal(token_sums(run_cuda, ids, 5000, x), first)
+    exact = test_token_sums.expected(ids, 5000, x, None)
+    assert torch.allclose(first.double(), exact, atol=1e-5)
+
+
 UNALIGNED = functools.partial(test_multi_tensor.test_addresses_that_are_not_aligned, "cuda")
 
 
@@ -182,6 +199,16 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
         functools.partial(check, columns, "cuda")
         for check in (loss.test_logits_that_lie_far_apart, loss.test_rows_of_very_negative_logits)
         for columns in (9, 1027)
+    ],
+    "token_sums": [
+        *(
+            functools.partial(test_token_sums.test_sums_of_tokens, "cuda", dtype, ids, rows, width)
+            for dtype in (torch.float32, torch.bfloat16)
+            for ids, rows in test_token_sums.IDS
+            for width in (33, 296)
+        ),
+        functools.partial(test_token_sums.test_nothing_is_written_beside_the_sums, "cuda", 7),
+        sums_in_any_order_of_threads,
     ],
     "weight_cast": [
         functools.partial(

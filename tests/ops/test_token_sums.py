@@ -28,12 +28,12 @@ def expected(ids: Tensor, rows: int, x: Tensor, divisor: Tensor | None) -> Tenso
     return torch.zeros(rows, x.size(2)).double().index_add(0, ids.flatten(), x.flatten(0, 1))
 
 
+IDS = [(drawn(2, 70, 5), 9), (torch.zeros(3, 90).long(), 2), (drawn(1, 3, 300), 300)]
+
+
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("ids", "rows"),
-    [(drawn(2, 70, 5), 9), (torch.zeros(3, 90).long(), 2), (drawn(1, 3, 300), 300)],
-)
+@pytest.mark.parametrize(("ids", "rows"), IDS)
 @pytest.mark.parametrize("width", [1, 33, 64, 296])
 def test_sums_of_tokens(impl: str, dtype: torch.dtype, ids: Tensor, rows: int, width: int) -> None:
     """Packed and strided rows, with and without divisors; ids that no token has are zero."""
