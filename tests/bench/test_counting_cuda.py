@@ -29,7 +29,7 @@ KERNELS = {
     "part_sums": ["part_sums_columns"],
 }
 # The product; the losses of targets that are not ignored (for which 0 goes to the device), their
-# sum, their count, the ratio. Compiled they are two.
+# sum, their count, the ratio.
 TORCHS = {"softcap_cross_entropy": [*["aten"] * 7, "gemm"]}
 
 
