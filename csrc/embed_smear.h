@@ -29,8 +29,8 @@ struct EmbedSmearShape {
   Dtype table_dtype, x_dtype;  // fp64 both or none
 };
 
-// Contiguous. Null where there is none: bigram (N, T, D) of x's type, or with bigram_ids (N, T) a table
-// (bigram_rows, D), scale (1,) (then it is 1) and gate (D,) in float, or double for double,
+// Contiguous. Null where there is none: bigram (N, T, D) of x's type, or with bigram_ids (N, T) a
+// table (bigram_rows, D), scale (1,) (then it is 1) and gate (D,) in float, or double for double,
 // starts (N, T).
 struct EmbedSmearInputs {
   const int64_t* ids;  // (N, T)
@@ -45,7 +45,8 @@ struct TokenOrder {
   const int64_t *order, *bounds;
 };
 
-// dbigram (N, T, D) is null where there is no bigram. sums (D + 1,): of the gate's columns and of the scale.
+// dbigram (N, T, D) is null where there is no bigram. sums (D + 1,): of the gate's columns and of
+// the scale.
 struct EmbedSmearGradients {
   void *dtable, *dbigram, *sums;
 };

@@ -71,8 +71,8 @@ def _in(address: int, spans: Iterable[Span]) -> bool:
 
 
 def spans(tensors: Iterable[Any]) -> list[Span]:
-    """Where tensors lie."""
-    return [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+    """Where tensors lie; an empty one lies nowhere."""
+    return [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes]
 
 
 def pool_of(graph: Any) -> list[Span]:

@@ -358,9 +358,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def cost(
-    q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None
-) -> tuple[Work, Work]:
+def cost(q: Tensor, k: Tensor, v: Tensor, borders: Tensor | None = None) -> tuple[Work, Work]:
     """Forward two products, backward five, as the weights are computed again from q, k and the
     log of their sum; half of each is behind the mask.
     """

@@ -322,7 +322,7 @@ OPERATOR = register(
         ),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],
-            "cuda": [("cuda", "every number once, forward one launch, backward 2, or 3")],
+            "cuda": [("cuda", "every number once, backward two launches, three with a table")],
         },
         samples=samples,
         cost=cost,

@@ -1,5 +1,7 @@
 """What operators ask of their tensors before a kernel sees them."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,6 +59,30 @@ def check_grouped(operator: str, q: tuple[str, Tensor], *values: tuple[str, Tens
                 "H has to be a multiple of G, and neither may be 0"
             )
     check_alike(operator, **dict((q, *values)))
+
+
+def check_places(
+    operator: str, into: Sequence[Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless results of `inputs` in `dtype` can be written into these tensors."""
+    for i, (t, x) in enumerate(zip(into, inputs, strict=True)):
+        alike = (t.shape, t.dtype, t.device) == (x.shape, dtype, x.device)
+        if not alike or not t.is_contiguous():
+            raise ValueError(
+                f"{operator}: into[{i}] is {t.dtype} {tuple(t.shape)} on {t.device}: it has to be "
+                f"{dtype} {tuple(x.shape)} on {x.device}, contiguous"
+            )
+    if torch.compiler.is_compiling():
+        return
+    spans = sorted((t.data_ptr(), t.data_ptr() + nbytes(t)) for t in into)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise ValueError(f"{operator}: two tensors of into share memory: results would be lost")
+    taken = {x.untyped_storage().data_ptr() for x in inputs}
+    shared = [i for i, t in enumerate(into) if t.untyped_storage().data_ptr() in taken]
+    if shared and nbytes(*into):
+        raise ValueError(
+            f"{operator}: into[{shared[0]}] shares memory with an input, which its gradient needs"
+        )
 
 
 def unit_stride(t: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ Shapes: w, out (R, C), scale, clip_factor, steps (R,); bits and on 0-d.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from pgolf.ops.inputs import Inputs, check_tensors, outside_autocast
 from pgolf.ops.int_grid import BITS, grid
 from pgolf.ops.launch import in_extension, in_triton
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
+from pgolf.ops.tensors import check_alike, check_places, compute_dtype, nbytes
 from pgolf.ops.weight_cast_kernels import cast_all, launchers
 
 _INPUTS = Inputs(
@@ -238,7 +237,8 @@ def _cast(
             if k is not None and k.device.type == "cpu":
                 _check_bits(name, k.item())
     if into is not None:
-        _check_into(name, into, ws, options[-1])
+        check_tensors(name, "into", into)
+        check_places(name, into, ws, options[-1])
     kernels = impl != "reference"
     if kernels and options[-1] in (torch.bfloat16, compute_dtype(ws[0].dtype)):
         return cast_all(name, ws, scales, clip_factors, bits, on, options, impl, into)
@@ -251,30 +251,6 @@ def _cast(
     if into is not None:
         torch._foreach_copy_(list(into), [out.detach() for out in outs])
     return outs
-
-
-def _check_into(
-    name: str, into: Sequence[Tensor], ws: Sequence[Tensor], dtype: torch.dtype
-) -> None:
-    check_tensors(name, "into", into)
-    for i, (t, w) in enumerate(zip(into, ws, strict=True)):
-        alike = (t.shape, t.dtype, t.device) == (w.shape, dtype, w.device)
-        if not alike or not t.is_contiguous():
-            raise ValueError(
-                f"{name}: into[{i}] is {t.dtype} {tuple(t.shape)} on {t.device}: it has to be "
-                f"{dtype} {tuple(w.shape)} on {w.device}, contiguous"
-            )
-    if torch.compiler.is_compiling():
-        return
-    spans = sorted((t.data_ptr(), t.data_ptr() + nbytes(t)) for t in into)
-    if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise ValueError(f"{name}: two matrices of into share memory: results would be lost")
-    taken = {t.untyped_storage().data_ptr() for t in ws}
-    shared = [i for i, t in enumerate(into) if t.untyped_storage().data_ptr() in taken]
-    if shared and nbytes(*into):
-        raise ValueError(
-            f"{name}: into[{shared[0]}] shares memory with a matrix, which its gradient needs"
-        )
 
 
 # --- samples and costs ----------------------------------------------------------------------------

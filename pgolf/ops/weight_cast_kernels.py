@@ -264,18 +264,9 @@ def launchers(run: Run) -> dict[str, Callable]:
     """Forward and backward in the compiled half, by `run_cpp` or `run_cuda`."""
 
     def forward(
-        ws: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        clip_factors: Sequence[Tensor | None],
-        bits: Sequence[Tensor | None],
-        on: Tensor | None,
-        floor: float,
-        multiple: int,
-        full_range: bool,
-        dtype: torch.dtype,
-        with_steps: Sequence[bool],
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The matrices in `dtype`; of those that want them, the steps (R,)."""
+        ws, scales, clip_factors, bits, on, floor, multiple, full_range, dtype, with_steps
+    ):  # fmt: skip
+        """The matrices in `dtype`; of those that want them, the steps (R,). As `write` has it."""
         source = ws[0].dtype
         target = dtype if dtype is torch.bfloat16 else compute_dtype(source)
         outs = [w.new_empty(w.shape, dtype=target) for w in ws]

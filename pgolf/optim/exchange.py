@@ -153,11 +153,11 @@ class Exchange:
             ValueError: there was no backward pass.
         """
         if self.stays:
-            found = self._unpacked(self._take())
+            published = self._unpacked(self._take())
         else:
             reduced = self._reduced()
-            found = _views(reduced, *self.places)
-        grads = self._through_the_cast(found)
+            published = _views(reduced, *self.places)
+        grads = self._through_the_cast(published)
         own = [grads[m.weight] for m in self.own]
         for p in self.small:
             if p.grad is not None:  # of a factor that is folded in, only its owner knows it
@@ -184,12 +184,12 @@ class Exchange:
 
     def _unpacked(self, grads: Mapping[int, Tensor]) -> list[Tensor]:
         """Of each own matrix, where the gradients of all leaves are here."""
-        found, first = [], 0
+        views, first = [], 0
         for start, shape in zip(*self.places, strict=True):
             if start in grads:  # packed ones lie behind one another
                 first, flat = start, grads[start].reshape(-1)
-            found += _views(flat, [start - first], [shape])
-        return found
+            views += _views(flat, [start - first], [shape])
+        return views
 
     def _clip(self) -> None:
         """Clip this rank's gradients, before others' are added.
@@ -210,13 +210,13 @@ class Exchange:
             if scale is not None or (m.grid or {}).get("clip_mask")
         ]
 
-    def _through_the_cast(self, found: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
+    def _through_the_cast(self, published: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
         """Gradients of own matrices and of the factors in their rows, from those of the published.
 
         Through a cast, and a grid that lets all pass, they are the same.
         """
         # The graph of `publish` is still there: weights have not changed since.
-        grads = {m.weight: g for m, g in zip(self.own, found, strict=True)}
+        grads = {m.weight: g for m, g in zip(self.own, published, strict=True)}
         if kept := self._behind_a_cast():
             behind = [self.own[i].weight for i in kept]
             if self.fold:
@@ -295,10 +295,10 @@ class Exchange:
         self._fill(part, {start: tensors[n] for n, start in self.starts.items() if n in tensors})
         self.ranks.all_gather(whole)
         places = self.layout.starts.values(), self.layout.shapes.values()
-        found = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {
+        gathered = dict(zip(self.layout.starts, _views(whole, *places), strict=True)) | {
             n: t for n, t in tensors.items() if n not in self.layout.starts
         }
-        return {n: found[n] for n in self.params if n in found}
+        return {n: gathered[n] for n in self.params if n in gathered}
 
     @torch.no_grad()
     def gather_weights(self) -> None:

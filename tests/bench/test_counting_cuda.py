@@ -28,7 +28,7 @@ KERNELS = {
     "param_update": ["param_update_chunks"],
     "part_sums": ["part_sums_columns"],
 }
-# The product; the losses of targets that are not ignored (for which 0 goes to the device), their
+# The product; the losses of targets that are not ignored (a 0, and a choice), their
 # sum, their count, the ratio.
 TORCHS = {"softcap_cross_entropy": [*["aten"] * 7, "gemm"]}
 

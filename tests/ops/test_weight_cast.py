@@ -306,10 +306,10 @@ def test_results_are_written_where_they_are_wanted(impl: str, to: torch.dtype) -
     for wrong in (into[1].float().double(), into[0], into[1].to("meta")):
         with pytest.raises(ValueError, match=r"weight_cast: into\[1\] is torch"):
             weight_cast_all(*lists, **named, into=[into[0], wrong])
-    with pytest.raises(ValueError, match="two matrices of into share memory"):
+    with pytest.raises(ValueError, match="two tensors of into share memory"):
         weight_cast_all(*lists, **named, into=[into[0], memory[40:91].view(3, 17)])
     if to is torch.float32:
-        with pytest.raises(ValueError, match=r"into\[1\] shares memory with a matrix"):
+        with pytest.raises(ValueError, match=r"into\[1\] shares memory with an input"):
             weight_cast_all(*lists, **named, into=[into[0], leaves[1].detach()])
     torch._dynamo.reset()
     memory.fill_(7.0)

@@ -16,6 +16,7 @@ from pgolf.triton_kernels.leaky_relu2_mlp import down_dgrad, up
 
 from ..ops.guards import GuardZones
 from .interpreter import addresses, last_program, touched, vast
+from .operands import Operands, few_multiprocessors  # noqa: F401
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -50,29 +51,17 @@ def variant(request) -> Iterator[Variant]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch) -> None:
-    """Persistent programs that have several tiles each, although the shapes are small."""
-    monkeypatch.setattr(gemm, "H100_SMS", 2)
-
-
 @dataclass
-class Inputs:
+class Inputs(Operands):
     h: Tensor
     w_up: Tensor
     w_down: Tensor
     dout: Tensor
     rstd: Tensor | None
 
-    def in_zones(self, zones: GuardZones) -> "Inputs":
-        return Inputs(*(None if x is None else zones.input(x) for x in vars(self).values()))
-
     def dense(self) -> "Inputs":
         """For torch on a CPU, whose bf16 matmul lets NaN between the rows of h into its sums."""
         return Inputs(*(None if x is None else x.contiguous() for x in vars(self).values()))
-
-    def double(self) -> "Inputs":
-        return Inputs(*(None if x is None else x.double() for x in vars(self).values()))
 
 
 def random_inputs(t: int, d: int, f: int, dtype: torch.dtype, with_rstd: bool) -> Inputs:
@@ -124,7 +113,7 @@ def check(x: Inputs, slope: float, tma: bool) -> tuple[Tensor, Tensor, Tensor]:
         x = x.in_zones(zones)
         post, bits = up(x.h, x.w_up, slope, x.rstd, tma=tma)
         dpre = down_dgrad(x.dout, x.w_down, post, bits, slope, x.rstd, tma=tma)
-    x, exact, positive = x.dense(), x.double(), unpacked(bits, f)
+    x, exact, positive = x.dense(), x.to(torch.float64), unpacked(bits, f)
     assert_error("post", 2, post, activation(x, slope), activation(exact, slope))
     pre = scaled(exact.h @ exact.w_up.T, exact.rstd)
     clear = pre.abs() > 1e-4  # sums in fp32 may end on either side of 0

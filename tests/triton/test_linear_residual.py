@@ -15,6 +15,7 @@ from pgolf.triton_kernels.linear_residual import linear_residual
 
 from ..ops.guards import GuardZones
 from .interpreter import addresses, last_program, touched, vast
+from .operands import Operands, few_multiprocessors  # noqa: F401
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KERNEL = "linear_residual_tma"
@@ -23,23 +24,11 @@ SCALE, EPS = 0.5, 1e-3
 SHAPES = [(1, 8, 8), (65, 136, 24), (128, 64, 256), (130, 72, 264), (300, 16, 520)]
 
 
-@pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch) -> None:
-    """Persistent programs that have several tiles each, although the shapes are small."""
-    monkeypatch.setattr(gemm, "H100_SMS", 2)
-
-
 @dataclass
-class Inputs:
+class Inputs(Operands):
     z: Tensor
     w: Tensor
     x: Tensor
-
-    def in_zones(self, zones: GuardZones) -> "Inputs":
-        return Inputs(*(zones.input(t) for t in vars(self).values()))
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(*(t.contiguous().to(dtype) for t in vars(self).values()))
 
     def both(self, tma: bool | None = True) -> tuple[Tensor, Tensor] | None:
         return linear_residual(self.z, self.w, self.x, SCALE, EPS, tma=tma)

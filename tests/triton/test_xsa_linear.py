@@ -16,6 +16,7 @@ from pgolf.triton_kernels.xsa_linear import dgrad
 
 from ..ops.guards import GuardZones
 from .interpreter import addresses, last_program, touched, vast
+from .operands import Operands, few_multiprocessors  # noqa: F401
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KERNEL = "xsa_linear_dgrad_tma"
@@ -24,24 +25,12 @@ GROUPINGS = [(8, 4, 64), (3, 3, 64), (4, 1, 32), (6, 6, 32), (12, 6, 16), (24, 3
 NOT_IN_TILES = [(6, 2, 16), (2, 2, 80), (2, 1, 128), (4, 1, 64), (2, 2, 4)]
 
 
-@pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch) -> None:
-    """Persistent programs that have several tiles each, although the shapes are small."""
-    monkeypatch.setattr(gemm, "H100_SMS", 2)
-
-
 @dataclass
-class Inputs:
+class Inputs(Operands):
     dout: Tensor
     w: Tensor
     y: Tensor
     v: Tensor
-
-    def in_zones(self, zones: GuardZones) -> "Inputs":
-        return Inputs(*(zones.input(x) for x in vars(self).values()))
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(*(x.contiguous().to(dtype) for x in vars(self).values()))
 
     def both(self, tma: bool | None = True) -> tuple[Tensor, Tensor]:
         return dgrad(self.dout, self.w, self.y, self.v, tma=tma)
