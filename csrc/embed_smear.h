@@ -42,7 +42,14 @@ struct EmbedSmearInputs {
 
 // Tokens sorted by id, stable, and where each id begins in that order: (V + 1,).
 struct TokenOrder {
-  const int64_t *order, *bounds;
+  const int32_t *order, *bounds;
+};
+
+// The ids (count,) of a table of `vocab` rows, and where their order and its bounds go.
+struct TokenIds {
+  const int64_t* ids;
+  int64_t count, vocab;
+  int32_t *order, *bounds;
 };
 
 // dbigram (N, T, D) is null where there is no bigram. sums (D + 1,): of the gate's columns and of

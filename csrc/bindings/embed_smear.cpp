@@ -1,7 +1,7 @@
 // embed_smear for Python.
 #include "embed_smear.h"
 
-#include "bindings/checks.h"
+#include "bindings/tensors.h"
 
 namespace pgolf::bindings {
 namespace {
@@ -101,26 +101,32 @@ void embed_smear_backward(Address ids, Address table, Address bigram, Address sc
 }
 
 template <typename On>
-void token_order(Address ids, int64_t count, int64_t vocab, Address order, Address bounds, On on) {
-  count_of({{"count", count}});
-  count_of({{"vocab", vocab}});
-  check_pointer("ids", ids, count);
-  check_pointer("order", order, count);
-  check_pointer("bounds", bounds, vocab + 1);
-  if (On::on_cpu) {
-    check_ids("ids", ids, count, vocab);
-  } else {
-    if (count > INT32_MAX) refuse("count", count, "it may be at most 2147483647");
-    if (vocab > kMaxOrderVocab) {
-      refuse("vocab", vocab, "it may be at most " + std::to_string(kMaxOrderVocab));
+void token_order(const Addresses& ids, const Sizes& counts, const Sizes& vocabs,
+                 const Addresses& orders, const Addresses& bounds, On on) {
+  check_length("counts", counts, ids.size());
+  check_length("vocabs", vocabs, ids.size());
+  check_length("orders", orders, ids.size());
+  check_length("bounds", bounds, ids.size());
+  std::vector<TokenIds> lists;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const int64_t count = count_of({{"counts", counts[i]}});
+    const int64_t vocab = count_of({{"vocabs", vocabs[i]}});
+    check_pointer("ids", ids[i], count);
+    check_pointer("orders", orders[i], count);
+    check_pointer("bounds", bounds[i], vocab + 1);
+    if (count > INT32_MAX) refuse("counts", count, "it may be at most 2147483647");
+    if (!On::on_cpu && vocab > kMaxOrderVocab) {
+      refuse("vocabs", vocab, "it may be at most " + std::to_string(kMaxOrderVocab));
     }
+    if (On::on_cpu) check_ids("ids", ids[i], count, vocab);
+    lists.push_back({ids[i], count, vocab, orders[i], bounds[i]});
   }
-  launch::token_order(on, ids, count, vocab, order, bounds);
+  launch::token_order(on, lists.data(), static_cast<int>(lists.size()));
 }
 
 const Functions functions = {
     {
-        PGOLF_BOTH(token_order, "ids count vocab order bounds"),
+        PGOLF_BOTH(token_order, "ids counts vocabs orders bounds"),
         PGOLF_BOTH(embed_smear,
                    "ids table bigram scale gate starts bigram_ids bigram_rows x rstd table_dtype "
                    "x_dtype n t vocab width eps"),

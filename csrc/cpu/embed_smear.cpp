@@ -238,6 +238,16 @@ void with_elements(const EmbedSmearShape& shape, const Body& body) {
   });
 }
 
+void sort_tokens(const TokenIds& list) {
+  int32_t* const next = list.bounds;  // at first, one further: ends as bounds
+  std::fill(next, next + list.vocab + 1, 0);
+  for (int64_t i = 0; i < list.count; ++i) ++next[list.ids[i]];
+  for (int64_t id = 1; id <= list.vocab; ++id) next[id] += next[id - 1];
+  for (int64_t i = list.count - 1; i >= 0; --i) {
+    list.order[--next[list.ids[i]]] = static_cast<int32_t>(i);
+  }
+}
+
 }  // namespace
 
 void embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void* x, void* rstd,
@@ -254,13 +264,14 @@ void embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in, void*
   });
 }
 
-void token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order, int64_t* bounds,
-                 int) {
-  int64_t* const next = bounds;  // at first, one further: ends as bounds
-  std::fill(next, next + vocab + 1, 0);
-  for (int64_t i = 0; i < count; ++i) ++next[ids[i]];
-  for (int64_t id = 1; id <= vocab; ++id) next[id] += next[id - 1];
-  for (int64_t i = count - 1; i >= 0; --i) order[--next[ids[i]]] = i;
+void token_order(const TokenIds* lists, int count, int threads) {
+  int64_t bytes = 1;  // of a list, at least one
+  for (int i = 0; i < count; ++i) {
+    bytes = std::max(bytes, lists[i].count * int64_t{sizeof(int64_t)});
+  }
+  parallel_for(count, bytes, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sort_tokens(lists[i]);
+  });
 }
 
 void embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,

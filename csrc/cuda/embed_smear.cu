@@ -7,6 +7,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 #include "cuda/embed_smear.cuh"
 #include "cuda/launch.h"
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kBlock, (kBlocksPerSm<T, X, kVector, kChunks>)
                        const T* __restrict__ table, const X* __restrict__ bigram,
                        const float* __restrict__ scale, const float* __restrict__ gate,
                        const bool* __restrict__ starts, const int64_t* __restrict__ bigram_ids,
-                       int64_t bigram_rows, const int64_t* __restrict__ order,
+                       int64_t bigram_rows, const int32_t* __restrict__ order,
                        const X* __restrict__ dx, const float* __restrict__ rstds,
                        T* __restrict__ dtable, X* __restrict__ dbigram,
                        float* __restrict__ pieces, float* __restrict__ partials) {
@@ -212,7 +214,7 @@ __device__ inline Row<float, kVector, kWarp, 1> sum_of_rows(int64_t count, int s
 // dtable that are none or several of the pieces.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    embed_smear_rows(EmbedSmearShape shape, const int64_t* __restrict__ bounds,
+    embed_smear_rows(EmbedSmearShape shape, const int32_t* __restrict__ bounds,
                      const float* __restrict__ pieces, const float* __restrict__ partials,
                      int64_t blocks, T* __restrict__ dtable, float* __restrict__ sums) {
   using Columns = Row<float, kVector, kWarp, 1>;
@@ -279,12 +281,18 @@ const char* embed_smear(const EmbedSmearShape& shape, const EmbedSmearInputs& in
   });
 }
 
-const char* token_order(const int64_t* ids, int64_t count, int64_t vocab, int64_t* order,
-                        int64_t* bounds, void* stream) {
-  const int64_t keys = vocab + 1, per_block = blocks_for(keys, kOrderBlocks);
-  return launch(token_order_blocks, stepping_blocks(keys, per_block), kOrderThreads, stream, ids,
-                static_cast<int>(count), static_cast<int>(vocab), static_cast<int>(per_block),
-                order, bounds);
+const char* token_order(const TokenIds* lists, int count, void* stream) {
+  for (int begin = 0; begin < count; begin += kOrderLists) {
+    OrderLists some = {};
+    const int size = std::min(kOrderLists, count - begin);
+    std::copy_n(lists + begin, size, some.lists);
+    const int items = size * kOrderBlocks;
+    if (const char* error = launch(token_order_blocks, stepping_blocks(items, 1), kOrderThreads,
+                                   stream, some, items)) {
+      return error;
+    }
+  }
+  return nullptr;
 }
 
 const char* embed_smear_backward(const EmbedSmearShape& shape, const EmbedSmearInputs& in,

@@ -126,7 +126,7 @@ struct Positions {
   // next position has another id; there is a bigram.
   unsigned seen, known, ends, bigram_known;
 
-  __device__ Positions(const Inputs<T, X>& args, const int64_t* order, const float* rstds,
+  __device__ Positions(const Inputs<T, X>& args, const int32_t* order, const float* rstds,
                        int64_t begin) {
     const int64_t left = args.tokens() - begin;
     count = static_cast<int>(left < kWarp ? left : kWarp);

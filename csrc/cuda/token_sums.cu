@@ -27,8 +27,8 @@ __device__ inline float reciprocal(float x) {
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    token_sums_columns(TokenSumsShape shape, uint32_t items, const int64_t* __restrict__ order,
-                       const int64_t* __restrict__ bounds, const T* __restrict__ x,
+    token_sums_columns(TokenSumsShape shape, uint32_t items, const int32_t* __restrict__ order,
+                       const int32_t* __restrict__ bounds, const T* __restrict__ x,
                        const float* __restrict__ divisors, T* __restrict__ sums) {
   using Columns = Row<T, kVector, kLanes, 1>;
   constexpr int kColumns = kLanes * kVector;

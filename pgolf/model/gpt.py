@@ -24,7 +24,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
-from pgolf.ops.token_sums import shared_order
+from pgolf.ops.token_sums import Order, shared_orders
 from pgolf.ops.varlen import document_borders
 from pgolf.settings import resolve_layers
 
@@ -115,15 +115,26 @@ class GPT(nn.Module):
         """(V, D) rows that logits are taken from."""
         return (self.tok_emb if self.lm_head is None else self.lm_head).weight
 
-    def order(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Tokens by id, for the gradients of all tables; None where kernels do not share it."""
+    def orders(
+        self, ids: Tensor, bigram_ids: Tensor | None
+    ) -> tuple[Order | None, Order | None]:
+        """Tokens by id, for the gradients of all tables; None where kernels do not share them."""
         impl = self.ops["embed_smear"]
         if impl not in ("cpu", "cuda") or not self.ve_index or not torch.is_grad_enabled():
-            return None
-        return shared_order(ids, self.config.vocab_size, impl)
+            return None, None
+        tables = [(ids, self.config.vocab_size)]
+        if bigram_ids is None:
+            return shared_orders(tables, impl)[0], None
+        # (Those of bigrams are one table's only, but here they cost no launch.)
+        order, of_bigrams = shared_orders([*tables, (bigram_ids, self.config.bigram_buckets)], impl)
+        return order, of_bigrams
 
-    def embed(self, ids: Tensor, order: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """First residual state (N, T, D): normed and smeared."""
+        return self.embed_and_order(ids)[0]
+
+    def embed_and_order(self, ids: Tensor) -> tuple[Tensor, Order | None]:
+        """`embed`, and the order of the tokens that other tables' gradients share."""
         c = self.config
         bigram = bigram_ids = scale = gate = starts = None
         own = ids == c.bos_id if c.documents else None
@@ -133,17 +144,19 @@ class GPT(nn.Module):
         if self.smear is not None:
             gate = self.smear.gate
             starts = ids == c.bos_id if c.smear == "bos_masked" else own
-        return embed_smear(
+        order, bigram_order = self.orders(ids, bigram_ids)
+        x0 = embed_smear(
             ids, self.tok_emb.weight, bigram, scale, gate, starts, c.norm_eps, self.compute_dtype,
-            self.ops["embed_smear"], bigram_ids=bigram_ids, order=order,
+            self.ops["embed_smear"], bigram_ids=bigram_ids, order=order, bigram_order=bigram_order,
         )  # fmt: skip
+        return x0, order
 
     def features(self, ids: Tensor) -> Tensor:
         """Final normed state (N, T, D)."""
         rope = self.rope_cos[: ids.size(1)], self.rope_sin[: ids.size(1)]
         attend = partial(self.attend, borders=self.borders(ids))
-        order = self.order(ids)
-        return self.trunk(ids, self.embed(ids, order), rope, attend, order)
+        x0, order = self.embed_and_order(ids)
+        return self.trunk(ids, x0, rope, attend, order)
 
     def borders(self, ids: Tensor) -> Tensor | None:
         """Of the documents that attention stays inside of; None where it does not."""
@@ -167,7 +180,7 @@ class GPT(nn.Module):
         x0: Tensor,
         rope: tuple[Tensor, Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-        order: tuple[Tensor, Tensor] | None = None,
+        order: Order | None = None,
     ) -> Tensor:
         """`features` of embedded tokens.
 
@@ -175,7 +188,7 @@ class GPT(nn.Module):
             x0: (N, T, D) from `embed`.
             rope: cos and sin (T, r/2) of the positions.
             attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
-            order: of `order`.
+            order: from `embed_and_order`.
         """
         c = self.config
         if not torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pgolf.ops.joined_norm import joined_norm
 from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.stacked import rows_of, stacked
-from pgolf.ops.token_sums import shared_order
+from pgolf.ops.token_sums import shared_orders
 
 
 def compile_graph(function: Callable, ops: Mapping[str, str], device: torch.device) -> Callable:
@@ -61,7 +61,7 @@ def _calls_of_models(device: str) -> list["OpaqueCall"]:
         first, second = rows_of(stacked(leaves))
         x_in, _ = joined_norm([first[None], second[None]], [None, first.detach()], impl=impl)
         x_in.sum().backward()
-        shared_order(torch.zeros(1, 1, dtype=torch.int64, device=device), 2, impl)
+        shared_orders([(torch.zeros(1, 1, dtype=torch.int64, device=device), 2)], impl)
     return recorder.calls
 
 

@@ -28,7 +28,7 @@ from pgolf.ops.launch import DTYPE_CODES, in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import compute_dtype, nbytes
-from pgolf.ops.token_sums import check_order
+from pgolf.ops.token_sums import Order, check_order
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 _INPUTS = Inputs(
@@ -149,12 +149,13 @@ def embed_smear(
     impl: str = "auto",
     *,
     bigram_ids: Tensor | None = None,
-    order: tuple[Tensor, Tensor] | None = None,
+    order: Order | None = None,
+    bigram_order: Order | None = None,
 ) -> Tensor:
     """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
 
     The gradient of the table is deterministic: tokens are sorted by id, and the order of every sum
-    is fixed. On a GPU its whole backward is three launches, and two more with bigrams by id; above
+    is fixed. On a GPU its whole backward is three launches, and one more with bigrams by id; above
     32,768 rows torch sorts, in many.
 
     Args:
@@ -171,7 +172,8 @@ def embed_smear(
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 768) or 'cuda' (fp32, bf16;
             D <= 768).
         bigram_ids: (N, T) int64, the row of `bigram` for each token; what is said of `ids` holds.
-        order: what `token_sums.shared_order` gives for ids, if others need it too.
+        order, bigram_order: what `token_sums.shared_orders` gives for ids and bigram_ids, if others
+            need it too, or for both in one launch.
 
     Returns:
         x (N, T, D), contiguous.
@@ -185,11 +187,16 @@ def embed_smear(
     _check(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
     if order is not None:
         check_order("embed_smear", "order", order, ids, table.size(0))
+    if bigram_order is not None:
+        if bigram_ids is None:
+            raise ValueError("embed_smear: bigram_order is given without bigram_ids: give both")
+        check_order("embed_smear", "bigram_order", bigram_order, bigram_ids, bigram.size(0))
     impl = resolve("embed_smear", impl, table, width=table.size(1), table=table.dtype, dtype=dtype)
     if impl == "reference":
         return reference(ids, table, bigram, bigram_scale, gate, starts, eps, dtype, bigram_ids)
     tensors = (ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
-    return forward(*tensors, *(order or (None, None)), eps, dtype, impl)[0]
+    orders = (*(order or (None, None)), *(bigram_order or (None, None)))
+    return forward(*tensors, *orders, eps, dtype, impl)[0]
 
 
 def samples() -> list[Sample]:

@@ -14,7 +14,7 @@ from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.tensors import addresses, compute_dtype, contiguous
-from pgolf.ops.token_sums import token_order, token_sums
+from pgolf.ops.token_sums import token_orders, token_sums, with_missing
 
 # Of positions that are sorted by id, as csrc/embed_smear.h has them.
 CHUNK, CHUNKS_PER_BLOCK = 32, 4
@@ -37,14 +37,18 @@ def _gradients(table: Tensor, bigram: Tensor | None, rstd: Tensor) -> tuple[Tens
 def forward(
     ids: Tensor, table: Tensor, bigram: Tensor | None, bigram_scale: Tensor | None,
     gate: Tensor | None, starts: Tensor | None, bigram_ids: Tensor | None, order: Tensor | None,
-    bounds: Tensor | None, eps: float, dtype: torch.dtype, impl: str,
+    bounds: Tensor | None, bigram_order: Tensor | None, bigram_bounds: Tensor | None, eps: float,
+    dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs = contiguous(ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
     return launcher("embed_smear", impl, "forward")(*inputs, eps, dtype)
 
 
 @forward.register_fake
-def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps, dtype, impl):
+def _(
+    ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, bigram_order,
+    bigram_bounds, eps, dtype, impl,
+):  # fmt: skip
     return _results(ids, table, dtype)
 
 
@@ -52,15 +56,21 @@ def _(ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds,
 def _backward(
     dx: Tensor, rstd: Tensor, ids: Tensor, table: Tensor, bigram: Tensor | None,
     bigram_scale: Tensor | None, gate: Tensor | None, starts: Tensor | None,
-    bigram_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None, eps: float, impl: str,
+    bigram_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None,
+    bigram_order: Tensor | None, bigram_bounds: Tensor | None, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = contiguous(dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids)
-    return launcher("embed_smear", impl, "backward")(*inputs, order, bounds, eps)
+    known = [
+        None if order is None else (order, bounds),
+        None if bigram_order is None else (bigram_order, bigram_bounds),
+    ]
+    return launcher("embed_smear", impl, "backward")(*inputs, known, eps)
 
 
 @_backward.register_fake
 def _(
-    dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps, impl
+    dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds,
+    bigram_order, bigram_bounds, eps, impl,
 ):  # fmt: skip
     return _gradients(table, bigram, rstd)
 
@@ -81,7 +91,7 @@ def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple:
         None if bigram is None else dbigram,
         None if bigram_scale is None else sums[-1],
         None if gate is None else sums[:-1],
-        *(None,) * 7,
+        *(None,) * 9,
     )
 
 
@@ -113,24 +123,27 @@ def launchers(run: Run) -> dict[str, Callable]:
         return x, rstd
 
     def backward(
-        dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, order, bounds, eps
+        dx, rstd, ids, table, bigram, bigram_scale, gate, starts, bigram_ids, known, eps
     ):  # fmt: skip
         dtable, dbigram, sums = _gradients(table, bigram if bigram_ids is None else dx, rstd)
         chunks = -(-ids.numel() // CHUNK)
         pieces = rstd.new_empty((2 * chunks, table.size(1)))
         partials = rstd.new_empty((-(-chunks // CHUNKS_PER_BLOCK), table.size(1) + 1))
-        if order is None:
-            order, bounds = token_order(run, ids, table.size(0))
+        tables = [(ids, table.size(0))]
+        if bigram_ids is not None:
+            tables.append((bigram_ids, bigram.size(0)))
+        order, *of_bigrams = with_missing(run, tables, known[: len(tables)])
         run(
             "embed_smear_backward", table,
             *addresses(ids, table, bigram, bigram_scale, gate, starts),
             *bigram_table(bigram, bigram_ids),
-            *addresses(order, bounds, dx, rstd, dtable, dbigram, sums, pieces),
+            *addresses(*order, dx, rstd, dtable, dbigram, sums, pieces),
             pieces.size(0), partials.data_ptr(), partials.size(0),
             *_shape(ids, table, dx.dtype), eps,
         )  # fmt: skip
         if bigram_ids is not None:
-            dbigram = token_sums(run, bigram_ids, bigram.size(0), dbigram)
+            dbigram = token_sums(run, *tables[1], dbigram, order=of_bigrams[0])
         return dtable, dbigram, sums
 
-    return {"forward": forward, "backward": backward, "order": functools.partial(token_order, run)}
+    orders = functools.partial(token_orders, run)
+    return {"forward": forward, "backward": backward, "orders": orders}

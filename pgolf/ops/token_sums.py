@@ -8,6 +8,9 @@ size of a GPU. Operators whose kernels look rows up themselves call this in thei
 Shapes: ids and divisor (N, T), x (N, T, C), sums (V, C).
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,40 +19,56 @@ from pgolf.ops.opaque import opaque
 from pgolf.ops.tensors import addresses
 
 ORDER_LIMITS = {"cuda": 32768}  # rows of a table whose tokens are sorted without torch
+_MOST_TOKENS = 2**31 - 1  # they are numbered in 32 bits
+
+# Tokens by id, and where each id begins among them: (N T,) and (V + 1,) int32.
+Order = tuple[Tensor, Tensor]
 
 
-@opaque("pgolf::token_order", mutates_args=())
-def shared_order(ids: Tensor, rows: int, impl: str) -> tuple[Tensor, Tensor]:
-    """`token_order` for the gradients of several tables, which operators take as an argument.
+def shared_orders(tables: Sequence[tuple[Tensor, int]], impl: str) -> list[Order]:
+    """`token_orders` for the gradients of several tables, which operators take as arguments.
 
     Args:
-        ids: (N, T) int64.
+        tables: ids (N, T) int64, and the number of rows that they are of.
         impl: 'cpu' or 'cuda'.
 
     Raises:
         ValueError: other ids.
     """
-    if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError(
-            f"token_order: ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 (N, T)"
-        )
-    return launcher("embed_smear", impl, "order")(ids.contiguous(), rows)
+    found = _orders([ids for ids, _ in tables], [rows for _, rows in tables], impl)
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
-@shared_order.register_fake
+@opaque("pgolf::token_order", mutates_args=())
+def _orders(ids: list[Tensor], rows: list[int], impl: str) -> list[Tensor]:
+    for i in ids:
+        if i.dim() != 2 or i.dtype != torch.int64:
+            raise ValueError(
+                f"token_order: ids is {i.dtype} {tuple(i.shape)}: it has to be int64 (N, T)"
+            )
+    tables = [(i.contiguous(), count) for i, count in zip(ids, rows, strict=True)]
+    return [t for order in launcher("embed_smear", impl, "orders")(tables) for t in order]
+
+
+@_orders.register_fake
 def _(ids, rows, impl):
-    return ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
+    return [t for i, count in zip(ids, rows, strict=True) for t in _room(i, count)]
+
+
+def _room(ids: Tensor, rows: int) -> Order:
+    order, bounds = (ids.new_empty(n, dtype=torch.int32) for n in (ids.numel(), rows + 1))
+    return order, bounds
 
 
 def check_order(
-    operator: str, name: str, order: tuple[Tensor, Tensor], ids: Tensor, rows: int
+    operator: str, name: str, order: Order, ids: Tensor, rows: int
 ) -> None:
     """Raise ValueError unless an order can be that of these ids, as far as memory goes.
 
     On a GPU its numbers are not looked at, which would wait for them.
     """
     given = [(t.dtype, tuple(t.shape)) for t in order]
-    wanted = [(torch.int64, (count,)) for count in (ids.numel(), rows + 1)]
+    wanted = [(torch.int32, (count,)) for count in (ids.numel(), rows + 1)]
     if given != wanted:
         raise ValueError(
             f"{operator}: {name} is {given}: for these ids and {rows} rows it has to be {wanted}"
@@ -58,7 +77,8 @@ def check_order(
         raise ValueError(f"{operator}: {name} has to be contiguous and on {ids.device}, as the ids")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or _within(*order):
         return
-    raise ValueError(f"{operator}: {name} is no order of {ids.numel()} tokens: take `shared_order`")
+    tokens = ids.numel()
+    raise ValueError(f"{operator}: {name} is no order of {tokens} tokens: take `shared_orders`")
 
 
 def _within(order: Tensor, bounds: Tensor) -> bool:
@@ -71,19 +91,43 @@ def _within(order: Tensor, bounds: Tensor) -> bool:
     return bool(0 <= low and high < order.numel() and rising and inside)
 
 
-def token_order(run: Run, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Tokens by id, stable, and where each id begins (rows + 1,): a counting sort, or torch's.
+def token_orders(run: Run, tables: Sequence[tuple[Tensor, int]]) -> list[Order]:
+    """Tokens by id, stable, and where each id begins: counting sorts in one launch, or torch's.
 
     Tokens of ids that are no rows lie outside of the bounds. On a GPU the counting sort keeps its
-    counts in shared memory and indexes tokens in 32 bits: there larger ones are torch's.
+    counts in shared memory: larger tables are torch's there.
+
+    Raises:
+        ValueError: there are too many tokens to be numbered.
     """
-    small = rows <= ORDER_LIMITS["cuda"] and ids.numel() <= 2**31 - 1
-    if run is run_cuda and not small:
-        by_id, order = torch.sort(ids.flatten(), stable=True)
-        return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
-    order, bounds = ids.new_empty(ids.numel()), ids.new_empty(rows + 1)
-    run("token_order", ids, ids.data_ptr(), ids.numel(), rows, order.data_ptr(), bounds.data_ptr())
-    return order, bounds
+    for ids, _ in tables:
+        if ids.numel() > _MOST_TOKENS:
+            raise ValueError(f"token_order: {ids.numel()} tokens: it takes {_MOST_TOKENS} at most")
+    limit = ORDER_LIMITS["cuda"] if run is run_cuda else math.inf
+    orders = [_room(*table) if table[1] <= limit else _sorted(*table) for table in tables]
+    lists = [
+        (ids.data_ptr(), ids.numel(), rows, *addresses(*order))
+        for (ids, rows), order in zip(tables, orders, strict=True)
+        if rows <= limit
+    ]
+    if lists:
+        run("token_order", tables[0][0], *map(list, zip(*lists, strict=True)))
+    return orders
+
+
+def _sorted(ids: Tensor, rows: int) -> Order:
+    by_id, order = torch.sort(ids.flatten(), stable=True)
+    bounds = torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device), out_int32=True)
+    return order.int(), bounds
+
+
+def with_missing(
+    run: Run, tables: Sequence[tuple[Tensor, int]], orders: Sequence[Order | None]
+) -> list[Order]:
+    """Orders of tables; those that are not known are made in one launch."""
+    unknown = [table for table, order in zip(tables, orders, strict=True) if order is None]
+    made = iter(token_orders(run, unknown))
+    return [next(made) if order is None else order for order in orders]
 
 
 def token_sums(
@@ -92,7 +136,7 @@ def token_sums(
     rows: int,
     x: Tensor,
     divisor: Tensor | None = None,
-    order: tuple[Tensor, Tensor] | None = None,
+    order: Order | None = None,
 ) -> Tensor:
     """The gradient of a table that these ids were looked up in, from that of their rows.
 
@@ -103,7 +147,7 @@ def token_sums(
         divisor: (N, T) in what x computes in, contiguous; None is 1.
         order: of these ids, if it is known.
     """
-    order, bounds = order or token_order(run, ids, rows)
+    ((order, bounds),) = with_missing(run, [(ids, rows)], [order])
     flat = x.flatten(0, 1)
     sums = flat.new_empty((rows, flat.size(1)))
     run(

@@ -131,7 +131,9 @@ def test_tables_that_kernels_look_up(impl: str, monkeypatch: pytest.MonkeyPatch)
         with Recorder() as recorder:
             loss = form(ids, targets)
         orders = [call for call in recorder.calls if "token_order" in str(call[0])]
-        assert len(orders) == (form is not model), "one for the tables of tokens"
+        assert len(orders) == (form is not model), "one for all tables"
+        rows = [config.vocab_size, config.bigram_buckets]
+        assert all(call[1][1] == rows for call in orders)
         found.append([loss, *torch.autograd.grad(loss, list(form.parameters()))])
     names = [name for name, rows in looked_up if rows is not None]
     assert names == ["bigram_ids", *["value_ids"] * len(model.ve_index)] * 2

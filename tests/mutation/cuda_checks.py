@@ -25,6 +25,7 @@ from ..ops import (
     test_multi_tensor,
     test_qk_rope,
     test_scaled_copies,
+    test_token_order,
     test_token_sums,
     test_weight_cast,
 )
@@ -171,6 +172,10 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
     "embed_smear": [
         functools.partial(smear.test_shapes, "cuda", 8, 2, 620),  # many partial sums
         tokens_by_id_in_any_order_of_threads,
+        *(
+            functools.partial(test_token_order.test_lists_of_any_number_and_size, count)
+            for count in (2, 9)
+        ),
     ],
     "grad_norm": [gradients_that_are_not_finite, UNALIGNED],
     "muon_momentum": [UNALIGNED, norm_that_is_not_finite("muon_momentum")],

@@ -1,13 +1,9 @@
 """Bigram hash and SmearGate against values worked out by hand."""
 
-from unittest import mock
-
 import pytest
 import torch
 
-from pgolf.ops import token_sums
 from pgolf.ops.embed_smear import bigram_rows, cost, embed_smear, smear
-from pgolf.ops.launch import run_cuda
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.tensors import nbytes
 
@@ -306,22 +302,6 @@ def test_any_order_of_threads_gives_the_same_bits(
         runs.append(run("cuda", named))
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
-
-
-@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA kernels")
-def test_a_table_too_large_for_the_counting_sort_is_sorted_by_torch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The same order and bounds; with the counting sort torch sorts nothing."""
-    ids = some_ids(2, 60, rows=9)
-    with mock.patch.object(torch, "sort") as sorts:
-        counted = token_sums.token_order(run_cuda, ids, 9)
-        assert not sorts.called
-    monkeypatch.setitem(token_sums.ORDER_LIMITS, "cuda", 8)
-    with mock.patch.object(torch, "sort", wraps=torch.sort) as sorts:
-        sorted_ = token_sums.token_order(run_cuda, ids, 9)
-        assert sorts.called
-    assert all(map(torch.equal, counted, sorted_))
 
 
 def refused() -> dict:

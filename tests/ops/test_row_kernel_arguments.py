@@ -27,7 +27,6 @@ KERNELS = {
         "ids table order bounds dx rstd dtable sums pieces partials",
         "bigram scale gate starts dbigram bigram_ids",
     ),
-    "token_order": ({"count": 2, "vocab": 3}, "ids order bounds", ""),
     "token_sums": (
         {"dtype": 0, "tokens": 2, "vocab": 3, "width": 8, "stride": 8}, "order bounds x sums",
         "divisors",
@@ -48,7 +47,7 @@ MAY_BE_NULL = {
         "branch_scale", "skip_weight", "mix0", "mix1", "total_scale", "x_in_scale",
     ),
 }  # fmt: skip
-SIZES = ("n", "t", "h", "g", "d", "vocab", "rows", "width", "count")
+SIZES = ("n", "t", "h", "g", "d", "vocab", "rows", "width")
 HUGE = 2**62
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
@@ -100,7 +99,7 @@ def test_sizes(name: str) -> None:
         for strides in STRIDES.keys() & given.keys():
             message = refusal(call, given | {strides: (32, -1, 8)})
             assert message == f"{strides} is -1: a stride is not negative"
-        tokens = {"t", "rows", "partial_rows", "piece_rows", "count"}
+        tokens = {"t", "rows", "partial_rows", "piece_rows"}
         call(**given | dict.fromkeys(tokens & given.keys(), 0))
 
 
@@ -135,38 +134,3 @@ def test_fp64_is_for_both_or_none_and_not_for_a_gpu() -> None:
     for call in on_gpu:
         both = given | {"table_dtype": 2, "x_dtype": 2}
         assert refusal(call, both) == "table_dtype is 2: it has to be 0 (fp32) or 1 (bf16)"
-
-
-ORDER = KERNELS["token_order"][1].split()
-
-
-def sort_tokens(call, ids: list[int], rows: int) -> tuple[list[int], list[int]]:
-    """The order and the bounds."""
-    tensors = torch.tensor(ids), torch.empty(len(ids)).long(), torch.empty(rows + 1).long()
-    addresses = dict(zip(ORDER, (t.data_ptr() for t in tensors), strict=True))
-    call(**addresses, count=len(ids), vocab=rows)
-    return tensors[1].tolist(), tensors[2].tolist()
-
-
-@pytest.mark.parametrize("ids", [[3, 0, 3, 1, 0, 3], [], [4] * 3000, [*range(299, -1, -1)] * 9])
-@pytest.mark.parametrize("rows", [5, 128, 300])
-def test_token_order(ids: list[int], rows: int) -> None:
-    """Stable, and where each id begins: at the ends, all alike, none, several a block."""
-    ids = [rows - 1 - (i % rows) for i in ids]
-    expected = sorted(range(len(ids)), key=lambda token: ids[token])
-    bounds = [sum(i < row for i in ids) for row in range(rows + 1)]
-    for call in callers("token_order"):
-        assert sort_tokens(call, ids, rows) == (expected, bounds)
-
-
-def test_tokens_that_are_in_no_order() -> None:
-    """An error on a CPU; on a GPU they come last, and the bounds leave them out."""
-    ids = [3, -1, 0, 2**40, 3, 5, 1]
-    on_cpu, *on_gpu = callers("token_order")
-    given, _memory = arguments("token_order")
-    with pytest.raises(ValueError, match=r"ids\[1\] is -1: the table has 4 rows"):
-        sort_tokens(on_cpu, ids, 4)
-    for call in on_gpu:
-        assert sort_tokens(call, ids, 4) == ([2, 6, 0, 4, 1, 3, 5], [0, 1, 2, 2, 4])
-        assert refusal(call, given | {"vocab": 32769}) == "vocab is 32769: it may be at most 32768"
-        assert refusal(call, given | {"count": 2**31}).startswith("count is 2147483648: it may be")

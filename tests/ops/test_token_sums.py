@@ -9,7 +9,7 @@ from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.launch import run_cpp, run_cuda
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import qk_rope, rope_table
-from pgolf.ops.token_sums import shared_order, token_sums
+from pgolf.ops.token_sums import shared_orders, token_sums
 
 from .cases import implementations
 from .guards import GuardZones
@@ -111,27 +111,29 @@ def test_an_id_that_the_table_does_not_have(impl: str, call, name: str, wrong: i
 
 @every_kernel
 def test_an_order_that_is_given_changes_no_bit(impl: str) -> None:
-    ids = drawn(2, 30, 4)
-    order = shared_order(ids, 4, impl)
-    table = torch.randn(4, 8, requires_grad=True)
+    ids, bigram_ids = drawn(2, 30, 4), drawn(2, 30, 5, seed=1)
+    order, of_bigrams = shared_orders([(ids, 4), (bigram_ids, 5)], impl)
+    table, bigram = (torch.randn(rows, 8, requires_grad=True) for rows in (4, 5))
     angles, qkv = rope_table(30, 4, 100.0), torch.randn(2, 30, 32)
     found = []
-    for given in (None, order):
+    for given, other in ((None, None), (order, None), (None, of_bigrams), (order, of_bigrams)):
         v = qk_rope(
             qkv, *angles, torch.ones(2), 2, 1, value=table, value_ids=ids, value_order=given,
             impl=impl,
         )[2]  # fmt: skip
-        x = embed_smear(ids, table, order=given, impl=impl)
-        found.append(torch.autograd.grad((v.square().sum() + x[..., 0].sum()), table)[0])
-    assert torch.equal(*found)
+        x = embed_smear(
+            ids, table, bigram, bigram_ids=bigram_ids, order=given, bigram_order=other, impl=impl
+        )
+        out = v.square().sum() + x[..., 0].sum()
+        found.append(torch.autograd.grad(out, (table, bigram)))
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
     strided = tuple(torch.stack((t, t), 1)[:, 0] for t in order)
     with pytest.raises(ValueError, match="order has to be contiguous"):
         embed_smear(ids, table, order=strided, impl=impl)
     for wrong in ((order[0] + 30, order[1]), (order[0], order[1] * 2), (order[0], -order[1])):
         with pytest.raises(ValueError, match="order is no order of 60 tokens"):
             embed_smear(ids, table, order=wrong, impl=impl)
-    with pytest.raises(ValueError, match="token_order: ids is torch.int32"):
-        shared_order(ids.int(), 4, impl)
 
 
 @every_kernel
@@ -173,6 +175,16 @@ def refused() -> dict:
         ),
         "order is [(torch.int64, (5,)), (torch.int64, (6,))]: for": lambda i: embed_smear(
             ids, torch.randn(5, 8), impl=i, order=(ids.flatten()[:5], ids.flatten())
+        ),
+        "order is [(torch.int64, (6,)), (torch.int64, (6,))]: for": lambda i: embed_smear(
+            ids, torch.randn(5, 8), impl=i, order=(ids.flatten(), ids.flatten())
+        ),
+        "bigram_order is [(torch.int32, (6,)), (torch.int32, (4,))]: for": lambda i: embed_smear(
+            ids, torch.randn(5, 8), table, bigram_ids=ids, impl=i,
+            bigram_order=(ids.flatten().int(), ids.flatten()[:4].int()),
+        ),
+        "bigram_order is given without bigram_ids: give both": lambda i: embed_smear(
+            ids, torch.randn(5, 8), impl=i, bigram_order=(ids.flatten(), ids.flatten())
         ),
         "bigram_ids is torch.int32 (2, 3): it has": lambda i: smear(i, table, ids.int()),
         "bigram is None: with bigram_ids it has": lambda i: smear(i, None, ids),
