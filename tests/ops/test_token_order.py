@@ -57,8 +57,8 @@ def test_token_order(ids: list[int], rows: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 2, 4, 5, 9])
 def test_lists_of_any_number_and_size(count: int) -> None:
-    """More than a launch takes, among them one of no tokens and one of no rows."""
-    sizes = [(40, 7), (3, 300), (0, 5), (1100, 1), (0, 0), (9, 128), (1, 1), (70, 40), (2, 2)]
+    """More than a launch takes, of no tokens, of no rows, and of as many rows as there may be."""
+    sizes = [(40, 7), (3, 300), (0, 5), (1100, 1), (0, 0), (9, 128), (1, 1), (70, 40), (5, 32768)]
     g = torch.Generator().manual_seed(count)
     lists = [
         (torch.randint(max(rows, 1), (tokens,), generator=g).tolist(), rows)
