@@ -24,7 +24,7 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import rope_table
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.softcap_cross_entropy import softcap_cross_entropy, softcap_logits
-from pgolf.ops.token_sums import Order, shared_orders
+from pgolf.ops.token_sums import shared_orders
 from pgolf.ops.varlen import document_borders
 from pgolf.settings import resolve_layers
 
@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
     def orders(
         self, ids: Tensor, bigram_ids: Tensor | None
-    ) -> tuple[Order | None, Order | None]:
+    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
         """Tokens by id, for the gradients of all tables; None where kernels do not share them."""
         impl = self.ops["embed_smear"]
         if impl not in ("cpu", "cuda") or not self.ve_index or not torch.is_grad_enabled():
@@ -133,7 +133,7 @@ class GPT(nn.Module):
         """First residual state (N, T, D): normed and smeared."""
         return self.embed_and_order(ids)[0]
 
-    def embed_and_order(self, ids: Tensor) -> tuple[Tensor, Order | None]:
+    def embed_and_order(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """`embed`, and the order of the tokens that other tables' gradients share."""
         c = self.config
         bigram = bigram_ids = scale = gate = starts = None
@@ -180,7 +180,7 @@ class GPT(nn.Module):
         x0: Tensor,
         rope: tuple[Tensor, Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-        order: Order | None = None,
+        order: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`features` of embedded tokens.
 

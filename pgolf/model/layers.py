@@ -18,7 +18,6 @@ from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.linear_residual import linear_residual
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import Factored, residual_norm
-from pgolf.ops.token_sums import Order
 from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
 from pgolf.ops.xsa import xsa
 from pgolf.ops.xsa_linear import Product, xsa_linear
@@ -145,7 +144,7 @@ class TokenRows(NamedTuple):
 
     rows: Tensor
     ids: Tensor | None = None
-    order: Order | None = None
+    order: tuple[Tensor, Tensor] | None = None
 
 
 # q (N, T, H, d), k and v (N, T, G, d) of a layer -> what its queries see (N, T, H, d).

@@ -28,7 +28,7 @@ from pgolf.ops.launch import DTYPE_CODES, in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import compute_dtype, nbytes
-from pgolf.ops.token_sums import Order, check_order
+from pgolf.ops.token_sums import check_order
 
 WIDTH_LIMITS = {"cpu": 768, "cuda": 768}  # of a row
 _INPUTS = Inputs(
@@ -149,8 +149,8 @@ def embed_smear(
     impl: str = "auto",
     *,
     bigram_ids: Tensor | None = None,
-    order: Order | None = None,
-    bigram_order: Order | None = None,
+    order: tuple[Tensor, Tensor] | None = None,
+    bigram_order: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Embed tokens, add their bigrams, norm, and blend each position with the one before it.
 

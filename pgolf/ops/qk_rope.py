@@ -35,7 +35,7 @@ from pgolf.ops.part_sums import Sums, check_deferred
 from pgolf.ops.qk_rope_kernels import forward, launchers, part_count
 from pgolf.ops.residual_norm import rms_norm
 from pgolf.ops.tensors import check_alike, compute_dtype, nbytes
-from pgolf.ops.token_sums import Order, check_order
+from pgolf.ops.token_sums import check_order
 
 SIZE_LIMITS = {"cpu": 256, "cuda": 256}  # of a head
 _INPUTS = Inputs(
@@ -181,7 +181,7 @@ def qk_rope(
     split_v: bool = False,
     sums: Tensor | None = None,
     value_ids: Tensor | None = None,
-    value_order: Order | None = None,
+    value_order: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Split a packed projection into q, k and v; norm and rotate q and k, scale q by its gain.
 
