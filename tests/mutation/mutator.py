@@ -57,12 +57,13 @@ def mutants(
         ValueError: a function is not there.
     """
     tree = ast.parse(source)
-    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if missing := set(functions) - found.keys():
+    found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if missing := set(functions) - found:
         raise ValueError(f"the module has no functions {', '.join(sorted(missing))}")
     result: dict[tuple[str, str], Mutant] = {}
-    for name, function in found.items():
-        if name not in functions:
+    texts = list(map(ast.unparse, tree.body))  # of which a mutant changes one
+    for place, function in enumerate(tree.body):
+        if not isinstance(function, ast.FunctionDef) or (name := function.name) not in functions:
             continue
         for statement, change in _changes(function, skip):
             before = _first_line(statement)
@@ -71,9 +72,8 @@ def mutants(
                 text = f"{before} => {_first_line(change.now(statement))}"
                 while (name, text) in result:  # the same change of the same words elsewhere
                     text += " (again)"
-                result[name, text] = Mutant(
-                    module, name, text, statement.lineno, ast.unparse(tree)
-                )
+                whole = "\n".join([*texts[:place], ast.unparse(function), *texts[place + 1 :]])
+                result[name, text] = Mutant(module, name, text, statement.lineno, whole)
     return list(result.values())
 
 
