@@ -270,7 +270,9 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_ranks_share_the_work_and_have_the_codes_of_one(tmp_path: Path):
-    mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="spawn")
+    # The server of forks imports all that ranks need, which takes longer than their work.
+    mp.get_context("forkserver").set_forkserver_preload([__name__])
+    mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="forkserver")
     state, hessians = two_layers()
     for grid in ("rows", "uniform"):
         alone = quantize(state, settings(grid=grid), False, Factors(hessians, 0.01))
