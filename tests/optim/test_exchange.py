@@ -143,11 +143,14 @@ def train(ranks: Ranks, model: GPT, steps: int, parts: int = 12) -> dict[str, to
     ("recipe", "world"), [("pr1473", 2), ("pr1473", 3), ("pr531", 4), ("pr478", 12)]
 )
 def test_any_number_of_ranks_takes_the_same_steps(recipe, form, world) -> None:
-    """Twelve have more ranks than some kinds of matrices; all hold bit-equal weights."""
+    """Twelve have more ranks than some kinds of matrices; all hold bit-equal weights.
+
+    The second step is the one that has momenta and reads what the first published.
+    """
     model = of(recipe, form)
     parts = 12 if world == 12 else 2 * world  # twelve ranks have one each, fewer add two up
-    alone = train(ALONE, model, 3, parts)
-    first, *others = on_ranks(world, lambda ranks: train(ranks, model, 3, parts))
+    alone = train(ALONE, model, 2, parts)
+    first, *others = on_ranks(world, lambda ranks: train(ranks, model, 2, parts))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
     for name, tensor in alone.items():
@@ -224,11 +227,11 @@ def test_a_checkpoint_has_the_state_of_every_parameter(world, side, form) -> Non
 
     def until_the_checkpoint(ranks: Ranks) -> tuple:
         model, exchange, optimizers = run = begun(ranks, plain.state_dict())
-        for number in range(4):
+        for number in range(2):  # the second changes momenta that are not zero
             step(*run, number)
         exchange.gather_weights()
         saved = copy.deepcopy((model.state_dict(), optimizers.state_dict(exchange.gather)))
-        step(*run, 4)
+        step(*run, 2)
         exchange.gather_weights()
         return saved, model.state_dict()
 
@@ -238,7 +241,7 @@ def test_a_checkpoint_has_the_state_of_every_parameter(world, side, form) -> Non
     def from_it(ranks: Ranks) -> dict[str, torch.Tensor]:
         model, exchange, optimizers = run = begun(ranks, weights)
         optimizers.load_state_dict(state)
-        step(*run, 4)
+        step(*run, 2)
         exchange.gather_weights()
         return model.state_dict()
 
