@@ -86,6 +86,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Proofs(config.option.prove, writes=writes))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules and tests stay until the end: no collection of garbage need go through them."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"emulated: {config.stash[EMULATED]}"
 
