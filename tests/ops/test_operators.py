@@ -34,6 +34,11 @@ repair()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
+QUICK_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+# Calls that opcheck has traced with dynamic shapes in this process. It takes longest, and what is
+# traced, fakes and derivatives, is the same for all implementations of an operator.
+TRACED: set[tuple] = set()
+
 
 def in_every_dtype() -> list:
     """Cases with each dtype that the implementation takes."""
@@ -128,8 +133,25 @@ def test_opcheck(operator: Operator, impl: str) -> None:
             first = func is recorder.calls[0][0]
             leaves = operator.differentiable if first else ()
             names = [a.name for a in func._schema.arguments][: len(args)]
-            each = zip(names, args, strict=True)
-            torch.library.opcheck(func, tuple(fresh(*pair, leaves) for pair in each), kwargs)
+            checks = QUICK_CHECKS
+            if (what := traced(func, names, args)) not in TRACED:
+                checks += ("test_aot_dispatch_dynamic",)
+                TRACED.add(what)
+            given = tuple(fresh(*pair, leaves) for pair in zip(names, args, strict=True))
+            torch.library.opcheck(func, given, kwargs, test_utils=checks)
+
+
+def traced(func: torch._ops.OpOverload, names: list[str], args: tuple) -> tuple:
+    """What a trace of this call depends on: all but numbers and the implementation."""
+
+    def form(value: object) -> object:
+        if isinstance(value, list):
+            return tuple(map(form, value))
+        if isinstance(value, Tensor):
+            return value.dtype, value.shape, value.stride()
+        return value
+
+    return func, *(form(a) for n, a in zip(names, args, strict=True) if not n.endswith("impl"))
 
 
 def fresh(name: str, value: object, leaves: tuple[str, ...]) -> object:
