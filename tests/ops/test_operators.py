@@ -133,12 +133,11 @@ def test_opcheck(operator: Operator, impl: str) -> None:
             first = func is recorder.calls[0][0]
             leaves = operator.differentiable if first else ()
             names = [a.name for a in func._schema.arguments][: len(args)]
-            checks = QUICK_CHECKS
-            if (what := traced(func, names, args)) not in TRACED:
-                checks += ("test_aot_dispatch_dynamic",)
-                TRACED.add(what)
+            what = traced(func, names, args)
+            checks = QUICK_CHECKS + ("test_aot_dispatch_dynamic",) * (what not in TRACED)
             given = tuple(fresh(*pair, leaves) for pair in zip(names, args, strict=True))
             torch.library.opcheck(func, given, kwargs, test_utils=checks)
+            TRACED.add(what)
 
 
 def traced(func: torch._ops.OpOverload, names: list[str], args: tuple) -> tuple:
