@@ -134,6 +134,15 @@ def _newton_schulz() -> Iterator[Case]:
                         newton_schulz_all(gs, COEFFICIENTS, dtype)
 
                 yield Case(f"{name}{precision} {label}", name, iterate)
+    for label, shapes in (("banks", BANKS), ("a rank's share of banks", SHARES)):
+        gs = [_meta(*shape, dtype=torch.bfloat16) for shape in shapes]
+        sums = [_meta(*shape[:2], dtype=torch.float32) for shape in shapes]
+        yield Case(
+            f"bf16 {label}, sums of squares known", "bf16",
+            lambda gs=gs, sums=sums: newton_schulz_all(
+                gs, COEFFICIENTS, torch.bfloat16, squares=sums
+            ),
+        )  # fmt: skip
     g = _meta(*BANKS[0], dtype=torch.bfloat16)
     name = f"bf16 {_times(BANKS[0])} from bf16, rows normalised"
     yield Case(name, "bf16", lambda: newton_schulz(g, COEFFICIENTS, torch.bfloat16, row_norm=True))

@@ -83,7 +83,6 @@ REQUIRED = {
     "grad_norm_chunks": Required(always=("LDG.128",)),
     "grad_norm_finish": Required(),
     "muon_momentum_rows": VECTORS,
-    "muon_momentum_scale": VECTORS,
     "param_update_chunks": VECTORS,
 }
 

@@ -53,7 +53,6 @@ _ROW = WIDTH * 2
 # Kernels that a step spends no time in to speak of: sums of sums, and rows that a cache still has.
 SMALL = (
     "part_sums_columns", "grad_norm_finish", "token_order_blocks", "embed_smear_rows",
-    "muon_momentum_scale",
 )  # fmt: skip
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(

@@ -42,9 +42,8 @@ Bytes are exact integers under one rule, so that settings can be compared: every
 writes each tensor once. Kernels of Inductor: its own count for each; products: operands and result
 of the call to cuBLAS; Triton kernels of pgolf: the tensors of each launch; its CUDA kernels: the
 tensors of each call of a launcher, however many kernels it starts, twice those that the operator
-changes in place (once those that weight_cast only writes, and once more the directions that
-muon_momentum's second kernel goes through again); other kernels of torch: the tensors of the call.
-Caches of the GPU are not modelled.
+changes in place (but once what weight_cast and muon_momentum only write); other kernels of torch:
+the tensors of the call. Caches of the GPU are not modelled.
 
 With --decode, it counts one more token of each sequence, the last of T, with key/value caches:
 `step` is the model and `pick` draws from its logits; attention over the caches is one call a layer.

@@ -82,10 +82,10 @@ def _newton_schulz_unfit(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Tensor | None = None,
 ) -> str:
-    if normalized:
-        return "it normalises"
+    if squares is not None:
+        return "it norms the matrices itself"
     if row_norm or safety != 1.0:
         return "no row norm and no safety factor"
     return "" if dtype == torch.bfloat16 else "it iterates in fp16, which is no match for fp32"

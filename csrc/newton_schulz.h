@@ -1,5 +1,5 @@
-// What comes before the first Newton-Schulz step, for CPU and GPU: each row divided by its norm
-// (optional), then each matrix by its Frobenius norm, in double from sums of squares.
+// What comes before the first Newton-Schulz step: each row divided by its norm (optional), which GPUs
+// do too, then each matrix by its Frobenius norm, in double from sums of squares.
 #pragma once
 
 #include <cmath>
@@ -25,8 +25,11 @@ PGOLF_HOST_DEVICE static inline double row_norm_divisor(double squares) {
   return norm < kNewtonSchulzFloor ? kNewtonSchulzFloor : norm;  // NaN stays
 }
 
-PGOLF_HOST_DEVICE static inline double matrix_norm_divisor(double squares, double safety) {
-  return safety * std::sqrt(squares) + kNewtonSchulzFloor;
+// The factor that gives a row norm 1, from the sum of its squares, which becomes that of the new row.
+PGOLF_HOST_DEVICE static inline float row_norm_factor(double& squares) {
+  const double divisor = row_norm_divisor(squares);
+  squares = squares / divisor / divisor;
+  return static_cast<float>(1 / divisor);
 }
 
 // From the sum of squares of each of a matrix's rows to the factor that the row is multiplied with.
@@ -42,7 +45,7 @@ static inline void squares_to_factors(double* rows, int64_t count, bool row_norm
       rows[r] = 1;
     }
   }
-  const double matrix = matrix_norm_divisor(total, safety);
+  const double matrix = safety * std::sqrt(total) + kNewtonSchulzFloor;
   for (int64_t r = 0; r < count; ++r) rows[r] = 1 / (rows[r] * matrix);
 }
 

@@ -33,8 +33,7 @@ struct MomentumMatrix {
   void* momentum;
   void* x;  // the direction
   int64_t rows, cols;
-  int64_t first_row;   // of all matrices' rows
-  int64_t first_item;  // rows, or blocks of them
+  int64_t first_item;  // of all matrices' rows
   Dtype grad_dtype, momentum_dtype;
 };
 
@@ -42,7 +41,6 @@ struct MuonMomentumShape {
   int64_t matrices;
   int64_t rows;  // of all of them
   bool nesterov, row_norm;
-  double safety;
   Dtype x_dtype;
 };
 

@@ -5,10 +5,11 @@
 
 Two launches a batch normalise, three make an iteration of all batches. Every product is one kernel,
 alpha P Q + beta S, which reads through strides: tall matrices are iterated as their transposes
-without a copy.
+without a copy. Where the sums of squares of G's rows are known nothing normalises: the first
+iteration starts from G, and its first and third product apply each matrix's factor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -19,7 +20,9 @@ from pgolf.triton_kernels.gemm import DTYPES, dot_precision, matmul_tile, tile_o
 from pgolf.triton_kernels.launch import cdiv, launch, on_device_of, pick
 
 BATCHES = 4  # a launch, at most: the kernel has a branch for each
-Product = tuple[Tensor, Tensor, Tensor | None, Tensor]  # P, Q, S or None, and where it goes
+# P, Q, S or None, where it goes, and sums of squares or None
+Product = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+LANES = tl.constexpr(256)  # that add up sums of squares, of rows or parts of a matrix
 
 
 @triton.jit
@@ -53,6 +56,16 @@ def newton_schulz_norms(
 
 
 @triton.jit
+def divisor_of(squares, count, safety, BLOCK_P: tl.constexpr):
+    """safety |g|_F + 1e-7 of a matrix, from `count` sums of squares."""
+    lanes = tl.arange(0, BLOCK_P)
+    sums = tl.zeros((BLOCK_P,), tl.float32)  # every program adds in the same order
+    for start in range(0, count, BLOCK_P):
+        sums += tl.load(squares + start + lanes, mask=start + lanes < count, other=0.0)
+    return safety * tl.sqrt_rn(tl.sum(sums, axis=0)) + 1e-7
+
+
+@triton.jit
 def newton_schulz_scale(
     g, row_norms, partials, x, r, c, count, stride_gb, stride_gr, stride_gc, safety,
     ROW_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -62,13 +75,7 @@ def newton_schulz_scale(
     tiles = tl.cdiv(r, BLOCK_R) * tiles_c
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    lanes = tl.arange(0, BLOCK_P)
-    sums = tl.zeros((BLOCK_P,), tl.float32)  # every program adds in the same order
-    for start in range(0, count, BLOCK_P):
-        inside = start + lanes < count
-        sums += tl.load(partials + matrix * count + start + lanes, mask=inside, other=0.0)
-    divisor = safety * tl.sqrt_rn(tl.sum(sums, axis=0)) + 1e-7
-
+    divisor = divisor_of(partials + matrix * count, count, safety, BLOCK_P)
     rows = tile // tiles_c * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows < r)[:, None] & (cols < c)[None, :]
@@ -93,15 +100,17 @@ def triangle_tile(index):
 
 @triton.jit
 def product_of_tile(
-    p, q, s, out, m, n, k, alpha, beta, program,
+    p, q, s, out, squares, m, n, k, count, alpha, beta, safety, program,
     stride_pb, stride_pm, stride_pk, stride_qb, stride_qk, stride_qn, stride_b, stride_m, stride_n,
     SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of out = alpha P Q + beta S, or alpha P Q without S, for P (b, m, k), Q (b, k, n).
 
-    S and out share their strides. SYMMETRIC is for a result that equals its transpose (m = n,
-    BLOCK_M = BLOCK_N): tiles below the diagonal are stored with their mirror image.
+    S and out share their strides. With squares (b, count) the result is of X = g / (safety |g|_F +
+    1e-7), from g in its place: as P and Q, or with S as Q and S. SYMMETRIC is for a result that
+    equals its transpose (m = n, BLOCK_M = BLOCK_N): tiles below the diagonal are stored with their
+    mirror image.
     """
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = tiles_m * (tiles_m + 1) // 2 if SYMMETRIC else tiles_m * tiles_n
@@ -123,6 +132,11 @@ def product_of_tile(
     inside = (rows < m)[:, None] & (cols < n)[None, :]
     if s is not None:
         value += beta * tl.load(s + offsets, mask=inside, other=0.0).to(tl.float32)
+    if squares is not None:
+        factor = 1.0 / divisor_of(squares + matrix * count, count, safety, LANES)
+        value *= factor
+        if s is None:
+            value *= factor
     value = value.to(out.dtype.element_ty)
     if SYMMETRIC:
         mirror = tl.trans(value)
@@ -137,7 +151,7 @@ def product_of_tile(
 
 @triton.jit
 def newton_schulz_product(
-    ps, qs, ss, outs, ms, ns, ks, firsts, alpha, beta,
+    ps, qs, ss, outs, squares, ms, ns, ks, counts, firsts, alpha, beta, safety,
     strides_pb, strides_pm, strides_pk, strides_qb, strides_qk, strides_qn,
     strides_b, strides_m, strides_n,
     SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -148,7 +162,8 @@ def newton_schulz_product(
     for i in tl.static_range(len(ps)):
         if (program >= firsts[i]) & (program < firsts[i + 1]):
             product_of_tile(
-                ps[i], qs[i], ss[i], outs[i], ms[i], ns[i], ks[i], alpha, beta, program - firsts[i],
+                ps[i], qs[i], ss[i], outs[i], squares[i], ms[i], ns[i], ks[i], counts[i],
+                alpha, beta, safety, program - firsts[i],
                 strides_pb[i], strides_pm[i], strides_pk[i],
                 strides_qb[i], strides_qk[i], strides_qn[i],
                 strides_b[i], strides_m[i], strides_n[i],
@@ -162,7 +177,7 @@ def newton_schulz_all(
     dtype: torch.dtype,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Orthogonalise each matrix of each g.
 
@@ -172,26 +187,28 @@ def newton_schulz_all(
         dtype: bf16 or fp32, of every stored matrix; sums are fp32.
         row_norm: divide each row by its norm first.
         safety: factor on the Frobenius norm.
-        normalized: every g is X already.
+        squares: (B, R) fp32 contiguous, of each g or of none: the sums of squares of its rows.
 
     Returns:
         (B, R, C) contiguous in `dtype` for each g.
     """
     outs = [torch.empty(g.shape, dtype=dtype, device=g.device) for g in gs]
-    pairs = [(g, out) for g, out in zip(gs, outs, strict=True) if g.numel()]
-    if not pairs:
+    kept = [i for i, g in enumerate(gs) if g.numel()]
+    if not kept:
         return outs
     with on_device_of(gs[0]):
-        if normalized:
-            xs = [g.to(dtype).contiguous() for g, _ in pairs]
-            if not coefficients:
-                xs = [out.copy_(x) for x, (_, out) in zip(xs, pairs, strict=True)]
+        if squares and coefficients:
+            xs, sums = [gs[i].to(dtype).contiguous() for i in kept], [squares[i] for i in kept]
         else:
-            xs = [_normalize(g, out, row_norm, safety) for g, out in pairs]
+            sums = None
+            for i in kept:
+                _normalize(gs[i], outs[i], row_norm, safety, squares[i] if squares else None)
+            xs = [outs[i] for i in kept]
         if coefficients:
-            xs = _iterate(xs, [out for _, out in pairs], coefficients)
-    found = iter(xs)
-    return [next(found) if out.numel() else out for out in outs]
+            xs = _iterate(xs, [outs[i] for i in kept], coefficients, sums, safety)
+    for i, x in zip(kept, xs, strict=True):
+        outs[i] = x
+    return outs
 
 
 def newton_schulz(
@@ -200,44 +217,50 @@ def newton_schulz(
     dtype: torch.dtype,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """One g (B, R, C); arguments as in `newton_schulz_all`."""
-    return newton_schulz_all([g], coefficients, dtype, row_norm, safety, normalized)[0]
+    known = () if squares is None else (squares,)
+    return newton_schulz_all([g], coefficients, dtype, row_norm, safety, known)[0]
 
 
-def _normalize(g: Tensor, x: Tensor, row_norm: bool, safety: float) -> Tensor:
-    """x, which becomes g over its norm."""
+def _normalize(
+    g: Tensor, x: Tensor, row_norm: bool, safety: float, squares: Tensor | None
+) -> None:
+    """Fill x with g over its norm."""
     b, r, c = g.shape
     strides = dict(zip(("stride_gb", "stride_gr", "stride_gc"), g.stride(), strict=True))
-    config = pick("newton_schulz_norms")
-    count = cdiv(r, config.blocks["BLOCK_R"])
-    partials = torch.empty((b, count), dtype=torch.float32, device=g.device)
-    row_norms = None
-    if row_norm:
-        row_norms = torch.empty((b, r), dtype=torch.float32, device=g.device)
-    launch(
-        newton_schulz_norms, (b * count,), config,
-        g=g, row_norms=row_norms, partials=partials, r=r, c=c, **strides, ROW_NORM=row_norm,
-    )  # fmt: skip
+    row_norms, partials = None, squares
+    if partials is None:
+        config = pick("newton_schulz_norms")
+        count = cdiv(r, config.blocks["BLOCK_R"])
+        partials = torch.empty((b, count), dtype=torch.float32, device=g.device)
+        if row_norm:
+            row_norms = torch.empty((b, r), dtype=torch.float32, device=g.device)
+        launch(
+            newton_schulz_norms, (b * count,), config,
+            g=g, row_norms=row_norms, partials=partials, r=r, c=c, **strides, ROW_NORM=row_norm,
+        )  # fmt: skip
     config = pick("newton_schulz_scale")
     tiles = cdiv(r, config.blocks["BLOCK_R"]) * cdiv(c, config.blocks["BLOCK_C"])
     launch(
         newton_schulz_scale, (b * tiles,), config,
-        g=g, row_norms=row_norms, partials=partials, x=x, r=r, c=c, count=count, **strides,
-        safety=float(safety), ROW_NORM=row_norm,
+        g=g, row_norms=row_norms, partials=partials, x=x, r=r, c=c, count=partials.size(1),
+        **strides, safety=float(safety), ROW_NORM=row_norms is not None,
     )  # fmt: skip
-    return x
 
 
 def _iterate(
     xs: Sequence[Tensor],
     buffers: Sequence[Tensor],
     coefficients: Sequence[tuple[float, float, float]],
+    squares: Sequence[Tensor] | None,
+    safety: float,
 ) -> list[Tensor]:
     """The iterations on each X (b, r, c); all tensors are contiguous.
 
-    Each has one of `buffers`, which may be X itself: other xs are not written.
+    Each has one of `buffers`, which may be X itself: other xs are not written. With squares (b, r)
+    each x is g, which stands for its quotient by its norm until an iteration has written X.
     """
     grams, polys, afters = [], [], []
     for x in xs:
@@ -245,14 +268,16 @@ def _iterate(
         grams.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
         polys.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
         afters.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    spares = list(buffers)
+    spares, nothing = list(buffers), [None] * len(xs)
+    sums = squares or nothing
     for ca, cb, cc in coefficients:
         wides, wide_afters = [_wide(x) for x in xs], [_wide(x) for x in afters]
-        _products([(w, w.mT, None, a) for w, a in zip(wides, grams, strict=True)], 1.0, 0.0, True)
-        _products([(a, a, a, p) for a, p in zip(grams, polys, strict=True)], cc, cb, True)
-        pairs = zip(polys, wides, wide_afters, strict=True)
-        _products([(p, w, w, after) for p, w, after in pairs], 1.0, ca, False)
-        xs, afters, spares = afters, spares, afters
+        transposed = [w.mT for w in wides]
+        of_grams = zip(wides, transposed, nothing, grams, sums, strict=True)
+        _products(of_grams, 1.0, 0.0, True, safety)
+        _products(zip(grams, grams, grams, polys, nothing, strict=True), cc, cb, True)
+        _products(zip(polys, wides, wides, wide_afters, sums, strict=True), 1.0, ca, False, safety)
+        xs, afters, spares, sums = afters, spares, afters, nothing
     return list(xs)
 
 
@@ -261,20 +286,23 @@ def _wide(x: Tensor) -> Tensor:
     return x.mT if x.size(1) > x.size(2) else x
 
 
-def _products(products: Sequence[Product], alpha: float, beta: float, symmetric: bool) -> None:
+def _products(
+    products: Iterable[Product], alpha: float, beta: float, symmetric: bool, safety: float = 1.0
+) -> None:
     """out = alpha P Q + beta S of each; S (None: no such term) has out's strides.
 
-    Up to BATCHES in one launch, the longest sums first: the last programs to end are short ones.
+    With sums of squares they are of X, from g in its place (`product_of_tile`). Up to BATCHES in
+    one launch, the longest sums first: the last programs to end are short ones.
     """
     ordered = sorted(products, key=lambda product: -product[0].size(2))
     for start in range(0, len(ordered), BATCHES):
-        _launch_products(ordered[start : start + BATCHES], alpha, beta, symmetric)
+        _launch_products(ordered[start : start + BATCHES], alpha, beta, symmetric, safety)
 
 
 def _launch_products(
-    products: Sequence[Product], alpha: float, beta: float, symmetric: bool
+    products: Sequence[Product], alpha: float, beta: float, symmetric: bool, safety: float
 ) -> None:
-    ps, qs, ss, outs = zip(*products, strict=True)
+    ps, qs, ss, outs, squares = zip(*products, strict=True)
     shapes = [out.shape for out in outs]
     dtype = outs[0].dtype
     config = pick(
@@ -300,7 +328,10 @@ def _launch_products(
     }
     launch(
         newton_schulz_product, (firsts[-1],), config,
-        ps=ps, qs=qs, ss=ss, outs=outs, ms=tuple(m for _, m, _ in shapes),
-        ns=tuple(n for _, _, n in shapes), ks=tuple(p.size(2) for p in ps), firsts=tuple(firsts),
-        alpha=float(alpha), beta=float(beta), **strides, PRECISION=dot_precision(dtype),
+        ps=ps, qs=qs, ss=ss, outs=outs, squares=squares,
+        ms=tuple(m for _, m, _ in shapes), ns=tuple(n for _, _, n in shapes),
+        ks=tuple(p.size(2) for p in ps),
+        counts=tuple(0 if t is None else t.size(1) for t in squares),
+        firsts=tuple(firsts), alpha=float(alpha), beta=float(beta), safety=float(safety),
+        **strides, PRECISION=dot_precision(dtype),
     )  # fmt: skip

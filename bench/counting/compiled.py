@@ -16,10 +16,8 @@ from torch.utils._pytree import tree_leaves
 from bench.counting.client import Device
 from pgolf import extension
 
-# Launchers that only write what their operator changes.
-WRITERS = {"weight_cast"}
-# Position of the tensors that a second kernel of a launcher goes through again.
-AGAIN = {"muon_momentum": 2}
+# Positions of a launcher's arguments among which it only writes what its operator changes.
+WRITTEN = {"weight_cast": (0,), "muon_momentum": (2, 10)}
 
 
 class Addresses:
@@ -54,9 +52,8 @@ class Addresses:
     def take(self, function: str, arguments: tuple) -> int:
         """Bytes of the tensors among a launcher's arguments; the next launcher begins anew."""
         used = self.bytes.keys() & set(tree_leaves(arguments))
-        again = set(tree_leaves(arguments[AGAIN[function]])) if function in AGAIN else set()
-        twice = set() if function in WRITERS else self.twice
-        count = sum(self.bytes[a] * (1 + (a in twice) + (a in again)) for a in used)
+        twice = self.twice - set(tree_leaves([arguments[i] for i in WRITTEN.get(function, ())]))
+        count = sum(self.bytes[a] * (1 + (a in twice)) for a in used)
         self.bytes.clear()
         self.twice.clear()
         return count

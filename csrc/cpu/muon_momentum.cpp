@@ -1,4 +1,4 @@
-// What Muon does before Newton-Schulz, on the CPU: a row at a time, then its scale.
+// What Muon does before Newton-Schulz, on the CPU: a row at a time.
 #include <algorithm>
 
 #include "cpu/numbers.h"
@@ -43,28 +43,19 @@ void scale_row(const MomentumMatrix& t, Dtype dtype, float factor, int64_t row) 
 }  // namespace
 
 void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrices,
-                   const UpdateScalars* scalars, const float* norm, double* squares, int threads) {
+                   const UpdateScalars* scalars, const float* norm, float* squares, int threads) {
   if (shape.rows == 0) return;
   const int count = static_cast<int>(shape.matrices);
   const MomentumStep step = momentum_step(*scalars, *norm);
   const int64_t bytes = matrices[0].cols * 16;  // about: the matrices differ
-  const auto each_row = [&](const auto& body) {
-    parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const MomentumMatrix& t = matrices[tensor_of(matrices, count, row)];
-        body(t, row - t.first_item, squares[row]);
-      }
-    });
-  };
-  each_row([&](const MomentumMatrix& t, int64_t row, double& sum) {
-    sum = direct_row(shape, t, step, row);
-  });
-  for (int i = 0; i < count; ++i) {
-    squares_to_factors(squares + matrices[i].first_item, matrices[i].rows, shape.row_norm,
-                       shape.safety);
-  }
-  each_row([&](const MomentumMatrix& t, int64_t row, double& factor) {
-    scale_row(t, shape.x_dtype, static_cast<float>(factor), row);
+  parallel_for(shape.rows, bytes, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const MomentumMatrix& t = matrices[tensor_of(matrices, count, item)];
+      const int64_t row = item - t.first_item;
+      double sum = direct_row(shape, t, step, row);
+      if (shape.row_norm) scale_row(t, shape.x_dtype, row_norm_factor(sum), row);
+      squares[item] = static_cast<float>(sum);
+    }
   });
 }
 

@@ -1,17 +1,16 @@
 """What Muon does before Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     g <- g min(1, max_norm / (norm + 1e-6));   m <- mu m + g;   u = g + mu m (Nesterov) or m
-    X = u / (safety |u|_F + 1e-7), the rows of u of norm 1 before that with row_norm
 
-Matrices of any shapes in two launches: momentum and direction with each row's sum of squares, then
-the scale of each matrix from the sums in their order. X is what `newton_schulz(normalized=True)`
-starts from; it is rounded to its dtype twice, before and after it is scaled. Where the norm is
-infinite or NaN the momenta stay as they are, for the reason that `param_update` has, and X says
-nothing.
-Shapes: gradients and momenta (R, C), X (B, R, C) for each run of neighbours of one shape.
+with row_norm each row of u divided by its norm after that. Matrices of any shapes in one launch,
+which also gives the sum of each row's squares: `newton_schulz(squares=)` divides by the norm of a
+matrix in its first products, so that no pass goes over u for it. With row_norm u is rounded to its
+dtype twice, before and after it is divided. Where the norm is infinite or NaN the momenta stay as
+they are, for the reason that `param_update` has, and u says nothing.
+Shapes: gradients and momenta (R, C); for each run of neighbours of one shape, u (B, R, C) and
+squares (B, R).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +33,7 @@ from pgolf.ops.multi_tensor import (
     store,
     widened,
 )
-from pgolf.ops.newton_schulz import normalize
+from pgolf.ops.newton_schulz import dividend
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.tensors import addresses, contiguous, nbytes
@@ -58,8 +57,7 @@ def reference(
     nesterov: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
-    safety: float = 1.0,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """`muon_momentum` in plain torch."""
     row = named(scalars)
     clip, momentum = clip_factor(row["max_norm"], norm), row["momentum"]
@@ -69,10 +67,10 @@ def reference(
         g = widened(grad) * clip
         m = momentum * widened(buffer) + g
         store(buffer, m, finite)
-        directions.append(g + momentum * m if nesterov else m)
+        directions.append(dividend(g + momentum * m if nesterov else m, row_norm))
     rest = iter(directions)
     stacks = [torch.stack([next(rest) for _ in range(b)]) for b, _, _ in batches(grads)]
-    return [normalize(u, dtype, row_norm, safety) for u in stacks]
+    return [u.to(dtype) for u in stacks], [u.square().sum(-1) for u in stacks]
 
 
 def obstacle(impl: str, dtype: torch.dtype) -> str:
@@ -89,24 +87,24 @@ def muon_momentum(
     nesterov: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
-    safety: float = 1.0,
     impl: str = "auto",
-) -> list[Tensor]:
-    """Update the momenta in place and give normalised directions, batched by shape.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Update the momenta in place and give the directions, batched by shape, for Newton-Schulz.
 
     Args:
         grads: (R, C) fp32 or bf16, of any shapes; those that are not contiguous are copied.
         momenta: one for each gradient, contiguous; updated, unless the norm is infinite or NaN.
         norm: 0-d, of all gradients, from `grad_norm`.
         scalars: (10,) row of numbers of the step (`multi_tensor.COLUMNS`): momentum, max_norm.
-        dtype: of the result, fp32 or bf16.
-        row_norm, safety: as for `newton_schulz`.
+        dtype: of the directions, fp32 or bf16.
+        row_norm: divide each row by its norm, as `newton_schulz`.
         impl: 'auto', 'reference', 'cpu' (C++) or 'cuda'.
 
     Returns:
-        (B, R, C) for each run of neighbours of one shape. Every element is written, whatever the
-        norm; if that is not finite, with any numbers, NaN too, which `newton_schulz` takes as it
-        takes others and `param_update` does not look at.
+        (directions, squares): (B, R, C), and (B, R) in fp32 with the sum of squares of each of
+        their rows before they were rounded, for each run of neighbours of one shape. Every element
+        is written, whatever the norm; if that is not finite, with any numbers, NaN too, which
+        `newton_schulz` takes as it takes others and `param_update` does not look at.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; says which and what would.
@@ -123,33 +121,34 @@ def muon_momentum(
             raise ValueError(
                 f"muon_momentum: grads[{i}] is {tuple(g.shape)}: it has to be (R, C) with elements"
             )
-    if not 0 < safety < math.inf:  # NaN too
-        raise ValueError(f"muon_momentum: safety={safety}: it has to be above 0 and finite")
     if dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"muon_momentum: dtype={dtype}: it has to be float32, bfloat16 or float64")
     impl = resolve("muon_momentum", impl, grads[0], dtype=dtype)
     if impl == "reference":
-        return reference(grads, momenta, norm, scalars, nesterov, dtype, row_norm, safety)
-    xs = [grads[0].new_empty(shape, dtype=dtype) for shape in batches(grads)]
-    _direct(grads, momenta, xs, norm, scalars, nesterov, row_norm, safety, impl)
-    return xs
+        return reference(grads, momenta, norm, scalars, nesterov, dtype, row_norm)
+    shapes = batches(grads)
+    xs = [grads[0].new_empty(shape, dtype=dtype) for shape in shapes]
+    squares = grads[0].new_empty(sum(b * r for b, r, _ in shapes), dtype=torch.float32)
+    _direct(grads, momenta, xs, squares, norm, scalars, nesterov, row_norm, impl)
+    parts = squares.split([b * r for b, r, _ in shapes])
+    return xs, [t.view(b, r) for t, (b, r, _) in zip(parts, shapes, strict=True)]
 
 
 # (An operator that changes arguments may not return a list of tensors, so xs is one of them.)
-@opaque("pgolf::muon_momentum", mutates_args=("momenta", "xs"))
+@opaque("pgolf::muon_momentum", mutates_args=("momenta", "xs", "squares"))
 def _direct(
     grads: list[Tensor],
     momenta: list[Tensor],
     xs: list[Tensor],
+    squares: Tensor,
     norm: Tensor,
     scalars: Tensor,
     nesterov: bool,
     row_norm: bool,
-    safety: float,
     impl: str,
 ) -> None:
     launcher("muon_momentum", impl, "forward")(
-        grads, momenta, xs, norm, scalars, nesterov, row_norm, safety
+        grads, momenta, xs, squares, norm, scalars, nesterov, row_norm
     )
 
 
@@ -163,19 +162,18 @@ def _launchers(run: Run) -> dict[str, Callable]:
         grads: Tensors,
         momenta: Tensors,
         xs: Tensors,
+        squares: Tensor,
         norm: Tensor,
         scalars: Tensor,
         nesterov: bool,
         row_norm: bool,
-        safety: float,
     ) -> None:
         rows, cols = [g.size(0) for g in grads], [g.size(1) for g in grads]
-        squares = grads[0].new_empty(sum(rows), dtype=torch.float64)
         matrices = [matrix for x in xs for matrix in x.unbind(0)]
         run(
             "muon_momentum", grads[0], addresses(*grads), addresses(*momenta), addresses(*matrices),
             rows, cols, codes(grads), codes(momenta), DTYPE_CODES[xs[0].dtype], scalars.data_ptr(),
-            norm.data_ptr(), squares.data_ptr(), squares.numel(), nesterov, row_norm, safety,
+            norm.data_ptr(), squares.data_ptr(), squares.numel(), nesterov, row_norm,
         )  # fmt: skip
 
     return {"forward": forward}
@@ -198,7 +196,7 @@ def samples() -> list[Sample]:
 
     return [
         Sample("3 shapes", make([(8, 64), (8, 64), (40, 12), (3, 5)])),
-        Sample("row norm", make([(35, 8), (7, 300)], row_norm=True, safety=1.02)),
+        Sample("row norm", make([(35, 8), (7, 300)], row_norm=True)),
         Sample("heavy ball to bf16", make([(4, 6), (4, 6)], torch.bfloat16, nesterov=False)),
         Sample("66 matrices", make(PR1473_MATRICES), bench=True),
     ]
@@ -212,10 +210,9 @@ def cost(
     nesterov: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
-    safety: float = 1.0,
 ) -> tuple[Work, Work]:
-    """Gradients are read, momenta read and written, directions written."""
-    x = sum(g.numel() for g in grads) * dtype.itemsize
+    """Gradients are read, momenta read and written, directions and their rows' squares written."""
+    x = sum(g.numel() for g in grads) * dtype.itemsize + 4 * sum(map(len, grads))
     return Work(0, nbytes(*grads, *momenta), nbytes(*momenta) + x), Work(0, 0, 0)
 
 
@@ -227,8 +224,8 @@ OPERATOR = register(
         differentiable=(),
         implementations=in_extension(("muon_momentum",), _launchers, KERNEL_DTYPES),
         preferred={
-            "cpu": [("cpu", "two passes in C++ (python -m bench ops --op muon_momentum)")],
-            "cuda": [("cuda", "two launches for all matrices (python -m bench count)")],
+            "cpu": [("cpu", "one pass in C++ (python -m bench ops --op muon_momentum)")],
+            "cuda": [("cuda", "one launch for all matrices (python -m bench count)")],
         },
         samples=samples,
         cost=cost,

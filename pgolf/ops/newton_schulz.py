@@ -6,7 +6,9 @@ Singular values end near 1: 0.7 to 1.2 with the classic coefficients, closer wit
 Polar Express (Amsel et al. 2025, arXiv 2505.16932), which differ from step to step; results of the
 two are not comparable to the bit. With row_norm every row is first divided by its norm (MuonEq-R).
 Tall matrices are worked on transposed, so that A is the smaller Gram matrix.
-Shapes: G (B, R, C), a batch of one shape.
+Where the sums of squares of G's rows are known, as from `muon_momentum`, X is not written either:
+the first products are those of G, times the factor of each matrix.
+Shapes: G (B, R, C), a batch of one shape, squares (B, R).
 """
 
 import math
@@ -23,7 +25,7 @@ from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, in_cpp, in_triton, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.tensors import check_alike, compute_dtype, unit_stride
+from pgolf.ops.tensors import check_alike, compute_dtype, nbytes, unit_stride
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -55,20 +57,23 @@ def reference(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """`newton_schulz` in plain torch."""
-    x = g.to(dtype) if normalized else normalize(g, dtype, row_norm, safety)
-    return _iterate(x, coefficients)
+    if squares is None:
+        x = dividend(g, row_norm)
+        x = x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)
+    else:
+        x = g / _divisor(squares, safety)
+    return _iterate(x.to(dtype), coefficients)
 
 
-def normalize(g: Tensor, dtype: torch.dtype, row_norm: bool, safety: float) -> Tensor:
-    """X before the first step, of matrices (B, R, C)."""
-    x = _dividend(g, row_norm)
-    return (x / (safety * torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
+def _divisor(squares: Tensor, safety: float) -> Tensor:
+    """(B, 1, 1) of each matrix, from (B, R)."""
+    return (safety * squares.sum(-1).sqrt() + EPS)[:, None, None]
 
 
-def _dividend(g: Tensor, row_norm: bool) -> Tensor:
+def dividend(g: Tensor, row_norm: bool) -> Tensor:
     """What X is times its norm, in the dtype that this is computed in."""
     x = g.to(compute_dtype(g.dtype))
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS) if row_norm else x
@@ -92,22 +97,21 @@ def _in_place(
     dtype: torch.dtype,
     row_norm: bool,
     safety: float,
-    normalized: bool,
+    squares: Sequence[Tensor],
 ) -> list[Tensor]:
     """The references of all batches in few launches, which no gradient goes back through.
 
     Results of tall matrices are transposed views.
     """
     now, then = _Iterate.of(gs, dtype), _Iterate.of(gs, dtype)
-    if normalized:
-        for x, g in zip(now.results, gs, strict=True):
-            x.copy_(g)
+    if squares:
+        whole, divisors = gs, [_divisor(t, safety) for t in squares]
     else:
-        whole = [_dividend(g, row_norm) for g in gs]
+        whole = [dividend(g, row_norm) for g in gs]
         norms = torch.stack(torch._foreach_norm([matrix for x in whole for matrix in x]))
         divisors = (safety * norms + EPS).view(-1, 1, 1).split([x.size(0) for x in whole])
-        for x, dividend, divisor in zip(now.results, whole, divisors, strict=True):
-            torch.div(dividend, divisor, out=x)
+    for x, g, divisor in zip(now.results, whole, divisors, strict=True):
+        torch.div(g, divisor, out=x)
     with without_autocast(gs[0]):
         for a, b, c in coefficients:
             for x, gram in zip(now.xs, now.grams, strict=True):
@@ -176,7 +180,7 @@ def newton_schulz(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Orthogonalise each matrix of g.
@@ -187,15 +191,17 @@ def newton_schulz(
         dtype: of the iteration and the result; sums are in fp32.
         row_norm: divide each row by its norm first.
         safety: factor of the Frobenius norm, for coefficients that need singular values below 1.
-        normalized: g is X already, as `muon_momentum` makes it: row_norm and safety went into it.
+        squares: (B, R) or (R,) fp32 (fp64 of fp64): the sum of squares of each row of g, as
+            `muon_momentum` gives it with the rows that row_norm divided already. g is not normed
+            by itself then.
         impl: 'auto', 'reference', 'cpu' (C++ before torch's matmuls) or 'triton' (fp32, bf16).
 
     Raises:
         ValueError: shape, dtype, coefficients or device do not fit; says which and what would.
         RuntimeError: `impl` is not there on this machine.
     """
-    options = (coefficients, dtype, row_norm, safety, normalized, impl)
-    return newton_schulz_all([g], *options)[0]
+    known = None if squares is None else [squares]
+    return newton_schulz_all([g], coefficients, dtype, row_norm, safety, known, impl)[0]
 
 
 def newton_schulz_all(
@@ -204,13 +210,14 @@ def newton_schulz_all(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Sequence[Tensor] | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
     """`newton_schulz` of several batches of one dtype and device, in the launches of one.
 
     Args:
-        gs: one a batch, as in `newton_schulz`; what else there is, is for all.
+        gs: one a batch, as in `newton_schulz`.
+        squares: of each batch, or of none; what else there is, is for all.
     """
     if not gs:
         raise ValueError("newton_schulz: the list of batches is empty: it needs one at least")
@@ -231,18 +238,36 @@ def newton_schulz_all(
     check_alike("newton_schulz", **dict(zip(names, gs, strict=True)))
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"newton_schulz: dtype={dtype}: it has to be float32, bfloat16 or float64")
+    sums = _checked_squares(gs, squares, row_norm)
     impl = resolve("newton_schulz", impl, gs[0], dtype=dtype)
     batches = [g if g.dim() == 3 else g[None] for g in gs]
     if impl == "reference":
-        options = (coefficients, dtype, row_norm, safety, normalized)
+        options = (coefficients, dtype, row_norm, safety)
         if torch.is_grad_enabled() or not all(map(len, batches)):
-            outs = [reference(batch, *options) for batch in batches]
+            known = sums or [None] * len(gs)
+            outs = [reference(g, *options, s) for g, s in zip(batches, known, strict=True)]
         else:
-            outs = _in_place(batches, *options)
+            outs = _in_place(batches, *options, sums)
     else:
         flat = [float(value) for triple in coefficients for value in triple]
-        outs = _orthogonalise(batches, flat, dtype, row_norm, safety, normalized, impl)
+        outs = _orthogonalise(batches, flat, dtype, row_norm, safety, sums, impl)
     return [out.view(g.shape) for out, g in zip(outs, gs, strict=True)]
+
+
+def _checked_squares(
+    gs: Sequence[Tensor], squares: Sequence[Tensor] | None, row_norm: bool
+) -> list[Tensor]:
+    """(B, R) of each batch; none where they are not known."""
+    if squares is None:
+        return []
+    if row_norm:
+        raise ValueError("newton_schulz: row_norm=True with squares: divide the rows before")
+    wide = compute_dtype(gs[0].dtype)
+    given = [(t.dtype, t.device, tuple(t.shape)) for t in squares]
+    wanted = [(wide, g.device, tuple(g.shape[:-1])) for g in gs]
+    if given != wanted:
+        raise ValueError(f"newton_schulz: squares is {given}: for these g it has to be {wanted}")
+    return [t.reshape(-1, t.size(-1)).contiguous() for t in squares]
 
 
 @opaque("pgolf::newton_schulz", mutates_args=())
@@ -252,17 +277,17 @@ def _orthogonalise(
     dtype: torch.dtype,
     row_norm: bool,
     safety: float,
-    normalized: bool,
+    squares: Sequence[Tensor],
     impl: str,
 ) -> list[Tensor]:
     triples = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
     forward = launcher("newton_schulz", impl, "forward")
     with without_autocast(gs[0]):
-        return forward(gs, triples, dtype, row_norm, safety, normalized)
+        return forward(gs, triples, dtype, row_norm, safety, squares)
 
 
 @_orthogonalise.register_fake
-def _(gs, flat, dtype, row_norm, safety, normalized, impl):
+def _(gs, flat, dtype, row_norm, safety, squares, impl):
     return [g.new_empty(g.shape, dtype=dtype) for g in gs]
 
 
@@ -270,7 +295,11 @@ register_no_gradient("newton_schulz", _orthogonalise)
 
 
 def _cpu_forward(gs: Sequence[Tensor], *options: Any) -> list[Tensor]:
-    return [_cpu_batch(g, *options) for g in gs]
+    *options, squares = options
+    return [
+        _cpu_batch(g, *options, s)
+        for g, s in zip(gs, squares or [None] * len(gs), strict=True)
+    ]
 
 
 def _cpu_batch(
@@ -279,13 +308,12 @@ def _cpu_batch(
     dtype: torch.dtype,
     row_norm: bool,
     safety: float,
-    normalized: bool,
+    squares: Tensor | None,
 ) -> Tensor:
-    if normalized:
-        x = _iterate(g.to(dtype), coefficients)
-        return x if coefficients else x.clone()
-    g = unit_stride(g)
     x = torch.empty(g.shape, dtype=dtype)
+    if squares is not None:
+        return _iterate(torch.div(g, _divisor(squares, safety), out=x), coefficients)
+    g = unit_stride(g)
     extension.load().newton_schulz_normalize(
         g.data_ptr(), x.data_ptr(), DTYPE_CODES[g.dtype], DTYPE_CODES[dtype], *g.shape,
         g.stride(), row_norm, safety, torch.get_num_threads(),
@@ -296,7 +324,7 @@ def _cpu_batch(
 def samples() -> list[Sample]:
     """Square, wide and tall batches; the bench sizes are the banks of PR 1473."""
 
-    def make(shape: tuple[int, int, int], scale: float = 1.0, **options):
+    def make(shape: tuple[int, int, int], scale: float = 1.0, **options: Any):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
             g = torch.Generator().manual_seed(sum(shape))
             matrix = scale * torch.randn(shape, generator=g, dtype=torch.float64)
@@ -304,13 +332,18 @@ def samples() -> list[Sample]:
 
         return build
 
+    def with_squares(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+        (g,), options = make((2, 24, 8), 8.0, safety=1.02)(device, dtype)
+        squares = g.to(compute_dtype(dtype)).square().sum(-1)
+        return (g,), {**options, "squares": squares}
+
     polar = {"coefficients": POLAR_EXPRESS, "row_norm": True, "safety": 1.02}
     small = {"2x8x24": (2, 8, 24), "1x33x17": (1, 33, 17), "3x16x16": (3, 16, 16)}
     banks = {"qo": (22, 512, 512), "kv": (22, 256, 512), "up": (11, 1536, 512)}
     return (
         [Sample(label, make(shape)) for label, shape in small.items()]
         + [Sample("2x33x70 polar express", make((2, 33, 70), **polar))]
-        + [Sample("2x24x8 normalised", make((2, 24, 8), 1 / 8, normalized=True))]
+        + [Sample("2x24x8 with sums of squares", with_squares)]
         + [Sample(f"{label} bank", make(shape), bench=True) for label, shape in banks.items()]
     )
 
@@ -321,7 +354,7 @@ def cost(
     dtype: torch.dtype = torch.bfloat16,
     row_norm: bool = False,
     safety: float = 1.0,
-    normalized: bool = False,
+    squares: Tensor | None = None,
 ) -> tuple[Work, Work]:
     """Every step is three GEMMs that read their operands and write their result; no backward."""
     batch, small, large = g.size(0), *sorted(g.shape[1:])
@@ -329,7 +362,7 @@ def cost(
     x, gram = batch * small * large * item, batch * small * small * item
     flops = 2 * batch * small * small * (2 * large + small) * steps
     prepare = 2 * g.numel() * g.element_size()  # for the norm, and to divide by it
-    prepare, prepared = (0, 0) if normalized else (prepare, x)
+    prepare, prepared = (prepare, x) if squares is None else (nbytes(squares), 0)
     return (
         Work(flops, prepare + steps * (2 * x + 2 * gram), prepared + steps * (x + 2 * gram)),
         Work(0, 0, 0),

@@ -58,7 +58,7 @@ class Sample:
 
 
 # What an operator returns.
-Result = Tensor | Sequence[Tensor] | None
+Result = Tensor | Sequence["Result"] | None
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,10 @@ Errors = tuple[float, float]  # largest and mean
 
 
 def as_tuple(result: Result) -> tuple[Tensor, ...]:
-    """The results of an operator, where there is one, or none, too."""
-    return (result,) if isinstance(result, Tensor) else tuple(result or ())
+    """The results of an operator, where there is one, none, or lists of them too."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(t for part in result or () for t in as_tuple(part))
 
 
 def with_tensors(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:

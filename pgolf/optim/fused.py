@@ -1,6 +1,6 @@
 """The optimiser step through the operators: clip, Muon, AdamW and average in few launches.
 
-    X     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(X), a batch a shape
+    U     <- muon_momentum(Muon's gradients, momenta);   X <- newton_schulz(U), a batch a shape
     param_update(AdamW's parameters and gradients, Muon's parameters and X, averages)
 
 What changes from step to step is in one small tensor on the device, sent with a batch of tokens.
@@ -122,10 +122,9 @@ class FusedStep:
     ) -> list[Tensor]:
         """Orthogonalised, one a matrix."""
         options = self.muon.ns_options
-        stacks = muon_momentum(
+        stacks, squares = muon_momentum(
             [grads[p] for p in self.matrices], self.momenta, norm, scalars,
-            self.muon.nesterov, options["dtype"], options["row_norm"], options["safety"],
-            self.ops["muon_momentum"],
+            self.muon.nesterov, options["dtype"], options["row_norm"], self.ops["muon_momentum"],
         )  # fmt: skip
-        found = newton_schulz_all(stacks, **options, normalized=True)
-        return [x for stack in found for x in stack]
+        orthogonal = newton_schulz_all(stacks, **options | {"row_norm": False}, squares=squares)
+        return [x for stack in orthogonal for x in stack]

@@ -24,7 +24,7 @@ KERNELS = {
     "softcap_cross_entropy": ["softcap_cross_entropy_rows"],
     "weight_cast": ["weight_cast_rows"],
     "grad_norm": ["grad_norm_chunks", "grad_norm_finish"],
-    "muon_momentum": ["muon_momentum_rows", "muon_momentum_scale"],
+    "muon_momentum": ["muon_momentum_rows"],
     "param_update": ["param_update_chunks"],
     "part_sums": ["part_sums_columns"],
 }
@@ -86,5 +86,5 @@ def test_bytes_of_launches(phases):
     assert moved(phases, "grad_norm") == 2 * sum(numbers) + 2 * 8 * chunks + 4 + 8
     shapes = ((8, 64), (8, 64), (40, 12), (3, 5))
     elements, rows = sum(r * c for r, c in shapes), sum(r for r, _ in shapes)
-    # A gradient, its momentum twice, its direction three times; rows' squares, scalars, norm.
-    assert moved(phases, "muon_momentum") == 2 * elements * 6 + 8 * rows + 4 * 10 + 4
+    # A gradient, its momentum twice, its direction; rows' squares, scalars, norm.
+    assert moved(phases, "muon_momentum") == 2 * elements * 4 + 4 * rows + 4 * 10 + 4

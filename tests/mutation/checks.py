@@ -170,6 +170,17 @@ def newton_schulz_products() -> None:
     t.check(t.random_matrices(2, 33, 70), t.POLAR_EXPRESS, FP32)
     t.check(t.random_matrices(1, 70, 33), t.CLASSIC[:2], BF16)
     t.test_batches_of_several_shapes_are_as_each_alone(BF16)
+    t.test_from_sums_of_squares(t.POLAR_EXPRESS[:1], FP32)
+    newton_schulz_of_a_tiny_matrix()
+
+
+def newton_schulz_of_a_tiny_matrix() -> None:
+    """From its sums of squares, where the constant beside the norm counts."""
+    from tests.triton import test_newton_schulz as t
+
+    g = 1e-8 * t.random_matrices(1, 5, 9)
+    x = t.newton_schulz(g, t.CLASSIC[:1], FP32, squares=t.rows_of_squares(g))
+    torch.testing.assert_close(x, t.newton_schulz(g, t.CLASSIC[:1], FP32))
 
 
 def newton_schulz_one_triangle() -> None:
@@ -178,11 +189,12 @@ def newton_schulz_one_triangle() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         t.test_one_triangle_of_a_product_that_is_not_symmetric(patch)
+        t.test_sums_of_squares_by_one_triangle(patch)
         row = next(i for i, c in enumerate(t.PRODUCTS) if c.blocks["SYMMETRIC"])
         t.test_symmetric_products(row, False, patch)
         p, out = t.random_matrices(1, 40, 20), torch.zeros(1, 40, 120)[:, :, ::3]
         patch.setattr(t.ns, "pick", t.everywhere(t.PRODUCTS[row]))
-        t.ns._products([(p, p.mT, None, out)], 1.0, 0.0, symmetric=True)
+        t.ns._products([(p, p.mT, None, out, None)], 1.0, 0.0, symmetric=True)
         torch.testing.assert_close(out, p @ p.mT)
 
 

@@ -31,8 +31,10 @@ def test_addresses_that_are_not_aligned(impl: str) -> None:
         param_update([p], [g], [m], [v], NORM, rows, [0], [a], impl=which)
         buffer, matrix = shifted(32, 6).view(4, 8), shifted(32, 7).view(4, 8)
         row = torch.tensor(scalars_row(momentum=0.9))
-        (x,) = muon_momentum([matrix], [buffer], NORM, row, dtype=torch.float32, impl=which)
-        results.append([p, m, v, a, buffer, x, grad_norm([g, matrix], impl=which)[0]])
+        (x,), (squares,) = muon_momentum(
+            [matrix], [buffer], NORM, row, dtype=torch.float32, impl=which
+        )
+        results.append([p, m, v, a, buffer, x, squares, grad_norm([g, matrix], impl=which)[0]])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.ops.newton_schulz import CLASSIC, newton_schulz, newton_schulz_all
+from pgolf.ops.newton_schulz import CLASSIC, POLAR_EXPRESS, newton_schulz, newton_schulz_all
 from pgolf.ops.operator import OPERATORS
 
 from .cases import implementations
@@ -116,15 +116,43 @@ def test_strided_input_is_read_right_and_not_written() -> None:
     assert torch.equal(view, kept)
 
 
-@pytest.mark.parametrize("row_norm", [False, True])
-@pytest.mark.parametrize("normalized", [False, True])
-def test_without_a_gradient_all_shapes_together_are_each_by_itself(row_norm, normalized) -> None:
+@pytest.mark.parametrize("impl", ["reference", *implementations(OPERATORS["newton_schulz"])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_from_sums_of_squares(steps: int, dtype: torch.dtype, impl: str) -> None:
+    """As from g alone; wide, tall, large and tiny, a batch of zeros, a single matrix."""
+    gs = [1e3 * sample((8, 24)), 1e-9 * sample((40, 12), 2), 0 * sample((6, 6)), sample((5, 9))[0]]
+    squares = [g.square().sum(-1) for g in gs]
+    options = {"coefficients": POLAR_EXPRESS[:steps], "safety": 1.02, "impl": impl}
+    together = newton_schulz_all(gs, **options, dtype=dtype, squares=squares)
+    exact = newton_schulz_all([g.double() for g in gs], **options | {"impl": "reference"},
+                              dtype=torch.float64)  # fmt: skip
+    for g, s, x, truth in zip(gs, squares, together, exact, strict=True):
+        assert torch.equal(x, newton_schulz(g, **options, dtype=dtype, squares=s))
+        usual = newton_schulz(g, **options, dtype=dtype)
+        error, allowed = ((t.double() - truth).norm() for t in (x, usual))
+        assert error <= 2 * allowed + 1e-7 * truth.norm()
+
+
+def test_squares_that_do_not_fit() -> None:
+    g = sample((8, 24))
+    squares = g.square().sum(-1)
+    for wrong in (squares[:, 1:], squares.double(), squares[:1]):
+        with pytest.raises(ValueError, match=r"squares is .*: for these g it has to be"):
+            newton_schulz(g, squares=wrong)
+    with pytest.raises(ValueError, match="row_norm=True with squares: divide the rows before"):
+        newton_schulz(g, row_norm=True, squares=squares)
+
+
+@pytest.mark.parametrize(("row_norm", "known"), [(False, False), (True, False), (False, True)])
+def test_without_a_gradient_all_shapes_together_are_each_by_itself(row_norm, known) -> None:
     """Tall ones beside their transposes, two batches of one shape, Gram matrices of one size."""
     shapes = [*SHAPES, (8, 30), (8, 24)]
     gs = [0.02 * sample(shape, i % 3 + 1).double() for i, shape in enumerate(shapes)]
-    options = {"dtype": torch.float64, "row_norm": row_norm, "normalized": normalized}
+    options = {"dtype": torch.float64, "row_norm": row_norm, "impl": "reference"}
+    sums = [g.square().sum(-1) if known else None for g in gs]
     with torch.no_grad():
-        together = newton_schulz_all(gs, **options, impl="reference")
-    for g, found in zip(gs, together, strict=True):
-        alone = newton_schulz_all([g.requires_grad_()], **options, impl="reference")[0]
+        together = newton_schulz_all(gs, **options, squares=sums if known else None)
+    for g, found, squares in zip(gs, together, sums, strict=True):
+        alone = newton_schulz(g.requires_grad_(), **options, squares=squares)
         torch.testing.assert_close(found, alone.detach(), rtol=0, atol=1e-12)

@@ -168,9 +168,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_all_of_pr1473_is_three_calls(recorder: Recorder, monkeypatch) -> None:
-    """Two launches for the norm, two for the momentum, one for the update: all fits one list.
+    """Two launches for the norm, one for the momentum, one for the update: all fits one list.
 
-    (csrc/cuda/multi_tensor.cuh holds 406 parameters in the arguments of a launch, 507 matrices.)
+    (csrc/cuda/multi_tensor.cuh holds 406 parameters in the arguments of a launch, 580 matrices.)
     """
     config = recipes.get("pr1473").config()
     choose.cache_clear()

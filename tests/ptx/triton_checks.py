@@ -129,9 +129,13 @@ def check_division_of_the_quantiser() -> None:
         raise AssertionError(f"{other} passes the check of the quantiser")
 
 
-def check_newton_schulz(dtype: torch.dtype, *shape: int, row_norm: bool) -> None:
+def check_newton_schulz(
+    dtype: torch.dtype, *shape: int, row_norm: bool = False, known: bool = False
+) -> None:
+    """Also from sums of squares that are known."""
     g = random(*shape, dtype=FP32, seed=6)
-    got = newton_schulz.newton_schulz(g, ONE, dtype, row_norm=row_norm)
+    squares = g.square().sum(-1) if known else None
+    got = newton_schulz.newton_schulz(g, ONE, dtype, row_norm=row_norm, squares=squares)
     usual, exact = (
         OPERATORS["newton_schulz"].reference(x, ONE, d, row_norm=row_norm)
         for x, d in ((g, dtype), (g.double(), torch.float64))
@@ -207,10 +211,13 @@ CHECKS: dict[str, Callable[[], None]] = {
     "newton_schulz norms and scale fp32": _run(check_normalisation, FP32),
     "newton_schulz norms and scale bf16": _run(check_normalisation, BF16),
     "newton_schulz product fp32": _tiled(
-        "newton_schulz_product", 4, _run(check_newton_schulz, FP32, 1, 24, 40, row_norm=False)
+        "newton_schulz_product", 4, _run(check_newton_schulz, FP32, 1, 24, 40)
     ),
     "newton_schulz product bf16": _tiled(
-        "newton_schulz_product", 4, _run(check_newton_schulz, BF16, 1, 72, 96, row_norm=False)
+        "newton_schulz_product", 4, _run(check_newton_schulz, BF16, 1, 72, 96)
+    ),
+    "newton_schulz product bf16, sums of squares": _tiled(
+        "newton_schulz_product", 4, _run(check_newton_schulz, BF16, 1, 40, 72, known=True)
     ),
     "newton_schulz product bf16, tall": _tiled(
         "newton_schulz_product", 4, _run(check_newton_schulz, BF16, 1, 136, 64, row_norm=True)

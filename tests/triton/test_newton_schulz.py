@@ -144,8 +144,8 @@ def test_symmetric_products(row: int, integers: bool, monkeypatch) -> None:
     x = (x.round().clamp(-2, 2) if integers else x).to(dtype)
     with GuardZones() as zones:
         gram, poly = (zones.tensor((2, 140, 140), dtype) for _ in range(2))
-        ns._products([(x, x.mT, None, gram)], 1.0, 0.0, symmetric=True)
-        ns._products([(gram, gram, gram, poly)], 2.0, -1.0, symmetric=True)
+        ns._products([(x, x.mT, None, gram, None)], 1.0, 0.0, symmetric=True)
+        ns._products([(gram, gram, gram, poly, None)], 2.0, -1.0, symmetric=True)
     exact = x.double() @ x.double().mT, 2 * gram.double() @ gram.double() - gram.double()
     for result, truth in zip((gram, poly), exact, strict=True):
         assert torch.equal(result, result.mT)
@@ -161,7 +161,7 @@ def test_one_triangle_of_a_product_that_is_not_symmetric(monkeypatch) -> None:
     monkeypatch.setattr(ns, "pick", everywhere(config))
     p, q = random_matrices(1, 100, 20), random_matrices(1, 20, 100)
     out = torch.empty(1, 100, 100)
-    ns._products([(p, q, None, out)], 1.0, 0.0, symmetric=True)
+    ns._products([(p, q, None, out, None)], 1.0, 0.0, symmetric=True)
     lower = (p @ q).tril()
     torch.testing.assert_close(out, lower + lower.tril(-1).mT)
 
@@ -275,15 +275,51 @@ def test_triangles_of_several_shapes_in_one_launch(monkeypatch) -> None:
         check(g, CLASSIC[:2], FP32)
 
 
-def test_batches_that_are_normalised_already() -> None:
-    gs = [random_matrices(2, 8, 8, dtype=BF16), random_matrices(1, 9, 12)]
-    for coefficients in ([], CLASSIC[:1]):
-        kept = [g.clone() for g in gs]
-        together = newton_schulz_all(gs, coefficients, BF16, normalized=True)
-        assert all(map(torch.equal, gs, kept))
-        assert all(x.data_ptr() != g.data_ptr() for x, g in zip(together, gs, strict=True))
-        for g, x in zip(gs, together, strict=True):
-            assert torch.equal(x, newton_schulz(g, coefficients, BF16, normalized=True))
+def rows_of_squares(g: Tensor) -> Tensor:
+    return g.float().square().sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("coefficients", [[], POLAR_EXPRESS[:1], CLASSIC])
+def test_from_sums_of_squares(coefficients: list, dtype: torch.dtype) -> None:
+    """Wide, tall, more rows than there are lanes, large, tiny; matrices of zeros, of NaN."""
+    gs = [1e4 * random_matrices(2, 33, 70), random_matrices(1, 530, 5), random_matrices(4, 20, 30)]
+    gs[2] *= torch.tensor([1e-9, 0.0, torch.nan, 1.0])[:, None, None]
+    gs = [g.to(dtype) for g in gs]
+    kept, sums = [g.clone() for g in gs], [rows_of_squares(g) for g in gs]
+    with GuardZones() as zones:
+        given = [zones.input(g) for g in gs], [zones.input(s) for s in sums]
+        together = newton_schulz_all(
+            given[0], coefficients, dtype, safety=1.02, squares=given[1]
+        )
+    assert all(torch.equal(g, k) for g, k in zip(gs[:2], kept, strict=False))
+    assert not together[2][1].any() and together[2][2].isnan().all()
+    for g, s, x in zip(gs, sums, together, strict=True):
+        assert torch.equal(
+            x.nan_to_num(), newton_schulz(g, coefficients, dtype, False, 1.02, s).nan_to_num()
+        )
+        whole = torch.tensor([not m.isnan().any() for m in g])
+        g, x = g[whole], x[whole]
+        truth = formula(g.double(), coefficients, torch.float64, safety=1.02)
+        theirs = formula(g, coefficients, dtype, safety=1.02)
+        error, allowed = ((t.double() - truth).norm() for t in (x, theirs))
+        assert error <= 2 * allowed + torch.finfo(FP32).eps * truth.norm()
+
+
+def test_sums_of_squares_by_one_triangle(monkeypatch) -> None:
+    """The factor is in both mirror images."""
+    config = next(c for c in PRODUCTS if c.blocks["SYMMETRIC"] and c.when["dtype"] == "fp32")
+    monkeypatch.setattr(ns, "pick", everywhere(config))
+    g = 7 * random_matrices(1, 70, 90)
+    x = newton_schulz(g, CLASSIC[:2], FP32, squares=rows_of_squares(g))
+    torch.testing.assert_close(x, newton_schulz(g, CLASSIC[:2], FP32))
+
+
+def test_launches_from_sums_of_squares() -> None:
+    stacks = [torch.empty(shape, device="meta") for shape in ((22, 512, 512), (11, 1536, 512))]
+    sums = [torch.empty(g.shape[:-1], device="meta") for g in stacks]
+    found = launched(lambda: newton_schulz_all(stacks, CLASSIC, FP32, squares=sums))
+    assert [launch.kernel.__name__ for launch in found] == ["newton_schulz_product"] * 15
 
 
 @pytest.mark.parametrize(
