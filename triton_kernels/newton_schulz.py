@@ -269,6 +269,8 @@ def _iterate(
         polys.append(torch.empty((b, side, side), dtype=x.dtype, device=x.device))
         afters.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     spares, nothing = list(buffers), [None] * len(xs)
+    if squares:  # buffers are not X: an odd number of iterations, which is usual, ends there
+        afters, spares = spares, afters
     sums = squares or nothing
     for ca, cb, cc in coefficients:
         wides, wide_afters = [_wide(x) for x in xs], [_wide(x) for x in afters]

@@ -362,7 +362,7 @@ def cost(
     x, gram = batch * small * large * item, batch * small * small * item
     flops = 2 * batch * small * small * (2 * large + small) * steps
     prepare = 2 * g.numel() * g.element_size()  # for the norm, and to divide by it
-    prepare, prepared = (prepare, x) if squares is None else (nbytes(squares), 0)
+    prepare, prepared = (prepare, x) if squares is None else (2 * nbytes(squares), 0)
     return (
         Work(flops, prepare + steps * (2 * x + 2 * gram), prepared + steps * (x + 2 * gram)),
         Work(0, 0, 0),

@@ -131,7 +131,8 @@ def test_from_sums_of_squares(steps: int, dtype: torch.dtype, impl: str) -> None
         assert torch.equal(x, newton_schulz(g, **options, dtype=dtype, squares=s))
         usual = newton_schulz(g, **options, dtype=dtype)
         error, allowed = ((t.double() - truth).norm() for t in (x, usual))
-        assert error <= 2 * allowed + 1e-7 * truth.norm()
+        # A rounding of the norm, which the first step's slope of 8 makes larger.
+        assert error <= 2 * allowed + 8 * torch.finfo(torch.float32).eps * truth.norm()
 
 
 def test_squares_that_do_not_fit() -> None:
