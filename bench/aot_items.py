@@ -119,7 +119,7 @@ ITEMS: Mapping[str, Item] = {
         shortest=True,
     ),
     "muon_momentum_rows": Item(
-        "a row of 512 in fp32", (), WIDTH * 4 * 2, WIDTH * 4 * 2, (1, 4, *(0,) * 12), ROWS
+        "a row of 512 in fp32", ("false",), WIDTH * 4 * 2, WIDTH * 4 * 2, (1, 4, *(0,) * 8), ROWS
     ),
     "param_update_chunks": Item(
         "512 elements in fp32 by AdamW, with an average", (), CHUNK * 5 * 4, CHUNK * 4 * 4,

@@ -12,6 +12,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 __device__ inline int this_warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
+template <bool kRowNorm>
 __global__ void __launch_bounds__(kThreads)
     muon_momentum_rows(Matrices list, MuonMomentumShape shape, const UpdateScalars* scalars,
                        const float* norm, float* squares) {
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     store_floats(x, t.x, shape.x_dtype, at);
   });
   double squares_of_row = group_sum<kWarp>(sum);
-  if (shape.row_norm) {
+  if constexpr (kRowNorm) {
     const float factor = row_norm_factor(squares_of_row);
     // A lane reads what it has written itself.
     for_elements(begin, begin + t.cols, wide, this_lane(), kWarp, [&](auto elements, int64_t at) {
@@ -56,9 +57,10 @@ const char* muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* 
                           const UpdateScalars* scalars, const float* norm, float* squares,
                           void* stream) {
   const int count = static_cast<int>(shape.matrices);
+  const auto kernel = shape.row_norm ? muon_momentum_rows<true> : muon_momentum_rows<false>;
   return for_each_list<Matrices>(matrices, count, shape.rows, [&](const auto& list) {
-    return launch(muon_momentum_rows, blocks_for(list.end_item - list.first_item, kWarps), kThreads,
-                  stream, list, shape, scalars, norm, squares);
+    return launch(kernel, blocks_for(list.end_item - list.first_item, kWarps), kThreads, stream,
+                  list, shape, scalars, norm, squares);
   });
 }
 
