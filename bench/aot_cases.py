@@ -34,7 +34,8 @@ class Case:
 def cases() -> list[Case]:
     """All of them, in a fixed order."""
     return [
-        *_xsa(), *_mlp(), *_xsa_linear(), *_linear_residual(), *_newton_schulz(), *_fake_quant()
+        *_xsa(), *_mlp(), *_xsa_linear(), *_linear_residual(), *_linear_qk_rope(),
+        *_newton_schulz(), *_fake_quant(),
     ]  # fmt: skip
 
 
@@ -117,6 +118,31 @@ def _linear_residual() -> Iterator[Case]:
     bf16 = torch.bfloat16
     z, w = _meta(TOKENS, WIDTH, dtype=bf16), _meta(WIDTH, WIDTH, dtype=bf16)
     yield Case("bf16", "bf16", lambda: linear_residual(z, w, z, 0.5, 1e-6, tma=True))
+
+
+def _linear_qk_rope() -> Iterator[Case]:
+    """With and without a factor, values of their own or of a table, and more rotated pairs."""
+    from pgolf.triton_kernels.linear_qk_rope import linear_qk_rope
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    batch, time, size = TOKENS // 2048, 2048, WIDTH // HEADS
+    x = _meta(batch, time, WIDTH, dtype=bf16)
+    w = _meta((HEADS + 2 * GROUPS) * size, WIDTH, dtype=bf16)
+    gain, factor = _meta(HEADS, dtype=fp32), _meta(batch, time, dtype=fp32)
+    values = _meta(batch, time, GROUPS * size, dtype=bf16)
+    table, ids = _meta(1024, GROUPS * size, dtype=bf16), _meta(batch, time, dtype=torch.int64)
+    for label, pairs, *added in (
+        ("", 8, None, None, None), (" factor", 8, factor, None, None),
+        (" factor, values", 8, factor, values, None), (" factor, table", 8, factor, table, ids),
+        (" factor, 32 pairs", 32, factor, None, None),
+    ):  # fmt: skip
+        angles = _meta(time, pairs, dtype=fp32)
+        yield Case(
+            f"bf16{label}", "bf16",
+            lambda angles=angles, added=added: linear_qk_rope(
+                x, w, angles, angles, gain, *added, HEADS, GROUPS, 1e-6
+            ),
+        )  # fmt: skip
 
 
 def _newton_schulz() -> Iterator[Case]:
