@@ -11,8 +11,12 @@
 // changes for queries and keys, and dx is the gradient of x itself. A value becomes f v, and
 // dx = f (dv + dv'), where v' is v once more, with a gradient of its own. It gets a row added, its own
 // or that of its token's id in a table.
+//
+// Where x was never written, the gradient takes n from the results, as R^T y / gain, and rstd from who
+// made them, with `rope_gain` for gain there and here.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels.h"
@@ -45,6 +49,12 @@ struct QkRopeValue {
   // The row of a token.
   PGOLF_HOST_DEVICE int64_t row(int64_t token) const { return ids ? ids[token] : token; }
   PGOLF_HOST_DEVICE bool has(int64_t row) const { return !ids || (row >= 0 && row < count); }
+};
+
+// Results in place of qkv: q (N, T, H, d), k (N, T, G, d), and rstd (N, T, H + G) of their heads, float
+// or double for double; all contiguous.
+struct QkRopeResults {
+  const void *q, *k, *rstd;
 };
 
 struct QkRopeOutputs {
@@ -82,6 +92,23 @@ PGOLF_HOST_DEVICE static inline RopeGradient<F> rope_gradient(F w_dot_x, F rstd,
                                                               int64_t size) {
   const RmsGradient<F> norm = rms_gradient(w_dot_x, rstd, gain, size);
   return {norm.of_dn, norm.of_x, w_dot_x * rstd};
+}
+
+// The same where n, with w . n = s, stands for x.
+template <typename F>
+PGOLF_HOST_DEVICE static inline RopeGradient<F> rope_gradient_of_normed(F s, F rstd, F gain,
+                                                                        int64_t size) {
+  const F of_w = gain * rstd;
+  return {of_w, -of_w * (s / static_cast<F>(size)), s};
+}
+
+// What a head of q is multiplied by where n is to be found in it again: gain, but not nearly 0. With
+// 2^-100 a q is as good as 0, and still no subnormal number.
+template <typename F>
+PGOLF_HOST_DEVICE static inline F rope_gain(F gain) {
+  const F least = F(7.888609052210118e-31);
+  if (!(std::abs(gain) < least)) return gain;
+  return gain < 0 ? -least : least;
 }
 
 }  // namespace pgolf

@@ -30,11 +30,16 @@ int64_t packed_count(const QkRopeShape& shape) {
 // A factor that is missing has a null pointer.
 QkRopeInputs checked_inputs(const QkRopeShape& shape, Address qkv, Address cos, Address sin,
                             Address gain, Address factor) {
-  check_pointer("qkv", qkv, packed_count(shape));
   check_pointer("cos", cos, tokens_of(shape) * shape.half);
   check_pointer("sin", sin, tokens_of(shape) * shape.half);
   check_pointer("gain", gain, tokens_of(shape) * shape.heads);
   return {qkv, cos, sin, gain, factor};
+}
+
+QkRopeInputs checked_with_qkv(const QkRopeShape& shape, Address qkv, Address cos, Address sin,
+                              Address gain, Address factor) {
+  check_pointer("qkv", qkv, packed_count(shape));
+  return checked_inputs(shape, qkv, cos, sin, gain, factor);
 }
 
 QkRopeOutputs checked_outputs(const QkRopeShape& shape, Address q, Address k, Address v) {
@@ -81,7 +86,7 @@ void qk_rope(Address qkv, Address cos, Address sin, Address gain, Address factor
              int64_t n, int64_t t, int64_t h, int64_t g, int64_t d, int64_t half, double eps,
              bool norm, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
-  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
+  const QkRopeInputs in = checked_with_qkv(shape, qkv, cos, sin, gain, factor);
   const QkRopeOutputs out = checked_outputs(shape, q, k, v);
   launch::qk_rope(on, shape, in, checked_value<On>(shape, value, value_ids, value_rows), out);
 }
@@ -94,7 +99,7 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
                       const Strides& dq_strides, const Strides& dk_strides,
                       const Strides& dv_strides, const Strides& dv_again_strides, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
-  const QkRopeInputs in = checked_inputs(shape, qkv, cos, sin, gain, factor);
+  const QkRopeInputs in = checked_with_qkv(shape, qkv, cos, sin, gain, factor);
   const QkRopeGradients gradients = {checked_gradient("dq", shape, h, dq, dq_strides),
                                      checked_gradient("dk", shape, g, dk, dk_strides),
                                      checked_gradient("dv", shape, g, dv, dv_strides),
@@ -102,6 +107,29 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
                                                       dv_again_strides)};
   check_gradient_outputs(shape, dqkv, partials, partial_rows);
   launch::qk_rope_backward(on, shape, in, gradients, dqkv, partials);
+}
+
+template <typename On>
+void qk_rope_backward_of_results(Address q, Address k, Address rstd, Address cos, Address sin,
+                                 Address gain, Address factor, Address dq, Address dk, Address dv,
+                                 Address dv_again, Address dqkv, Address partials,
+                                 int64_t partial_rows, int dtype, int64_t n, int64_t t, int64_t h,
+                                 int64_t g, int64_t d, int64_t half, const Strides& dq_strides,
+                                 const Strides& dk_strides, const Strides& dv_strides,
+                                 const Strides& dv_again_strides, On on) {
+  const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, 0, true);
+  const QkRopeInputs in = checked_inputs(shape, Address{0}, cos, sin, gain, factor);
+  check_pointer("q", q, tokens_of(shape) * shape.heads * shape.size);
+  check_pointer("k", k, tokens_of(shape) * shape.kv_heads * shape.size);
+  check_pointer("rstd", rstd, tokens_of(shape) * (shape.heads + shape.kv_heads));
+  const QkRopeGradients gradients = {checked_gradient("dq", shape, h, dq, dq_strides),
+                                     checked_gradient("dk", shape, g, dk, dk_strides),
+                                     checked_gradient("dv", shape, g, dv, dv_strides),
+                                     checked_gradient("dv_again", shape, g, dv_again,
+                                                      dv_again_strides)};
+  check_gradient_outputs(shape, dqkv, partials, partial_rows);
+  const QkRopeResults results = {q, k, rstd};
+  launch::qk_rope_backward_of_results(on, shape, in, results, gradients, dqkv, partials);
 }
 
 const Functions functions = {
@@ -113,6 +141,9 @@ const Functions functions = {
                    "qkv cos sin gain factor dq dk dv dv_again dqkv partials partial_rows "
                    "dtype n t h g d half eps norm dq_strides dk_strides dv_strides "
                    "dv_again_strides"),
+        PGOLF_BOTH(qk_rope_backward_of_results,
+                   "q k rstd cos sin gain factor dq dk dv dv_again dqkv partials partial_rows "
+                   "dtype n t h g d half dq_strides dk_strides dv_strides dv_again_strides"),
     },
     {
         {"qk_rope.SIZE_LIMITS.cuda", kMaxRopeSize},

@@ -91,18 +91,26 @@ void turn_head(const T* x, Turn<compute_t<T>> turn, compute_t<T> factor, int64_t
   });
 }
 
-// What the gradient of a head is made of: w = R^T dy and x, widened, and their inner products.
+// What the gradient of a head is made of: w = R^T dy and x, widened, and their inner products. Where
+// heads come from results x is n = R^T y / gain.
 template <typename F>
 struct Widened {
   alignas(64) F w[kMaxRopeSize];
   alignas(64) F x[kMaxRopeSize];
   F along, squares;  // w . x and x . x
 
-  template <typename T>
-  void load(const T* dy, const T* from, Turn<F> turn, int64_t size) {
+  template <bool kOfResults, typename T>
+  void load(const T* dy, const T* from, Turn<F> turn, F gain, int64_t size) {
+    const F scale = kOfResults ? F(1) / gain : F(1);
+    const auto turned = [&](int64_t j, int64_t count) {
+      if constexpr (!kOfResults) return turn.load(from, j, count);
+      const Halves<F> back = turn.back(from, j, count);
+      const Pairs<F> each = Pairs<F>::filled(scale);
+      return Halves<F>{back.first * each, back.second * each};
+    };
     Pairs<F> pair_along = Pairs<F>::filled(0), pair_squares = Pairs<F>::filled(0);
     turn.each([&](int64_t j, int64_t count) {
-      const Halves<F> back = turn.back(dy, j, count), pair = turn.load(from, j, count);
+      const Halves<F> back = turn.back(dy, j, count), pair = turned(j, count);
       pair_along = pair_along + (back.first * pair.first + back.second * pair.second);
       pair_squares = pair_squares + (pair.first * pair.first + pair.second * pair.second);
       store_pairs(back.first, w + j, count);
@@ -113,7 +121,9 @@ struct Widened {
     const int64_t r = 2 * turn.half;
     Row<F> row_along = Row<F>::filled(0), row_squares = Row<F>::filled(0);
     each_lanes<F>(size - r, [&](int64_t i, auto lanes) {
-      const Row<F> same = lanes.load(dy + r + i), head = lanes.load(from + r + i);
+      const Row<F> same = lanes.load(dy + r + i);
+      const Row<F> head = kOfResults ? lanes.load(from + r + i) * Row<F>::filled(scale)
+                                     : lanes.load(from + r + i);
       row_along = row_along + same * head;
       row_squares = row_squares + head * head;
       lanes.store(same, w + r + i);
@@ -133,15 +143,19 @@ template <typename T, int kSize, int kHalf>
 struct Operator {
   using F = compute_t<T>;
   QkRopeShape shape;
-  const T* qkv;
+  const T *qkv, *q, *k;  // the last two, with rstds, in place of qkv
+  const F* rstds;
   const F* cos;
   const F* sin;
   const F* gain;
   const F* factors;
 
-  Operator(const QkRopeShape& s, const QkRopeInputs& in)
+  Operator(const QkRopeShape& s, const QkRopeInputs& in, const QkRopeResults& results)
       : shape(s),
         qkv(static_cast<const T*>(in.qkv)),
+        q(static_cast<const T*>(results.q)),
+        k(static_cast<const T*>(results.k)),
+        rstds(static_cast<const F*>(results.rstd)),
         cos(static_cast<const F*>(in.cos)),
         sin(static_cast<const F*>(in.sin)),
         gain(static_cast<const F*>(in.gain)),
@@ -205,7 +219,16 @@ struct Operator {
     }
   }
 
+  // Of a head of q or k.
+  const T* result(int64_t token, int64_t index) const {
+    const bool is_query = index < shape.heads;
+    const int64_t own = is_query ? token * shape.heads + index
+                                 : token * shape.kv_heads + index - shape.heads;
+    return (is_query ? q : k) + own * size();
+  }
+
   // The gradient of head `index` of qkv; returns what it adds to d_gain.
+  template <bool kOfResults>
   F backward_head(int64_t token, int64_t index, const T* dy, F gain,
                   const HeadOutput<T>& to) const {
     F sum = 0;
@@ -215,10 +238,17 @@ struct Operator {
         return;
       }
       Widened<F> in;
-      const bool needs_x = shape.norm || index < shape.heads;
-      in.load(dy, needs_x ? head(token, index) : dy, turn(token), size());  // (dy is at hand)
-      const auto gradient =
-          rope_gradient(in.along, rstd(in.squares, factor_of(token)), gain, size());
+      RopeGradient<F> gradient;
+      if constexpr (kOfResults) {
+        const F rstd = rstds[token * (shape.heads + shape.kv_heads) + index];
+        in.template load<true>(dy, result(token, index), turn(token), rope_gain(gain), size());
+        gradient = rope_gradient_of_normed(in.along, rstd, gain, size());
+      } else {
+        const bool needs_x = shape.norm || index < shape.heads;
+        const T* const x = needs_x ? head(token, index) : dy;  // (dy is at hand)
+        in.template load<false>(dy, x, turn(token), gain, size());
+        gradient = rope_gradient(in.along, rstd(in.squares, factor_of(token)), gain, size());
+      }
       const Row<F> of_w = Row<F>::filled(gradient.of_w), of_x = Row<F>::filled(gradient.of_x);
       each_lanes<F>(size(), [&](int64_t i, auto lanes) {
         const Row<F> scaled = of_w * lanes.load(in.w + i);
@@ -230,6 +260,7 @@ struct Operator {
   }
 
   // gains: (H,) what the token adds to d_gain is added to it.
+  template <bool kOfResults>
   void backward(int64_t token, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv, Tokens<T> dv_again,
                 const HeadOutput<T>& to, F* gains) const {
     const int64_t batch = token / shape.time, time = token % shape.time;
@@ -237,10 +268,10 @@ struct Operator {
       return x.data ? x.row(batch, time, h) : nullptr;
     };
     for (int64_t h = 0; h < shape.heads; ++h) {
-      gains[h] += backward_head(token, h, row(dq, h), gain[h], to);
+      gains[h] += backward_head<kOfResults>(token, h, row(dq, h), gain[h], to);
     }
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
-      backward_head(token, shape.heads + g, row(dk, g), F(1), to);
+      backward_head<kOfResults>(token, shape.heads + g, row(dk, g), F(1), to);
     }
     const F factor = factor_of(token);
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
@@ -253,11 +284,30 @@ struct Operator {
 
 // body(operator) for the type and the sizes.
 template <typename Body>
-void with_operator(const QkRopeShape& shape, const QkRopeInputs& in, const Body& body) {
+void with_operator(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeResults& results,
+                   const Body& body) {
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    if (shape.size == 64 && shape.half == 8) return body(element, Operator<T, 64, 8>(shape, in));
-    return body(element, Operator<T, 0, 0>(shape, in));
+    if (shape.size == 64 && shape.half == 8) {
+      return body(element, Operator<T, 64, 8>(shape, in, results));
+    }
+    return body(element, Operator<T, 0, 0>(shape, in, results));
+  });
+}
+
+template <bool kOfResults>
+void backward(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeResults& results,
+              const QkRopeGradients& gradients, void* dqkv, void* partials, int threads) {
+  with_operator(shape, in, results, [&](auto element, const auto& op) {
+    using T = decltype(element);
+    using F = compute_t<T>;
+    const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
+    const Tokens<T> dv_again(gradients.dv_again);
+    const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
+    for_items_in_parts<F>(rope_parts(op.tokens()), op.tokens(), shape.heads, partials,
+                          3 * op.token_bytes(), threads, [&](int64_t token, F* gains) {
+                            op.template backward<kOfResults>(token, dq, dk, dv, dv_again, to, gains);
+                          });
   });
 }
 
@@ -265,7 +315,7 @@ void with_operator(const QkRopeShape& shape, const QkRopeInputs& in, const Body&
 
 void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeValue& value,
              const QkRopeOutputs& out, int threads) {
-  with_operator(shape, in, [&](auto element, const auto& op) {
+  with_operator(shape, in, {}, [&](auto element, const auto& op) {
     using T = decltype(element);
     const HeadOutput<T> q(out.q, op.tokens() * shape.heads, shape.size);
     const HeadOutput<T> k(out.k, op.tokens() * shape.kv_heads, shape.size);
@@ -283,16 +333,13 @@ void qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeValue
 
 void qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                       const QkRopeGradients& gradients, void* dqkv, void* partials, int threads) {
-  with_operator(shape, in, [&](auto element, const auto& op) {
-    using T = decltype(element);
-    using F = compute_t<T>;
-    const Tokens<T> dq(gradients.dq), dk(gradients.dk), dv(gradients.dv);
-    const Tokens<T> dv_again(gradients.dv_again);
-    const HeadOutput<T> to(dqkv, op.tokens() * op.heads(), shape.size);
-    for_items_in_parts<F>(
-        rope_parts(op.tokens()), op.tokens(), shape.heads, partials, 3 * op.token_bytes(), threads,
-        [&](int64_t token, F* gains) { op.backward(token, dq, dk, dv, dv_again, to, gains); });
-  });
+  backward<false>(shape, in, {}, gradients, dqkv, partials, threads);
+}
+
+void qk_rope_backward_of_results(const QkRopeShape& shape, const QkRopeInputs& in,
+                                 const QkRopeResults& results, const QkRopeGradients& gradients,
+                                 void* dqkv, void* partials, int threads) {
+  backward<true>(shape, in, results, gradients, dqkv, partials, threads);
 }
 
 }  // namespace pgolf::cpu::PGOLF_ISA

@@ -116,9 +116,11 @@ __device__ void write_partials(const Shape& shape, int64_t first, const float* s
   __syncthreads();
 }
 
-template <typename T, int kVector, int kLanes, int kChunks, typename Shape>
+// kOfResults: heads of q and k come from `results`, which are turned back, and not from qkv.
+template <typename T, int kVector, int kLanes, int kChunks, typename Shape, bool kOfResults>
 __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
     qk_rope_backward_blocks(Shape shape, Span span, const T* __restrict__ qkv,
+                            QkRopeResults results,
                             const float* __restrict__ cos, const float* __restrict__ sin,
                             const float* __restrict__ gain, const float* __restrict__ factors,
                             Upstream<T> dq, Upstream<T> dk, Upstream<T> dv, Upstream<T> dv_again,
@@ -147,14 +149,23 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
       const int64_t row = at.token * shape.total * shape.size;
       const float factor = factors ? factors[at.token] : 1.0f;
       EachPass<Shape, Own> dy, x;  // x of a value, which its gradient has no use for, is dv'
+      EachPass<Shape, const T*> source;
+      EachPass<Shape, float> rstds;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const Of head(shape, first + i * Of::kGroups);
         dy[i] = Own::load(from[i].head, shape.size, from[i].given);
         // Nor have keys that are not normed.
         const bool wanted = from[i].given && (shape.norm || head.is_query);
-        x[i] = Own::load(head.is_value ? again[i].head : qkv + row + head.index * shape.size,
-                         shape.size, head.is_value ? again[i].given : wanted);
+        source[i] = qkv + row + head.index * shape.size;
+        if constexpr (kOfResults) {
+          source[i] = static_cast<const T*>(head.is_query ? results.q : results.k) +
+                      head.place(at.token);
+          const int64_t place = at.token * (shape.heads + shape.kv_heads) + head.index;
+          rstds[i] = wanted && !head.is_value ? static_cast<const float*>(results.rstd)[place] : 0;
+        }
+        x[i] = Own::load(head.is_value ? again[i].head : source[i], shape.size,
+                         head.is_value ? again[i].given : wanted);
       }
       const Turn<T, kVector, kLanes, kChunks, Shape> turn(shape, cos, sin, at.time, -1);
 #pragma unroll
@@ -163,10 +174,20 @@ __global__ void __launch_bounds__(kThreads, Shape::kBackwardBlocks)
         Own dx = dy[i];
         if (head.turns) {
           const auto w = turn.of(dy[i], from[i].head, from[i].given);
-          const auto wide = x[i].unpacked();
+          auto wide = x[i].unpacked();
+          if constexpr (kOfResults) {  // n
+            const bool there = from[i].given && !head.is_value;
+            wide = Own::Lanes::zero().plus(1.0f / rope_gain(gains[i]),
+                                           turn.of(x[i], source[i], there));
+          }
           const float along = w.template dot<true>(wide);
-          const float rstd = head_rstd<T>(shape, wide, factor);
-          const auto gradient = rope_gradient(along, rstd, gains[i], shape.size);
+          RopeGradient<float> gradient;
+          if constexpr (kOfResults) {
+            gradient = rope_gradient_of_normed(along, rstds[i], gains[i], shape.size);
+          } else {
+            const float rstd = head_rstd<T>(shape, wide, factor);
+            gradient = rope_gradient(along, rstd, gains[i], shape.size);
+          }
           if (from[i].given && !head.is_value) {
             const auto scaled = Own::Lanes::zero().plus(gradient.of_w, w);
             dx = Own::rounded(shape.norm ? scaled.plus(gradient.of_x, wide) : scaled);
@@ -212,6 +233,36 @@ bool aligned_heads(const QkRopeShape& shape, const QkRopeInputs& in) {
                  {shape.size * int64_t{sizeof(T)}, shape.half * int64_t{sizeof(T)}});
 }
 
+template <bool kOfResults>
+const char* backward(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeResults& results,
+                     const QkRopeGradients& gradients, void* dqkv, void* partials, void* stream) {
+  const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
+  const Heads dv_again = gradients.dv_again;
+  const Parts parts = rope_parts(shape.batch * shape.time);
+  const Span span(shape, parts.each);
+  return with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool vectors = aligned_heads<T>(shape, in) &&
+                         aligned({dq.data, dk.data, dv.data, dv_again.data, dqkv, results.q,
+                                  results.k},
+                                 {head_bytes<T>(dq), head_bytes<T>(dk), head_bytes<T>(dv),
+                                  head_bytes<T>(dv_again)});
+    const bool all = dq.data && dk.data && dv.data;
+    return with_shape<T>(shape, vectors, all, [&](auto known, auto vector, auto lanes,
+                                                  auto chunks) {
+      const auto kernel =
+          qk_rope_backward_blocks<T, decltype(vector)::value, decltype(lanes)::value,
+                                  decltype(chunks)::value, decltype(known), kOfResults>;
+      return launch(kernel, parts.count, kThreads, stream, known, span,
+                    static_cast<const T*>(in.qkv), results, static_cast<const float*>(in.cos),
+                    static_cast<const float*>(in.sin), static_cast<const float*>(in.gain),
+                    static_cast<const float*>(in.factor), Upstream<T>(dq, span),
+                    Upstream<T>(dk, span), Upstream<T>(dv, span), Upstream<T>(dv_again, span),
+                    static_cast<T*>(dqkv), static_cast<float*>(partials));
+    });
+  });
+}
+
 }  // namespace
 
 const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRopeValue& value,
@@ -241,30 +292,14 @@ const char* qk_rope(const QkRopeShape& shape, const QkRopeInputs& in, const QkRo
 const char* qk_rope_backward(const QkRopeShape& shape, const QkRopeInputs& in,
                              const QkRopeGradients& gradients, void* dqkv, void* partials,
                              void* stream) {
-  const Heads dq = gradients.dq, dk = gradients.dk, dv = gradients.dv;
-  const Heads dv_again = gradients.dv_again;
-  const Parts parts = rope_parts(shape.batch * shape.time);
-  const Span span(shape, parts.each);
-  return with_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    const bool vectors = aligned_heads<T>(shape, in) &&
-                         aligned({dq.data, dk.data, dv.data, dv_again.data, dqkv},
-                                 {head_bytes<T>(dq), head_bytes<T>(dk), head_bytes<T>(dv),
-                                  head_bytes<T>(dv_again)});
-    const bool all = dq.data && dk.data && dv.data;
-    return with_shape<T>(shape, vectors, all, [&](auto known, auto vector, auto lanes,
-                                                  auto chunks) {
-      const auto kernel = qk_rope_backward_blocks<T, decltype(vector)::value,
-                                                  decltype(lanes)::value, decltype(chunks)::value,
-                                                  decltype(known)>;
-      return launch(kernel, parts.count, kThreads, stream, known, span, static_cast<const T*>(in.qkv),
-                    static_cast<const float*>(in.cos), static_cast<const float*>(in.sin),
-                    static_cast<const float*>(in.gain), static_cast<const float*>(in.factor),
-                    Upstream<T>(dq, span), Upstream<T>(dk, span), Upstream<T>(dv, span),
-                    Upstream<T>(dv_again, span), static_cast<T*>(dqkv),
-                    static_cast<float*>(partials));
-    });
-  });
+  return backward<false>(shape, in, {}, gradients, dqkv, partials, stream);
+}
+
+const char* qk_rope_backward_of_results(const QkRopeShape& shape, const QkRopeInputs& in,
+                                        const QkRopeResults& results,
+                                        const QkRopeGradients& gradients, void* dqkv,
+                                        void* partials, void* stream) {
+  return backward<true>(shape, in, results, gradients, dqkv, partials, stream);
 }
 
 }  // namespace pgolf::cuda
