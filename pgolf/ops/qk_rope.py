@@ -92,67 +92,89 @@ def reference(
     return (q, rotate(k, cos, sin), v, *([v] if split_v else []))
 
 
-def _check(
-    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, heads: int, kv_heads: int, eps: float,
-    value: Tensor | None, factor: Tensor | None, ids: Tensor | None,
-) -> None:  # fmt: skip
+def check_heads(operator: str, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless there are heads of both kinds."""
     if heads < 1 or kv_heads < 1:
-        raise ValueError(f"qk_rope: heads={heads}, kv_heads={kv_heads}: both have to be 1 or more")
+        raise ValueError(
+            f"{operator}: heads={heads}, kv_heads={kv_heads}: both have to be 1 or more"
+        )
+
+
+def _check(qkv: Tensor, heads: int, kv_heads: int) -> None:
+    check_heads("qk_rope", heads, kv_heads)
     total = heads + 2 * kv_heads
     if qkv.dim() != 3 or not qkv.size(2) or qkv.size(2) % total:
         raise ValueError(
             f"qk_rope: qkv is {tuple(qkv.shape)}: it has to be (N, T, {total} d), the heads of "
             f"q ({heads}), k and v ({kv_heads} each) side by side"
         )
-    batch, time, width = qkv.shape
-    size = width // total
+
+
+def check_beside(
+    operator: str, what: str, source: Tensor, size: int, heads: int, kv_heads: int, cos: Tensor,
+    sin: Tensor, gain: Tensor, eps: float, value: Tensor | None, factor: Tensor | None,
+    ids: Tensor | None, order: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless all that `qk_rope` takes beside qkv fits heads of that size.
+
+    Args:
+        what, source: name and tensor (N, T, ...) that qkv is, or is made of.
+    """
+    batch, time, _ = source.shape
     half = cos.size(-1) if cos.dim() == 2 else -1
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (time, half) or 2 * half > size:
             raise ValueError(
-                f"qk_rope: {name} is {tuple(table.shape)}: for this qkv it has to be ({time}, r/2) "
-                f"with an r of at most {size}, as sin and cos alike"
+                f"{operator}: {name} is {tuple(table.shape)}: for this {what} it has to be "
+                f"({time}, r/2) with an r of at most {size}, as sin and cos alike"
             )
     if gain.shape != (heads,):
-        raise ValueError(f"qk_rope: gain is {tuple(gain.shape)}: it has to be ({heads},)")
+        raise ValueError(f"{operator}: gain is {tuple(gain.shape)}: it has to be ({heads},)")
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"qk_rope: eps={eps}: it has to be 0 or more, and finite")
-    check_alike("qk_rope", qkv=qkv, value=value)
-    wide = compute_dtype(qkv.dtype)
+        raise ValueError(f"{operator}: eps={eps}: it has to be 0 or more, and finite")
+    check_alike(operator, **{what: source, "value": value})
+    wide = compute_dtype(source.dtype)
     for name, t in (("cos", cos), ("sin", sin), ("gain", gain), ("factor", factor)):
-        if t is None:
-            continue
-        if t.dtype != wide or t.device != qkv.device:
+        if t is not None and (t.dtype != wide or t.device != source.device):
             raise ValueError(
-                f"qk_rope: {name} is {t.dtype} on {t.device}: it has to be {wide} on {qkv.device}"
+                f"{operator}: {name} is {t.dtype} on {t.device}: it has to be {wide} on "
+                f"{source.device}"
             )
-    _check_value(value, ids, (batch, time, kv_heads * size), qkv.device)
+    _check_value(operator, what, value, ids, (batch, time, kv_heads * size), source.device)
     if factor is not None and factor.shape != (batch, time):
         raise ValueError(
-            f"qk_rope: factor is {tuple(factor.shape)}: it has to be {(batch, time)}, one a token"
+            f"{operator}: factor is {tuple(factor.shape)}: it has to be {(batch, time)}, one a "
+            "token"
         )
+    if order is not None:
+        if ids is None:
+            raise ValueError(f"{operator}: value_order is given without value_ids: give both")
+        check_order(operator, "value_order", order, ids, value.size(0))
 
 
 def _check_value(
-    value: Tensor | None, ids: Tensor | None, of_v: tuple[int, ...], device: torch.device
-) -> None:
+    operator: str, what: str, value: Tensor | None, ids: Tensor | None, of_v: tuple[int, ...],
+    device: torch.device,
+) -> None:  # fmt: skip
     """Raise ValueError unless values of v's shape, or rows of a table by ids, can be added to v."""
     if ids is not None and (ids.shape != of_v[:2] or ids.dtype != torch.int64):
         raise ValueError(
-            f"qk_rope: value_ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 {of_v[:2]}"
+            f"{operator}: value_ids is {ids.dtype} {tuple(ids.shape)}: it has to be int64 "
+            f"{of_v[:2]}"
         )
     if ids is not None and ids.device != device:
-        raise ValueError(f"qk_rope: value_ids is on {ids.device} and qkv on {device}: move one")
+        raise ValueError(
+            f"{operator}: value_ids is on {ids.device} and {what} on {device}: move one"
+        )
     fits = value is not None and value.dim() == 2 and value.size(1) == of_v[2]
     if ids is not None and not (fits and value.size(0)):
         found = None if value is None else tuple(value.shape)
         raise ValueError(
-            f"qk_rope: value is {found}: with value_ids it has to be a table (V, {of_v[2]}), V >= 1"
+            f"{operator}: value is {found}: with value_ids it has to be a table (V, {of_v[2]}), "
+            "V >= 1"
         )
     if ids is None and value is not None and value.shape != of_v:
-        raise ValueError(
-            f"qk_rope: value is {tuple(value.shape)}: it has to be {of_v}, as v"
-        )
+        raise ValueError(f"{operator}: value is {tuple(value.shape)}: it has to be {of_v}, as v")
 
 
 def sums_of(tokens: int, gain: Tensor) -> Sums:
@@ -216,12 +238,13 @@ def qk_rope(
     qkv, cos, sin, gain, value, factor, value_ids = _INPUTS(
         qkv, cos, sin, gain, value, factor, value_ids
     )
-    _check(qkv, cos, sin, gain, heads, kv_heads, eps, value, factor, value_ids)
-    if value_order is not None:
-        if value_ids is None:
-            raise ValueError("qk_rope: value_order is given without value_ids: give both")
-        check_order("qk_rope", "value_order", value_order, value_ids, value.size(0))
-    impl = resolve("qk_rope", impl, qkv, size=qkv.size(2) // (heads + 2 * kv_heads))
+    _check(qkv, heads, kv_heads)
+    size = qkv.size(2) // (heads + 2 * kv_heads)
+    check_beside(
+        "qk_rope", "qkv", qkv, size, heads, kv_heads, cos, sin, gain, eps, value, factor,
+        value_ids, value_order,
+    )  # fmt: skip
+    impl = resolve("qk_rope", impl, qkv, size=size)
     if sums is not None:
         check_deferred("qk_rope", sums, sums_of(qkv.shape[:2].numel(), gain), impl)
     if impl == "reference":
@@ -318,7 +341,11 @@ OPERATOR = register(
         reference=reference,
         differentiable=("qkv", "gain", "value", "factor"),
         implementations=in_extension(
-            ("qk_rope", "qk_rope_backward", "token_order", "token_sums"), launchers
+            (
+                "qk_rope", "qk_rope_backward", "qk_rope_backward_of_results", "token_order",
+                "token_sums",
+            ),
+            launchers,
         ),
         preferred={
             "cpu": [("cpu", "C++, faster than eager and compiled (python -m bench ops)")],

@@ -6,6 +6,7 @@ Tensors are as `qk_rope` takes them, None where there is none.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pgolf.ops.derivatives import factor_gradient, register_gradient, ticket
@@ -83,6 +84,39 @@ def _(
     return qkv.new_empty(qkv.shape), dgain, qkv.new_empty((value_rows, width))
 
 
+@opaque("pgolf::qk_rope_backward_of_results", mutates_args=())
+def backward_of_results(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None,
+    q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, gain: Tensor,
+    factor: Tensor | None, value_ids: Tensor | None, order: Tensor | None, bounds: Tensor | None,
+    value_rows: int, deferred: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_backward` where there is no qkv, but q, k and their rstd (N, T, H + G).
+
+    They are of heads that are normed, by a gain of which 2^-100 is the least magnitude.
+    """
+    gradients = [None if t is None else unit_stride(t) for t in (dq, dk, dv, dv_again)]
+    inputs = contiguous(q, k, rstd, cos, sin, gain, factor, value_ids)
+    run = launcher("qk_rope", impl, "backward_of_results")
+    return run(*gradients, *inputs, order, bounds, value_rows, deferred)
+
+
+@backward_of_results.register_fake
+def _(
+    dq, dk, dv, dv_again, q, k, rstd, cos, sin, gain, factor, value_ids, order, bounds, value_rows,
+    deferred, impl
+):  # fmt: skip
+    dqkv = _empty_qkv(q, k)
+    dgain = _empty_parts(dqkv, gain) if deferred else gain.new_empty(gain.shape)
+    return dqkv, dgain, q.new_empty((value_rows, k.size(2) * k.size(3)))
+
+
+def _empty_qkv(q: Tensor, k: Tensor) -> Tensor:
+    """For a tensor that they would be made of (N, T, (H + 2 G) d)."""
+    batch, time, heads, size = q.shape
+    return q.new_empty((batch, time, (heads + 2 * k.size(2)) * size))
+
+
 def part_count(tokens: int) -> int:
     """Of sums over so many tokens."""
     return parts_of(tokens, MIN_PART, MAX_PARTS)
@@ -109,14 +143,7 @@ def _gradient(
 ) -> tuple:
     qkv, _, _, _, factor, value_ids, *_ = saved = ctx.saved_tensors
     dv_again = dv_again if ctx.split_v else None
-    dvalue = None
-    if ctx.value_shape is not None:
-        # The same numbers, which are no copy as a rule, or a sum that the kernel need not make too.
-        # (So also where nobody wants it: a gradient is the same to the bit whatever others are.)
-        if dv is not None and dv_again is not None:
-            dv, dv_again = dv + dv_again, None
-        whole = dv_again if dv is None else dv
-        dvalue = None if whole is None else whole.reshape(ctx.value_shape).contiguous()
+    dv, dv_again, dvalue = with_value(dv, dv_again, ctx.value_shape)
     rows, *settings = ctx.settings
     if not ctx.needs_input_grad[4]:
         saved, rows = (*saved[:5], None, None, None), 0
@@ -127,6 +154,22 @@ def _gradient(
     d_factor = factor_gradient(qkv, dqkv, factor) if ctx.needs_input_grad[8] else None
     none = (None for _ in range(6))  # for what is no tensor
     return dqkv, None, None, d_gain, dvalue, None, None, None, d_factor, d_sums, *none
+
+
+def with_value(
+    dv: Tensor | None, dv_again: Tensor | None, value_shape: torch.Size | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of v as kernels take them, and that of values of this shape, if there are any.
+
+    The same numbers, which are no copy as a rule, or a sum that the kernel need not make too. (So
+    also where nobody wants it: a gradient is the same to the bit whatever others are.)
+    """
+    if value_shape is None:
+        return dv, dv_again, None
+    if dv is not None and dv_again is not None:
+        dv, dv_again = dv + dv_again, None
+    whole = dv_again if dv is None else dv
+    return dv, dv_again, None if whole is None else whole.reshape(value_shape).contiguous()
 
 
 register_gradient("qk_rope", forward, _gradient, _setup_context)
@@ -165,13 +208,35 @@ def launchers(run: Run) -> dict[str, Callable]:
         run(
             "qk_rope_backward", qkv,
             *addresses(read, cos, sin, gain, factor, *gradients, dqkv, parts),
-            parts.size(0), *_shape(qkv, cos, heads, kv_heads), eps, norm,
-            *((0, 0, 0) if t is None else t.stride()[:3] for t in gradients),
+            parts.size(0), *_shape(qkv, cos, heads, kv_heads), eps, norm, *strides(gradients),
         )  # fmt: skip
-        dtable = qkv.new_empty((0, values))
+        return finished(dqkv, parts, values, factor, value_ids, order, bounds, value_rows, deferred)
+
+    def backward_of_results(
+        dq, dk, dv, dv_again, q, k, rstd, cos, sin, gain, factor, value_ids, order, bounds,
+        value_rows, deferred,
+    ):  # fmt: skip
+        dqkv = _empty_qkv(q, k)
+        parts = _empty_parts(dqkv, gain)
+        gradients = (dq, dk, dv, dv_again)
+        run(
+            "qk_rope_backward_of_results", q,
+            *addresses(q, k, rstd, cos, sin, gain, factor, *gradients, dqkv, parts),
+            parts.size(0), *_shape(dqkv, cos, q.size(2), k.size(2)), *strides(gradients),
+        )  # fmt: skip
+        values = k.size(2) * k.size(3)
+        return finished(dqkv, parts, values, factor, value_ids, order, bounds, value_rows, deferred)
+
+    def strides(gradients):
+        return ((0, 0, 0) if t is None else t.stride()[:3] for t in gradients)
+
+    def finished(dqkv, parts, values, factor, value_ids, order, bounds, value_rows, deferred):
+        dtable = dqkv.new_empty((0, values))
         if value_ids is not None:  # dv of a token is what its part of dqkv is the factor's times of
             known = None if order is None else (order, bounds)
             dtable = token_sums(run, value_ids, value_rows, dqkv[..., -values:], factor, known)
         return dqkv, parts if deferred else sum_parts(run, [parts]), dtable
 
-    return {"forward": forward, "backward": backward}
+    return {
+        "forward": forward, "backward": backward, "backward_of_results": backward_of_results
+    }  # fmt: skip

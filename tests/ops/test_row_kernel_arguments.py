@@ -21,6 +21,12 @@ KERNELS = {
         "qkv cos sin gain dqkv partials",
         "dq dk dv dv_again factor",
     ),
+    "qk_rope_backward_of_results": (
+        {**{n: v for n, v in ROPE.items() if n not in ("eps", "norm")}, **STRIDES,
+         "partial_rows": 1},
+        "q k rstd cos sin gain dqkv partials",
+        "dq dk dv dv_again factor",
+    ),
     "embed_smear": (SMEAR, "ids table x rstd", "bigram scale gate starts bigram_ids"),
     "embed_smear_backward": (
         {**SMEAR, "piece_rows": 2, "partial_rows": 1},
