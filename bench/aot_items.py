@@ -60,7 +60,8 @@ ITEMS: Mapping[str, Item] = {
         4 * (HEADS + 3 * GROUPS) * _HEAD, 4 * (HEADS + 2 * GROUPS) * _HEAD, (4,), TOKENS // 4,
     ),
     "qk_rope_backward_blocks": Item(
-        "12 tokens with two gradients of v, and their sums", ("bf16", "8", "8", "1", "Rotated16"),
+        "12 tokens with two gradients of v, and their sums",
+        ("bf16", "8", "8", "1", "Rotated16", "false"),
         12 * (2 * HEADS + 4 * GROUPS) * _HEAD, 12 * (HEADS + 2 * GROUPS) * _HEAD, (12,),
         TOKENS // 12,
     ),

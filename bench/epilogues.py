@@ -77,6 +77,12 @@ EPILOGUES = [
         "98304 tokens", {"width": WIDTH, "inner": WIDTH},
         2 * TOKENS * WIDTH * WIDTH, 3 * UNIT,
     ),
+    # q, k and v, twice as wide together as x, each read and written
+    Epilogue(
+        "linear_qk_rope", "forward", "triton", {"impl": "reference", "rope_impl": "auto"},
+        "98304 tokens", {"size": 64, "heads": 8, "kv_heads": 4, "pairs": 8, "width": WIDTH},
+        2 * TOKENS * WIDTH * 2 * WIDTH, 4 * UNIT,
+    ),
 ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ A tile has whole heads, half of it of one kind, so that p stays in the fp32 accu
 a sum within the tile, and a rotation pairs columns that one thread has. A program has all tiles of
 its rows, one after the other: heads of all kinds, so that none has the slow ones alone.
 
-The gradient starts from q, k and rstd, by the row kernels of `qk_rope`. To find n in q it divides by
-the gain: one near 0 is taken for 2^-100 or -2^-100, with which q is as good as 0 and n is in it
+The gradient starts from q, k and rstd, by the row kernels of `qk_rope`. To find n in q it divides
+by the gain: one near 0 is taken for 2^-100 or -2^-100, with which q is as good as 0 and n is in it
 with all of its bits.
 
 Persistent with TMA descriptors, for bf16 on sm_90 and the like.
@@ -49,7 +49,9 @@ def rotated(y, c, s, SIZE: tl.constexpr):
 
 
 @triton.jit
-def turned_heads(p, f, c, s, gain, heads, rstd, rows, t, queries, keys_end, eps, SIZE: tl.constexpr):
+def turned_heads(
+    p, f, c, s, gain, heads, rstd, rows, t, queries, keys_end, eps, SIZE: tl.constexpr
+):  # fmt: skip
     """y of the heads p of queries or keys, whose numbers are `heads`; writes their rstd."""
     packed = tl.reshape(p, (p.shape[0], p.shape[1] // SIZE, SIZE))
     squares = tl.sum(packed * packed, axis=2)
@@ -143,19 +145,17 @@ def linear_qk_rope_tma(
 
 
 def obstacle(
-    x: Tensor, heads: int, kv_heads: int, size: int, pairs: int
-) -> str:
-    """Why the GEMM cannot run for this x and such heads, or an empty string.
-
-    It is asked before anything is traced or copied: where tensors lie does not matter.
-    """
+    device: torch.device, dtype: torch.dtype, columns: int, heads: int, kv_heads: int, size: int,
+    pairs: int,
+) -> str:  # fmt: skip
+    """Why the GEMM cannot run for x of so many columns and such heads, or an empty string."""
     width = pick("linear_qk_rope_tma").blocks["BLOCK_N"] // 2
-    if problem := device_obstacle(x.device):
+    if problem := device_obstacle(device):
         return problem
-    if x.dtype != torch.bfloat16:
-        return f"{x.dtype} is not bfloat16"
-    if x.size(-1) % 8:
-        return f"rows of {x.size(-1)} elements are not aligned to 16 bytes"
+    if dtype != torch.bfloat16:
+        return f"{dtype} is not bfloat16"
+    if columns % 8:
+        return f"rows of {columns} elements are not aligned to 16 bytes"
     if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= size // 2 <= width // 2:
         return (
             f"heads of {size} elements with {pairs} rotated pairs are not powers of two, from 8 "

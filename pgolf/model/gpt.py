@@ -44,6 +44,10 @@ def operator_sizes(
         "attention": {"size": head, "documents": config.documents},
         "embed_smear": {"width": config.dim, "table": table, "dtype": dtype},
         "qk_rope": {"size": head},
+        "linear_qk_rope": {
+            "size": head, "heads": config.heads, "kv_heads": config.kv_heads,
+            "pairs": config.rope_dims // 2, "width": config.dim,
+        },
         "xsa": {"size": head, "share": group},
         "xsa_linear": {
             "size": head, "share": group, "heads": config.heads, "width": config.dim

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.ops.inputs import autocasting
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.linear_qk_rope import linear_qk_rope
 from pgolf.ops.linear_residual import linear_residual
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import Factored, residual_norm
@@ -68,11 +69,9 @@ class Fold(NamedTuple):
 
 
 def cast_all(
-    matrices: Sequence[Matrix],
-    dtype: torch.dtype,
-    fold: Fold | None = None,
+    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None = None,
     into: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The weights as the forward pass uses them; those of one grid are quantised together.
 
     All that have a grid share one switch. Without a fold `fake_quant` casts those with a grid, and
@@ -97,11 +96,9 @@ def cast_all(
 
 
 def _cast_alike(
-    matrices: Sequence[Matrix],
-    dtype: torch.dtype,
-    fold: Fold | None,
+    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None,
     into: Sequence[Tensor] | None,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """`cast_all` of matrices with one grid, or with none."""
     weights, options, grids = [m.weight for m in matrices], dict(matrices[0].grid or {}), ()
     if matrices[0].grid is not None:
@@ -212,10 +209,16 @@ class Attention(nn.Module):
         c = self.config
         batch, time, _ = h.y.shape
         added, ids, order = value or (None, None, None)
-        q, k, *values = qk_rope(
-            F.linear(h.y, weights.qkv), *rope, vectors.gain, c.heads, c.kv_heads, c.norm_eps,
-            c.qk_norm, added, self.ops["qk_rope"], factor=h.factor, split_v=self.exclusive,
-            sums=vectors.gain_sums, value_ids=ids, value_order=order,
+        # (A script leaves linear_qk_rope out: there it is these two steps.)
+        whole = self.ops.get("linear_qk_rope", "reference")
+        operands, run, impls = (h.y, weights.qkv), linear_qk_rope, [whole, self.ops["qk_rope"]]
+        # Under autocast values may be of another dtype than the product.
+        if whole == "reference" or autocasting(h.y.device):
+            operands, run, impls = [F.linear(*operands)], qk_rope, impls[1:]
+        q, k, *values = run(
+            *operands, *rope, vectors.gain, c.heads, c.kv_heads, c.norm_eps, c.qk_norm, added,
+            *impls, factor=h.factor, split_v=self.exclusive, sums=vectors.gain_sums,
+            value_ids=ids, value_order=order,
         )  # fmt: skip
         y = attend(q, k, values[0])
         if self.exclusive:

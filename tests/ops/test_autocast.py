@@ -18,6 +18,7 @@ MATMULS = {
     "attention": ("q", "k", "v"),
     "leaky_relu2_mlp": ("h", "w_up", "w_down"),
     "linear_residual": ("z", "w", "x"),
+    "linear_qk_rope": ("x", "w", "value"),
     "softcap_cross_entropy": ("x", "w"),
     "xsa_linear": ("y", "v", "w"),
 }

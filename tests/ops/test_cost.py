@@ -18,7 +18,8 @@ from .cases import cases, is_empty, over, small
 repair()
 
 SINGLE_PASS = ("fake_quant", "weight_cast", "xsa")
-WITH_ROWS = ("linear_residual",)  # half of it is an operator of the compiled half; its own tests
+# Half of each is an operator of the compiled half; their own tests count.
+WITH_ROWS = ("linear_residual", "linear_qk_rope")
 
 
 class Traffic:

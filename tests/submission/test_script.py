@@ -174,7 +174,8 @@ def test_only_what_a_script_never_does_is_missing(script):
     assert missing == {
         "pgolf.child", "pgolf.data.held_out", "pgolf.model.deferred_sums", "pgolf.model.joined",
         "pgolf.model.masters",
-        "pgolf.ops.embed_smear_kernels", "pgolf.ops.grad_norm", "pgolf.ops.linear_residual",
+        "pgolf.ops.embed_smear_kernels", "pgolf.ops.grad_norm", "pgolf.ops.linear_qk_rope",
+        "pgolf.ops.linear_residual",
         "pgolf.ops.muon_momentum", "pgolf.ops.param_update", "pgolf.ops.part_sums",
         "pgolf.ops.qk_rope_kernels", "pgolf.ops.residual_norm_kernels", "pgolf.ops.joined_norm",
         "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.timed",
@@ -193,7 +194,7 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
     packed = max((t for t in texts if isinstance(t, str)), key=len).encode("latin1")
     _, *parts = bz2.decompress(packed).decode().split("\0")
     table = json.loads(dict(zip(parts[::2], parts[1::2], strict=True))["configs.json"])
-    epilogues = ("xsa_linear", "linear_residual")
+    epilogues = ("xsa_linear", "linear_residual", "linear_qk_rope")
     whole = {k: v for k, v in configs().items() if not k.startswith(epilogues)}
     assert {k: [dataclasses.replace(Config(**row), reason=whole[k][i].reason)
                 for i, row in enumerate(rows)] for k, rows in table.items()} == whole  # fmt: skip
@@ -202,7 +203,7 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
 def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
     """Or it could not read its own settings."""
     for ops, left in (
-        ("xsa_linear=triton,linear_residual=triton", "auto"),
+        ("xsa_linear=triton,linear_residual=triton,linear_qk_rope=triton", "auto"),
         ("xsa=reference,part_sums=cpu", "xsa=reference"),
     ):  # fmt: skip
         settings = ast.literal_eval(_settings(with_overrides(config, {"ops": ops})))
