@@ -126,7 +126,8 @@ def linear_qk_rope(
     }  # fmt: skip
     chosen = resolve("linear_qk_rope", impl, x, **sizes)
     rope_impl = rope_impl or ("reference" if impl == "reference" else "auto")
-    if chosen == "reference" or _in_two_steps(chosen, x, norm, sizes):
+    in_two_steps = chosen == "reference" or not norm
+    if in_two_steps or _no_gemm(chosen, x.device, x.dtype, **{n: int(s) for n, s in sizes.items()}):
         with without_autocast(x):
             return qk_rope(
                 F.linear(x, w), cos, sin, gain, heads, kv_heads, eps, norm, value, rope_impl,
@@ -144,13 +145,16 @@ def linear_qk_rope(
     return (q, k, v, *([rerouted(v, again)] if split_v else []))
 
 
-def _in_two_steps(impl: str, x: Tensor, norm: bool, sizes: dict[str, int]) -> bool:
-    """Whether there is no GEMM of `impl` for these."""
-    if not norm:
-        return True
+def _no_gemm(
+    impl: str, device: torch.device, dtype: torch.dtype, size: int, heads: int, kv_heads: int,
+    pairs: int, width: int,
+) -> str:  # fmt: skip
+    """Why there is no GEMM of `impl` for these, or ''; a constant under torch.compile."""
     why = launcher("linear_qk_rope", impl, "obstacle")
-    heads = (sizes[name] for name in ("heads", "kv_heads", "size", "pairs"))
-    return bool(why(x.device, x.dtype, sizes["width"], *heads))
+    return why(device, dtype, width, heads, kv_heads, size, pairs)
+
+
+_no_gemm._dynamo_marked_constant = True  # as in pgolf/ops/choose.py
 
 
 # --- the opaque operator --------------------------------------------------------------------------

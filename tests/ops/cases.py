@@ -40,6 +40,15 @@ def first_call(operator: Operator, dtype: torch.dtype = torch.float32) -> Call:
     return next(call for call in calls if not is_empty(call))
 
 
+def first_call_of_kernels(operator: Operator) -> Call:
+    """`first_call` in a dtype whose gradient is the operator's own.
+
+    In fp32 `linear_qk_rope` is torch's matmul and `qk_rope` in the open.
+    """
+    in_steps = operator.name == "linear_qk_rope"
+    return first_call(operator, torch.bfloat16 if in_steps else torch.float32)
+
+
 def each(with_reference: bool = False, differentiable: bool = False) -> Iterator[Any]:
     """(operator, implementation), as pytest parameters."""
     for operator in OPERATORS.values():

@@ -11,7 +11,15 @@ from pgolf.ops.inputs import autocasting
 from pgolf.ops.operator import OPERATORS, Operator
 from pgolf.ops.testing import as_tuple, kernel
 
-from .cases import each, every_implementation, first_call, floating_in, implementations, takes
+from .cases import (
+    each,
+    every_implementation,
+    first_call,
+    first_call_of_kernels,
+    floating_in,
+    implementations,
+    takes,
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MATMULS = {
@@ -44,7 +52,7 @@ def test_forward_under_autocast(operator: Operator, impl: str) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_backward_under_autocast(operator: Operator, impl: str, inside: bool) -> None:
     """Autocast around the backward pass changes no bit of a gradient, whose dtype is its leaf's."""
-    call = first_call(operator)
+    call = first_call_of_kernels(operator)
     leaves = call.leaves()
     with autocast(inside):
         out = call.on(kernel(operator, impl), *leaves)

@@ -13,7 +13,7 @@ from pgolf.ops import softcap_cross_entropy, xsa
 from pgolf.ops.operator import OPERATORS, Operator
 from pgolf.ops.testing import as_tuple, kernel
 
-from .cases import every_implementation, first_call, implementations
+from .cases import every_implementation, first_call, first_call_of_kernels, implementations
 
 
 def total(out) -> Tensor:
@@ -23,7 +23,7 @@ def total(out) -> Tensor:
 @every_implementation(differentiable=True)
 def test_second_derivatives_are_refused(operator: Operator, impl: str) -> None:
     """Also where another term of the loss has a second derivative, and nothing else would raise."""
-    call, run = first_call(operator), kernel(operator, impl)
+    call, run = first_call_of_kernels(operator), kernel(operator, impl)
     leaves = call.leaves()
     first = torch.autograd.grad(total(call.on(run, *leaves)), leaves, create_graph=True)
     for leaf, gradient in zip(leaves, first, strict=True):
