@@ -102,8 +102,9 @@ def linear_qk_rope(
             d <= 256; see above for what runs where its GEMM is not possible).
         rope_impl: of `qk_rope`, in the gradient or in the two steps of the reference; None:
             'reference' if `impl` is, else 'auto'.
-        cos, sin, gain, heads, kv_heads, eps, norm, value, factor, split_v, sums, value_ids,
-            value_order: as of `qk_rope`.
+        cos, sin: of a rotation, as `rope_table` gives them: the gradient turns q and k back.
+        gain, heads, kv_heads, eps, norm, value, factor, split_v, sums, value_ids, value_order: as
+            of `qk_rope`.
 
     Returns:
         As `qk_rope`. Where a gain is less than 2^-100, so may q be, and not 0.

@@ -66,7 +66,8 @@ def counted(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(counted):
-    return counted(replace(TINY, ops="triton,xsa_linear=reference,linear_residual=reference"))
+    steps = ("xsa_linear", "linear_residual", "linear_qk_rope")
+    return counted(replace(TINY, ops=",".join(["triton", *(f"{n}=reference" for n in steps)])))
 
 
 @needs_device

@@ -29,10 +29,14 @@ from ..triton.interpreter import repair  # noqa: E402
 
 repair()
 CPU, GPU = torch.device("cpu"), "a toy GPU"
-XSA_LINEAR, LINEAR_RESIDUAL = epilogues.EPILOGUES
+XSA_LINEAR, LINEAR_RESIDUAL, LINEAR_QK_ROPE = epilogues.EPILOGUES
 SMALL = {
     "xsa_linear": (((1, 3, 4, 64), (1, 3, 2, 64), (16, 256)), {}),
     "linear_residual": (((3, 16), (24, 16), (3, 24)), {"factored": True}),
+    "linear_qk_rope": (
+        ((1, 3, 16), (384, 16), (3, 8), (3, 8), (2,)),
+        {"heads": 2, "kv_heads": 2, "eps": 1e-6},
+    ),
 }
 
 
@@ -42,8 +46,11 @@ def small(name: str) -> Sample:
 
     def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
         g = torch.Generator().manual_seed(0)
-        tensors = tuple(torch.randn(shape, generator=g).to(device, dtype) for shape in shapes)
-        return tensors, options
+        tensors = [torch.randn(shape, generator=g).to(device, dtype) for shape in shapes]
+        if name == "linear_qk_rope":
+            angles, _, gain = (t.float() for t in tensors[2:])
+            tensors[2:] = angles.cos(), angles.sin(), gain
+        return tuple(tensors), options
 
     return Sample("98304 tokens", build, bench=True)
 
@@ -132,6 +139,17 @@ def test_a_forward_pass_is_timed_as_a_model_takes_it(monkeypatch, capsys) -> Non
     assert "it breaks even at 258 TFLOP/s" in said
     epilogues.write(GPU, {"linear_residual": verdict})
     assert auto(epilogue=LINEAR_RESIDUAL).impl == "triton" and auto().impl == "reference"
+
+
+def test_the_projection_to_queries_and_keys_is_timed_forward(capsys) -> None:
+    """Whatever it is by on a CPU; its verdict is for those heads alone."""
+    seen: list = []
+    verdict = epilogues.decide(LINEAR_QK_ROPE, CPU, GPU, taking(0.1, 0.2, seen))
+    assert seen == [("epilogue", ["linear_qk_rope_tma"] * 2), ("steps", [])]
+    assert "it breaks even at 319 TFLOP/s" in capsys.readouterr().out
+    epilogues.write(GPU, {"linear_qk_rope": verdict})
+    assert auto(epilogue=LINEAR_QK_ROPE).impl == "triton"
+    assert auto(epilogue=LINEAR_QK_ROPE, pairs=32).impl == "reference"
 
 
 @pytest.mark.parametrize("epilogue", epilogues.EPILOGUES, ids=lambda e: e.operator)

@@ -347,7 +347,12 @@ def xsa_linear_of(width: int) -> tuple[torch.Tensor, ...]:
     return y, v, torch.randn(width, width)
 
 
-@pytest.mark.parametrize("arguments", [linear_residual_of, xsa_linear_of])
+def linear_qk_rope_of(width: int) -> tuple:
+    angles = torch.randn(2, 5, 4)
+    return torch.randn(1, 5, width), torch.randn(32, width), *angles, torch.randn(2), 2, 1
+
+
+@pytest.mark.parametrize("arguments", [linear_residual_of, xsa_linear_of, linear_qk_rope_of])
 def test_sizes_that_are_timed_may_be_dynamic(arguments) -> None:
     torch._dynamo.reset()
     operator = OPERATORS[arguments.__name__.removesuffix("_of")]
