@@ -221,7 +221,7 @@ def _gradient(
         saved, rows = [*saved[:7], None, None, None], 0
     upstream = dq, dk, dv, dv_again
     if ctx.rope_impl == "reference":
-        dqkv, gains, dtable = _plain_gradient(*upstream, *saved[:8], rows)
+        dqkv, gains, dtable = plain_gradient(*upstream, *saved[:8], rows)
     else:
         dqkv, gains, dtable = backward_of_results(
             *upstream, *saved, rows, ctx.deferred, ctx.rope_impl
@@ -237,7 +237,7 @@ def _gradient(
     return dx, dw, None, None, d_gain, dvalue, *[None] * 3, d_factor, d_sums, *[None] * 6
 
 
-def _plain_gradient(
+def plain_gradient(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dv_again: Tensor | None, q: Tensor,
     k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, factor: Tensor | None,
     value_ids: Tensor | None, value_rows: int,

@@ -24,6 +24,7 @@ from ..ops import (
     test_joined_norm,
     test_multi_tensor,
     test_qk_rope,
+    test_qk_rope_results,
     test_scaled_copies,
     test_token_order,
     test_token_sums,
@@ -185,6 +186,17 @@ BESIDES: dict[str, list[Callable[[], None]]] = {
     "qk_rope": [
         functools.partial(test_qk_rope.test_without_norm_a_nan_stays_in_its_pair, "cuda", size)
         for size in (16, 17)
+    ] + [
+        functools.partial(test_qk_rope_results.test_against_float64, "cuda", dtype, shape)
+        for dtype in (torch.bfloat16, torch.float32) for shape in test_qk_rope_results.SHAPES
+    ] + [
+        functools.partial(test_qk_rope_results.test_gradients_that_are_missing, "cuda", missing)
+        for missing in ((0,), (1,), (2, 3))
+    ] + [
+        functools.partial(check, "cuda") for check in (
+            test_qk_rope_results.test_gains_of_nearly_nothing,
+            test_qk_rope_results.test_parts_that_are_summed_later,
+        )
     ],
     "residual_norm": [
         # More parts of a sum over rows than are added up at a time.
