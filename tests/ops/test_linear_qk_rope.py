@@ -11,11 +11,12 @@ from pgolf.model import GPT
 from pgolf.ops import linear_qk_rope, qk_rope
 from pgolf.ops.choose import choose
 from pgolf.ops.compile import Recorder
+from pgolf.ops.compile import _opaque_calls as opaque_calls
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.part_sums import deferred
 from pgolf.ops.qk_rope import rope_table, sums_of
 from pgolf.ops.testing import Call
-from pgolf.ops.token_sums import shared_order
+from pgolf.ops.token_sums import shared_orders
 
 from ..model.published import PUBLISHED, small
 from ..model.test_forms import batch, loss_and_gradients
@@ -201,8 +202,9 @@ def test_each_gradient_alone(used: tuple[int, ...], rope_impl: str) -> None:
         if wanted is None:
             assert ours is None or not ours.any()
             continue
-        # (A factor has next to nothing to do with heads that are normed.)
-        atol = (0.2 if name == "factor" else 0.02) * wanted.abs().max().item()
+        if name == "factor" and used == (1,):
+            continue  # next to nothing, with keys that are normed: what is rounded is more
+        atol = (0.1 if name == "factor" else 0.02) * wanted.abs().max().item()
         torch.testing.assert_close(ours, wanted, rtol=0.02, atol=atol, msg=name)
     for name in LEARN:
         if plain[name] is not None:
@@ -215,7 +217,7 @@ def test_each_gradient_alone(used: tuple[int, ...], rope_impl: str) -> None:
 def test_sums_that_come_later_and_an_order_that_is_known(rope_impl: str) -> None:
     """gain's gradient from there and the table's by that order, to the bit."""
     given = inputs(BF16, 70)
-    order = shared_order(given["value_ids"], ROWS, rope_impl)
+    (order,) = shared_orders([(given["value_ids"], ROWS)], rope_impl)
     found = []
     for later in (False, True):
         leaves = {n: given[n].clone().requires_grad_() for n in LEARN}
@@ -227,6 +229,14 @@ def test_sums_that_come_later_and_an_order_that_is_known(rope_impl: str) -> None
         found.append(torch.autograd.grad(results, list(leaves.values()), upstream))
     for now, then in zip(*found, strict=True):
         torch.testing.assert_close(then, now, rtol=1e-6, atol=1e-5)
+
+
+@here
+def test_inductor_meets_it_before_a_model() -> None:
+    """Although fp32, in which others are met, has no GEMM."""
+    met = {str(call[0]) for call in opaque_calls(OPERATOR, "cpu")}
+    wanted = "linear_qk_rope", "qk_rope_backward_of_results"
+    assert met >= {f"pgolf.{name}.default" for name in wanted}
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto", "triton"])
