@@ -98,20 +98,18 @@ def _opaque_calls(operator: Operator, device: str) -> list[OpaqueCall]:
     if impl is None or not operator.differentiable:
         return []
     found: dict[Callable, OpaqueCall] = {}
-    dtypes = [torch.float32, *([torch.bfloat16] if operator.timed else [])]  # as epilogues want it
-    small = [sample for sample in operator.samples() if not sample.bench]
-    for given in ((operator, impl, s, dtype, device) for dtype in dtypes for s in small):
-        with FakeTensorMode():  # runs no kernel, which Triton would have to compile
-            reached = {call[0] for call in _run(*given)}
-        if not reached <= found.keys():
-            found |= {call[0]: call for call in _run(*given)}
+    for sample in operator.samples():
+        if not sample.bench:
+            with FakeTensorMode():  # runs no kernel, which Triton would have to compile
+                reached = {call[0] for call in _run(operator, impl, sample, device)}
+            if not reached <= found.keys():
+                found |= {call[0]: call for call in _run(operator, impl, sample, device)}
     return list(found.values())
 
 
-def _run(
-    operator: Operator, impl: str, sample: Sample, dtype: torch.dtype, device: str
-) -> list[OpaqueCall]:
+def _run(operator: Operator, impl: str, sample: Sample, device: str) -> list[OpaqueCall]:
     """What an operator calls for a sample, forward and backward."""
+    dtype = torch.bfloat16 if operator.timed else torch.float32  # epilogues are for bf16
     args, named = sample.build(torch.device(device), dtype)
     given = inspect.signature(operator.call).bind(*args, **named).arguments
     for name in operator.differentiable:
