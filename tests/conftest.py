@@ -88,8 +88,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Modules and tests stay until the end: no collection of garbage need go through them."""
-    gc.collect()
-    gc.freeze()
+    if not session.config.option.collectonly:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -55,13 +55,15 @@ def turned_heads(
     """y of the heads p of queries or keys, whose numbers are `heads`; writes their rstd."""
     packed = tl.reshape(p, (p.shape[0], p.shape[1] // SIZE, SIZE))
     squares = tl.sum(packed * packed, axis=2)
-    factor = f[:, None] * tl.rsqrt(squares * (f * f)[:, None] * (1.0 / SIZE) + eps)
+    # (A GPU's own reciprocal root takes the smallest numbers for 0.)
+    factor = f[:, None] / tl.sqrt_rn(squares * (f * f)[:, None] * (1.0 / SIZE) + eps)
     offsets = rows.to(tl.int64)[:, None] * keys_end + heads[None, :]
     tl.store(rstd + offsets, factor, mask=(rows < t)[:, None])
     gains = tl.load(gain + heads, mask=heads < queries, other=1.0)
     least = tl.where(gains < 0, -LEAST_GAIN, LEAST_GAIN)
     gains = tl.where(tl.abs(gains) < LEAST_GAIN, least, gains)
-    normed = packed * (factor * gains[None, :])[:, :, None]
+    # In this order: a small gain times a small factor may be less than any float.
+    normed = packed * factor[:, :, None] * gains[None, :, None]
     return rotated(tl.reshape(normed, p.shape), c, s, SIZE)
 
 
@@ -91,8 +93,8 @@ def linear_qk_rope_tma(
 ):  # fmt: skip
     """q, k, v by descriptors and rstd (t, queries + groups) from descriptors of x (t, d) and w.
 
-    The epilogue goes through a tile in halves, of whole heads of one kind each. It finds angles and
-    factors, which were requested before the last products.
+    The epilogue goes through a tile in halves, of whole heads of one kind each. Angles and factors
+    are requested while the last product is on its way.
     """
     HALF: tl.constexpr = BLOCK_N // 2
     HEADS: tl.constexpr = HALF // SIZE
@@ -156,10 +158,12 @@ def obstacle(
         return f"{dtype} is not bfloat16"
     if columns % 8:
         return f"rows of {columns} elements are not aligned to 16 bytes"
-    if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= size // 2 <= width // 2:
+    # (With more than 32 pairs the epilogue spills.)
+    most = min(32, size // 2)
+    if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= most or size > width:
         return (
-            f"heads of {size} elements with {pairs} rotated pairs are not powers of two, from 8 "
-            f"pairs to {width} elements"
+            f"heads of {size} elements with {pairs} rotated pairs are not powers of two, of at "
+            f"most {width} elements and with 8 to 32 pairs"
         )
     if heads * size % width or kv_heads * size % width:
         return f"{heads} and {kv_heads} heads of {size} elements are no multiples of {width}"
@@ -204,7 +208,7 @@ def linear_qk_rope(
             v=TensorDescriptor.from_tensor(v.view(-1, kv_heads * size), by_row),
             rstd=rstd, cos=cos, sin=sin, gain=gain, factor=factor, value=value, ids=value_ids,
             t=x.size(0), d=width, time=time, queries=heads, groups=kv_heads,
-            count=0 if value is None else value.size(0), eps=eps, SIZE=size, PAIRS=cos.size(1),
+            count=0 if value_ids is None else value.size(0), eps=eps, SIZE=size, PAIRS=cos.size(1),
         )  # fmt: skip
     return q, k, v, rstd
 

@@ -46,7 +46,7 @@ def linear_residual_tma(
     """
     tl.assume(k > 0)  # spares a second copy of the epilogue, for accumulators of nothing
     # As TMA asks of out's rows, and the launcher of x's: they are read 16 bytes at once.
-    n, x_t = tl.multiple_of(n, 8), tl.multiple_of(x_t, 8)
+    n, x_t = tl.multiple_of(n, 8), tl.multiple_of(x_t, 16)
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_n = tl.cdiv(n, BLOCK_N)
     mine = tl.cdiv(tl.cdiv(t, BLOCK_M) - tl.program_id(0), tl.num_programs(0))
@@ -90,6 +90,11 @@ def linear_residual(
         ValueError: tma=True where the kernel is not possible.
     """
     obstacle = "" if x.size(1) % 8 == 0 else f"{x.size(1)} columns are no multiple of 8"
+    if not obstacle and x.stride(0) % 16:  # of such an x the epilogue takes another 32 KB
+        obstacle = (
+            f"rows of x are {x.stride(0)} elements apart, no multiple of 16, and take more shared "
+            "memory than there is"
+        )
     if not takes_tma("linear_residual", tma, z, w, x, obstacle=obstacle):
         return None
     config = pick("linear_residual_tma")

@@ -134,9 +134,11 @@ def product_of_tile(
         value += beta * tl.load(s + offsets, mask=inside, other=0.0).to(tl.float32)
     if squares is not None:
         factor = 1.0 / divisor_of(squares + matrix * count, count, safety, LANES)
-        value *= factor
+        scaled = value * factor
         if s is None:
-            value *= factor
+            scaled *= factor
+        # Of squares whose sum is infinite nothing is left, and no NaN.
+        value = tl.where(factor == 0.0, 0.0, scaled)
     value = value.to(out.dtype.element_ty)
     if SYMMETRIC:
         mirror = tl.trans(value)
@@ -304,7 +306,7 @@ def _products(
 def _launch_products(
     products: Sequence[Product], alpha: float, beta: float, symmetric: bool, safety: float
 ) -> None:
-    ps, qs, ss, outs, squares = zip(*products, strict=True)
+    ps, qs, ss, outs, sums = zip(*products, strict=True)
     shapes = [out.shape for out in outs]
     dtype = outs[0].dtype
     config = pick(
@@ -330,10 +332,10 @@ def _launch_products(
     }
     launch(
         newton_schulz_product, (firsts[-1],), config,
-        ps=ps, qs=qs, ss=ss, outs=outs, squares=squares,
+        ps=ps, qs=qs, ss=ss, outs=outs, squares=sums,
         ms=tuple(m for _, m, _ in shapes), ns=tuple(n for _, _, n in shapes),
         ks=tuple(p.size(2) for p in ps),
-        counts=tuple(0 if t is None else t.size(1) for t in squares),
+        counts=tuple(0 if t is None else t.size(1) for t in sums),
         firsts=tuple(firsts), alpha=float(alpha), beta=float(beta), safety=float(safety),
         **strides, PRECISION=dot_precision(dtype),
     )  # fmt: skip

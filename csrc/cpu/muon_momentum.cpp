@@ -53,7 +53,9 @@ void muon_momentum(const MuonMomentumShape& shape, const MomentumMatrix* matrice
       const MomentumMatrix& t = matrices[tensor_of(matrices, count, item)];
       const int64_t row = item - t.first_item;
       double sum = direct_row(shape, t, step, row);
-      if (shape.row_norm) scale_row(t, shape.x_dtype, row_norm_factor(sum), row);
+      if (shape.row_norm) {
+        scale_row(t, shape.x_dtype, static_cast<float>(row_norm_factor(sum)), row);
+      }
       squares[item] = static_cast<float>(sum);
     }
   });

@@ -17,6 +17,18 @@ void multiply(const T* from, double factor, X* to, int64_t count) {
   }
 }
 
+// From the sum of squares of each of a matrix's rows to the factor that the row is multiplied with.
+void squares_to_factors(double* rows, int64_t count, bool row_norm, double safety) {
+  double total = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const double factor = row_norm ? row_norm_factor(rows[r]) : 1;
+    total += rows[r];
+    rows[r] = factor;
+  }
+  const double matrix = safety * std::sqrt(total) + kNewtonSchulzFloor;
+  for (int64_t r = 0; r < count; ++r) rows[r] /= matrix;
+}
+
 // A row of g by its index in (batch x rows).
 template <typename T>
 const T* row_of(const NewtonSchulzShape& shape, const void* g, int64_t row) {

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   });
   double squares_of_row = group_sum<kWarp>(sum);
   if constexpr (kRowNorm) {
-    const float factor = row_norm_factor(squares_of_row);
+    const auto factor = static_cast<float>(row_norm_factor(squares_of_row));
     // A lane reads what it has written itself.
     for_elements(begin, begin + t.cols, wide, this_lane(), kWarp, [&](auto elements, int64_t at) {
       float x[decltype(elements)::count];

@@ -189,7 +189,7 @@ class GPT(nn.Module):
         """`features` of embedded tokens.
 
         Args:
-            x0: (N, T, D) from `embed`.
+            x0: (N, T, D) from `embed_and_order`, or `embed`.
             rope: cos and sin (T, r/2) of the positions.
             attend: (layer, q, k, v) -> what the queries see: what a key/value cache takes over.
             order: from `embed_and_order`.

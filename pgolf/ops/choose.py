@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Collection, Mapping
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +95,12 @@ def obstacles(name: str, **sizes: Any) -> Obstacles:
 def _timed_sizes(name: str, impl: str, device: str, sizes: Mapping[str, Any]) -> SizePairs:
     """Those that a choice depends on where they are no obstacle.
 
-    As numbers: a size that Dynamo holds as dynamic becomes one there, and nowhere else.
+    As numbers: a size that Dynamo holds as dynamic becomes one there, by `index` and not by `int`,
+    and nowhere else.
     """
     if impl != "auto" or device != "cuda" or not OPERATORS[name].timed:
         return ()
-    return tuple((size, int(n)) for size, n in sizes.items())
+    return tuple((size, index(n)) for size, n in sizes.items())
 
 
 def _order(

@@ -20,6 +20,7 @@ Shapes: x (N, T, D), w ((H + 2 G) d, D), q (N, T, H, d), k and v (N, T, G, d), a
 `qk_rope`.
 """
 
+from operator import index
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def linear_qk_rope(
             of `qk_rope`.
 
     Returns:
-        As `qk_rope`. Where a gain is less than 2^-100, so may q be, and not 0.
+        As `qk_rope`; where the magnitude of a gain is less than 2^-100, q as of 2^-100.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `qk_rope`.
@@ -128,7 +129,9 @@ def linear_qk_rope(
     chosen = resolve("linear_qk_rope", impl, x, **sizes)
     rope_impl = rope_impl or ("reference" if impl == "reference" else "auto")
     in_two_steps = chosen == "reference" or not norm
-    if in_two_steps or _no_gemm(chosen, x.device, x.dtype, **{n: int(s) for n, s in sizes.items()}):
+    # (Dynamo takes sizes that it holds as dynamic for numbers by `index`, not by `int`.)
+    numbers = {n: index(s) for n, s in sizes.items()}
+    if in_two_steps or _no_gemm(chosen, x.device, x.dtype, **numbers):
         with without_autocast(x):
             return qk_rope(
                 F.linear(x, w), cos, sin, gain, heads, kv_heads, eps, norm, value, rope_impl,
@@ -246,8 +249,8 @@ def plain_gradient(
     wide, heads = rstd.dtype, q.size(2)
 
     def of_heads(dy: Tensor | None, y: Tensor, rstd: Tensor, gain: Tensor) -> tuple:
-        least = torch.where(gain < 0, -LEAST_GAIN, LEAST_GAIN)
-        divisor = torch.where(gain.abs() < LEAST_GAIN, least, gain)
+        least = torch.full_like(gain, LEAST_GAIN)
+        divisor = torch.where(gain < 0, gain.minimum(-least), gain.maximum(least))
         dy = torch.zeros_like(y) if dy is None else dy
         w, n = (rotate(t.to(wide), cos, -sin) for t in (dy, y))
         n = n / divisor[:, None]
@@ -258,9 +261,12 @@ def plain_gradient(
     d_queries, d_gain = of_heads(dq, q, rstd[..., :heads], gain)
     d_keys, _ = of_heads(dk, k, rstd[..., heads:], gain.new_ones(k.size(2)))
     d_values = sum((t.to(wide) for t in (dv, dv_again) if t is not None), k.new_zeros(k.shape))
-    d_table = d_values.new_zeros((value_rows, k.size(2) * k.size(3)))
-    if value_rows:
-        d_table.index_add_(0, value_ids.flatten(), d_values.reshape(-1, d_table.size(1)))
+    d_table = d_values.new_empty((0, k.size(2) * k.size(3)))
+    if value_rows:  # (an index_add would add in any order on a GPU)
+        of_tokens = d_values.reshape(*value_ids.shape, -1)
+        d_table = torch.ops.aten.embedding_dense_backward(
+            of_tokens, value_ids, value_rows, -1, False
+        )
     if factor is not None:
         d_values = d_values * factor[..., None, None]
     parts = d_queries, d_keys, d_values.to(k.dtype)

@@ -4,9 +4,9 @@
 
 with row_norm each row of u divided by its norm after that. Matrices of any shapes in one launch,
 which also gives the sum of each row's squares: `newton_schulz(squares=)` divides by the norm of a
-matrix in its first products, so that no pass goes over u for it. With row_norm u is rounded to its
-dtype twice, before and after it is divided. Where the norm is infinite or NaN the momenta stay as
-they are, for the reason that `param_update` has, and u says nothing.
+matrix in its first products, so that no pass goes over u for it. With row_norm kernels round u to
+its dtype twice, before and after it is divided. Where the norm is infinite or NaN the momenta stay
+as they are, for the reason that `param_update` has, and u says nothing.
 Shapes: gradients and momenta (R, C); for each run of neighbours of one shape, u (B, R, C) and
 squares (B, R).
 """
@@ -36,7 +36,7 @@ from pgolf.ops.multi_tensor import (
 from pgolf.ops.newton_schulz import dividend
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.tensors import addresses, contiguous, nbytes
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, nbytes
 
 
 def batches(matrices: Tensors) -> list[tuple[int, int, int]]:
@@ -70,7 +70,8 @@ def reference(
         directions.append(dividend(g + momentum * m if nesterov else m, row_norm))
     rest = iter(directions)
     stacks = [torch.stack([next(rest) for _ in range(b)]) for b, _, _ in batches(grads)]
-    return [u.to(dtype) for u in stacks], [u.square().sum(-1) for u in stacks]
+    squares = [u.square().sum(-1).to(compute_dtype(dtype)) for u in stacks]
+    return [u.to(dtype) for u in stacks], squares
 
 
 def obstacle(impl: str, dtype: torch.dtype) -> str:
@@ -101,10 +102,10 @@ def muon_momentum(
         impl: 'auto', 'reference', 'cpu' (C++) or 'cuda'.
 
     Returns:
-        (directions, squares): (B, R, C), and (B, R) in fp32 with the sum of squares of each of
-        their rows before they were rounded, for each run of neighbours of one shape. Every element
-        is written, whatever the norm; if that is not finite, with any numbers, NaN too, which
-        `newton_schulz` takes as it takes others and `param_update` does not look at.
+        (directions, squares): (B, R, C), and (B, R) in fp32 (fp64 of fp64) with the sum of squares
+        of each of their rows before they were rounded, for each run of neighbours of one shape.
+        Every element is written, whatever the norm; if that is not finite, with any numbers, NaN
+        too, which `newton_schulz` takes as it takes others and `param_update` does not look at.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; says which and what would.

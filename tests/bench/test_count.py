@@ -14,6 +14,7 @@ from bench.counting import build, extension, launches
 from bench.counting.worker import Request, run
 from pgolf.data.loader import CARRIED
 from pgolf.extension import CUDA_VARIABLE
+from pgolf.ops.multi_tensor import PR1473_MATRICES
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(count.__file__).parent / "results" / "count-pr1473.json"
@@ -360,7 +361,10 @@ def test_committed_table_shows_a_short_optimiser_step(table):
         step = settings["auto"]["optimizer"]
         products = step["kernels"]["newton_schulz_product"]
         assert products == 15
-        assert step["launches"]["total"] - products <= 8
+        assert step["launches"]["total"] - products <= 7
+        # Of an element a gradient (4 bytes at most), the momentum twice and a direction.
+        elements = sum(rows * columns for rows, columns in PR1473_MATRICES)
+        assert step["operators"]["pgolf::muon_momentum"]["bytes"] <= 14.01 * elements
 
 
 @needs_device

@@ -361,3 +361,21 @@ def test_sizes_that_are_timed_may_be_dynamic(arguments) -> None:
     for width in (16, 32, 48):
         given = arguments(width)
         torch.testing.assert_close(compiled(*given), operator.call(*given))
+
+
+def test_timed_sizes_are_numbers_where_dynamo_holds_them_as_dynamic() -> None:
+    """As on a GPU, where `auto` looks a verdict up by them: a constant of what is traced."""
+
+    def looked_up(sizes: tuple) -> float:
+        return float(dict(sizes)["width"])
+
+    looked_up._dynamo_marked_constant = True
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        sizes = {"width": x.size(0)}
+        return x + looked_up(module._timed_sizes("xsa_linear", "auto", "cuda", sizes))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    for width in (16, 32, 48):
+        assert (compiled(torch.zeros(width)) == width).all()

@@ -332,3 +332,15 @@ def test_under_autocast_a_model_takes_two_steps() -> None:
     with torch.autocast("cpu", BF16), Started() as started:
         loss, wanted = (m(*batch(config)) for m in (twin, model))
     assert started == [] and torch.equal(loss, wanted)
+
+
+@here
+def test_dynamic_widths_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        functools.partial(run, impl="triton"), fullgraph=True, dynamic=True, backend="eager"
+    )
+    for width in (16, 24, 40):
+        given = inputs(BF16)
+        given |= {"x": given["x"][..., :width], "w": given["w"][:, :width]}
+        assert all(map(torch.equal, compiled(given), run(given, impl="triton")))

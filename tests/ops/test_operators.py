@@ -133,7 +133,7 @@ def test_opcheck(operator: Operator, impl: str) -> None:
             first = func is recorder.calls[0][0]
             leaves = operator.differentiable if first else ()
             names = [a.name for a in func._schema.arguments][: len(args)]
-            what = traced(func, names, args)
+            what = traced(func, names, args), first
             checks = QUICK_CHECKS + ("test_aot_dispatch_dynamic",) * (what not in TRACED)
             given = tuple(fresh(*pair, leaves) for pair in zip(names, args, strict=True))
             torch.library.opcheck(func, given, kwargs, test_utils=checks)
@@ -150,7 +150,7 @@ def traced(func: torch._ops.OpOverload, names: list[str], args: tuple) -> tuple:
             return value.dtype, value.shape, value.stride()
         return value
 
-    return func, *(form(a) for n, a in zip(names, args, strict=True) if not n.endswith("impl"))
+    return func, *(form(a) for n, a in zip(names, args, strict=True) if n != "impl")
 
 
 def fresh(name: str, value: object, leaves: tuple[str, ...]) -> object:

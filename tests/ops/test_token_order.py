@@ -106,7 +106,7 @@ def drawn(rows: int, seed: int) -> Tensor:
 
 
 @every_kernel
-def test_orders_of_several_tables_are_made_in_one_call(impl: str, monkeypatch) -> None:
+def test_orders_of_several_tables_are_made_in_one_call(impl: str) -> None:
     calls = []
 
     def run(name, *args):

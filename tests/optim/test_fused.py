@@ -1,6 +1,7 @@
 """The optimiser step through the operators against torch.optim, and its state in checkpoints."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def test_twenty_steps_are_those_of_torch(one: str) -> None:
     assert ours.fused and not theirs.fused
     assert run(ours, range(20)) == pytest.approx(run(theirs, range(20)), rel=1e-5)
     close(net, torchs)
+
+
+@needs_cpp
+def test_rows_are_normed_and_safety_counts() -> None:
+    config = replace(CONFIG, ns_row_norm=True, ns_coefficients="polar_express")
+    nets = [model(table_dtype="fp32") for _ in range(3)]
+    for net, ops, how in zip(nets, ({}, CPP, CPP), (config, config, CONFIG), strict=True):
+        run(Optimizers(net, how, ops), range(3))
+    close(nets[0], nets[1])
+    with pytest.raises(AssertionError):
+        close(nets[0], nets[2])
 
 
 @needs_cpp

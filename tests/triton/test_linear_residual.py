@@ -46,7 +46,8 @@ def random_inputs(t: int, k: int, n: int, dtype: torch.dtype = BF16) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).to(dtype)
 
-    return Inputs(normal(t, k + 8)[:, :k], normal(n, k), normal(t, n + 16)[:, :n])
+    apart = -(-n // 16) * 16 + 16
+    return Inputs(normal(t, k + 8)[:, :k], normal(n, k), normal(t, apart)[:, :n])
 
 
 def check(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def test_against_float64(t: int, k: int, n: int) -> None:
 def test_exact_on_small_integers() -> None:
     """Nothing is rounded: every sum is known."""
     g = torch.Generator().manual_seed(0)
-    shapes = (130, 72), (264, 72), (130, 264)
+    shapes = (130, 72), (272, 72), (130, 272)
     x = Inputs(*(torch.randint(-2, 3, shape, generator=g).to(BF16) for shape in shapes))
     assert torch.equal(x.both()[0], x.to(torch.float64).exactly()[0].to(BF16))
 
@@ -82,7 +83,7 @@ def test_exact_on_small_integers() -> None:
 def test_sizes_of_rows(size: float) -> None:
     """Of nothing the factor is that of eps; of small and large ones the row's."""
     x = random_inputs(5, 16, 264)
-    x.z, x.x = ((t.float() * size).to(BF16) for t in (x.z, x.x))
+    x.z, x.x = x.z * size, x.x.mul_(size)
     out, factor = check(x)
     if not size:
         assert not out.any() and (factor == factor[0]).all()
@@ -180,6 +181,7 @@ def launched(x: Inputs, tma: bool | None = None) -> list[Launch]:
         ({"w": torch.ones(24, 20, dtype=BF16)[:, :16]}, "aligned to 16 bytes"),
         ({"x": torch.ones(1, 24, dtype=BF16).expand(3, 24)}, "has rows that overlap"),
         ({"x": torch.ones(3, 24, dtype=BF16)[:, :20]}, "20 columns are no multiple of 8"),
+        ({"x": torch.ones(3, 24, dtype=BF16)}, "24 elements apart, no multiple of 16"),
     ],
 )
 def test_the_gemm_wherever_it_is_possible(change: dict, complaint: str) -> None:
