@@ -62,8 +62,7 @@ def turned_heads(
     gains = tl.load(gain + heads, mask=heads < queries, other=1.0)
     least = tl.where(gains < 0, -LEAST_GAIN, LEAST_GAIN)
     gains = tl.where(tl.abs(gains) < LEAST_GAIN, least, gains)
-    # In this order: a small gain times a small factor may be less than any float.
-    normed = packed * factor[:, :, None] * gains[None, :, None]
+    normed = packed * (factor * gains[None, :])[:, :, None]
     return rotated(tl.reshape(normed, p.shape), c, s, SIZE)
 
 
@@ -158,12 +157,11 @@ def obstacle(
         return f"{dtype} is not bfloat16"
     if columns % 8:
         return f"rows of {columns} elements are not aligned to 16 bytes"
-    # (With more than 32 pairs the epilogue spills.)
-    most = min(32, size // 2)
-    if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= most or size > width:
+    # (Two heads at least in a half of a tile: the epilogue of larger ones spills.)
+    if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= size // 2 <= width // 4:
         return (
-            f"heads of {size} elements with {pairs} rotated pairs are not powers of two, of at "
-            f"most {width} elements and with 8 to 32 pairs"
+            f"heads of {size} elements with {pairs} rotated pairs are not powers of two, from 8 "
+            f"pairs to {width // 2} elements"
         )
     if heads * size % width or kv_heads * size % width:
         return f"{heads} and {kv_heads} heads of {size} elements are no multiples of {width}"

@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 
 
 # As the recipes have them; v ends within a tile; a head is half of a tile; many in a half.
-HEADS = [Heads(8, 4, 64, 8), Heads(2, 2, 64, 32), Heads(1, 1, 128, 32), Heads(16, 8, 16, 8)]
+HEADS = [Heads(8, 4, 64, 8), Heads(2, 2, 64, 32), Heads(4, 4, 32, 16), Heads(16, 8, 16, 8)]
 # N, T, D: less than a tile of each, edges of tiles, several tiles with a ragged last one.
 SHAPES = [(1, 1, 8), (1, 128, 64), (5, 13, 136), (3, 100, 72)]
 
@@ -304,7 +304,7 @@ RIGHT = {
         ({"size": 96}, "heads of 96 elements"),
         ({"size": 256}, "heads of 256 elements"),
         ({"size": 32, "pairs": 32}, "with 32 rotated pairs"),
-        ({"size": 128, "pairs": 64}, "with 64 rotated pairs"),
+        ({"size": 128}, "heads of 128 elements"),
         ({"heads": 3}, "3 and 2 heads of 64 elements are no multiples of 128"),
         ({"kv_heads": 1}, "2 and 1 heads of 64 elements are no multiples of 128"),
     ],
