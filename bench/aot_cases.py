@@ -134,8 +134,8 @@ def _linear_qk_rope() -> Iterator[Case]:
     for label, pairs, *added in (
         ("", 8, None, None, None), (" factor", 8, factor, None, None),
         (" factor, values", 8, factor, values, None), (" factor, table", 8, factor, table, ids),
-        (" factor, 32 pairs", 32, factor, None, None),
-        (" factor, table, 32 pairs", 32, factor, table, ids),
+        (" factor, 16 pairs", 16, factor, None, None),
+        (" factor, table, 16 pairs", 16, factor, table, ids),
     ):  # fmt: skip
         angles = _meta(time, pairs, dtype=fp32)
         yield Case(

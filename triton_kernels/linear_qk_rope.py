@@ -157,11 +157,11 @@ def obstacle(
         return f"{dtype} is not bfloat16"
     if columns % 8:
         return f"rows of {columns} elements are not aligned to 16 bytes"
-    # (Two heads at least in a half of a tile: the epilogue of larger ones spills.)
-    if any(n & (n - 1) for n in (size, pairs)) or not 8 <= pairs <= size // 2 <= width // 4:
+    # (Of larger heads, and of more pairs with values of a table, the epilogue spills.)
+    if not (size in (16, 32, 64) and pairs in (8, 16) and 2 * pairs <= size):
         return (
-            f"heads of {size} elements with {pairs} rotated pairs are not powers of two, from 8 "
-            f"pairs to {width // 2} elements"
+            f"heads of {size} elements with {pairs} rotated pairs are not of 16, 32 or 64 with 8 "
+            "or 16 pairs"
         )
     if heads * size % width or kv_heads * size % width:
         return f"{heads} and {kv_heads} heads of {size} elements are no multiples of {width}"

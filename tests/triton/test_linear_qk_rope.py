@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 
 
 # As the recipes have them; v ends within a tile; a head is half of a tile; many in a half.
-HEADS = [Heads(8, 4, 64, 8), Heads(2, 2, 64, 32), Heads(4, 4, 32, 16), Heads(16, 8, 16, 8)]
+HEADS = [Heads(8, 4, 64, 8), Heads(2, 2, 64, 16), Heads(4, 4, 32, 16), Heads(16, 8, 16, 8)]
 # N, T, D: less than a tile of each, edges of tiles, several tiles with a ragged last one.
 SHAPES = [(1, 1, 8), (1, 128, 64), (5, 13, 136), (3, 100, 72)]
 
@@ -298,12 +298,13 @@ RIGHT = {
         ({}, ""),
         ({"dtype": FP32}, "torch.float32 is not bfloat16"),
         ({"columns": 20}, "rows of 20 elements are not aligned"),
-        ({"pairs": 0}, "heads of 64 elements with 0 rotated pairs are not powers of two"),
+        ({"pairs": 0}, "heads of 64 elements with 0 rotated pairs are not of 16, 32 or 64"),
         ({"pairs": 4}, "with 4 rotated pairs"),
         ({"pairs": 12}, "with 12 rotated pairs"),
         ({"size": 96}, "heads of 96 elements"),
         ({"size": 256}, "heads of 256 elements"),
-        ({"size": 32, "pairs": 32}, "with 32 rotated pairs"),
+        ({"size": 16, "pairs": 16}, "with 16 rotated pairs"),
+        ({"pairs": 32}, "with 32 rotated pairs"),
         ({"size": 128}, "heads of 128 elements"),
         ({"heads": 3}, "3 and 2 heads of 64 elements are no multiples of 128"),
         ({"kv_heads": 1}, "2 and 1 heads of 64 elements are no multiples of 128"),
