@@ -40,12 +40,11 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t id = item / of_row;
     const int64_t column = int64_t{item % of_row} * kColumns, left = shape.width - column;
     const int size = static_cast<int>(left < kColumns ? left : kColumns);
-    const int64_t begin = bounds[id];
-    const int count = static_cast<int>(bounds[id + 1] - begin);
+    const int64_t begin = int64_t{bounds[id]} + stream, end = bounds[id + 1];
     Columns sum = Columns::zero();
 #pragma unroll kAtOnce
-    for (int i = stream; i < count; i += kStreams) {
-      const int64_t token = order[begin + i];
+    for (int64_t i = begin; i < end; i += kStreams) {
+      const int64_t token = order[i];
       const float factor = divisors ? reciprocal(divisors[token]) : 1.0f;
       sum = sum.plus(factor, Columns::load(x + token * shape.stride + column, size));
     }
