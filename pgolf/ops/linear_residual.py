@@ -252,10 +252,10 @@ def samples() -> list[Sample]:
         return build
 
     small = {
-        "7 x 40 to 264": make(7, 40, 264, scale=0.5, factored=True),
-        "130 x 16 to 24": make(130, 16, 24, factored=True),
+        "7 x 40 to 272": make(7, 40, 272, scale=0.5, factored=True),
+        "130 x 16 to 32": make(130, 16, 32, factored=True),
         "3 x 33 to 17": make(3, 33, 17, scale=-1.5, factored=True),
-        "normed": make(5, 24, 40, scale=0.5),
+        "normed": make(5, 24, 48, scale=0.5),
         "0 tokens": make(0, 16, 32, factored=True),
     }
     big = {f"{t} tokens": make(t, 512, 512, scale=0.5, factored=True) for t in (8192, 98304)}

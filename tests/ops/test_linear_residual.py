@@ -31,7 +31,7 @@ here = pytest.mark.skipif("triton" not in implementations(OPERATOR), reason="no 
 
 def inputs(dtype: torch.dtype = torch.float32, tokens: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    shapes = (2, tokens, 64), (24, 64), (2, tokens, 24)
+    shapes = (2, tokens, 64), (32, 64), (2, tokens, 32)
     return tuple(torch.randn(shape, generator=g).to(dtype) for shape in shapes)
 
 
@@ -154,7 +154,7 @@ def test_each_gradient_alone(dtype: torch.dtype) -> None:
 def test_a_sum_that_goes_on_as_a_product(later: bool) -> None:
     """x_in_scale's gradient is residual_norm's, from here or later, and so are all others."""
     z, w, x = inputs(tokens=70)
-    factor = torch.linspace(-1, 2, 24)
+    factor = torch.linspace(-1, 2, 32)
     found = []
     for ours in (False, True):
         leaves = [t.clone().requires_grad_() for t in (z, w, x, factor)]
@@ -177,7 +177,7 @@ def test_a_sum_that_goes_on_as_a_product(later: bool) -> None:
 def test_behind_xsa_linear(impl: str) -> None:
     """The gradient of a product goes to its ticket: neither it nor dz is written where both run."""
     g = torch.Generator().manual_seed(0)
-    shapes = (2, 3, 4, 64), (2, 3, 2, 64), (24, 256), (2, 3, 24)
+    shapes = (2, 3, 4, 64), (2, 3, 2, 64), (32, 256), (2, 3, 32)
     given = [torch.randn(shape, generator=g).to(BF16) for shape in shapes]
 
     def run(y: Tensor, v: Tensor, w: Tensor, x: Tensor, ours: bool = True) -> tuple:
@@ -206,10 +206,10 @@ def test_behind_xsa_linear(impl: str) -> None:
         ({"z": torch.ones(())}, "z is (): it has to be (..., K), K >= 1"),
         ({"x": torch.ones(2, 3, 0)}, "x is (2, 3, 0): it has to be (..., D), D >= 1"),
         ({"z": torch.ones(3, 64)}, "it has to be (2, 3, 64)"),
-        ({"w": torch.ones(24, 63)}, "w is (24, 63): with x (2, 3, 24) and z (2, 3, 64) it has to"),
-        ({"out": torch.ones(2, 24)}, "out is (2, 24): with x (2, 3, 24)"),
-        ({"w": torch.ones(24, 64, dtype=BF16)}, "w is torch.bfloat16 and z is torch.float32"),
-        ({"x": torch.ones(2, 3, 24, device="meta")}, "x is on meta and z on cpu: move one"),
+        ({"w": torch.ones(32, 63)}, "w is (32, 63): with x (2, 3, 32) and z (2, 3, 64) it has to"),
+        ({"out": torch.ones(2, 32)}, "out is (2, 32): with x (2, 3, 32)"),
+        ({"w": torch.ones(32, 64, dtype=BF16)}, "w is torch.bfloat16 and z is torch.float32"),
+        ({"x": torch.ones(2, 3, 32, device="meta")}, "x is on meta and z on cpu: move one"),
         ({"scale": 0.0}, "scale=0.0: it has to be finite and not 0"),
         ({"eps": -1.0}, "eps=-1.0: it has to be 0 or more, and finite"),
     ],
@@ -231,8 +231,8 @@ def test_refused_by_kernels() -> None:
         linear_residual(torch.ones(1, 2), torch.ones(4097, 2), wide, impl="triton")
     for how, message in (
         ({"x_in_scale": torch.ones(25)}, r"x_in_scale is torch.float32 \(25,\) on cpu"),
-        ({"x_in_scale": torch.ones(24), "norm_impl": "reference"}, "takes no products"),
-        ({"sums": torch.ones(2, 24)}, r"sums is \(2, 24\): .* has to be \(1, 0\)"),
+        ({"x_in_scale": torch.ones(32), "norm_impl": "reference"}, "takes no products"),
+        ({"sums": torch.ones(2, 32)}, r"sums is \(2, 32\): .* has to be \(1, 0\)"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_residual(z, w, x, impl="triton", **how)
