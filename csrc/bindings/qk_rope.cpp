@@ -1,6 +1,8 @@
 // qk_rope for Python.
 #include "qk_rope.h"
 
+#include <array>
+
 #include "bindings/checks.h"
 
 namespace pgolf::bindings {
@@ -70,6 +72,15 @@ Heads checked_gradient(const std::string& name, const QkRopeShape& shape, int64_
   return {address, strides[0], strides[1], strides[2]};
 }
 
+// Of q, k and v, and of v once more.
+QkRopeGradients checked_gradients(const QkRopeShape& shape, const std::array<Address, 4>& addresses,
+                                  const std::array<Strides, 4>& strides) {
+  return {checked_gradient("dq", shape, shape.heads, addresses[0], strides[0]),
+          checked_gradient("dk", shape, shape.kv_heads, addresses[1], strides[1]),
+          checked_gradient("dv", shape, shape.kv_heads, addresses[2], strides[2]),
+          checked_gradient("dv_again", shape, shape.kv_heads, addresses[3], strides[3])};
+}
+
 void check_gradient_outputs(const QkRopeShape& shape, Address dqkv, Address partials,
                             int64_t partial_rows) {
   const int64_t parts = rope_parts(tokens_of(shape)).count;
@@ -100,11 +111,9 @@ void qk_rope_backward(Address qkv, Address cos, Address sin, Address gain, Addre
                       const Strides& dv_strides, const Strides& dv_again_strides, On on) {
   const QkRopeShape shape = checked_qk_rope_shape<On>(dtype, n, t, h, g, d, half, eps, norm);
   const QkRopeInputs in = checked_with_qkv(shape, qkv, cos, sin, gain, factor);
-  const QkRopeGradients gradients = {checked_gradient("dq", shape, h, dq, dq_strides),
-                                     checked_gradient("dk", shape, g, dk, dk_strides),
-                                     checked_gradient("dv", shape, g, dv, dv_strides),
-                                     checked_gradient("dv_again", shape, g, dv_again,
-                                                      dv_again_strides)};
+  const QkRopeGradients gradients =
+      checked_gradients(shape, {dq, dk, dv, dv_again},
+                        {dq_strides, dk_strides, dv_strides, dv_again_strides});
   check_gradient_outputs(shape, dqkv, partials, partial_rows);
   launch::qk_rope_backward(on, shape, in, gradients, dqkv, partials);
 }
@@ -122,11 +131,9 @@ void qk_rope_backward_of_results(Address q, Address k, Address rstd, Address cos
   check_pointer("q", q, tokens_of(shape) * shape.heads * shape.size);
   check_pointer("k", k, tokens_of(shape) * shape.kv_heads * shape.size);
   check_pointer("rstd", rstd, tokens_of(shape) * (shape.heads + shape.kv_heads));
-  const QkRopeGradients gradients = {checked_gradient("dq", shape, h, dq, dq_strides),
-                                     checked_gradient("dk", shape, g, dk, dk_strides),
-                                     checked_gradient("dv", shape, g, dv, dv_strides),
-                                     checked_gradient("dv_again", shape, g, dv_again,
-                                                      dv_again_strides)};
+  const QkRopeGradients gradients =
+      checked_gradients(shape, {dq, dk, dv, dv_again},
+                        {dq_strides, dk_strides, dv_strides, dv_again_strides});
   check_gradient_outputs(shape, dqkv, partials, partial_rows);
   const QkRopeResults results = {q, k, rstd};
   launch::qk_rope_backward_of_results(on, shape, in, results, gradients, dqkv, partials);

@@ -1,8 +1,8 @@
 """Operators that torch, its autograd and torch.compile see as one piece.
 
 `torch.library.custom_op` passes through eight Python functions a call: aliases are looked for, the
-kernel is looked up, Dynamo is switched off. A step calls some 150 operators, and where the GPU
-waits for the host these are a sixth of its time. Here a call that needs no gradient and changes
+kernel is looked up, Dynamo is switched off. A step calls some 150 operators, and the GPU may wait
+for the host. Here a call that needs no gradient and changes
 nothing in place passes through one besides the operator's own; `python -m pytest tests/ops` checks
 by opcheck what custom_op would check in every call.
 """

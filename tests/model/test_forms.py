@@ -43,6 +43,12 @@ def with_qat(model: GPT, impl: str, clip_mask: bool) -> torch.Tensor:
     return switch
 
 
+def attend_as_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave y in memory by tokens, not by heads as torch does on a CPU."""
+    attend = GPT.attend
+    monkeypatch.setattr(GPT, "attend", lambda *args, **named: attend(*args, **named).contiguous())
+
+
 def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, list[torch.Tensor]]:
     loss = model(*batch(model.config))
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))

@@ -16,7 +16,7 @@ from pgolf.ops.testing import Call, kernel
 from pgolf.triton_kernels.launch import intercepted
 
 from ..model.published import PUBLISHED, small
-from ..model.test_forms import batch, loss_and_gradients
+from ..model.test_forms import attend_as_flash_attention, batch, loss_and_gradients
 from ..model.test_gpt_spec import TIME, randomised
 from ..triton.interpreter import repair
 from .cases import implementations
@@ -255,8 +255,7 @@ def test_a_model_on_it_is_the_model_without(
 
     In bf16 by the GEMM, in fp32 by the matmul and the row kernel in its place.
     """
-    attend = GPT.attend  # in memory as FlashAttention leaves it, not by heads as torch on a CPU
-    monkeypatch.setattr(GPT, "attend", lambda *args, **named: attend(*args, **named).contiguous())
+    attend_as_flash_attention(monkeypatch)
     config = small(PUBLISHED["pr1473"], layers=3, ve_layers="0", xsa_layers="1", dim=64)
     model = randomised(config, torch.float32)
     others = {} if kernels == "none" else {

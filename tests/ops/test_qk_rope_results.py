@@ -76,12 +76,13 @@ def close(mine: tuple, truth: tuple, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * scale)
 
 
-@every_form
-@pytest.mark.parametrize("dtype", [BF16, FP32, FP64])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("reference", dtype) for dtype in (BF16, FP32, FP64)]
+    + [(n, dtype) for n in KERNELS for dtype in OPERATORS["qk_rope"].implementations[n].dtypes],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(impl: str, dtype: torch.dtype, shape: tuple) -> None:
-    if impl == "cuda" and dtype == FP64:
-        pytest.skip("no GPU computes in it here")
     given, upstream, truth = case(*shape)
     close(run(impl, *cast(given, upstream, dtype)), truth, dtype)
 

@@ -14,7 +14,7 @@ from pgolf.ops.testing import Call, kernel
 from pgolf.triton_kernels.launch import intercepted
 
 from ..model.published import PUBLISHED, small
-from ..model.test_forms import batch
+from ..model.test_forms import attend_as_flash_attention, batch
 from ..model.test_gpt_spec import TIME, randomised
 from ..triton.interpreter import repair
 from .cases import implementations
@@ -138,8 +138,7 @@ def test_unknown_and_too_large() -> None:
 @pytest.mark.parametrize("xsa_impl", ["reference", "triton"])
 def test_a_model_on_it_is_the_model_without(xsa_impl: str, monkeypatch) -> None:
     """Loss and every gradient, in bf16, where the epilogue runs."""
-    attend = GPT.attend  # in memory as FlashAttention leaves it, not by heads as torch on a CPU
-    monkeypatch.setattr(GPT, "attend", lambda *args, **named: attend(*args, **named).contiguous())
+    attend_as_flash_attention(monkeypatch)
     config = small(PUBLISHED["pr1473"], layers=2, ve_layers="0", xsa_layers="1", dim=64)
     model = randomised(config, torch.float32)
     started, found = [], []
