@@ -29,11 +29,11 @@ from .cuda import (  # noqa: E402
     use_emulator,
 )
 from .interpreter import poison_masked_lanes  # noqa: E402
-from .kernels import kernel_mutants, kernels, put_in_place  # noqa: E402
+from .kernels import kernel_mutants, kernels, module_of, put_in_place  # noqa: E402
 from .mutator import Mutant, shuffled  # noqa: E402
 from .runner import judge, run, run_original  # noqa: E402
 
-SURVIVORS = Path(__file__).with_name("survivors.json")  # kernel -> mutant -> why it is no mistake
+SURVIVORS = Path(__file__).with_name("survivors")  # file: kernel -> mutant -> why it is no mistake
 SEED = 1
 COUNT = 40
 CUDA_COUNT = 32  # each has to be compiled
@@ -47,7 +47,7 @@ DESCRIPTION = """\
 Make small wrong changes (mutants) to the kernels and run a few checks on each, in a process of its
 own: Triton kernels in Triton's interpreter, CUDA kernels in the emulator of tests/simt. A mutant
 that passes all checks has survived: either it is equivalent, and listed in
-tests/mutation/survivors.json with the reason, or a check is missing.
+tests/mutation/survivors with the reason, or a check is missing.
 """
 
 
@@ -148,8 +148,14 @@ def prove(kernel: str, subject: Subject, count: int, verbose: bool = False) -> l
         f"take {original.seconds:.1f} s of CPU time)",
         flush=True,
     )
-    listed = json.loads(SURVIVORS.read_text(encoding="utf-8")).get(kernel, {})
-    return judge(results, listed, SHARE)
+    return judge(results, survivors(kernel), SHARE)
+
+
+def survivors(kernel: str) -> dict[str, str]:
+    """The listed ones, in the file of the kernel's source."""
+    name = kernel if kernel.endswith(".cu") else module_of(kernel)
+    file = SURVIVORS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")).get(kernel, {}) if file.exists() else {}
 
 
 if __name__ == "__main__":

@@ -24,15 +24,22 @@ def proofs() -> Iterator[Any]:
     for module in sorted({module_of(kernel) for kernel in kernels()}):
         some = [kernel for kernel in kernels() if module_of(kernel) == module]
         sources = (f"triton_kernels/{module}.py", "triton_kernels/configs.json")
-        yield pytest.param(some, id=module, marks=pytest.mark.proves(*sources))
+        yield proof(some, module, *sources)
     for kernel in cuda_kernels():
         sources = ("tests/simt", *cuda_sources(kernel))
-        yield pytest.param([kernel], id=kernel, marks=pytest.mark.proves(*sources))
+        yield proof([kernel], kernel, *sources)
+
+
+def proof(some: list[str], name: str, *sources: str) -> Any:
+    """One that depends on the sources and on the survivors listed for them."""
+    listed = f"tests/mutation/survivors/{name}.json"
+    files = (*sources, *([listed] if (ROOT / listed).exists() else []))
+    return pytest.param(some, id=name, marks=pytest.mark.proves(*files))
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.proves("tests/mutation")
+@pytest.mark.proves("tests/mutation/__main__.py")
 @pytest.mark.parametrize("some", list(proofs()))
 def test_changed_kernels_are_noticed(some: list[str]) -> None:
     """90 % of each kernel's mutants; the others are listed, each with the reason."""
@@ -76,8 +83,11 @@ def test_a_kernel_brings_the_functions_that_it_calls() -> None:
 
 
 def test_listed_survivors_are_mutants_and_have_reasons() -> None:
-    listed = json.loads((ROOT / "tests" / "mutation" / "survivors.json").read_text())
-    for kernel, survivors in listed.items():
+    files = (ROOT / "tests" / "mutation" / "survivors").glob("*.json")
+    listed = [(file.stem, *item) for file in files for item in json.loads(file.read_text()).items()]
+    assert listed
+    for name, kernel, survivors in listed:
+        assert name == (kernel if kernel.endswith(".cu") else module_of(kernel))
         found = cuda_mutants(kernel) if kernel.endswith(".cu") else kernel_mutants(kernel)
         names = {m.name for m in found}
         assert survivors.keys() <= names
