@@ -11,8 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,7 +21,9 @@ from pkgutil import iter_modules
 from pgolf import extras
 from pgolf.codecs import CODECS, body_codec
 from pgolf.config import Config, to_dict, with_overrides
+from pgolf.submission import unused
 from pgolf.submission.source_cache import cached
+from pgolf.submission.unused import without_parts, without_unnamed
 
 PACKAGE = "pgolf"
 INSIDE = Path(__file__).with_name("inside")
@@ -31,6 +32,8 @@ REPLACED = {
     "pgolf.artifact.foreign": "foreign.py",
     "pgolf.extension": "extension.py",
     "pgolf.data.corpus": "corpus.py",
+    "pgolf.ops.derivatives": "derivatives.py",
+    "pgolf.ops.inputs": "inputs.py",
     "pgolf.ops.opaque": "opaque.py",
     "pgolf.optim.fused": "fused.py",
     "pgolf.submission.script": "script.py",
@@ -39,7 +42,7 @@ REPLACED = {
     "pgolf.training.graphs": "graphs.py",
     "pgolf.training.handshake": "handshake.py",
     "pgolf.training.phases": "phases.py",
-    "pgolf.training.run_data": "run_data.py",
+    "pgolf.training.run_folder": "run_folder.py",
 }
 # What a script is made of: modules, and packages with all that is directly in them. A name that a
 # bundled module imports from a module which is not bundled is None there.
@@ -62,7 +65,7 @@ TRAINING = (
     "pgolf.training.export", "pgolf.training.graphs", "pgolf.training.handshake",
     "pgolf.training.interrupt", "pgolf.training.late_qat", "pgolf.training.pace",
     "pgolf.training.passes", "pgolf.training.phases", "pgolf.training.run",
-    "pgolf.training.run_data", "pgolf.training.run_folder", "pgolf.training.session",
+    "pgolf.training.run_folder", "pgolf.training.session",
     "pgolf.training.step_log", "pgolf.training.trainer", "pgolf.triton_kernels.*",
 )  # fmt: skip
 # What a script never runs: operators with kernels in the compiled half only, what `auto` takes
@@ -174,15 +177,16 @@ def _key(originals: dict[str, str]) -> str:
     """A hash of what the smallest form of modules depends on: they, this one, what it calls."""
     extras.python_minifier()  # or the error that says how to install it
     versions = sys.version, version("python-minifier")
-    decides = json.dumps((versions, Path(__file__).read_text(encoding="utf-8"), originals))
+    rules = [Path(file).read_text(encoding="utf-8") for file in (__file__, unused.__file__)]
+    decides = json.dumps((versions, rules, originals))
     return hashlib.sha256(decides.encode()).hexdigest()
 
 
 def _smallest(originals: dict[str, str]) -> dict[str, str]:
     """All of them minified, without what no other names."""
-    sources = {name: minified(text, name) for name, text in originals.items()}
-    loader = sources.pop("loader")
-    return {**_without_unnamed(sources, loader), "loader": loader}
+    parts = {name: without_parts(text, name) for name, text in originals.items()}
+    left = without_unnamed(parts).items()
+    return {name: minified(text, name, asked) for name, (text, asked) in left}
 
 
 def _named(modules: Iterable[str], codec: str) -> list[str]:
@@ -210,107 +214,21 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _never_asked(source: str) -> str:
-    """A module without the parts that a script never uses.
+def minified(source: str, name: str, asked: Collection[str] = ()) -> str:
+    """A module without comments, docstrings, blanks and long names.
 
-    These are the `--help` texts of settings, the least work of operators, their calls of the
-    compiled half, which no script has, and `pgolf train`, which `pgolf.submission.entry` replaces.
-    Samples stay for operators with Triton kernels only, which `pgolf.ops.compile` compiles first.
-    """
-    tree = ast.parse(source)
-    unasked = {"cost", "run"} | ({"samples"} if "in_triton(" not in source else set())
-    for node in ast.walk(tree):
-        called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-        if called == "opt":
-            node.args[1] = ast.Constant("")
-        elif called == "in_extension":
-            unasked.add(ast.unparse(node.args[1]))
-            node.args[1] = ast.parse("lambda run: {}", mode="eval").body
-        elif called == "Operator":
-            for keyword in node.keywords:
-                if keyword.arg in unasked:
-                    keyword.value = ast.Constant(None)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in unasked]
-    return ast.unparse(tree)
-
-
-def _without_unnamed(sources: dict[str, str], loader: str) -> dict[str, str]:
-    """Modules without functions and classes that no other line of a script names.
-
-    A word in a string is a name too, since `getattr` takes it; of a method nothing is known.
-    """
-    trees = {name: ast.parse(text) for name, text in sources.items()}
-    inside = {node: _name_counts(node) for tree in trees.values() for node in tree.body}
-    named: Counter[str] = Counter()
-    for counts in (*inside.values(), *map(_name_counts, ast.parse(loader).body)):
-        named.update(counts)
-    gone: set[tuple[str, str]] = set()
-    unnamed = True
-    while unnamed:
-        unnamed = [
-            (module, node)
-            for module, tree in trees.items()
-            for node in tree.body
-            if _plain(node) and named[node.name] <= inside[node][node.name]
-        ]
-        for module, node in unnamed:
-            gone.add((module, node.name))
-            trees[module].body.remove(node)
-            named.subtract(inside[node])
-    smaller = {module for module, _ in gone}
-    for module, tree in trees.items():
-        for node in [n for n in tree.body if isinstance(n, ast.ImportFrom)]:
-            left = [a for a in node.names if (node.module, a.name) not in gone]
-            if len(left) < len(node.names):
-                smaller.add(module)
-                node.names = left
-        tree.body = [n for n in tree.body if getattr(n, "names", True)]
-    return {
-        name: minified(ast.unparse(trees[name]), name) if name in smaller else text
-        for name, text in sources.items()
-    }
-
-
-def _plain(node: ast.stmt) -> bool:
-    """Whether it defines a name and does nothing else, as a decorator that registers would."""
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return False
-    harmless = {"dataclass", "dataclass(frozen=True)", "contextmanager", "functools.cache"}
-    return all(ast.unparse(d) in harmless for d in node.decorator_list)
-
-
-def _name_counts(statement: ast.stmt) -> Counter[str]:
-    """How often one of a module names what, in a string too; a plain import does not count."""
-    counts: Counter[str] = Counter()
-    for node in ast.walk(statement):
-        if isinstance(node, ast.ImportFrom):
-            counts.update(a.name for a in node.names if a.asname or node is not statement)
-        elif isinstance(node, ast.Name):
-            counts[node.id] += 1
-        elif isinstance(node, ast.Attribute):
-            counts[node.attr] += 1
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            counts.update(re.findall(r"\w+", node.value))
-    return counts
-
-
-@functools.cache
-def minified(source: str, name: str) -> str:
-    """A module without comments, docstrings, blanks and long names of locals.
-
-    Names that anything outside of a function sees stay: globals, attributes, parameters. In Triton
-    kernels parameters keep their names inside, too: the copy of a constant is no constant. There,
+    Attributes and parameters keep theirs, and globals that are `asked` for from outside. In Triton
+    kernels so do globals, and parameters inside, too: the copy of a constant is no constant. There,
     and in opaque operators, whose schema they are, annotations are read.
     """
-    if name in ("pgolf.settings", "pgolf.training.run") or name.startswith("pgolf.ops."):
-        source = _never_asked(source)
     triton = name.startswith("pgolf.triton_kernels")
     parameters = {n.arg for n in ast.walk(ast.parse(source)) if isinstance(n, ast.arg)}
     return extras.python_minifier().minify(
         source,
         name,
         preserve_locals=sorted(parameters) if triton else None,
-        rename_globals=False,
+        rename_globals=not triton,
+        preserve_globals=sorted(asked),
         hoist_literals=False,
         remove_literal_statements=True,
         remove_annotations=not (triton or name.startswith("pgolf.ops")),

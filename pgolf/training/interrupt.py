@@ -78,12 +78,10 @@ class Interrupt:
                 os.write(2, f"pgolf: {name}: ended in the middle of a step\n".encode())
                 os._exit(128 + came[0])
 
-    def error(self, step: int, number: int) -> Interrupted:
-        """What to raise once the state is on disk, for a signal that came to any rank."""
-        return Interrupted(
-            f"stopped after step {step}; go on with `{resume_command(self.recipe, self.folder)}`",
-            128 + number,
-        )
+    def error(self, step: int, number: int, kept: bool) -> Interrupted:
+        """What to raise for a signal that came to any rank; `kept`: the state is on disk."""
+        again = f"; go on with `{resume_command(self.recipe, self.folder)}`" * kept
+        return Interrupted(f"stopped after step {step}{again}", 128 + number)
 
 
 def resume_command(recipe: str, folder: Path) -> str:

@@ -67,8 +67,9 @@ def open_session(
         DataError: shards or tokenizer are missing, damaged or mixed up.
         ConfigError: the vocabulary is too small.
     """
-    going_on = config.run.resume
-    dataset = data_again(config, folder.path) if going_on else open_data(config, ranks)
+    dataset = (
+        data_again(config, folder.path) if config.run.resume else open_data(config, ranks)
+    )
     config = with_dataset(fit_vocabulary(config, dataset, any_vocabulary), dataset)
     return Session(config, ranks, dataset, folder, phases or Phases())
 

@@ -272,7 +272,7 @@ class Trainer:
             self.profile.close(self.clock.step, stopped=True)
         if self.kept != self.clock.step:
             self.folder.check()
-        error = interrupt.error(self.clock.step, number)
+        error = interrupt.error(self.clock.step, number, self.kept == self.clock.step)
         error.quiet = not self.ranks.first
         raise error
 

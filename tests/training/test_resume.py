@@ -50,7 +50,7 @@ def resumed(monkeypatch):
 
 
 def test_the_hint_that_is_printed_works(run, config, resumed):
-    hint = str(Interrupt(run.path, "demo").error(7, signal.SIGINT)).split("`")[1]
+    hint = str(Interrupt(run.path, "demo").error(7, signal.SIGINT, True)).split("`")[1]
     expected = dataclasses.replace(config.run, out=str(run.path), resume=True)
     assert resumed(hint) == dataclasses.replace(config, run=expected)
 
