@@ -39,6 +39,8 @@ class Exchange:
     Attributes:
         held: names of the parameters that this rank updates, in the model's order. Others are as
             they were when `gather_weights` ran last.
+        own_norm: 0-d, of what this rank added to the gradients of matrices in a step, so that it is
+            seen whose are not finite; 0 of a rank that is alone.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Exchange:
         stays = ranks.world == 1 and self.sums is None and not limit and not self.widens
         self.stays = stays and self.norm_impl != "reference"
         self.gradients = self.published.new_empty(0) if self.stays else self._buffer(self.dtype)
+        self.own_norm = torch.zeros((), dtype=compute_dtype(self.dtype), device=ranks.device)
         self.passes = 0
         self.cast: list[Tensor] = []
         if Masters:  # (In a script nobody changes weights.)
@@ -177,6 +180,8 @@ class Exchange:
         else:
             raise ValueError("no gradients were collected: run a backward pass first")
         self.passes = 0
+        if self.ranks.world > 1:
+            torch.linalg.vector_norm(self.gradients, dtype=self.own_norm.dtype, out=self.own_norm)
         if self.limit:
             self._clip()
         reduced = self.ranks.reduce_scatter(self.gradients)

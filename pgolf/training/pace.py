@@ -45,7 +45,8 @@ class Step:
     Attributes:
         clock: after it; until the step is over, its seconds are an estimate.
         lr_scale, momentum: that it took.
-        loss, norm: what it found; NaN until it is over.
+        loss, norm, own_norm: what it found; NaN until it is over. The loss and the last norm are of
+            this rank alone.
     """
 
     clock: Clock
@@ -53,6 +54,7 @@ class Step:
     momentum: float
     loss: float = math.nan
     norm: float = math.nan
+    own_norm: float = math.nan
 
 
 class Pace:
@@ -69,7 +71,7 @@ class Pace:
         self._started = time.perf_counter() - clock.seconds
         self._queue: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
         # A slot is written again only after it was read: one more than may be on their way.
-        self._slots = torch.zeros(RUN_AHEAD + 1, 2, pin_memory=self._on_gpu)
+        self._slots = torch.zeros(RUN_AHEAD + 1, 3, pin_memory=self._on_gpu)
         self._pushed = 0
         self._logged, self._waited = self.done, 0.0
 
@@ -90,10 +92,10 @@ class Pace:
         mean = self.done.seconds / self.done.step if self.done.step else 0.0
         return self.done.seconds + mean * (step - self.done.step)
 
-    def push(self, step: Step, loss: Tensor, norm: Tensor) -> None:
-        """Take in a step whose work is queued on the current stream, with its results (0-d)."""
+    def push(self, step: Step, *found: Tensor) -> None:
+        """Take in a step whose work is queued on the current stream, with loss and norms (0-d)."""
         slot, event = self._slots[self._pushed % len(self._slots)], None
-        slot.copy_(torch.stack((loss, norm)), non_blocking=True)
+        slot.copy_(torch.stack(found), non_blocking=True)
         if self._on_gpu:
             event = torch.cuda.Event()
             event.record()
@@ -106,11 +108,11 @@ class Pace:
         began = time.perf_counter()
         if event is not None:
             event.synchronize()
-        loss, norm = slot.tolist()
+        loss, norm, own_norm = slot.tolist()
         now = time.perf_counter()
         self._waited += now - began
         clock = replace(step.clock, seconds=now - self._started)
-        return replace(step, clock=clock, loss=loss, norm=norm)
+        return replace(step, clock=clock, loss=loss, norm=norm, own_norm=own_norm)
 
     def since_logged(self, clock: Clock) -> dict[str, float]:
         """What a line of metrics says of the steps since the last one.

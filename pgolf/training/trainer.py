@@ -226,7 +226,8 @@ class Trainer:
         self.clock.step += 1
         self.clock.tokens += self.config.data.batch_tokens
         self.clock.seconds = pace.seconds_after(self.clock.step)
-        pace.push(Step(replace(self.clock), lr_scale, momentum), loss, norm)
+        step = Step(replace(self.clock), lr_scale, momentum)
+        pace.push(step, loss, norm, self.exchange.own_norm)
 
     def _collect(self, pace: Pace, interrupt: Interrupt) -> tuple[list[Step], int]:
         """Steps that are seen to be over, and the signal that asks for a stop, or 0.
@@ -244,7 +245,7 @@ class Trainer:
                 self.ranks.gather([0.0])
             step = pace.pull()
             told = self.ranks.gather(
-                [step.clock.seconds, interrupt.number, step.loss, step.norm]
+                [step.clock.seconds, interrupt.number, step.loss, step.norm, step.own_norm]
             )
             pace.done = replace(step.clock, seconds=told[0][0])
             self.clock.seconds = pace.seconds_after(self.clock.step)
@@ -311,13 +312,12 @@ class Trainer:
             torch.cuda.synchronize()
 
     def _check_finite(self, step: int, by_rank: list[list[float]]) -> None:
-        """Stop if the loss or the norm of the gradient of a rank was not finite."""
+        """Stop if something was not finite: of each rank loss, everyone's norm and its own."""
         bad = [r for r, numbers in enumerate(by_rank) if not all(map(math.isfinite, numbers))]
         if not bad:
             return
         kept = self.folder.checkpoints()
-        # Every rank has the norm of all gradients together: the loss says whose it was.
-        whose = [r for r in bad if not math.isfinite(by_rank[r][0])]
+        whose = [r for r in bad if not all(map(math.isfinite, by_rank[r][::2]))]
         where = f" on rank {whose[0]}" if whose and self.ranks.world > 1 else ""
         error = TrainingError(
             f"the loss or its gradient was not finite at step {step}{where}: "

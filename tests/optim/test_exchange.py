@@ -191,17 +191,27 @@ def test_ranks_clip_their_own_gradients(limit) -> None:
             torch.testing.assert_close(g.double(), wanted[name], rtol=1e-5, atol=1e-9, msg=name)
 
 
-def test_a_gradient_of_one_rank_that_is_not_finite_is_everyones() -> None:
-    """Clipping does not hide it: the step that follows changes nothing."""
-    model = of("pr1473", "plain")
+@forms
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_gradient_of_one_rank_that_is_not_finite_is_everyones(limit, form) -> None:
+    """Clipping does not hide it: the step that follows changes nothing. Its own norm says whose."""
+    model = of("pr1473", form)
 
-    def run(ranks: Ranks) -> torch.Tensor:
+    def run(ranks: Ranks) -> list[bool]:
         copied = copy.deepcopy(model)
-        exchange = Exchange(copied, ranks, limit=1.0)
+        exchange = Exchange(copied, ranks, limit=limit)
         backward(copied, math.inf if ranks.rank else 1.0)
-        return exchange.reduce()[1]
+        norm = exchange.reduce()[1]
+        return [bool(t.isfinite()) for t in (norm, exchange.own_norm)]
 
-    assert not any(norm.isfinite() for norm in on_ranks(2, run))
+    assert on_ranks(2, run) == [[False, True], [False, False]]
+
+
+def test_a_rank_alone_has_no_norm_of_its_own() -> None:
+    model = of("pr1473", "plain")
+    exchange = Exchange(model, ALONE)
+    backward(model, 1.0)
+    assert exchange.reduce()[1] > 0 and exchange.own_norm == 0
 
 
 @forms

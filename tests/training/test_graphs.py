@@ -162,7 +162,7 @@ def test_a_run_goes_on_from_a_checkpoint(monkeypatch, taped):
     """The tensors of a state that was loaded are those that are captured."""
     whole = trained(monkeypatch, replayed=False)
     first, _ = made(monkeypatch)
-    stop = SimpleNamespace(number=0, error=lambda step, number: KeyError(step))
+    stop = SimpleNamespace(number=0, error=lambda step, number, kept: KeyError(step))
     monkeypatch.setattr(first, "checkpoint", lambda: setattr(first, "kept", first.clock.step))
     collect = first._collect
 

@@ -3,6 +3,7 @@
 import gc
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,22 @@ def test_a_step_that_is_not_finite_is_named(on_gpu, monkeypatch):
         trainer.train(unasked())
     assert len(taken) == 5 + module.RUN_AHEAD
     assert [m["step"] for m in folder.lines if m["kind"] == "train"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "where"),
+    [
+        ([[6.0, math.nan, 1.0], [6.0, math.nan, math.inf]], " on rank 1: "),
+        ([[math.nan, math.nan, math.nan], [6.0, math.nan, 1.0]], " on rank 0: "),
+        ([[6.0, math.inf, 1e30], [6.0, math.inf, 1e30]], ": "),  # only the sum is too large
+    ],
+)
+def test_the_rank_whose_gradient_is_not_finite_is_named(on_gpu, by_rank, where):
+    trainer, _, _, _ = on_gpu(forever(1.0))
+    trainer.ranks = replace(trainer.ranks, world=2)
+    with pytest.raises(TrainingError, match=re.escape(f"not finite at step 7{where}")):
+        trainer._check_finite(7, by_rank)
+    trainer._check_finite(7, [[6.0, 1.0, 0.5]] * 2)
 
 
 def test_a_stop_keeps_the_last_step_that_was_queued(on_gpu):

@@ -77,11 +77,11 @@ class Batches:
 
 def unasked() -> SimpleNamespace:
     """An `Interrupt` of a run that nobody stops."""
-    return SimpleNamespace(number=0, error=lambda step, number: KeyError(step))
+    return SimpleNamespace(number=0, error=lambda step, number, kept: KeyError(step))
 
 
 def asked_to_stop() -> SimpleNamespace:
-    return SimpleNamespace(number=2, error=lambda step, number: KeyError(step))
+    return SimpleNamespace(number=2, error=lambda step, number, kept: KeyError(step))
 
 
 def build(
