@@ -202,9 +202,10 @@ class Exchange:
         A matrix counts as the passes read it: scaled, if a factor is folded into it. Gradients are
         shares of a mean over ranks here, and the limit is one of this rank's own mean.
         """
-        grads = [self.gradients, *(p.grad for p in self.small if p.grad is not None)]
-        norm = self.ranks.world * self._norm(grads)
-        torch._foreach_mul_(grads, (self.limit / (norm + 1e-6)).clamp(max=1.0))
+        small = [p.grad for p in self.small if p.grad is not None]
+        norm = self.ranks.world * self._norm([self.own_norm[None], *small])
+        factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([self.gradients, *small], factor)
 
     def _behind_a_cast(self) -> list[int]:
         """Which of own matrices have another gradient than what was published of them."""

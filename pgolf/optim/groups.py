@@ -147,8 +147,8 @@ class Optimizers:
             p.grad = grads[p].to(p.dtype)
         if limit := self.config.grad_clip:
             # Both divide by it on their way, as clip_grads_with_norm_ would in a pass of its own.
-            beside_0 = torch.tensor(1e-6 / limit)
-            scale = torch.add(beside_0, norm.float(), alpha=1 / limit).clamp(min=1.0)
+            epsilon = torch.tensor(1e-6 / limit)
+            scale = torch.add(epsilon, norm.float(), alpha=1 / limit).clamp(min=1.0)
             self.muon.grad_scale = self.adamw.grad_scale = scale
         # On the device: the host, which does not wait, hears of it two steps later. (0 times
         # what is not finite is NaN; isfinite takes four launches.)

@@ -142,10 +142,12 @@ def _settings(config: Config) -> str:
 
     # Where and how this machine ran is no part of a submission.
     here = {"data": "", "tokenizer": "", "out": "", "resume": False, "device": "auto",
-            "profile": "", "log": "", "graphs": "auto", "compile_cache": "auto"}  # fmt: skip
-    # A script knows no operator that it leaves out.
+            "profile": "", "log": "", "checkpoint_every": 0, "graphs": "auto",
+            "compile_cache": "auto"}  # fmt: skip
+    # A script knows no operator that it leaves out, and has no compiled half.
     chosen = [c for c in config.run.ops.split(",")
-              if f"{PACKAGE}.ops.{c.partition('=')[0].strip()}" not in LEFT_OUT]  # fmt: skip
+              if f"{PACKAGE}.ops.{c.partition('=')[0].strip()}" not in LEFT_OUT
+              and c.rpartition("=")[2].strip() not in ("cpu", "cuda")]  # fmt: skip
     here["ops"] = ",".join(chosen) or "auto"
     values = to_dict(with_overrides(config, here))
     return repr(difference(values, to_dict(Config())))

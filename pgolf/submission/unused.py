@@ -13,6 +13,7 @@ _OF_STATES = {
     "pgolf.optim.muon": ("__getstate__",),
     "pgolf.training.trainer": ("state_dict", "load_state_dict"),
 }
+_REASON = "a script has no kernels in C++ and CUDA"
 # Conditions that never hold in a script: it goes on with no run, and traces none.
 _NEVER = ("config.run.resume", "config.run.profile", "self.profile")
 
@@ -79,13 +80,13 @@ class _Uninterrupted(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
         self.generic_visit(node)
-        return node.orelse if ast.unparse(node.test) in _NEVER else node
+        return (node.orelse or ast.Pass()) if ast.unparse(node.test) in _NEVER else node
 
     visit_IfExp = visit_If
 
 
 class _Uncompiled(ast.NodeTransformer):
-    """Takes out implementations in the compiled half, and when `auto` prefers them on a CPU."""
+    """Takes out implementations in the compiled half; where `auto` prefers them, says why not."""
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
@@ -93,12 +94,12 @@ class _Uncompiled(ast.NodeTransformer):
 
     def visit_Dict(self, node: ast.Dict) -> ast.Dict:
         self.generic_visit(node)
-        pairs = [
-            (key, value)
-            for key, value in zip(node.keys, node.values, strict=True)
-            if _called(value) != "in_cpp" and not ast.unparse(value).startswith("[('cpu', ")
-        ]
-        return ast.Dict([key for key, _ in pairs], [value for _, value in pairs])
+        pairs = zip(node.keys, node.values, strict=True)
+        left = {key: value for key, value in pairs if _called(value) != "in_cpp"}
+        for key, value in left.items():
+            if ast.unparse(value).startswith(("[('cpu', ", "[('cuda', ")):
+                left[key] = ast.parse(f"[('reference', {_REASON!r})]", mode="eval").body
+        return ast.Dict([*left], [*left.values()])
 
 
 class _Unchecked(ast.NodeTransformer):
@@ -143,7 +144,7 @@ class _OnlyReference(ast.NodeTransformer):
         if _called(node) == "Operator":
             node.keywords = [k for k in node.keywords if k.arg != "obstacle"]
             for keyword in node.keywords:
-                if keyword.arg in ("implementations", "preferred"):
+                if keyword.arg == "implementations":
                     keyword.value = ast.Dict([], [])
         return node
 
@@ -189,8 +190,8 @@ class Names:
                 for alias in node.names if isinstance(node, ast.ImportFrom) else ():
                     self.takers[node.module, alias.name].append(taker)
 
-    def beside(self, module: str) -> set[str]:
-        """Words in strings, attributes, and all that other modules name, be it their own."""
+    def elsewhere(self, module: str) -> set[str]:
+        """All words in strings, all attributes, and the variables of the other modules."""
         everywhere, own = self.everywhere.items(), self.within[module]
         return {text.lstrip("'") for text, n in everywhere if n > own[text] or n and text[0] == "'"}
 
@@ -207,10 +208,14 @@ class Names:
             name, own = _defined(node), self.counts[module, node]
             used = self.within[module][name] - own[name]
             used += self.everywhere[f"'{name}"] - own[f"'{name}"]
-            takers = self.takers.get((module, name), ())
-            if name and not used and not any(self.within[m][name] for m in takers):
+            if name and not used and not self.imported(module, name):
                 found.append(node)
         return found
+
+    def imported(self, module: str, name: str) -> bool:
+        """Whether a module that imports it names it, perhaps from a package that did."""
+        takers = self.takers.get((module, name), ())
+        return any(self.within[m][name] or self.imported(m, name) for m in takers)
 
 
 def without_unnamed(sources: Mapping[str, str]) -> dict[str, tuple[str, set[str]]]:
@@ -230,27 +235,31 @@ def without_unnamed(sources: Mapping[str, str]) -> dict[str, tuple[str, set[str]
             continue
         kept = {n for n in names.within[module] if names.within[module][n]} | shared[module]
         for node in [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]:
-            registers = "register(" in sources.get(getattr(node, "module", ""), "")
-            used = [a for a in node.names if (a.asname or a.name).partition(".")[0] in kept]
-            node.names = used or node.names[: int(registers)]
+            node.names = [
+                a for a in node.names
+                if (a.asname or a.name).partition(".")[0] in kept or a.name in sources
+            ]
+            # One that registers something is imported for that.
+            if not node.names and "register(" in sources.get(getattr(node, "module", ""), ""):
+                tree.body[tree.body.index(node)] = ast.Import([ast.alias(node.module)])
         tree.body = [n for n in tree.body if getattr(n, "names", True)]
-    return {
-        name: (ast.unparse(tree), shared[name] | names.beside(name)) for name, tree in trees.items()
-    }
+    asked = {name: shared[name] | names.elsewhere(name) for name in trees}
+    return {name: (ast.unparse(tree), asked[name]) for name, tree in trees.items()}
 
 
 def _defined(node: ast.stmt) -> str:
     """The name that a statement defines, if that is all it does: a call may register."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         harmless = {"dataclass", "dataclass(frozen=True)", "contextmanager", "functools.cache"}
-        return node.name if {ast.unparse(d) for d in node.decorator_list} <= harmless else ""
+        only = {ast.unparse(d) for d in node.decorator_list} <= harmless
+        return node.name if only and not node.name.startswith("__") else ""
     if isinstance(node, ast.Assign) and not any(isinstance(n, ast.Call) for n in ast.walk(node)):
-        return getattr(node.targets[0], "id", "")
+        return getattr(node.targets[0], "id", "") if len(node.targets) == 1 else ""
     return ""
 
 
 def _counts(statement: ast.stmt) -> Counter[str]:
-    """How often one of a module names what; 'with a quote, if as an attribute or in a string.
+    """How often one of a module names what. Attributes and strings have a quote before the name.
 
     A plain import does not count.
     """

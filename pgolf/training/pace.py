@@ -1,7 +1,7 @@
 """The steps that are on their way: a host that stays ahead of the GPU and still knows the time.
 
 A host that waits for each step leaves the GPU idle for as long as the next one takes to queue. So
-it goes on: a step leaves its loss and gradient norm in page-locked memory with an event behind it,
+it goes on: a step leaves its loss and gradient norms in page-locked memory with an event behind it,
 and they are read once `RUN_AHEAD` more steps are queued, when they have long been there. On a CPU
 a step is over when its call returns: none is ahead, nothing depends on time but a time budget.
 """

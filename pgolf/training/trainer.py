@@ -312,7 +312,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def _check_finite(self, step: int, by_rank: list[list[float]]) -> None:
-        """Stop if something was not finite: of each rank loss, everyone's norm and its own."""
+        """Stop if something was not finite: of each rank loss, norm of all, of its matrices."""
         bad = [r for r, numbers in enumerate(by_rank) if not all(map(math.isfinite, numbers))]
         if not bad:
             return

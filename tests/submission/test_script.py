@@ -19,7 +19,15 @@ from pgolf.data.manifest import Dataset
 from pgolf.data.tokenizer import train_tokenizer
 from pgolf.errors import DataError
 from pgolf.submission import entry
-from pgolf.submission.script import _settings, build_script, literal, script_parts
+from pgolf.submission.script import (
+    SCORING,
+    TRAINING,
+    _build,
+    _settings,
+    build_script,
+    literal,
+    script_parts,
+)
 from pgolf.triton_kernels.launch import Config, configs
 
 from ..training.tiny import ROOT
@@ -180,6 +188,33 @@ def test_only_what_a_script_never_does_is_missing(script):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("modules", [SCORING, TRAINING], ids=["scoring", "training"])
+@pytest.mark.parametrize("codec", ["auto", "rans"])
+def test_what_a_module_imports_from_another_is_there(modules, codec, config):
+    sources = _build(_settings(config), codec, modules).sources
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    taken = [
+        (node.module, alias.name)
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        for alias in (node.names if isinstance(node, ast.ImportFrom) else ())
+        if node.module in trees and f"{node.module}.{alias.name}" not in trees
+    ]
+    known = {(m, name) for m, tree in trees.items() for name in names_in(tree)}
+    assert taken and not set(taken) - known
+
+
+def names_in(tree):
+    """What a module has."""
+    for node in tree.body:
+        for child in ast.walk(node):
+            if isinstance(child, ast.Name):
+                yield child.id
+            elif isinstance(child, ast.alias):
+                yield child.asname or child.name
+        yield getattr(node, "name", "")
+
+
 def test_size(script):
     assert len(script.data) < 75_000, "the budget that a model of a contest recipe has to share"
 
@@ -200,6 +235,8 @@ def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
     for ops, left in (
         ("xsa_linear=triton,linear_residual=triton,linear_qk_rope=triton", "auto"),
         ("xsa=reference,part_sums=cpu", "xsa=reference"),
+        ("residual_norm=cuda,xsa=triton", "xsa=triton"),
+        ("cuda", "auto"),
     ):  # fmt: skip
         settings = ast.literal_eval(_settings(with_overrides(config, {"ops": ops})))
         assert settings["run"].get("ops", "auto") == left

@@ -58,7 +58,11 @@ def op(x, impl="auto"):
     return reference(x)
 OPERATOR = register(Operator(
     name="op", call=None, reference=None, differentiable=("x",), samples=None, cost=None,
-    implementations={}, preferred={},
+    implementations={},
+    preferred={
+        "cpu": [("reference", "a script has no kernels in C++ and CUDA")],
+        "cuda": [("reference", "a script has no kernels in C++ and CUDA")],
+    },
 ))
 """,
     )
@@ -94,6 +98,7 @@ class Trainer:
     def checkpoint(self): pass
     def train(self):
         begin()
+        pass
 """,
     )
 
@@ -123,5 +128,19 @@ def test_what_a_call_may_register_stays() -> None:
 
 
 def test_modules_that_register_are_still_imported() -> None:
-    sources = {"pgolf.a": "from pgolf.b import B, C\n", "pgolf.b": "B = register(1)\nC = 1"}
-    assert same(without_unnamed(sources)["pgolf.a"][0], "from pgolf.b import B\n")
+    sources = {"pgolf.a": "from pgolf.b import C, B\n", "pgolf.b": "B = register(1)\nC = 1"}
+    left = without_unnamed(sources)
+    assert same(left["pgolf.a"][0], "import pgolf.b\n") and "C" not in left["pgolf.b"][0]
+
+
+def test_what_a_package_hands_on_stays_where_it_is_named() -> None:
+    sources = {
+        "pgolf.p": "from pgolf.p.a import f, g\n", "pgolf.p.a": "def f(): pass\ndef g(): pass",
+        "pgolf.b": "from pgolf.p import f\nf()",
+    }  # fmt: skip
+    assert same(without_unnamed(sources)["pgolf.p.a"][0], "def f(): pass")
+
+
+def test_of_two_names_for_one_thing_both_stay() -> None:
+    sources = {"pgolf.a": "a = b = 1\n", "pgolf.b": "from pgolf.a import b\nprint(b)"}
+    assert same(without_unnamed(sources)["pgolf.a"][0], sources["pgolf.a"])

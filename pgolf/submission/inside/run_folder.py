@@ -4,7 +4,7 @@ import json
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-read_config = None
+from pgolf.files import storage_errors
 
 
 class RunFolder:
@@ -20,14 +20,17 @@ class RunFolder:
         """Make it."""
         base = path = Path(f"runs/{config.recipe}-seed{config.run.seed}")
         number = 1
-        while True:
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
+        with storage_errors(path):
+            base.parent.mkdir(parents=True, exist_ok=True)
+            while path.exists():
                 number += 1
                 path = base.with_name(f"{base.name}-{number}")
-        yield path
+            path.mkdir()
+        try:
+            yield path
+        finally:
+            with suppress(OSError):  # a run that did not begin leaves it empty
+                path.rmdir()
 
     def log(self, **line):
         """Append one to metrics.jsonl."""
@@ -40,6 +43,6 @@ class RunFolder:
         return []
 
     def nothing(self, *ignored):
-        """What is done about checkpoints and settings."""
+        """What a package's run does about checkpoints, and after a failure."""
 
     open = discard = check = save = nothing
