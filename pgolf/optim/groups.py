@@ -146,7 +146,8 @@ class Optimizers:
         for p in self.params:
             p.grad = grads[p].to(p.dtype)
         if limit := self.config.grad_clip:
-            # Both divide by it on their way, as clip_grads_with_norm_ would in a pass of its own.
+            # Both divide by it on their way, as clip_grads_with_norm_ would in a pass of its own:
+            # (norm + 1e-6) / limit, in one launch.
             epsilon = torch.tensor(1e-6 / limit)
             scale = torch.add(epsilon, norm.float(), alpha=1 / limit).clamp(min=1.0)
             self.muon.grad_scale = self.adamw.grad_scale = scale

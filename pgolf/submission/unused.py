@@ -143,9 +143,6 @@ class _OnlyReference(ast.NodeTransformer):
         self.generic_visit(node)
         if _called(node) == "Operator":
             node.keywords = [k for k in node.keywords if k.arg != "obstacle"]
-            for keyword in node.keywords:
-                if keyword.arg == "implementations":
-                    keyword.value = ast.Dict([], [])
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
