@@ -113,11 +113,27 @@ def _xsa_linear() -> Iterator[Case]:
 
 
 def _linear_residual() -> Iterator[Case]:
+    """As the output projection of attention has it, and that of the MLP in all kinds of layers."""
     from pgolf.triton_kernels.linear_residual import linear_residual
 
     bf16 = torch.bfloat16
-    z, w = _meta(TOKENS, WIDTH, dtype=bf16), _meta(WIDTH, WIDTH, dtype=bf16)
-    yield Case("bf16", "bf16", lambda: linear_residual(z, w, z, 0.5, 1e-6, tma=True))
+    x, factors = _meta(TOKENS, WIDTH, dtype=bf16), _meta(WIDTH, dtype=torch.float32)
+    joined = {"x0": x, "of_x": factors, "of_x0": factors}
+    total = {"x0": x, "of_total": factors, "of_x0": factors, "keep_total": True}
+    skip = {"skip": x, "of_skip": factors}
+    for label, inner, added in (
+        ("", WIDTH, {}),
+        (" joined", HIDDEN, joined),
+        (" joined, skip", HIDDEN, {**joined, **skip}),
+        (" skip", HIDDEN, skip),
+        (" total", HIDDEN, total),
+        (" total, skip", HIDDEN, {**total, **skip}),
+    ):
+        z, w = _meta(TOKENS, inner, dtype=bf16), _meta(WIDTH, inner, dtype=bf16)
+        yield Case(
+            f"bf16{label}", "bf16",
+            lambda z=z, w=w, added=added: linear_residual(z, w, x, 0.5, 1e-6, **added, tma=True),
+        )  # fmt: skip
 
 
 def _linear_qk_rope() -> Iterator[Case]:

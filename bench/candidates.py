@@ -12,7 +12,7 @@ from pgolf.triton_kernels.launch import Config, configs
 
 
 class Candidate(NamedTuple):
-    """What is other than in the row, which is its kernel's only one."""
+    """What is other than in a row of its kernel."""
 
     blocks: dict[str, int]
     num_warps: int
@@ -47,11 +47,11 @@ def of(kernel: str, row: Config) -> list[Config]:
 
 @contextlib.contextmanager
 def taken(kernel: str, candidate: Candidate) -> Iterator[None]:
-    """Inside, `pick` returns the candidate."""
+    """Inside, `pick` returns the candidate, of the row that it would return."""
     rows = configs()[kernel]
-    (row,) = rows
-    rows[0] = candidate.of(row)
+    before = list(rows)
+    rows[:] = map(candidate.of, before)
     try:
         yield
     finally:
-        rows[0] = row
+        rows[:] = before

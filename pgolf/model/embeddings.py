@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgolf.model.layers import Matrix, TokenRows
+from pgolf.model.layers import TokenRows
+from pgolf.model.matrices import Matrix
 from pgolf.ops.embed_smear import bigram_rows
 from pgolf.ops.tensors import compute_dtype
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pgolf.model.embeddings import Table
 from pgolf.model.gpt import GPT
-from pgolf.model.layers import Matrix
 from pgolf.model.masters import Masters
+from pgolf.model.matrices import Matrix
 
 
 def frozen_copy(

@@ -16,7 +16,7 @@ from pgolf.device import DTYPES
 from pgolf.model.deferred_sums import with_deferred_sums
 from pgolf.model.embeddings import BigramHash, SmearGate, Table, ValueEmbedding
 from pgolf.model.joined import joins, with_joins
-from pgolf.model.layers import Block, LayerVectors, Stream, TokenRows
+from pgolf.model.layers import Block, LayerVectors, Stream, TokenRows, linear_of_branches
 from pgolf.model.masters import Masters
 from pgolf.ops.attention import attention, most_documents
 from pgolf.ops.embed_smear import embed_smear
@@ -54,6 +54,7 @@ def operator_sizes(
         },
         "residual_norm": {"width": config.dim},
         "linear_residual": {"width": config.dim, "inner": config.dim},
+        "linear_mix": {"width": config.dim, "inner": config.mlp_hidden},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},
         "newton_schulz": {"dtype": ns_dtype},
@@ -221,7 +222,7 @@ class GPT(nn.Module):
         return residual_norm(
             x, branch=branch, branch_scale=scale, skip=middle,
             skip_weight=None if middle is None else -self.backout.expand(c.dim),
-            eps=c.norm_eps, impl=self.ops["residual_norm"],
+            eps=c.norm_eps, impl=self.ops["residual_norm"], linear=linear_of_branches(self.ops),
         )[1]  # fmt: skip
 
     def vectors(self, x0: Tensor) -> list[LayerVectors]:

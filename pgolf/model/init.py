@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.model.gpt import GPT
-from pgolf.model.layers import Matrix
+from pgolf.model.matrices import Matrix
 
 
 def _phase(layer: int, layers: int) -> float:

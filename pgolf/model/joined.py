@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pgolf.model.layers import BlockWeights, LayerVectors, Stream
+from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import autocasting
 from pgolf.ops.joined_norm import joined_norm
 from pgolf.ops.part_sums import Sums, deferred
 from pgolf.ops.qk_rope import sums_of as sums_of_gain
-from pgolf.ops.residual_norm import Factored, residual_norm
+from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.residual_norm import sums_of as sums_of_norm
 from pgolf.ops.scaled_copies import scaled_copies
 from pgolf.ops.scaled_copies import sums_of as sums_of_copies

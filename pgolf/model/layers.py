@@ -5,7 +5,7 @@ Module and parameter names are those of the contest's public scripts that have a
 query heads, G key/value heads, d = D/H, F = MLP width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,124 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.model.matrices import Fold, Matrix, cast_all, scaled_rows
+from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import autocasting
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.linear_qk_rope import linear_qk_rope
 from pgolf.ops.linear_residual import linear_residual
+from pgolf.ops.product import Product
 from pgolf.ops.qk_rope import qk_rope
-from pgolf.ops.residual_norm import Factored, residual_norm
-from pgolf.ops.weight_cast import fake_quant, fake_quant_all, weight_cast_all
+from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.xsa import xsa
-from pgolf.ops.xsa_linear import Product, xsa_linear
-
-
-class Matrix(nn.Module):
-    """A weight (out, in) without bias that can be fake-quantised where it is used.
-
-    `prepare_qat` adds the buffers of late QAT: clip factor per row, bits, and the switch. They are
-    tensors, so a compiled graph takes a change of any of them without recompiling.
-    """
-
-    def __init__(self, out_features: int, in_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.published: Tensor | None = None  # as in `Block`, which has those of its matrices
-        self.grid: dict | None = None
-
-    def prepare_qat(
-        self, bits: int | Tensor, switch: Tensor, **grid: float | int | bool | str
-    ) -> None:
-        """Add the fake-quant of grid `bits` to the forward pass, off while `switch` is 0.
-
-        `grid` holds the other arguments of `fake_quant`, its implementation among them. Matrices
-        whose `bits` are one tensor are quantised in one go where plain torch does it.
-        """
-        device = self.weight.device
-        self.grid = grid
-        self.register_buffer("qat_clip", torch.ones(self.weight.size(0), device=device))
-        own = bits if isinstance(bits, Tensor) else torch.tensor(float(bits), device=device)
-        self.register_buffer("qat_bits", own)
-        self.register_buffer("qat_on", switch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (weight,) = [self.published] if self.published is not None else cast_all([self], x.dtype)
-        return F.linear(x, weight)
-
-
-class Fold(NamedTuple):
-    """A cast by kernels of `weight_cast`, which multiplies rows by factors on its way."""
-
-    impl: str
-    scales: Sequence[Tensor | None]  # (out,), one a matrix; None is 1
-
-    def of(self, chosen: Sequence[int]) -> "Fold":
-        """The same for some of the matrices."""
-        return Fold(self.impl, [self.scales[i] for i in chosen])
-
-
-def cast_all(
-    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None = None,
-    into: Sequence[Tensor] | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """The weights as the forward pass uses them; those of one grid are quantised together.
-
-    All that have a grid share one switch. Without a fold `fake_quant` casts those with a grid, and
-    torch the others. `into`, with a fold: where to write those that `weight_cast_all` casts.
-    """
-    scales = fold.scales if fold else [None] * len(matrices)
-    weights = [m.weight for m in matrices]
-    left = [
-        i
-        for i, m in enumerate(matrices)
-        if m.grid is not None or scales[i] is not None or m.weight.dtype != dtype
-    ]
-    while left:
-        alike = [i for i in left if matrices[i].grid == matrices[left[0]].grid]
-        together = [matrices[i] for i in alike]
-        places = into and [into[i] for i in alike]
-        cast = _cast_alike(together, dtype, fold and fold.of(alike), places)
-        for i, weight in zip(alike, cast, strict=True):
-            weights[i] = weight
-        left = [i for i in left if i not in alike]
-    return weights
-
-
-def _cast_alike(
-    matrices: Sequence[Matrix], dtype: torch.dtype, fold: Fold | None,
-    into: Sequence[Tensor] | None,
-) -> list[Tensor]:  # fmt: skip
-    """`cast_all` of matrices with one grid, or with none."""
-    weights, options, grids = [m.weight for m in matrices], dict(matrices[0].grid or {}), ()
-    if matrices[0].grid is not None:
-        grids = [m.qat_clip for m in matrices], [m.qat_bits for m in matrices], matrices[0].qat_on
-    if fold:
-        options |= {"impl": fold.impl, "dtype": dtype, "into": into}
-        return weight_cast_all(weights, fold.scales, *grids, **options)
-    if grids and options.get("impl") == "reference" and not torch.compiler.is_compiling():
-        return _quantised_as_one(matrices, dtype, options)
-    if grids:
-        return fake_quant_all(weights, *grids, dtype=dtype, **options)
-    return [w.to(dtype) for w in weights]
-
-
-def _quantised_as_one(
-    matrices: Sequence[Matrix], dtype: torch.dtype, options: dict
-) -> list[Tensor]:
-    """`fake_quant_all` where every operation is a launch: their number is not that of matrices.
-
-    Rows have steps of their own, so that those of matrices of one width and one `qat_bits` may
-    stand in one matrix.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, m in enumerate(matrices):
-        groups.setdefault((m.weight.size(1), id(m.qat_bits)), []).append(i)
-    found = {}
-    for chosen in groups.values():
-        some = [matrices[i] for i in chosen]
-        whole, clips = torch.cat([m.weight for m in some]), torch.cat([m.qat_clip for m in some])
-        cast = fake_quant(whole, clips, some[0].qat_bits, some[0].qat_on, dtype=dtype, **options)
-        found |= zip(chosen, cast.split([m.weight.size(0) for m in some]), strict=True)
-    return [found[i] for i in range(len(matrices))]
+from pgolf.ops.xsa_linear import xsa_linear
 
 
 class TokenRows(NamedTuple):
@@ -231,6 +124,15 @@ class Attention(nn.Module):
         return Product(y, weights.out, None) if as_product else F.linear(y, weights.out)
 
 
+def linear_of_branches(ops: Mapping[str, str]) -> str:
+    """What multiplies where a branch of an MLP is added up; only kernels of the norm leave it that.
+
+    (A script leaves `linear_mix` out.)
+    """
+    kernels = ops["residual_norm"] != "reference"
+    return ops.get("linear_mix", "reference") if kernels else "reference"
+
+
 class MLP(nn.Module):
     """Squared (leaky) ReLU MLP."""
 
@@ -245,17 +147,21 @@ class MLP(nn.Module):
         """Up, down."""
         return [self.fc, self.proj]
 
-    def forward(self, h: Factored, weights: BlockWeights) -> Tensor:
-        """h (N, T, D) normed."""
+    def forward(
+        self, h: Factored, weights: BlockWeights, as_product: bool
+    ) -> Tensor | Product:
+        """h (N, T, D) normed. `as_product`: not multiplied by `down` yet."""
         impl = self.ops["leaky_relu2_mlp"]
-        return leaky_relu2_mlp(h.y, weights.up, weights.down, self.slope, h.factor, impl)
+        return leaky_relu2_mlp(
+            h.y, weights.up, weights.down, self.slope, h.factor, impl, as_product
+        )
 
 
 class Stream(NamedTuple):
     """The residual state x + scale * branch: who takes it adds it up as the first thing it does."""
 
     x: Tensor
-    branch: Tensor | None = None
+    branch: Tensor | Product | None = None
     scale: Tensor | None = None  # (D,); None is 1
 
     def added(self) -> "Stream":
@@ -263,6 +169,8 @@ class Stream(NamedTuple):
         if self.branch is None:
             return self
         scaled = self.branch
+        if isinstance(scaled, Product):
+            scaled = scaled.multiplied()
         if self.scale is not None:
             scaled = self.scale.to(self.x.dtype) * scaled
         return Stream(self.x + scaled)
@@ -295,6 +203,7 @@ class Block(nn.Module):
             "scale": (layer + 1) ** -0.5 if config.layer_scale else 1.0,
             "eps": config.norm_eps,
             "impl": ops["residual_norm"],
+            "linear": linear_of_branches(ops),
         }
         self.ops = ops
         self.published: BlockWeights | None = None
@@ -368,7 +277,11 @@ class Block(nn.Module):
             weights, goes_on = join.weights, join.goes_on
             total, x, h = join.enter(stream, skip, self.norm)
         x, h = self._attended(x, h, weights, goes_on, vectors, rope, value, attend)
-        return BlockOutput(total, Stream(x, self.mlp(h, weights), weights.mlp_scale))
+        if self.norm["linear"] == "reference" or autocasting(x.device):
+            return BlockOutput(total, Stream(x, self.mlp(h, weights, False), weights.mlp_scale))
+        if weights.mlp_scale is not None:
+            weights = weights._replace(down=scaled_rows(weights.down, weights.mlp_scale))
+        return BlockOutput(total, Stream(x, self.mlp(h, weights, True)))
 
     def _attended(
         self, x: Tensor, h: Factored, weights: BlockWeights, goes_on: Mapping[str, Any], *seen: Any
@@ -383,8 +296,7 @@ class Block(nn.Module):
                 "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on
             )
         if weights.attn_scale is not None:
-            rows = weights.attn_scale.to(x.dtype)[:, None]
-            weights = weights._replace(out=rows * weights.out)
+            weights = weights._replace(out=scaled_rows(weights.out, weights.attn_scale))
         z, w, out = self.attn(h, weights, *seen, as_product=True)
         norm = {"scale": self.norm["scale"], "eps": self.norm["eps"]}
         return linear_residual(

@@ -6,6 +6,7 @@ from pgolf.ops.attention import attention
 from pgolf.ops.embed_smear import embed_smear
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
+from pgolf.ops.linear_mix import linear_mix
 from pgolf.ops.linear_qk_rope import linear_qk_rope
 from pgolf.ops.linear_residual import linear_residual
 from pgolf.ops.muon_momentum import muon_momentum
@@ -27,6 +28,7 @@ __all__ = [
     "fake_quant_all",
     "grad_norm",
     "leaky_relu2_mlp",
+    "linear_mix",
     "linear_qk_rope",
     "linear_residual",
     "muon_momentum",

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import resolve
-from pgolf.ops.derivatives import factor_gradient, register_gradient
+from pgolf.ops.derivatives import factor_gradient, register_gradient, ticket
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, in_extension, in_triton, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.product import Product
 from pgolf.ops.tensors import addresses, check_alike, compute_dtype, contiguous, nbytes, unit_stride
 
 _INPUTS = Inputs(
@@ -75,7 +76,8 @@ def leaky_relu2_mlp(
     slope: float = 0.5,
     rstd: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
+    as_product: bool = False,
+) -> Tensor | Product:
     """The MLP, (..., D) -> (..., D).
 
     Args:
@@ -85,6 +87,7 @@ def leaky_relu2_mlp(
         rstd: (...,) factor of each row of h W_up^T, in fp32 (fp64 for an fp64 h), not 0.
         impl: 'auto', 'reference', 'cpu' (C++ around torch's matmuls; fp32, bf16, fp64), 'cuda' (the
             same on a GPU; fp32, bf16) or 'triton' (fp32, bf16; TMA where the GPU has it).
+        as_product: whether the product with w_down is left to who takes it, such as `linear_mix`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `xsa`.
@@ -107,10 +110,16 @@ def leaky_relu2_mlp(
     check_alike("leaky_relu2_mlp", h=h, w_up=w_up, w_down=w_down)
     impl = resolve("leaky_relu2_mlp", impl, h)
     if impl == "reference":
+        if as_product:
+            return Product(activation(F.linear(h, w_up), slope, rstd), w_down)
         return reference(h, w_up, w_down, slope, rstd)
     rows = None if rstd is None else rstd.reshape(-1)
     h2 = h.reshape(h.shape[:-1].numel(), h.size(-1))
-    return _mlp(h2, w_up, w_down, rows, slope, impl)[0].view(h.shape)
+    out, post, _ = _mlp(h2, w_up, w_down, rows, slope, as_product, impl)
+    out = out.view(h.shape)
+    if not as_product:
+        return out
+    return Product(post.detach().view(*h.shape[:-1], -1), w_down.detach(), out)
 
 
 # --- the opaque operators -------------------------------------------------------------------------
@@ -123,19 +132,21 @@ def _words(post: Tensor) -> Tensor:
 
 @opaque("pgolf::leaky_relu2_mlp", mutates_args=())
 def _mlp(
-    h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, w_up: Tensor, w_down: Tensor, rstd: Tensor | None, slope: float, as_product: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, or its ticket, post and the sign bits."""
     up = launcher("leaky_relu2_mlp", impl, "up")
     with without_autocast(h):
         w, rstd = contiguous(w_up, rstd)
         post, bits = up(unit_stride(h), w, slope, rstd)
-        return post @ w_down.t(), post, bits
+        return ticket(h) if as_product else post @ w_down.t(), post, bits
 
 
 @_mlp.register_fake
-def _(h, w_up, w_down, rstd, slope, impl):
+def _(h, w_up, w_down, rstd, slope, as_product, impl):
     post = h.new_empty((h.size(0), w_up.size(0)))
-    return h.new_empty(h.shape), post, _words(post)
+    return ticket(h) if as_product else h.new_empty(h.shape), post, _words(post)
 
 
 @opaque("pgolf::leaky_relu2_down_dgrad", mutates_args=())
@@ -159,7 +170,7 @@ def _(dout, w_down, post, bits, rstd, slope, impl):
 
 
 def _mlp_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, w_up, w_down, rstd, ctx.slope, ctx.impl = inputs
+    h, w_up, w_down, rstd, ctx.slope, _, ctx.impl = inputs
     ctx.save_for_backward(h, w_up, w_down, rstd, *output[1:])
 
 
@@ -173,6 +184,7 @@ def _mlp_gradient(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple:
         dpre.t() @ h if need_up else None,
         dout.t() @ post if need_down else None,
         factor_gradient(h, dh, rstd) if need_rstd else None,
+        None,
         None,
         None,
     )

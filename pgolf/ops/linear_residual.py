@@ -25,12 +25,13 @@ from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
+from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.part_sums import check_deferred
-from pgolf.ops.residual_norm import WIDTH_LIMITS, Factored, residual_norm, sums_of
+from pgolf.ops.residual_norm import WIDTH_LIMITS, residual_norm, sums_of
 from pgolf.ops.residual_norm import reference as norm_reference
 from pgolf.ops.residual_norm_kernels import backward
 from pgolf.ops.tensors import check_alike, compute_dtype, contiguous, nbytes, unit_stride
@@ -159,7 +160,7 @@ def _forward(
     with without_autocast(z):
         (w,) = contiguous(w)
         made = launcher("linear_residual", impl, "forward")(z2, w, x2, scale, eps)
-        x_in, factor = made or _in_two_steps(z2, w, x2, scale, eps, norm_impl)
+        x_in, factor = made[1:] if made else _in_two_steps(z2, w, x2, scale, eps, norm_impl)
     return x_in.view(x.shape), ticket(x), factor.view(x.shape[:-1])
 
 

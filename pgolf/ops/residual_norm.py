@@ -28,7 +28,7 @@ result; the kernels compute in fp32 and round each result once, h from the x_in 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,12 @@ from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.derivatives import rerouted
+from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.part_sums import Sums, check_deferred, deferred
+from pgolf.ops.product import Product, handed_on
 from pgolf.ops.residual_norm_kernels import forward, launchers, part_count
 from pgolf.ops.tensors import compute_dtype, nbytes
 
@@ -60,24 +62,6 @@ _INPUTS = Inputs(
 
 
 _PARAMETERS = ("branch_scale", "skip_weight", "mix", "total_scale", "x_in_scale")
-
-
-class Factored(NamedTuple):
-    """h = y factor[..., None], of which nothing but this product may be used.
-
-    Attributes:
-        y: (..., D).
-        factor: (...,) fp32 (fp64 for an fp64 y), a constant as far as gradients go; None is 1.
-    """
-
-    y: Tensor
-    factor: Tensor | None
-
-    def product(self) -> Tensor:
-        """h itself."""
-        if self.factor is None:
-            return self.y
-        return (self.y * self.factor[..., None]).to(self.y.dtype)
 
 
 @outside_autocast
@@ -177,17 +161,19 @@ def _resolved(x: Tensor, impl: str) -> str:
 
 
 def residual_norm(
-    x: Tensor, *, branch: Tensor | None = None, branch_scale: Tensor | None = None,
+    x: Tensor, *, branch: Tensor | Product | None = None, branch_scale: Tensor | None = None,
     skip: Tensor | None = None, skip_weight: Tensor | None = None, x0: Tensor | None = None,
     mix: Tensor | None = None, total_scale: Tensor | None = None, x_in_scale: Tensor | None = None,
     x0_is_product: bool = False, scale: float = 1.0, eps: float = 1e-6, keep_total: bool = False,
     factored: bool = False, sums: Tensor | None = None, impl: str = "auto",
+    linear: str = "auto",
 ) -> tuple[Tensor | Factored, ...]:  # fmt: skip
     """Add a branch and a skip to the residual stream, mix x0 in, and norm the result.
 
     Args:
         x: (..., D) residual stream.
-        branch: (..., D) output of attention or MLP; None adds nothing.
+        branch: (..., D) output of attention or MLP; None adds nothing. A `Product` is multiplied
+            here; for kernels only, and without a branch_scale.
         branch_scale: (D,) factors of branch; None is 1.
         skip: (..., D) state of an earlier layer; None adds nothing.
         skip_weight: (D,) factors of skip; None is 1.
@@ -207,6 +193,7 @@ def residual_norm(
             their gradients from there. None: from here.
         impl: 'auto', 'reference', 'cpu' (C++; fp32, bf16, fp64; D <= 4096) or 'cuda' (fp32, bf16;
             D <= 4096).
+        linear: of `linear_mix`, where branch is a Product.
 
     Returns:
         (x_in, h), or (total, x_in, h) with keep_total, each (..., D), contiguous; of a factored h
@@ -216,6 +203,14 @@ def residual_norm(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
+    if isinstance(branch, Product) and (
+        branch_scale is not None or _resolved(x, impl) == "reference"
+    ):
+        raise ValueError(
+            "residual_norm: a Product as branch is for kernels, without a branch_scale: multiply "
+            "it out, or w's rows by the scale"
+        )
+    branch, product = handed_on("residual_norm", branch, x, linear)
     x, *rest = _INPUTS(
         x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale
     )
@@ -239,7 +234,7 @@ def residual_norm(
         others["x0"] = None
     stores_total = adds and mixes and (keep_total or _learns(mix))
     settings = scale, eps, factored, x0_is_product, stores_total, impl
-    total, x_in, h, rstd = forward(x, *others.values(), *products, sums, *settings)
+    total, x_in, h, rstd = forward(x, *others.values(), *products, sums, *product, *settings)
     if not adds:
         total = x
         x_in = x_in if mixes else x

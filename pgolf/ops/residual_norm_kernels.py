@@ -15,7 +15,7 @@ from pgolf.ops.derivatives import register_gradient, ticket
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.part_sums import sum_parts
-from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of
+from pgolf.ops.tensors import addresses, compute_dtype, contiguous, parts_of, unit_stride
 
 # Gradients of parameters are summed over parts of the rows, of so many at least;
 # csrc/residual_norm.h
@@ -72,24 +72,59 @@ def part_count(rows: int) -> int:
 def forward(
     x: Tensor, branch: Tensor | None, branch_scale: Tensor | None, skip: Tensor | None,
     skip_weight: Tensor | None, x0: Tensor | None, mix: Tensor | None, total_scale: Tensor | None,
-    x_in_scale: Tensor | None, sums: Tensor | None, scale: float, eps: float, factored: bool,
-    x0_is_product: bool, stores_total: bool, impl: str,
+    x_in_scale: Tensor | None, sums: Tensor | None, z: Tensor | None, w: Tensor | None, linear: str,
+    scale: float, eps: float, factored: bool, x0_is_product: bool, stores_total: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, if it `stores_total`, x_in, h and rstd (...,).
 
     Factored: the ticket of x_in as a factor of h, and the other factor in the place of rstd. `sums`
     is what takes the gradients of parameters in parts, where they do not get them themselves.
+    Where z is there, z w^T is the branch, of which there is a ticket.
     """
-    inputs = contiguous(x, branch, branch_scale, skip, skip_weight, x0)
+    x, branch_scale, skip, skip_weight, x0 = contiguous(x, branch_scale, skip, skip_weight, x0)
     mixes = (None, None) if mix is None else contiguous(*mix)
     settings = scale, eps, factored, stores_total
+    if z is not None:
+        added = {"skip": skip, "of_skip": skip_weight, "x0": x0}
+        added |= dict(zip(("of_total", "of_x0"), mixes, strict=True))
+        made = by_gemm(z, w, x, added, *settings, linear) if factored else None
+        if made is not None:
+            return made
+        branch = z @ w.t()
+    inputs = x, *contiguous(branch), branch_scale, skip, skip_weight, x0
     return launcher("residual_norm", impl, "forward")(*inputs, *mixes, *settings)
+
+
+def by_gemm(
+    z: Tensor, w: Tensor, x: Tensor, added: dict[str, Tensor | None], scale: float, eps: float,
+    factored: bool, stores_total: bool, linear: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """What `forward` returns, in one GEMM with what is added; None: it is not possible.
+
+    Args:
+        added: arguments of the launcher, of the shape of x or (D,).
+    """
+    if not factored:  # a product multiplied out is a launch again
+        return None
+    added = {name: t if t is None or t.dim() == 1 else _rows(t) for name, t in added.items()}
+    run = launcher("linear_mix", linear, "forward")
+    made = run(_rows(z), *contiguous(w), _rows(x), scale, eps, **added, keep_total=stores_total)
+    if made is None:
+        return None
+    total, x_in, factor = made
+    total = _or_empty(x, False) if total is None else total.view(x.shape)
+    return total, x_in.view(x.shape), ticket(x), factor.view(x.shape[:-1])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t (..., C) as a matrix whose rows are contiguous."""
+    return unit_stride(t.reshape(t.shape[:-1].numel(), t.size(-1)))
 
 
 @forward.register_fake
 def _(
-    x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale, sums, scale, eps,
-    factored, x0_is_product, stores_total, impl,
+    x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale, sums, z, w,
+    linear, scale, eps, factored, x0_is_product, stores_total, impl,
 ):  # fmt: skip
     return _results(x, branch, skip, mix, factored, stores_total)
 
@@ -127,7 +162,7 @@ _MIX = 6  # which argument of `forward` that is
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, branch, branch_scale, skip, skip_weight, x0, mix, *rest, impl = inputs
-    total_scale, x_in_scale, sums, *settings, x0_is_product, stores_total = rest
+    total_scale, x_in_scale, sums, _, _, _, *settings, x0_is_product, stores_total = rest
     total, x_in, _, rstd = output
     ctx.set_materialize_grads(False)
     ctx.deferred = sums is not None
@@ -177,7 +212,8 @@ def _gradient(
         dx,
         (dx if branch_scale is None else dbranch) if ctx.adds[0] else None, d_branch_scale,
         (dx if skip_weight is None else dskip) if ctx.adds[1] else None, d_skip_weight,
-        None if mix is None else dx0, d_mix, *d_scales, d_sums, *(None for _ in ctx.settings), None,
+        None if mix is None else dx0, d_mix, *d_scales, d_sums, *[None] * 3,
+        *(None for _ in ctx.settings), None,
     )  # fmt: skip
 
 

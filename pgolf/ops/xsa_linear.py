@@ -16,39 +16,25 @@ pass is this operator's. `auto` is the reference but on a GPU where the other wa
 Shapes: y, z (N, T, H, d), v (N, T, G, d), w (D, H d), out (N, T, D).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import resolve
-from pgolf.ops.derivatives import register_gradient, ticket
+from pgolf.ops.derivatives import register_gradient
 from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
 from pgolf.ops.launch import in_triton, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.operator import Operator, Sample, Work, register
+from pgolf.ops.product import Product, ticket_of
 from pgolf.ops.tensors import check_alike, check_grouped, contiguous, nbytes, unit_stride
 from pgolf.ops.xsa import obstacle as xsa_obstacle
 from pgolf.ops.xsa import reference as xsa_reference
 from pgolf.ops.xsa import xsa
 
 _INPUTS = Inputs("xsa_linear", ("y", "v", "w"), alike=("y", "v", "w"), matmul=True)
-
-
-class Product(NamedTuple):
-    """z w^T, which nobody has computed.
-
-    Attributes:
-        z: (..., K).
-        w: (D, K).
-        out: (..., D) ticket that takes the gradient of the product, where z and w are constants as
-            far as gradients go; None: they take theirs.
-    """
-
-    z: Tensor
-    w: Tensor
-    out: Tensor | None
 
 
 @outside_autocast
@@ -102,7 +88,7 @@ def xsa_linear(
     xsa_impl = xsa_impl or impl
     if chosen == "reference":
         if as_product:
-            return Product(xsa(y, v, xsa_impl).flatten(2), w, None)
+            return Product(xsa(y, v, xsa_impl).flatten(2), w)
         return _in_two_steps(y, v, w, xsa_impl)
     out, z = _forward(y, v, w, as_product, chosen, resolve("xsa", xsa_impl, y, **sizes))
     return Product(z.flatten(2).detach(), w.detach(), out) if as_product else out
@@ -119,18 +105,13 @@ def _forward(
     rows = xsa_reference if xsa_impl == "reference" else launcher("xsa", xsa_impl, "forward")
     with without_autocast(y):
         (z,) = contiguous(rows(unit_stride(y), unit_stride(v)))
-        return _ticket_of(y, w) if as_product else z.flatten(2) @ w.t(), z
+        return ticket_of(y[..., 0], w) if as_product else z.flatten(2) @ w.t(), z
 
 
 @_forward.register_fake
 def _(y, v, w, as_product, impl, xsa_impl):
-    out = _ticket_of(y, w) if as_product else y.new_empty((*y.shape[:2], w.size(0)))
+    out = ticket_of(y[..., 0], w) if as_product else y.new_empty((*y.shape[:2], w.size(0)))
     return out, y.new_empty(y.shape)
-
-
-def _ticket_of(y: Tensor, w: Tensor) -> Tensor:
-    """For the gradient of out."""
-    return ticket(w[:, 0].expand(*y.shape[:2], w.size(0)))
 
 
 @opaque("pgolf::xsa_linear_dgrad", mutates_args=())

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.model.gpt import GPT
-from pgolf.model.layers import Fold, Matrix, cast_all
 from pgolf.model.masters import Masters
+from pgolf.model.matrices import Fold, Matrix, cast_all
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.tensors import compute_dtype
 from pgolf.optim.groups import fuses

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
-from pgolf.model.layers import cast_all
+from pgolf.model.matrices import cast_all
 from pgolf.settings import resolve_layers
 from pgolf.training.idle import idle_parameters
 from pgolf.training.trainer import Trainer

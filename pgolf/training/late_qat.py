@@ -5,7 +5,7 @@ import torch
 from pgolf.config import Config
 from pgolf.errors import ConfigError
 from pgolf.model import GPT
-from pgolf.model.layers import Matrix
+from pgolf.model.matrices import Matrix
 from pgolf.quant.clip_search import clip_factors
 from pgolf.quant.plan import TensorPlan, plan_tensors
 

@@ -21,7 +21,7 @@ from pgolf.model.gpt import operator_sizes  # noqa: E402
 from pgolf.ops import choose as choose_module  # noqa: E402
 from pgolf.ops import launch, timed  # noqa: E402
 from pgolf.ops.choose import choose  # noqa: E402
-from pgolf.ops.residual_norm import Factored  # noqa: E402
+from pgolf.ops.factored import Factored  # noqa: E402
 from pgolf.triton_kernels.launch import intercepted  # noqa: E402
 
 from ..model.published import PUBLISHED  # noqa: E402

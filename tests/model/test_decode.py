@@ -9,7 +9,7 @@ from pgolf.errors import ConfigError
 from pgolf.model import GPT, decode
 from pgolf.model.decode import Decoder, generate, pick
 from pgolf.model.frozen import frozen_copy
-from pgolf.model.layers import Matrix
+from pgolf.model.matrices import Matrix
 
 from .published import PUBLISHED, small
 from .test_forms import fused

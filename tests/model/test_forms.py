@@ -5,7 +5,7 @@ import torch
 
 from pgolf.config import OptimConfig
 from pgolf.model import GPT, deferred_sums, gpt, joined, layers
-from pgolf.model.layers import Matrix
+from pgolf.model.matrices import Matrix
 from pgolf.ops.compile import Recorder
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange

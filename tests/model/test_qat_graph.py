@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pgolf.config import ModelConfig
-from pgolf.model import GPT, layers
-from pgolf.model.layers import Matrix
+from pgolf.model import GPT
+from pgolf.model import matrices as casts
+from pgolf.model.matrices import Matrix
 from pgolf.ops.int_grid import row_codes, row_scale
 
 from .test_gpt_spec import randomised
@@ -129,17 +130,17 @@ def test_plain_torch_quantises_alike_matrices_as_one(clip_mask: bool, monkeypatc
     weights = [m.weight for m in matrices]
     g = torch.Generator().manual_seed(1)
     into = [torch.randn(w.shape, generator=g) for w in weights]
-    alone = [layers.cast_all([m], torch.bfloat16)[0] for m in matrices]
+    alone = [casts.cast_all([m], torch.bfloat16)[0] for m in matrices]
     expected = torch.autograd.grad(alone, weights, [t.bfloat16() for t in into])
 
-    calls, quantise = [], layers.fake_quant
+    calls, quantise = [], casts.fake_quant
 
     def counted(w: torch.Tensor, *args, **named) -> torch.Tensor:
         calls.append(w)
         return quantise(w, *args, **named)
 
-    monkeypatch.setattr(layers, "fake_quant", counted)
-    results = layers.cast_all(matrices, torch.bfloat16)
+    monkeypatch.setattr(casts, "fake_quant", counted)
+    results = casts.cast_all(matrices, torch.bfloat16)
     assert sorted(tuple(w.shape) for w in calls) == [(16, 24), (24, 16), (48, 16)]
     gradients = torch.autograd.grad(results, weights, [t.bfloat16() for t in into])
     for one, other in zip((*alone, *expected), (*results, *gradients), strict=True):

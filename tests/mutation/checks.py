@@ -109,15 +109,18 @@ def linear_residual_in_small_tiles() -> None:
 
     t.gemm.H100_SMS = 2  # persistent programs that have several tiles each
     for shape in ((35, 24, 24), (70, 40, 136)):
-        t.check(t.random_inputs(*shape))
-        t.test_touched_bytes_are_inputs_and_outputs(*shape)
-    t.test_exact_on_small_integers()
+        for form in t.FORMS:
+            t.check(t.random_inputs(*shape, form))
+        t.test_touched_bytes_are_inputs_and_outputs(*shape, "all")
+    for form in ("residual", "joined", "all"):
+        t.test_exact_on_small_integers(form)
     t.test_sizes_of_rows(0.0)
     with pytest.MonkeyPatch.context() as patch:
         t.test_programs_have_the_tiles_of_their_rows_and_no_more(3, patch)
-    with pytest.MonkeyPatch.context() as patch:
-        t.test_what_the_epilogue_reads_is_requested_early(patch)
-    for name in ("z", "x"):
+    for form in ("residual", "skip"):
+        with pytest.MonkeyPatch.context() as patch:
+            t.test_what_the_epilogue_reads_is_requested_early(form, patch)
+    for name in ("z", "x", "skip"):
         t.test_what_is_not_finite_stays_in_its_row(name, math.inf)
 
 

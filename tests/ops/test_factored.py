@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.ops.factored import Factored
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.qk_rope import qk_rope, rope_table
-from pgolf.ops.residual_norm import Factored, residual_norm
+from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.testing import Call
 from pgolf.ops.xsa import xsa
 

@@ -9,9 +9,10 @@ from pgolf.model import GPT
 from pgolf.ops import linear_residual, residual_norm, xsa_linear
 from pgolf.ops.choose import choose
 from pgolf.ops.compile import Recorder
+from pgolf.ops.factored import Factored
 from pgolf.ops.operator import OPERATORS
 from pgolf.ops.part_sums import deferred
-from pgolf.ops.residual_norm import Factored, sums_of
+from pgolf.ops.residual_norm import sums_of
 from pgolf.ops.testing import Call, kernel
 from pgolf.triton_kernels.launch import intercepted
 

@@ -10,7 +10,7 @@ import torch
 from pgolf.config import OptimConfig
 from pgolf.errors import TrainingError
 from pgolf.model import GPT
-from pgolf.model.layers import Matrix, cast_all
+from pgolf.model.matrices import Matrix, cast_all
 from pgolf.ops.operator import OPERATORS
 from pgolf.optim.exchange import Exchange
 from pgolf.optim.groups import Optimizers
