@@ -40,7 +40,8 @@ CHOICES = (
 )  # fmt: skip
 OPERATORS = (
     "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
-    "embed_smear", "scaled_copies", "xsa_linear", "linear_residual", "linear_qk_rope",
+    "embed_smear", "scaled_copies", "xsa_linear", "linear_residual", "linear_mix",
+    "linear_qk_rope",
 )  # fmt: skip
 # Of weights, gradients and states, which the record has in fp32.
 FP32_OPERATORS = (
