@@ -178,7 +178,7 @@ class QuantConfig:
     clip_percentiles: str = opt("0.999,0.9995,0.9999,0.99999,1", "candidates, 1 = row maximum")
     max_clip_bits: str = opt("5", "bits that always take the row's maximum, as 5,7; none = ''")
     int8_percentile: float = opt(0.9999984, "clip of 8-bit rows", gt=0.5, le=1)
-    min_scale: float = opt(
+    min_step: float = opt(
         0.0,
         "floor of a row's step as a multiple of 1/qmax (published: 1; not for 5 bits)",
         ge=0,

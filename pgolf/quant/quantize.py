@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError, TrainingError
-from pgolf.ops.int_grid import row_scale
+from pgolf.ops.int_grid import row_step
 from pgolf.progress import Progress
 from pgolf.quant.clip_search import clip_factors, clip_of_step, quantize_rows, uniform_step
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
@@ -257,7 +257,7 @@ def tensor_stats(
     if q.steps is None:
         return TensorStats(relative_error(w, q))
     steps = q.steps.to(w.device, torch.float32)
-    floor = row_scale(torch.zeros_like(steps), plan.bits, plan.floor)
+    floor = row_step(torch.zeros_like(steps), plan.bits, plan.floor)
     step = steps[:, None] if q.columns is None else steps[:, None] * q.columns.to(steps)
     qmax = 2 ** (plan.bits - 1) - 1
     error = loss = None
