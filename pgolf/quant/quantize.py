@@ -33,7 +33,6 @@ class TensorStats:
     Attributes:
         relative_error: norm of the error as a share of the norm of the weights.
         floor_share: share of rows whose clip was below the floor.
-        clipped_share: share of weights beyond the largest code by half a step or more.
         hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), E the error, by the Hessian H of the inputs; None
             where there is none.
         loss: what the error is expected to add to the loss, in nats a token: the second-order term
@@ -44,7 +43,6 @@ class TensorStats:
 
     relative_error: float
     floor_share: float = 0.0
-    clipped_share: float = 0.0
     hessian_error: float | None = None
     loss: float | None = None
     rounded: bool = False
@@ -258,8 +256,6 @@ def tensor_stats(
         return TensorStats(relative_error(w, q))
     steps = q.steps.to(w.device, torch.float32)
     floor = row_step(torch.zeros_like(steps), plan.bits, plan.floor)
-    step = steps[:, None] if q.columns is None else steps[:, None] * q.columns.to(steps)
-    qmax = 2 ** (plan.bits - 1) - 1
     error = loss = None
     if factor is not None:
         both = torch.stack([dequantize(q).to(w.device) - w, w])
@@ -271,7 +267,6 @@ def tensor_stats(
     return TensorStats(
         relative_error(w, q),
         (steps == floor).float().mean().item() if plan.floor else 0.0,
-        (w.abs() >= (qmax + 0.5) * step).float().mean().item(),
         error,
         loss,
     )
