@@ -52,7 +52,9 @@ class ModelConfig:
     )
     layer_scale: bool = opt(True, "scale normed block inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = opt(True, "learned skips from the first half to the second, last to first")
-    backout: bool = opt(False, "subtract a learned share of the middle block's output at the end")
+    backout: bool = opt(
+        False, "subtract a learned multiple of the middle block's output at the end"
+    )
     softcap: float = opt(30.0, "logits = c tanh(logits / c); 0 = off", ge=0)
     norm_eps: float = opt(1e-6, "eps of every RMS norm", gt=0)
     embed_std: float = opt(0.005, "std of the token table at init", gt=0)
