@@ -162,14 +162,14 @@ def test_a_clip_for_the_matrix_is_the_best_single_one():
 
 
 @pytest.mark.parametrize("grid", ["rows", "uniform"])
-def test_steps_are_on_the_grid_unless_the_seeds_rules_are_asked_for(grid: str):
+def test_steps_are_on_the_grid_unless_the_published_rules_are_asked_for(grid: str):
     w, h = weights(20, 40), hessian(40)
     w[3] = 0
     q = run(w, h, settings(grid=grid, clip_search="row"))
     assert exact_index(q.steps) is not None
     assert q.columns is None or exact_index(q.columns) is not None
-    for seeds in ({"min_step": 1.0}, {"clip_search": "matrix"}):
-        assert exact_index(run(w, h, settings(**{"clip_search": "row", **seeds})).steps) is None
+    for published in ({"min_step": 1.0}, {"clip_search": "matrix"}):
+        assert exact_index(run(w, h, settings(**{"clip_search": "row", **published})).steps) is None
 
 
 def test_a_row_that_is_too_wide_for_the_step_gets_a_coarser_one():
