@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf import extension
 from pgolf.ops.int_grid import row_codes, row_step
 from pgolf.ops.testing import same_bits
 
@@ -24,13 +23,6 @@ from .cpu_kernels import DTYPES, randn
 ISAS = ("avx512", "avx2", "plain")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    return extension.load()
 
 
 def check_error(
