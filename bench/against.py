@@ -161,12 +161,12 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
 
 
-def _critical(freedom: int, p: float = 0.05) -> float:
-    """The t that is reached in either direction with probability p, by bisection."""
+def _critical(freedom: int) -> float:
+    """The t that is reached in either direction with probability 0.05, by bisection."""
     low, high = 0.0, 1000.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, freedom) > p else (low, middle)
+        low, high = (middle, high) if two_sided(middle, freedom) > 0.05 else (low, middle)
     return low
 
 

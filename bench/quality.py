@@ -45,13 +45,13 @@ examples:
   python -m bench quality runs/demo-seed1337 --bits 5 6 --stride 256 --json quality.jsonl
 """
 LITE = {
-    "quantizer": "lite", "grid": "rows", "fit_to_budget": False, "min_scale": 0.0,
+    "quantizer": "lite", "grid": "rows", "fit_to_budget": False, "min_step": 0.0,
     "max_clip_bits": "",
 }  # fmt: skip
 GPTQ = LITE | {"quantizer": "gptq", "clip_search": "row"}
 METHODS = {
     "round to nearest": LITE | {"clip_search": "max"},
-    "lite as published, with its floor": LITE | {"clip_search": "matrix", "min_scale": 1.0},
+    "lite as published, with its floor": LITE | {"clip_search": "matrix", "min_step": 1.0},
     "lite, a clip a matrix": LITE | {"clip_search": "matrix"},
     "lite, a clip a row": LITE | {"clip_search": "row"},
     "gptq, self-generated": GPTQ | {"calibration": "self"},

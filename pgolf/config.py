@@ -67,7 +67,7 @@ ENVIRONMENT = {
 
 # Other names of a key, and keys that have another name now.
 ALIASES = {"budget": "budget_bytes"}
-RENAMED = {"seed_exact": "as_published"}
+RENAMED = {"seed_exact": "as_published", "min_scale": "min_step"}
 
 
 def known_keys() -> dict[str, tuple[str, dataclasses.Field]]:
@@ -215,7 +215,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: something is missing, unknown, or not a setting's value.
     """
-    if old := RENAMED.keys() & values.keys():
+    keys = values.keys() | {key for s in values.values() if isinstance(s, dict) for key in s}
+    if old := RENAMED.keys() & keys:
         raise ConfigError(
             f"an earlier version of pgolf wrote {', '.join(sorted(old))}, which this one calls "
             "otherwise: use that version, or train again"

@@ -52,7 +52,9 @@ class ModelConfig:
     )
     layer_scale: bool = opt(True, "scale normed block inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = opt(True, "learned skips from the first half to the second, last to first")
-    backout: bool = opt(False, "subtract a learned share of the middle block's output at the end")
+    backout: bool = opt(
+        False, "subtract a learned multiple of the middle block's output at the end"
+    )
     softcap: float = opt(30.0, "logits = c tanh(logits / c); 0 = off", ge=0)
     norm_eps: float = opt(1e-6, "eps of every RMS norm", gt=0)
     embed_std: float = opt(0.005, "std of the token table at init", gt=0)
@@ -178,7 +180,7 @@ class QuantConfig:
     clip_percentiles: str = opt("0.999,0.9995,0.9999,0.99999,1", "candidates, 1 = row maximum")
     max_clip_bits: str = opt("5", "bits that always take the row's maximum, as 5,7; none = ''")
     int8_percentile: float = opt(0.9999984, "clip of 8-bit rows", gt=0.5, le=1)
-    min_scale: float = opt(
+    min_step: float = opt(
         0.0,
         "floor of a row's step as a multiple of 1/qmax (published: 1; not for 5 bits)",
         ge=0,

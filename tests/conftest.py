@@ -10,6 +10,9 @@ import pytest
 import torch
 from _pytest.assertion.rewrite import AssertionRewritingHook
 
+from bench.synthetic import Words
+from pgolf.data.prepare import prepare
+
 from .proofs import Proofs
 from .simt.emulator import Missing, emulated_module
 
@@ -103,4 +106,12 @@ def shared_data() -> Path:
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no sample data at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A prepared folder of made-up words, for a vocabulary of 400."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    prepare(Words(), folder, "words", vocab_size=400)
     return folder

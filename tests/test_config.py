@@ -345,9 +345,15 @@ def test_a_damaged_configuration_is_refused(change: dict) -> None:
 def test_an_old_word_gets_the_new_one():
     with pytest.raises(ConfigError, match="seed_exact is now called as_published"):
         find_key("seed_exact")
+    with pytest.raises(ConfigError, match="quant.min_scale is now called min_step"):
+        changed(**{"quant.min_scale": "1"})
     with pytest.raises(ConfigError, match="smear=seed is now called smear=plain"):
         changed(smear="seed")
     values = to_dict(Config())
     values["seed_exact"] = values.pop("as_published")
     with pytest.raises(ConfigError, match="an earlier version of pgolf wrote seed_exact"):
+        from_dict(values)
+    values = to_dict(Config())
+    values["quant"]["min_scale"] = values["quant"].pop("min_step")
+    with pytest.raises(ConfigError, match="an earlier version of pgolf wrote min_scale"):
         from_dict(values)

@@ -36,9 +36,9 @@ def _gathered(
     """Rows of a table, projected, times each of the 0-d scales."""
     trains = torch.is_grad_enabled() and table.weight.requires_grad
     if not trains or rows.numel() <= table.weight.size(0):
-        found = table(rows).to(dtype)
-        found = found if proj is None else proj(found)
-        scaled = [found if scale is None else found * scale.to(dtype) for scale in scales]
+        values = table(rows).to(dtype)
+        values = values if proj is None else proj(values)
+        scaled = [values if scale is None else values * scale.to(dtype) for scale in scales]
         return [TokenRows(t) for t in scaled]
     # Less work on the table than on tokens: E[rows] W^T = (E W^T)[rows], and scales likewise, whose
     # gradients are sums over the table then. Who takes the rows looks them up, and rounds the

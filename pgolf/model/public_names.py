@@ -143,7 +143,7 @@ def _problem(name: str, value: Tensor | None, shape: torch.Size | None) -> str:
     if value is None:
         return f"missing in the file, {_shape(shape)} in the model"
     if shape is None:
-        lacking = next((words for part, words in LACKING.items() if part in name), None)
+        lacking = next((what for part, what in LACKING.items() if part in name), None)
         return "not in the model" + (f", which has no {lacking}" if lacking else "")
     if value.shape != shape:
         return f"{_shape(value.shape)} in the file, {_shape(shape)} in the model"

@@ -141,7 +141,7 @@ def _forward(
 
 
 def _results(q: Tensor, borders: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Room for y and for the logarithm of the sum of each query's weights.
+    """Empty tensors for y and for the logarithm of the sum of each query's weights.
 
     Of documents, tokens stand end to end.
     """
@@ -167,7 +167,7 @@ def _backward(
 
 
 def _gradients(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dq, dk and dv."""
+    """Empty tensors for dq, dk and dv."""
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 

@@ -36,7 +36,7 @@ def parse(text: str) -> dict[str, str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     wanted: dict[str, str] = {}
     for word in words:
-        found = False
+        matched = False
         name, equals, impl = word.partition("=")
         if equals and name not in OPERATORS:
             raise ConfigError(f"ops={text}: no operator {name!r}, only {', '.join(OPERATORS)}")
@@ -46,12 +46,12 @@ def parse(text: str) -> dict[str, str]:
             operator = OPERATORS[target]
             known = ("auto", "reference", *operator.implementations, *operator.aliases)
             if impl in known:
-                found, wanted[target] = True, operator.aliases.get(impl, impl)
+                matched, wanted[target] = True, operator.aliases.get(impl, impl)
             elif name:
                 raise ConfigError(f"ops={text}: {name} has no {impl!r}, only {', '.join(known)}")
             elif operator.own and any(impl in o.own for o in OPERATORS.values()):
                 wanted[target] = "reference"
-        if not found:
+        if not matched:
             raise ConfigError(f"ops={text}: no operator has an implementation {impl!r}")
     return wanted
 
@@ -118,14 +118,14 @@ def _order(
 
 def _problem(operator: Operator, impl: str, device: str, dtype: torch.dtype) -> str:
     """Why `impl` cannot run these tensors here; '' if it can."""
-    found = operator.implementations.get(impl)
-    if found is None:
+    kernel = operator.implementations.get(impl)
+    if kernel is None:
         return f"there is no {impl!r}, only {', '.join(operator.implementations)}"
-    if not found.runs_on(device):
-        return f"{impl} runs on {found.device} tensors, these are on {device}"
-    if dtype not in found.dtypes:
-        return f"{impl} takes {' and '.join(map(str, found.dtypes))}, not {dtype}"
-    return found.missing()
+    if not kernel.runs_on(device):
+        return f"{impl} runs on {kernel.device} tensors, these are on {device}"
+    if dtype not in kernel.dtypes:
+        return f"{impl} takes {' and '.join(map(str, kernel.dtypes))}, not {dtype}"
+    return kernel.missing()
 
 
 @functools.cache

@@ -103,9 +103,9 @@ def _check(
     of_bigram = ids.shape
     if bigram_ids is not None:
         if bigram is None or bigram.dim() != 2:
-            found = None if bigram is None else tuple(bigram.shape)
+            shape = None if bigram is None else tuple(bigram.shape)
             raise ValueError(
-                f"embed_smear: bigram is {found}: with bigram_ids it has to be a table (B, {width})"
+                f"embed_smear: bigram is {shape}: with bigram_ids it has to be a table (B, {width})"
             )
         of_bigram = bigram.shape[:1]
     for name, t, shape, expected in (

@@ -7,7 +7,7 @@ A row of weights is stored as signed codes of k bits and one fp16 step s:
     code  = clamp(round_half_even(w / s), -qmax, qmax)
     value = code * s
 
-Shapes: w (R, C), clip and scale (R,).
+Shapes: w (R, C), clip and step (R,).
 """
 
 import torch
@@ -37,7 +37,7 @@ def _qmax(bits: int | Tensor, like: Tensor) -> Tensor:
     return levels.round() - 1  # a GPU's power function need not be exact
 
 
-def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
+def row_step(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     """Step of each row, rounded to fp16 but held in clip's dtype.
 
     Args:
@@ -49,9 +49,12 @@ def row_scale(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)
 
 
-def _nearest(w: Tensor, scale: Tensor, multiple: int) -> Tensor:
+row_scale = row_step  # tests/triton/test_fake_quant.py still asks for it by this name
+
+
+def _nearest(w: Tensor, step: Tensor, multiple: int) -> Tensor:
     """Codes before clipping."""
-    codes = torch.round(w / scale[:, None])
+    codes = torch.round(w / step[:, None])
     return codes if multiple == 1 else torch.round(codes / multiple) * multiple
 
 
@@ -61,15 +64,15 @@ def _clip(codes: Tensor, bits: int | Tensor, full_range: bool) -> Tensor:
 
 
 def row_codes(
-    w: Tensor, scale: Tensor, bits: int | Tensor, multiple: int = 1, full_range: bool = False
+    w: Tensor, step: Tensor, bits: int | Tensor, multiple: int = 1, full_range: bool = False
 ) -> Tensor:
-    """Codes of w (R, C) for steps scale (R,), as whole numbers in w's dtype.
+    """Codes of w (R, C) for steps (R,), as whole numbers in w's dtype.
 
     Args:
         multiple: codes are rounded to a multiple of it (PR 543 stores int8 multiples of 4).
         full_range: use -qmax - 1 too (PR 531).
     """
-    return _clip(_nearest(w, scale, multiple), bits, full_range)
+    return _clip(_nearest(w, step, multiple), bits, full_range)
 
 
 def grid(
@@ -81,7 +84,7 @@ def grid(
     """
     amax = w.abs().amax(dim=1)
     amax = amax + (amax - amax)
-    scale = row_scale(amax * clip_factor, bits, floor)
-    codes = _nearest(w, scale, multiple)
+    step = row_step(amax * clip_factor, bits, floor)
+    codes = _nearest(w, step, multiple)
     clipped = _clip(codes, bits, full_range)
-    return clipped * scale[:, None], scale, codes == clipped
+    return clipped * step[:, None], step, codes == clipped

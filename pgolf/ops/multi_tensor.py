@@ -81,8 +81,8 @@ def check_lists(operator: str, **lists: Tensors) -> None:
     for name, tensors in lists.items():
         for i, t in enumerate(tensors):
             if t.dtype not in allowed:
-                words = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-                raise ValueError(f"{operator}: {name}[{i}] is {t.dtype}: it has to be {words}")
+                dtypes = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+                raise ValueError(f"{operator}: {name}[{i}] is {t.dtype}: it has to be {dtypes}")
             if t.device != first[0].device:
                 raise ValueError(
                     f"{operator}: {name}[{i}] is on {t.device}, others are on {first[0].device}: "

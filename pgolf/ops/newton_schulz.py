@@ -141,7 +141,7 @@ class _Iterate(NamedTuple):
 
     @classmethod
     def of(cls, gs: Sequence[Tensor], dtype: torch.dtype) -> "_Iterate":
-        """Room for these."""
+        """Empty tensors for these."""
         wide = [tuple(sorted(g.shape[1:])) for g in gs]
         counts = dict.fromkeys(sorted(set(wide)), 0)
         for g, shape in zip(gs, wide, strict=True):

@@ -180,12 +180,12 @@ def _gradient(ctx: Any, parts: Sequence[Tensor | None]) -> tuple:
     there = [s for s, t in zip(shapes, parts, strict=True) if t is not None]
     sizes = [shape.numel() for group in there for shape in group]
     sums = iter(_sums(given, ctx.impl).split(sizes))
-    found = [
+    gradients = [
         None if t is None else next(sums).view(shape)
         for group, t in zip(shapes, parts, strict=True)
         for shape in group
     ]
-    return found, None, None, None
+    return gradients, None, None, None
 
 
 register_gradient("part_sums", _deferred, _gradient, _setup_context)

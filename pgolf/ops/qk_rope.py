@@ -168,9 +168,9 @@ def _check_value(
         )
     fits = value is not None and value.dim() == 2 and value.size(1) == of_v[2]
     if ids is not None and not (fits and value.size(0)):
-        found = None if value is None else tuple(value.shape)
+        shape = None if value is None else tuple(value.shape)
         raise ValueError(
-            f"{operator}: value is {found}: with value_ids it has to be a table (V, {of_v[2]}), "
+            f"{operator}: value is {shape}: with value_ids it has to be a table (V, {of_v[2]}), "
             "V >= 1"
         )
     if ids is None and value is not None and value.shape != of_v:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pgolf.model.gpt import GPT
 from pgolf.model.masters import Masters
-from pgolf.model.matrices import Fold, Matrix, cast_all
+from pgolf.model.matrices import Matrix, cast_all
 from pgolf.ops.grad_norm import grad_norm
 from pgolf.ops.tensors import compute_dtype
 from pgolf.optim.groups import fuses
@@ -61,11 +61,13 @@ class Exchange:
         matrices = {names[m.weight]: m for m in model.modules() if isinstance(m, Matrix)}
         scales: dict[str, nn.Parameter | None] = dict.fromkeys(matrices)
         units: list[list[str]] = []
+        fold = None
         for block in model.blocks:
             of_block = [names[m.weight] for m in block.matrices()]
             q, k, v, *others = of_block
             units += [[q, k, v], *([name] for name in others)]
-            if fold := block.fold():
+            fold = block.fold()
+            if fold:
                 scales |= dict(zip(of_block, fold.scales, strict=True))
         packed = {name for unit in units for name in unit}
         units += [[name] for name in matrices if name not in packed]
@@ -76,8 +78,7 @@ class Exchange:
         self.starts = {n: self.layout.starts[n] - part.start for n in self.layout.owned(ranks.rank)}
         self.places = [*self.starts.values()], [self.layout.shapes[n] for n in self.starts]
         self.own = [matrices[name] for name in self.starts]
-        impl = model.ops["weight_cast"]
-        self.fold = Fold(impl, [scales[n] for n in self.starts]) if impl != "reference" else None
+        self.fold = fold and fold._replace(scales=[scales[n] for n in self.starts])
         self.held = [n for n in self.params if n in self.starts or n not in matrices]
         self.small = [p for name, p in self.params.items() if name not in matrices]
         self.zeros: dict[torch.dtype, Tensor] = {}

@@ -178,10 +178,10 @@ class Optimizers:
         state = {"steps": int(next(iter(steps), 0))}
         for kind in ("exp_avg", "exp_avg_sq"):
             # Copies: what is gathered may be a view of a buffer for all matrices.
-            found = gather(of(self.adamw, kind)).items()
-            state[kind] = {n: t.clone() for n, t in found if n not in self.of_muon}
-        found = gather(of(self.muon, "momentum_buffer")).items()
-        return state | {"momentum": {n: t for n, t in found if n in self.of_muon}}
+            moments = gather(of(self.adamw, kind)).items()
+            state[kind] = {n: t.clone() for n, t in moments if n not in self.of_muon}
+        momenta = gather(of(self.muon, "momentum_buffer")).items()
+        return state | {"momentum": {n: t for n, t in momenta if n in self.of_muon}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, of these parameters and perhaps of others.

@@ -136,9 +136,9 @@ class Muon(torch.optim.Optimizer):
         old = self._momenta(params)
         new = torch.add(grads, old, alpha=momentum)
         directions = torch.add(grads, new, alpha=momentum) if self.nesterov else new
-        found = newton_schulz_all(batches(directions), **self.ns_options)
+        orthogonal = newton_schulz_all(batches(directions), **self.ns_options)
         changes = torch.cat([p.reshape(-1) for p in params]).mul_(-lr * group["weight_decay"])
-        for shape, batch, x in zip(shapes, batches(changes), found, strict=True):
+        for shape, batch, x in zip(shapes, batches(changes), orthogonal, strict=True):
             batch.add_(x, alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
         if self.found_inf is None:
             old.copy_(new)

@@ -247,7 +247,7 @@ class Steps:
         relative = {n: self._relative(n) or nominal[n] for n in self.names}
         self.level = WaterLevel(relative, {n: config.width * rms[n] / LARGEST for n in self.names})
         self.weights = sum(state[n].numel() for n in self.names)
-        # Where the mean over weights of log2(step) is that of the policy's steps.
+        # Where the mean over weights of log2(step) is that of the plan's steps.
         logs = (state[n].numel() * math.log2(nominal[n] / relative[n]) for n in self.names)
         self.nominal = PER_OCTAVE * sum(logs) / max(self.weights, 1)
         if ranks.world > 1:

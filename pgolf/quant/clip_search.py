@@ -9,7 +9,7 @@ Shapes: w (R, C), P candidates.
 import torch
 from torch import Tensor
 
-from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_step
 from pgolf.quant.plan import TensorPlan
 from pgolf.quant.step_grid import LEAST_STEP, covering_index, snap
 
@@ -49,7 +49,7 @@ def quantize_rows(w: Tensor, factors: Tensor, plan: TensorPlan) -> tuple[Tensor,
 def row_steps(w: Tensor, factors: Tensor, plan: TensorPlan) -> Tensor:
     """fp16 steps (R,), held in fp32, of w (R, C) for clip factors (R,)."""
     largest = w.abs().amax(dim=1)
-    steps = row_scale(largest * factors, plan.bits, plan.floor)
+    steps = row_step(largest * factors, plan.bits, plan.floor)
     # Any step does for a row of zeros: one of the grid, if the others are.
     return steps.where(largest > 0, LEAST_STEP) if plan.on_grid else steps
 

@@ -123,7 +123,7 @@ def _grid(config: QuantConfig, text: str, reason: str) -> TensorPlan:
         levels = (2 ** (bits - 1) - 1) // multiple
         step = config.width / levels
         return TensorPlan("int", reason, 8, clip="uniform", on_grid=True, relative_step=step)
-    floor, widths = config.min_scale, ()
+    floor, widths = config.min_step, ()
     # int8 codes never use -128: the published full range is that of their searched grids.
     full_range = config.full_range and bits < 8
     # The published steps, with their floor or one percentile a matrix, stay as they are.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pgolf.config import QuantConfig
 from pgolf.errors import ConfigError, TrainingError
-from pgolf.ops.int_grid import row_scale
+from pgolf.ops.int_grid import row_step
 from pgolf.progress import Progress
 from pgolf.quant.clip_search import clip_factors, clip_of_step, quantize_rows, uniform_step
 from pgolf.quant.dequantize import QuantizedTensor, dequantize
@@ -33,7 +33,6 @@ class TensorStats:
     Attributes:
         relative_error: norm of the error as a share of the norm of the weights.
         floor_share: share of rows whose clip was below the floor.
-        clipped_share: share of weights beyond the largest code by half a step or more.
         hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), E the error, by the Hessian H of the inputs; None
             where there is none.
         loss: what the error is expected to add to the loss, in nats a token: the second-order term
@@ -44,7 +43,6 @@ class TensorStats:
 
     relative_error: float
     floor_share: float = 0.0
-    clipped_share: float = 0.0
     hessian_error: float | None = None
     loss: float | None = None
     rounded: bool = False
@@ -257,9 +255,7 @@ def tensor_stats(
     if q.steps is None:
         return TensorStats(relative_error(w, q))
     steps = q.steps.to(w.device, torch.float32)
-    floor = row_scale(torch.zeros_like(steps), plan.bits, plan.floor)
-    step = steps[:, None] if q.columns is None else steps[:, None] * q.columns.to(steps)
-    qmax = 2 ** (plan.bits - 1) - 1
+    floor = row_step(torch.zeros_like(steps), plan.bits, plan.floor)
     error = loss = None
     if factor is not None:
         both = torch.stack([dequantize(q).to(w.device) - w, w])
@@ -271,7 +267,6 @@ def tensor_stats(
     return TensorStats(
         relative_error(w, q),
         (steps == floor).float().mean().item() if plan.floor else 0.0,
-        (w.abs() >= (qmax + 0.5) * step).float().mean().item(),
         error,
         loss,
     )

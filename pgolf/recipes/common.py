@@ -9,7 +9,7 @@ NTK_NOTE = (
 )
 FLOOR_NOTE = (
     "steps are at least 1/31 (6 bits) or 1/127 (8 bits): it binds for rows below 1.0 and keeps "
-    "the file small, so it stays on; min_scale=0 is the finer grid"
+    "the file small, so it stays on; min_step=0 is the finer grid"
 )
 
 SHARED_VALUES = (
@@ -68,7 +68,7 @@ SHARED_VALUES = (
     V("clip_search", "row", "P", "for grid=rows; the scripts choose one for a matrix"),
     V("max_clip_bits", "5", "C", "5-bit rows take their maximum and no floor"),
     V("int8_percentile", 0.9999984, "C"),
-    V("min_scale", 1.0, "C", f"for grid=rows: {FLOOR_NOTE}"),
+    V("min_step", 1.0, "C", f"for grid=rows: {FLOOR_NOTE}"),
     V("data", "data/datasets/fineweb10B_sp1024", "C", "where `pgolf data fetch` puts it"),
     V("tokenizer", "", "C", "data/tokenizers/fineweb_1024_bpe.model is found by its name"),
     V("order", "sequential", "C", "shard after shard"),

@@ -54,7 +54,7 @@ RECIPE = Recipe(
             "P",
             "attention matrices are 65,536 here and must not pass as small",
         ),
-        V("min_scale", 0.0, "P", "the finer grid: size is no limit here"),
+        V("min_step", 0.0, "P", "the finer grid: size is no limit here"),
         V("seq_len", 256, "P"),
         V("batch_tokens", 2048, "P"),
         V("val_every", 50, "P"),

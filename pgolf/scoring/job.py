@@ -1,13 +1,11 @@
 """Scores an artifact in this process, or in a fresh one.
 
-Run as a module it scores a job, JSON on the command line, and prints one JSON object. It loads the
-artifact, the validation shards and the tokenizer (for byte counts alone).
+It loads the artifact, the validation shards and the tokenizer (for byte counts alone).
 """
 
 import dataclasses
 import json
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +118,7 @@ class ScoreJob:
             PgolfError: what the process reports, or that it died.
         """
         job = json.dumps(dataclasses.asdict(self))
-        done = run_module("pgolf.scoring.job", job, stdout=subprocess.PIPE)
+        done = run_module("pgolf.scoring", job, stdout=subprocess.PIPE)
         lines = done.stdout.splitlines()
         if done.returncode or not lines:
             raise PgolfError(
@@ -130,17 +128,3 @@ class ScoreJob:
         if "error" in answer:
             raise getattr(errors, answer["kind"], PgolfError)(answer["error"])
         return Score(answer["meta"], Sums(**answer["sums"]), answer["seconds"])
-
-
-def main() -> int:
-    """Read the job, print the score as the last line."""
-    try:
-        answer = dataclasses.asdict(ScoreJob(**json.loads(sys.argv[1])).run())
-    except PgolfError as e:
-        answer = {"error": str(e), "kind": type(e).__name__}
-    print(json.dumps(answer))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -194,7 +194,10 @@ def _smallest(originals: dict[str, str]) -> dict[str, str]:
 
 
 def _named(modules: Iterable[str], codec: str) -> list[str]:
-    """The modules of a list, the packages around them, and the modules of the codecs in use."""
+    """The modules of a list, the packages around them, and the modules of the codecs in use.
+
+    A package's own command, `__main__`, is none of its modules: a script has one command.
+    """
     codec_names = CODECS if codec == "auto" else (codec, body_codec(codec))
     codecs = [f"pgolf.codecs.{c}" for c in codec_names if c in CODECS]
     codecs += ["pgolf.codecs.weight_model"] * ("rans" in codec_names)
@@ -204,7 +207,8 @@ def _named(modules: Iterable[str], codec: str) -> list[str]:
         names.add(package)
         if star:
             places = find_spec(package).submodule_search_locations
-            names |= {f"{package}.{m.name}" for m in iter_modules(places)}
+            inside = {m.name for m in iter_modules(places)} - {"__main__"}
+            names |= {f"{package}.{name}" for name in inside}
     names -= LEFT_OUT
     for name in list(names):
         parts = name.split(".")

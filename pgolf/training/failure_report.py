@@ -41,8 +41,8 @@ def report_failure(ranks: Ranks, recipe: str) -> Iterator[list[RunFolder]]:
             error = _agreed(ranks, e) if ranks.roll_call else e
             lost = isinstance(error, LostRank)
             if lost and folders and folders[0].checkpoints():
-                how = resume_command(recipe, folders[0].path)
-                error.args = (f"{error}; go on with `{how}`",)
+                command = resume_command(recipe, folders[0].path)
+                error.args = (f"{error}; go on with `{command}`",)
             with suppress(StorageError):
                 tell_torchrun(error)
             _part(ranks, lost)

@@ -100,11 +100,11 @@ def _state(path: Path, values: Any) -> tuple[dict[str, Tensor], str]:
     return {str(k): v for k, v in values.items()}, form
 
 
-def _dequantized(path: Path, stored: Any, how: Any) -> dict[str, Tensor]:
+def _dequantized(path: Path, stored: Any, methods: Any) -> dict[str, Tensor]:
     """Weights of the public scripts' quantised form: codes and a step for each row."""
     state = {}
     try:
-        for name, method in how.items():
+        for name, method in methods.items():
             if isinstance(method, str):  # kept as it was
                 state[name] = stored[name]
                 continue

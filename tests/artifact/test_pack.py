@@ -143,8 +143,8 @@ def test_a_folder_in_the_way_is_a_storage_error(tmp_path, model, meta):
 
 def test_views_and_strides_are_written_by_value(model, meta):
     q = model.tensors["ve_shared.embed.weight"]
-    scale = q.steps.repeat_interleave(2)[::2]
-    strided = QuantizedTensor(q.data.t().contiguous().t(), q.bits, scale)
+    steps = q.steps.repeat_interleave(2)[::2]
+    strided = QuantizedTensor(q.data.t().contiguous().t(), q.bits, steps)
     other = dataclasses.replace(model, tensors=model.tensors | {"ve_shared.embed.weight": strided})
     config = ArtifactConfig(codec="zstd")
     assert encode(other, meta, config, False).data == encode(model, meta, config, False).data

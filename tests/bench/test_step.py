@@ -11,20 +11,11 @@ import pytest
 import torch
 
 from bench import profiling, restart, schema, step
-from bench.synthetic import Words
-from pgolf.data.prepare import prepare
 from pgolf.ranks import Ranks
 from pgolf.recipes import get
 from pgolf.training.run import build
 
 from ..training.tiny import TINY
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "words"
-    prepare(Words(), folder, "words", vocab_size=400)
-    return folder
 
 
 @pytest.fixture(autouse=True)

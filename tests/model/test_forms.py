@@ -189,11 +189,11 @@ def test_models_of_few_layers_or_without_skips(changes: dict) -> None:
         ("cuda", torch.float32),
     ],
 )
-@pytest.mark.parametrize("seed", PUBLISHED)
-def test_loss_and_every_gradient(seed: str, impl: str, dtype: torch.dtype) -> None:
-    config = small(PUBLISHED[seed])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_loss_and_every_gradient(name: str, impl: str, dtype: torch.dtype) -> None:
+    config = small(PUBLISHED[name])
     if impl != "cpu":  # interpreter and emulator take their time
-        config = small(PUBLISHED[seed], layers=2, ve_layers="0", xsa_layers="all")
+        config = small(PUBLISHED[name], layers=2, ve_layers="0", xsa_layers="all")
     model = randomised(config, dtype)
     loss, gradients = loss_and_gradients(model)
     mine, ours = loss_and_gradients(fused(model, impl))

@@ -23,8 +23,8 @@ def build(config: ModelConfig, seed: int = 1, length: int = 2048) -> GPT:
 
 
 @functools.cache
-def seed_model(name: str) -> GPT:
-    """A seed system at full size; tests only read it."""
+def published_model(name: str) -> GPT:
+    """A published system at full size; tests only read it."""
     return build(PUBLISHED[name], length=64)
 
 
@@ -67,7 +67,7 @@ def orthogonal_gain(weight: torch.Tensor) -> float:
 
 @pytest.fixture
 def pr478() -> GPT:
-    return seed_model("pr478")
+    return published_model("pr478")
 
 
 def test_tables(pr478: GPT) -> None:
@@ -95,7 +95,7 @@ def test_matrices(pr478: GPT) -> None:
 def test_side_projections_are_scaled_in_the_unbanked_scripts_only(pr478: GPT) -> None:
     for side in (pr478.bigram.proj, pr478.ve_shared.proj):
         assert orthogonal_gain(side.weight) == pytest.approx(1 / math.sqrt(22), abs=1e-5)
-    banked = seed_model("pr1473")
+    banked = published_model("pr1473")
     for side in (banked.bigram.proj, banked.ve_shared.proj):
         assert orthogonal_gain(side.weight) == pytest.approx(1.0, abs=1e-5)
 
@@ -123,14 +123,14 @@ def test_phase_of_pr478_rises_from_0_182_to_0_818(pr478: GPT) -> None:
     assert pr478.blocks[10].resid_mix[0, 0].item() == pytest.approx(0.818, abs=5e-4)
 
 
-def test_the_other_seeds_start_from_the_identity_mix() -> None:
-    for block in seed_model("pr531").blocks:
+def test_the_other_systems_start_from_the_identity_mix() -> None:
+    for block in published_model("pr531").blocks:
         assert (block.resid_mix[0] == 1).all() and (block.resid_mix[1] == 0).all()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_first_loss_is_that_of_a_uniform_guess(name: str) -> None:
-    model = seed_model(name)
+    model = published_model(name)
     ids = torch.randint(1024, (2, 65), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = model(ids[:, :-1], ids[:, 1:]).item()

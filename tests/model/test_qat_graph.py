@@ -7,7 +7,7 @@ from pgolf.config import ModelConfig
 from pgolf.model import GPT
 from pgolf.model import matrices as casts
 from pgolf.model.matrices import Matrix
-from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_step
 
 from .test_gpt_spec import randomised
 
@@ -46,8 +46,8 @@ def prepared(grid: dict) -> tuple[GPT, list[Matrix], torch.Tensor]:
 def decoded(weight: torch.Tensor, bits: int, factor: float, **grid: float) -> torch.Tensor:
     """The weight as an artifact would give it back."""
     clip = weight.abs().amax(1) * factor
-    scale = row_scale(clip, bits, grid.get("floor", 0.0))
-    return row_codes(weight, scale, bits, full_range=grid.get("full_range", False)) * scale[:, None]
+    step = row_step(clip, bits, grid.get("floor", 0.0))
+    return row_codes(weight, step, bits, full_range=grid.get("full_range", False)) * step[:, None]
 
 
 @pytest.mark.parametrize("grid", [{}, {"floor": 1.0, "full_range": True}])

@@ -77,6 +77,12 @@ def every_implementation(**which: bool) -> pytest.MarkDecorator:
 every_case = over(cases())
 
 
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Random ones in float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
 def floating_in(argument: Any) -> list[Tensor]:
     """The tensors of floats that an argument is or holds."""
     return [t for t in tensors_in(argument) if t.is_floating_point()]

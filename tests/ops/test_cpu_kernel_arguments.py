@@ -7,18 +7,9 @@ import sys
 import pytest
 import torch
 
-from pgolf import extension
-
 from . import cpu_kernels as call
 
 HUGE = 2**62
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    return extension.load()
 
 
 @pytest.fixture

@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf import extension
-
 from . import cpu_kernels as call
 from .cpu_kernels import digest, randn, samples
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    return extension.load()
 
 
 def test_any_number_of_threads_gives_the_same_bits(kernels):

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf import extension
-from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_step
 from pgolf.ops.testing import same_bits
 
 from . import cpu_kernels as call
@@ -24,13 +23,6 @@ from .cpu_kernels import DTYPES, randn
 ISAS = ("avx512", "avx2", "plain")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    return extension.load()
 
 
 def check_error(
@@ -240,15 +232,15 @@ def test_newton_schulz_normalize_over_the_range_of_floats(kernels, size, row_nor
 
 
 def quant_formula(w: Tensor, factor: Tensor, bits: int, floor: float, multiple: int, full: bool):
-    """(value, scale, whether a code is not clamped), in fp32 or float64."""
+    """(value, step, whether a code is not clamped), in fp32 or float64."""
     w = w if w.dtype is torch.float64 else w.float()
     amax = w.abs().amax(1)
-    scale = row_scale(amax.where(amax.isfinite(), NAN) * factor, bits, floor)
-    codes = row_codes(w, scale, bits, multiple, full)
-    unclamped = torch.round(w / scale[:, None])
+    step = row_step(amax.where(amax.isfinite(), NAN) * factor, bits, floor)
+    codes = row_codes(w, step, bits, multiple, full)
+    unclamped = torch.round(w / step[:, None])
     if multiple != 1:
         unclamped = torch.round(unclamped / multiple) * multiple
-    return codes * scale[:, None], scale, codes == unclamped
+    return codes * step[:, None], step, codes == unclamped
 
 
 @every_dtype
@@ -262,17 +254,17 @@ def test_fake_quant_is_the_reference_bit_for_bit(kernels, dtype, floor, multiple
         w = (randn(rows, cols + 5, dtype=torch.float64) * 0.05).to(dtype)[:, 2 : cols + 2]
         w[0], w[-1, :2] = 0.0, torch.tensor([-1e-3, 0.02], dtype=dtype)[:cols]
         factor = torch.full((rows,), cut)
-        value, scale, kept = quant_formula(w, factor, bits, floor, multiple, full)
+        value, step, kept = quant_formula(w, factor, bits, floor, multiple, full)
         grid = (bits, True, floor, multiple, full)
-        result, step = call.fake_quant(kernels, w, factor, *grid)
-        assert same_bits(result, value.to(dtype)) and same_bits(step, scale)
-        off, step = call.fake_quant(kernels, w, factor, bits, False, floor, multiple, full)
-        assert same_bits(off, w) and same_bits(step, scale)
+        result, stored = call.fake_quant(kernels, w, factor, *grid)
+        assert same_bits(result, value.to(dtype)) and same_bits(stored, step)
+        off, stored = call.fake_quant(kernels, w, factor, bits, False, floor, multiple, full)
+        assert same_bits(off, w) and same_bits(stored, step)
 
         dout = randn(rows, 2 * cols, dtype=dtype, seed=1)[:, :cols]
-        dw = call.fake_quant_backward(kernels, dout, w, scale, bits, True, multiple, full)
+        dw = call.fake_quant_backward(kernels, dout, w, step, bits, True, multiple, full)
         assert same_bits(dw, torch.where(kept, dout, 0))
-        dw = call.fake_quant_backward(kernels, dout, w, scale, bits, False, multiple, full)
+        dw = call.fake_quant_backward(kernels, dout, w, step, bits, False, multiple, full)
         assert same_bits(dw, dout)
 
 
@@ -282,9 +274,9 @@ def test_fake_quant_on_ties_and_in_every_binade(kernels):
     w = clips * (torch.arange(-31, 32) / 31)
     w = torch.cat([w, clips * (torch.arange(-31, 31) + 0.5) / 31, clips * 31.0], 1)
     for factor in (torch.ones(len(w)), torch.full((len(w),), 1 / 31)):
-        value, scale, _ = quant_formula(w, factor, 6, 0.0, 1, False)
-        result, step = call.fake_quant(kernels, w, factor, 6)
-        assert same_bits(result, value) and same_bits(step, scale)
+        value, step, _ = quant_formula(w, factor, 6, 0.0, 1, False)
+        result, stored = call.fake_quant(kernels, w, factor, 6)
+        assert same_bits(result, value) and same_bits(stored, step)
 
 
 def test_fake_quant_steps_round_ties_to_even(kernels):
@@ -293,8 +285,8 @@ def test_fake_quant_steps_round_ties_to_even(kernels):
     steps = torch.cat([1 + odd * 2.0**-11, odd * 2.0**-25])
     w = (7 * steps[:, None]).expand(-1, 3).contiguous()
     assert torch.equal(w[:, 0].double(), 7 * steps.double()), "exact"
-    _, scale = call.fake_quant(kernels, w, torch.ones(len(w)), 4)
-    assert same_bits(scale, steps.half().float().clamp_min(2.0**-24))
+    _, stored = call.fake_quant(kernels, w, torch.ones(len(w)), 4)
+    assert same_bits(stored, steps.half().float().clamp_min(2.0**-24))
 
 
 @every_dtype
@@ -302,12 +294,12 @@ def test_fake_quant_of_special_values(kernels, dtype):
     w = randn(6, 40, dtype=dtype)
     w[1, 39], w[2, 0], w[3, 5], w[4] = NAN, INF, -INF, 0.0
     factor = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, NAN])
-    value, scale, kept = quant_formula(w, factor, 5, 0.0, 1, False)
-    result, step = call.fake_quant(kernels, w, factor, 5)
+    value, step, kept = quant_formula(w, factor, 5, 0.0, 1, False)
+    result, stored = call.fake_quant(kernels, w, factor, 5)
     torch.testing.assert_close(result, value.to(dtype), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(step, scale, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(stored, step, rtol=0, atol=0, equal_nan=True)
     assert result[1:4].isnan().all() and torch.isfinite(result[[0, 4]]).all()
-    dw = call.fake_quant_backward(kernels, torch.ones_like(w), w, scale, 5)
+    dw = call.fake_quant_backward(kernels, torch.ones_like(w), w, step, 5)
     assert torch.equal(dw, kept.to(dtype))
 
 

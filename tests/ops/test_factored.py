@@ -13,16 +13,11 @@ from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.testing import Call
 from pgolf.ops.xsa import xsa
 
-from .cases import implementations
+from .cases import implementations, numbers
 
 KERNELS = [i for i in implementations(OPERATORS["residual_norm"]) if i != "reference"]
 HEADS, GROUPS, SIZE = 4, 2, 8
 WIDTH = HEADS * SIZE
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
 def mlp(x: Tensor, branch: Tensor, up: Tensor, down: Tensor, impl: str = "reference") -> Tensor:

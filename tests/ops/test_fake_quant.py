@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgolf.ops import fake_quant, fake_quant_all
-from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_step
 
 from ..triton.interpreter import repair
 
@@ -48,10 +48,10 @@ def test_follows_the_formula(
     w = weights()
     factor = torch.full((len(w),), cut)
     codes, values = by_hand(w, factor, bits, floor, multiple, full)
-    scale = row_scale(w.abs().amax(1) * factor, bits, floor)
-    assert scale.dtype is torch.float32
-    assert torch.equal(scale, scale.half().float()), "the step is an fp16 number"
-    assert np.array_equal(row_codes(w, scale, bits, multiple, full).numpy(), codes)
+    step = row_step(w.abs().amax(1) * factor, bits, floor)
+    assert step.dtype is torch.float32
+    assert torch.equal(step, step.half().float()), "the step is an fp16 number"
+    assert np.array_equal(row_codes(w, step, bits, multiple, full).numpy(), codes)
     quantised = fake_quant(w, factor, torch.tensor(float(bits)), ONE, floor, multiple, full)
     assert np.array_equal(quantised.numpy(), values), "training must see what is decoded"
     if cut < 1:
@@ -64,12 +64,12 @@ def test_bits_as_number_and_as_tensor_agree_bit_for_bit(bits: int) -> None:
     w = weights(64, 65)
     clip = w.abs().amax(1)
     for held in (torch.tensor(bits), torch.tensor(float(bits))):
-        scale = row_scale(clip, bits)
-        assert torch.equal(row_scale(clip, held), scale)
+        step = row_step(clip, bits)
+        assert torch.equal(row_step(clip, held), step)
         for full in (False, True):
             assert torch.equal(
-                row_codes(w, scale, held, full_range=full),
-                row_codes(w, scale, bits, full_range=full),
+                row_codes(w, step, held, full_range=full),
+                row_codes(w, step, bits, full_range=full),
             )
 
 
@@ -78,7 +78,7 @@ def test_unclipped_error_is_at_most_half_a_step(bits: int) -> None:
     w = weights(16, 100)
     factor = torch.ones(16)
     value = fake_quant(w, factor, torch.tensor(float(bits)), ONE)
-    step = row_scale(w.abs().amax(1), bits)
+    step = row_step(w.abs().amax(1), bits)
     # fp16 rounds the step by up to 2^-11, which the largest codes feel qmax times
     slack = 0.5 + 2.0**-11 * 2 ** (bits - 1)
     assert ((value - w).abs() <= slack * step[:, None]).all()
@@ -93,16 +93,16 @@ def test_a_value_on_the_grid_stays() -> None:
 
 
 def test_ties_round_to_even() -> None:
-    scale = torch.tensor([0.25])
+    step = torch.tensor([0.25])
     w = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]) * 0.25
-    assert row_codes(w, scale, 6).tolist() == [[0, 2, 2, 0, -2, -2]]
+    assert row_codes(w, step, 6).tolist() == [[0, 2, 2, 0, -2, -2]]
     assert row_codes(torch.tensor([[2.0, 6.0, -6.0]]), torch.ones(1), 8, 4).tolist() == [[0, 8, -8]]
 
 
 def test_multiples_stay_within_the_range() -> None:
     """PR 543: int8 codes that are multiples of 4, clamped to 127."""
     w = torch.linspace(-1, 1, 301)[None]
-    codes = row_codes(w, row_scale(torch.ones(1), 8), 8, 4)
+    codes = row_codes(w, row_step(torch.ones(1), 8), 8, 4)
     inner = codes[codes.abs() != 127]
     assert (inner % 4 == 0).all() and codes.abs().max() == 127
 
@@ -110,7 +110,7 @@ def test_multiples_stay_within_the_range() -> None:
 def test_a_zero_row() -> None:
     w = torch.zeros(2, 4)
     w[1] = 0.5
-    assert row_scale(w.abs().amax(1), 6)[0] == 2.0**-24
+    assert row_step(w.abs().amax(1), 6)[0] == 2.0**-24
     out = fake_quant(w, torch.ones(2), torch.tensor(6.0), ONE)
     assert not out[0].any() and out[1].allclose(w[1], rtol=1e-3)
 
@@ -118,22 +118,22 @@ def test_a_zero_row() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-6, 1e-4])
 def test_tiny_rows_use_subnormal_steps(size: float) -> None:
     w = weights(4, 64, 1.0) * size
-    scale = row_scale(w.abs().amax(1), 6)
-    assert (scale >= 2.0**-24).all()
+    step = row_step(w.abs().amax(1), 6)
+    assert (step >= 2.0**-24).all()
     out = fake_quant(w, torch.ones(4), torch.tensor(6.0), ONE)
     assert out.isfinite().all()
-    assert (out - w).abs().max() <= max(0.5 * scale.max().item(), 0) + 0.5 * 2.0**-24 * 31
+    assert (out - w).abs().max() <= max(0.5 * step.max().item(), 0) + 0.5 * 2.0**-24 * 31
 
 
 @pytest.mark.parametrize("clip", [65504.0 * 31, 1e30, math.inf])
 def test_huge_rows_clip_at_the_largest_fp16(clip: float) -> None:
-    assert row_scale(torch.tensor([clip]), 6).item() == 65504.0
+    assert row_step(torch.tensor([clip]), 6).item() == 65504.0
 
 
 def test_the_published_floor() -> None:
     clip = torch.tensor([0.3, 1.0, 4.0])
     expected = torch.tensor([1 / 31, 1 / 31, 4 / 31]).half().float()
-    assert torch.equal(row_scale(clip, 6, 1.0), expected)
+    assert torch.equal(row_step(clip, 6, 1.0), expected)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -182,12 +182,12 @@ def test_the_compiled_step_is_the_stored_one() -> None:
     """Inductor drops pairs of casts to fp16 and back; training has to see what is decoded."""
     clip = torch.logspace(-8, 6, 400)
     w, factor = weights(64, 65), torch.ones(64)
-    compiled = torch.compile(row_scale, fullgraph=True)
+    compiled = torch.compile(row_step, fullgraph=True)
     whole = torch.compile(fake_quant, fullgraph=True)
     for bits in BITS:
         held = torch.tensor(float(bits))
-        assert torch.equal(compiled(clip, held), row_scale(clip, bits))
-        assert torch.equal(row_scale(clip, bits), row_scale(clip, bits).half().float())
+        assert torch.equal(compiled(clip, held), row_step(clip, bits))
+        assert torch.equal(row_step(clip, bits), row_step(clip, bits).half().float())
         assert torch.equal(whole(w, factor, held, ONE), fake_quant(w, factor, held, ONE))
 
 
@@ -205,7 +205,7 @@ def test_steps_round_as_fp16_does() -> None:
         )
     ]
     x = torch.cat(around).clamp(2.0**-24, 65504)
-    assert torch.equal(row_scale(x * 7, 4), x.half().float())
+    assert torch.equal(row_step(x * 7, 4), x.half().float())
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
@@ -240,4 +240,4 @@ def test_every_nan_stays_a_nan_in_the_step() -> None:
     """0x7FFFFFFF is what a GPU makes of an invalid operation."""
     for pattern in (0x7FFFFFFF, 0x7FC00000, -1, -0x400000):
         clip = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
-        assert clip.isnan() and row_scale(clip, 6).isnan()
+        assert clip.isnan() and row_step(clip, 6).isnan()

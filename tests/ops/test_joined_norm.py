@@ -10,15 +10,10 @@ from pgolf.ops.operator import OPERATORS
 from pgolf.ops.residual_norm import residual_norm
 from pgolf.ops.testing import Call
 
-from .cases import implementations
+from .cases import implementations, numbers
 
 KERNELS = implementations(OPERATORS["residual_norm"])
 every_kernel = pytest.mark.parametrize("impl", KERNELS)
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
 NAMES = ("t0", "t1", "t2", "t3", "f0", "f1", "f2", "f3")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf import extension
 from pgolf.ops import fake_quant, weight_cast, weight_cast_all
 from pgolf.ops.operator import OPERATORS
 
@@ -211,13 +210,6 @@ def test_lists_that_do_not_fit_are_refused() -> None:
 
 
 # ---- the kernel by pointers
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    if extension.load() is None:
-        pytest.skip(extension.why_missing())
-    return extension.load()
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -1,4 +1,4 @@
-"""Who optimises what, for every seed; the AdamW side against a float64 loop; clipping."""
+"""Who optimises what, in each published system; the AdamW side against a float64 loop; clipping."""
 
 import copy
 import math

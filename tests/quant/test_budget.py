@@ -104,7 +104,7 @@ def test_only_what_changes_is_quantised_again(state, statistics, monkeypatch) ->
     assert asked == [{NAMES[2]}]
 
 
-def test_a_matrix_that_nothing_depends_on_keeps_the_step_of_its_policy(state, statistics) -> None:
+def test_a_matrix_that_nothing_depends_on_keeps_the_step_of_its_plan(state, statistics) -> None:
     statistics.moments[NAMES[0]] = torch.zeros(64)
     steps = steps_of(state, statistics)
     model = steps.at(steps.level.at(steps.nominal))

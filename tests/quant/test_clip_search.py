@@ -27,8 +27,8 @@ def int_plan(clip: str = "search_row", bits: int = 6, candidates=CANDIDATES, **m
 
 
 def decoded(w: torch.Tensor, factors: torch.Tensor, plan: TensorPlan) -> torch.Tensor:
-    codes, scale = quantize_rows(w, factors, plan)
-    return dequantize(QuantizedTensor(codes, plan.bits, scale))
+    codes, steps = quantize_rows(w, factors, plan)
+    return dequantize(QuantizedTensor(codes, plan.bits, steps))
 
 
 def row_errors(w: torch.Tensor, plan: TensorPlan) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, clip: str):
 
 
 def test_ties_take_the_first_candidate():
-    w = 0.01 * heavy_rows(20, 300)  # the floor of 1 decides every scale
+    w = 0.01 * heavy_rows(20, 300)  # the floor of 1 decides every step
     first = clip_factors(w, int_plan("quantile", candidates=CANDIDATES[:1]))
     assert torch.equal(clip_factors(w, int_plan(floor=1.0)), first)
 
@@ -97,7 +97,7 @@ def test_rows_of_zeros_and_zero_quantiles_keep_factor_one():
 @pytest.mark.parametrize("full_range", [False, True])
 def test_late_qat_sees_exactly_what_is_exported(bits, clip, floor, full_range):
     config = QuantConfig(
-        attn_bits=bits, clip_search=clip, min_scale=floor, full_range=full_range,
+        attn_bits=bits, clip_search=clip, min_step=floor, full_range=full_range,
         clip_percentiles="0.9,0.99,0.999",  # narrow: outliers are clipped to less than half
     )
     name = "blocks.0.attn.c_q.weight"

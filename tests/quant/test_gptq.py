@@ -162,14 +162,14 @@ def test_a_clip_for_the_matrix_is_the_best_single_one():
 
 
 @pytest.mark.parametrize("grid", ["rows", "uniform"])
-def test_steps_are_on_the_grid_unless_the_seeds_rules_are_asked_for(grid: str):
+def test_steps_are_on_the_grid_unless_the_published_rules_are_asked_for(grid: str):
     w, h = weights(20, 40), hessian(40)
     w[3] = 0
     q = run(w, h, settings(grid=grid, clip_search="row"))
     assert exact_index(q.steps) is not None
     assert q.columns is None or exact_index(q.columns) is not None
-    for seeds in ({"min_scale": 1.0}, {"clip_search": "matrix"}):
-        assert exact_index(run(w, h, settings(**{"clip_search": "row", **seeds})).steps) is None
+    for published in ({"min_step": 1.0}, {"clip_search": "matrix"}):
+        assert exact_index(run(w, h, settings(**{"clip_search": "row", **published})).steps) is None
 
 
 def test_a_row_that_is_too_wide_for_the_step_gets_a_coarser_one():
@@ -187,8 +187,8 @@ def test_explicit_steps():
     factors = Factors({NAME: h}, 0.01)
     for step in (0.2, 0.5):
         q = quantize({NAME: w}, settings(grid="uniform"), False, factors, steps={NAME: step})
-        scale = q.tensors[NAME].steps
-        assert scale.float().log2().allclose(torch.tensor(step).log2(), atol=1 / 32 + 1e-3)
+        steps = q.tensors[NAME].steps
+        assert steps.float().log2().allclose(torch.tensor(step).log2(), atol=1 / 32 + 1e-3)
     for config, name in ((settings(), NAME), (settings(grid="uniform"), "tok_emb.weight")):
         with pytest.raises(ConfigError, match=name):
             quantize({NAME: w}, config, False, factors, steps={name: 0.1})

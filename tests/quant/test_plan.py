@@ -51,7 +51,7 @@ def test_every_tensor_gets_a_plan_in_order():
 
 def test_int6_everywhere_with_int8_tokens():
     """The layout of PR 478: int6 blocks and tables, int8 tokens, fp16 for all that is small."""
-    plans = plan_tensors(QuantConfig(min_scale=1.0, clip_search="matrix"), full_size_shapes())
+    plans = plan_tensors(QuantConfig(min_step=1.0, clip_search="matrix"), full_size_shapes())
     lite = dict(clip="search_matrix", percentiles=(0.999, 0.9995, 0.9999, 0.99999, 1.0), floor=1.0)
     assert plans["blocks.3.attn.c_k.weight"] == TensorPlan("int", "attn", 6, **lite)
     assert plans["blocks.10.mlp.proj.weight"] == TensorPlan("int", "mlp", 6, **lite)
@@ -69,7 +69,7 @@ def test_int6_everywhere_with_int8_tokens():
 def test_int5_mlp_and_fp16_exceptions():
     """The layout of PR 531: full range, int5 with the row maximum and no floor, fp16 overrides."""
     config = QuantConfig(
-        mlp_bits="5", tok_bits="16", bigram_bits="8", full_range=True, min_scale=1.0,
+        mlp_bits="5", tok_bits="16", bigram_bits="8", full_range=True, min_step=1.0,
         bits_overrides="blocks.8.attn.c_k*=16",
     )
     plans = plan_tensors(config, full_size_shapes())
@@ -133,7 +133,7 @@ def test_steps_on_the_grid_and_widths_are_for_gptq():
     for more, on_grid, widths in (
         ({}, True, (3.5, 4.0)),
         ({"quantizer": "lite"}, False, ()),
-        ({"min_scale": 1.0}, False, (3.5, 4.0)),
+        ({"min_step": 1.0}, False, (3.5, 4.0)),
         ({"clip_search": "matrix"}, False, (3.5, 4.0)),
     ):
         p = plan_tensors(QuantConfig(clip_widths="3.5,4", **more), full_size_shapes())[name]
@@ -141,12 +141,12 @@ def test_steps_on_the_grid_and_widths_are_for_gptq():
 
 
 def test_max_clip_is_by_bits_as_written():
-    plans = plan_tensors(QuantConfig(max_clip_bits="8/4,6", attn_bits="8/4", min_scale=2.0),
+    plans = plan_tensors(QuantConfig(max_clip_bits="8/4,6", attn_bits="8/4", min_step=2.0),
                  full_size_shapes())
     assert plans["blocks.0.attn.c_q.weight"].clip == plans["blocks.0.mlp.fc.weight"].clip == "max"
     assert plans["blocks.0.attn.c_q.weight"].floor == 0.0
     assert plans["tok_emb.weight"].clip == "quantile"
-    searched = plan_tensors(QuantConfig(clip_search="max", min_scale=2.0), full_size_shapes())
+    searched = plan_tensors(QuantConfig(clip_search="max", min_step=2.0), full_size_shapes())
     assert searched["blocks.0.attn.c_q.weight"].clip == "max"
     assert searched["blocks.0.attn.c_q.weight"].floor == 2.0
 

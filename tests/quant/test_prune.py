@@ -15,8 +15,8 @@ def model(**tensors: QuantizedTensor) -> QuantizedModel:
     return QuantizedModel(tensors, {}, {})
 
 
-def ints(codes: list[list[int]], scale: list[float], bits: int = 6) -> QuantizedTensor:
-    return QuantizedTensor(torch.tensor(codes, dtype=torch.int8), bits, torch.tensor(scale).half())
+def ints(codes: list[list[int]], steps: list[float], bits: int = 6) -> QuantizedTensor:
+    return QuantizedTensor(torch.tensor(codes, dtype=torch.int8), bits, torch.tensor(steps).half())
 
 
 def nonzeros(m: QuantizedModel) -> int:

@@ -80,17 +80,17 @@ def test_rows_at_the_floor_are_counted():
     name = "blocks.0.mlp.fc.weight"
     w = torch.randn(8, 300)
     w[:6] *= 0.01
-    config = QuantConfig(small_numel=0, min_scale=1.0)
+    config = QuantConfig(small_numel=0, min_step=1.0)
     model = quantize({name: w}, config, progress=False)
     assert model.stats[name].floor_share == 0.75
-    scale = model.tensors[name].steps
-    assert (scale[:6] == torch.tensor(1 / 31).half()).all() and (scale[6:] > 1 / 31).all()
+    steps = model.tensors[name].steps
+    assert (steps[:6] == torch.tensor(1 / 31).half()).all() and (steps[6:] > 1 / 31).all()
     assert quantize({name: w}, QuantConfig(small_numel=0), False).stats[name].floor_share == 0
 
 
 def test_the_floor_counts_clips_and_not_maxima():
     w = torch.linspace(-1.05, 1.05, 401).repeat(2, 1)  # its 0.9 quantile is 0.945
-    config = QuantConfig(small_numel=0, min_scale=1.0, int8_percentile=0.9)
+    config = QuantConfig(small_numel=0, min_step=1.0, int8_percentile=0.9)
     model = quantize({"tok_emb.weight": w}, config, progress=False)
     assert model.stats["tok_emb.weight"].floor_share == 1.0
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def seed_shards(tmp_path_factory) -> Path:
+def source_shards(tmp_path_factory) -> Path:
     """The package's own source as text: there is always enough of it for 1,024 pieces."""
     folder = tmp_path_factory.mktemp("data") / "source"
     text = tmp_path_factory.mktemp("text")

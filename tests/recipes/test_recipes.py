@@ -25,8 +25,8 @@ def test_parameter_counts(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_value_of_a_seed_is_documented(name):
-    """No method setting of a seed is left to a default that may move."""
+def test_every_value_of_a_published_system_is_documented(name):
+    """No method setting of a published system is left to a default that may move."""
     stated = {v.key for v in get(name).values}
     decided = {k for k, (s, _) in known_keys().items()
                if s in ("model", "optim", "schedule", "average", "quant", "data")}
@@ -138,32 +138,32 @@ def check(result: dict, printed: str, name: str) -> None:
     assert result["val_targets"] == 256
 
 
-def test_full_size_recipe_trains_packs_and_scores(pgolf, seed_shards, tmp_path, monkeypatch):
+def test_full_size_recipe_trains_packs_and_scores(pgolf, source_shards, tmp_path, monkeypatch):
     """The whole structure on a CPU; the others' is in tests/model, their size above.
 
     In this process, with the fastest codec, and few tokens to measure the added loss on.
     """
     monkeypatch.setattr(added_loss, "TOKENS", 256)
     out, fast = tmp_path / "run", ("codec=zstd", "zstd_level=1")
-    code, printed = pgolf(*two_steps("pr1473", seed_shards, out, *QUICK, *fast))
+    code, printed = pgolf(*two_steps("pr1473", source_shards, out, *QUICK, *fast))
     assert code == 0, printed
     check(json.loads((out / "result.json").read_text()), printed, "pr1473")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_full_size_recipe_trains_packs_and_scores(name, seed_shards, tmp_path):
+def test_every_full_size_recipe_trains_packs_and_scores(name, source_shards, tmp_path):
     """As a user runs it, with the codec of the smallest files."""
-    check(*run(name, seed_shards, tmp_path / name, *QUICK, "codec=rans"), name)
+    check(*run(name, source_shards, tmp_path / name, *QUICK, "codec=rans"), name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_form(name, seed_shards, tmp_path):
-    """as_published=true, with the published codec; for the last seed, with every codec."""
+def test_published_form(name, source_shards, tmp_path):
+    """as_published=true, with the published codec; for the last system, with every codec."""
     every = name == "pr1473"
     overrides = ["calibration_sequences=1", *["brotli_quality=9", "codec=auto"] * every]
-    result, printed = run(name, seed_shards, tmp_path / name, "as_published=true", *overrides)
+    result, printed = run(name, source_shards, tmp_path / name, "as_published=true", *overrides)
     # of the four, only PR 543's fake-quant ran; two steps are at the end of its warm-down
     assert result["as_published"] and (len(result["codecs_tried"]) == 7) == every
     assert result["bytes_model"] == min(result["codecs_tried"].values())

@@ -11,11 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.synthetic import Words
 from pgolf.artifact.pack import write_artifact
 from pgolf.config import Config, to_dict, with_overrides
 from pgolf.data.manifest import Dataset
-from pgolf.data.prepare import prepare
 from pgolf.model import GPT
 from pgolf.model.init import init_weights
 from pgolf.quant.quantize import quantize
@@ -34,14 +32,6 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is hidden")
 sys.meta_path.insert(0, Blocker())
 """
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A prepared folder of made-up words."""
-    folder = tmp_path_factory.mktemp("data") / "words"
-    prepare(Words(), folder, "words", vocab_size=400)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -171,6 +171,7 @@ def test_every_module_compiles(script):
     ast.parse(script.data)
     assert b"\0" not in script.data and b"\r" not in script.data
     assert not [n for n in script.sources if n.startswith(("pgolf.report", "pgolf.recipes"))]
+    assert "pgolf.scoring.job" in script.sources and "pgolf.scoring.__main__" not in script.sources
     assert script.libraries == ["numpy", "sentencepiece", "torch", "triton", "zstandard"]
 
 

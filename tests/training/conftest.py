@@ -6,19 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.synthetic import Words
-from pgolf.data.prepare import prepare
-
 from .inside import no_plots, pgolf, scoring_here  # noqa: F401
 from .tiny import ONE_THREAD, ROOT, TINY, replaced
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A prepared folder of made-up words."""
-    folder = tmp_path_factory.mktemp("data") / "words"
-    prepare(Words(), folder, "words", vocab_size=400)
-    return folder
 
 
 @pytest.fixture(scope="session")

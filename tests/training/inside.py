@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from pgolf.cli import main
+from pgolf.scoring import __main__ as scoring
 from pgolf.scoring import job
 from pgolf.training import finish
 
 
 def scored_here(module: str, text: str, stdout: int) -> subprocess.CompletedProcess[str]:
     """In place of `run_module`: the scoring job in this process."""
-    assert (module, stdout) == ("pgolf.scoring.job", subprocess.PIPE)
+    assert (module, stdout) == ("pgolf.scoring", subprocess.PIPE)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [module, text]):
-        return subprocess.CompletedProcess([], job.main(), said.getvalue())
+        return subprocess.CompletedProcess([], scoring.main(), said.getvalue())
 
 
 @pytest.fixture
