@@ -124,6 +124,43 @@ def linear_residual_in_small_tiles() -> None:
         t.test_what_is_not_finite_stays_in_its_row(name, math.inf)
 
 
+def norm_mlp_in_small_tiles() -> None:
+    """With and without factors of x; then all else in one call."""
+    small_tiles("norm_mlp", BLOCK_M=16, BLOCK_N=64, BLOCK_K=16, GROUP_M=2)
+    from tests.triton import test_norm_mlp as t
+
+    t.gemm.H100_SMS = 2  # persistent programs that have several tiles each
+    for scaled in (True, False):
+        t.test_exact_on_small_integers(scaled)
+        for shape in ((70, 40, 144), (35, 24, 16)):
+            t.check(t.random_inputs(*shape, scaled))
+            t.test_touched_bytes_are_inputs_and_outputs(*shape, scaled)
+    for name in ("g", "x", "dots"):
+        t.test_what_is_not_finite_stays_in_its_row(name, math.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_what_the_epilogue_reads_is_requested_early(patch)
+
+
+def norm_mlp_beyond_int32() -> None:
+    from tests.triton import test_norm_mlp as t
+
+    small_tiles("norm_mlp", BLOCK_M=128, BLOCK_N=64, BLOCK_K=16)
+    t.test_offsets_beyond_int32()
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_results_beyond_int32(patch)
+
+
+def mlp_with_dots() -> None:
+    """What the gradient of the norm takes from the epilogue, over several tiles of columns."""
+    small_tiles("leaky_relu2", BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, GROUP_M=2)
+    from tests.triton import test_norm_mlp as t
+
+    t.gemm.H100_SMS = 2
+    t.test_dots_are_products_of_rows(70, 48, 264, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_dots_beyond_int32(patch)
+
+
 def linear_qk_rope_in_small_tiles() -> None:
     """Heads of a whole half and several in one; then all else in one call."""
     small_tiles("linear_qk_rope", BLOCK_M=16, BLOCK_N=128, BLOCK_K=16)
@@ -318,7 +355,7 @@ CHECKS = {
     "xsa_forward_kernel": XSA,
     "xsa_backward_kernel": XSA,
     "leaky_relu2_up_tma": [mlp_with_tma],
-    "leaky_relu2_dgrad_tma": [mlp_with_tma],
+    "leaky_relu2_dgrad_tma": [mlp_with_tma, mlp_with_dots],
     "leaky_relu2_up": [mlp_with_pointers],
     "leaky_relu2_dgrad": [mlp_with_pointers],
     "xsa_linear_dgrad_tma": [
@@ -326,6 +363,7 @@ CHECKS = {
         xsa_linear_around_the_floor_of_the_norm,
     ],
     "linear_residual_tma": [linear_residual_in_small_tiles],
+    "norm_mlp_dgrad_tma": [norm_mlp_in_small_tiles, norm_mlp_beyond_int32],
     "linear_qk_rope_tma": [linear_qk_rope_in_small_tiles],
     "newton_schulz_norms": NORMALISATION,
     "newton_schulz_scale": NORMALISATION,
