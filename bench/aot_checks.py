@@ -45,8 +45,7 @@ EMBED = Required(("LDG.128",), vector=2)  # the wider of the table's dtype and x
 APPROXIMATE = ("div.full.f32", "div.approx.f32", "rcp.approx.f32")
 # 16 bytes in the wider of both dtypes, which is read or written.
 CAST = Required(("LDG.128 or STG.128",), ("div.rn.f32",), APPROXIMATE, vector=3)
-# Of configs.json and csrc/cuda; a kernel that is not in here is an error: a new one has to say what
-# it is built around.
+# Of configs.json and csrc/cuda; of a kernel that is not in here only spills and memory are checked.
 REQUIRED = {
     "xsa_forward_kernel": VECTORS,
     "xsa_backward_kernel": VECTORS,
@@ -107,9 +106,7 @@ def row(kernel: str, function: Function, dynamic: int = 0) -> Row:
 
 def failures(name: str, kernel: str, wide: bool, row: Row) -> list[str]:
     """What is wrong with a compiled kernel, whatever the versions are; one line each."""
-    if kernel not in REQUIRED:
-        return [f"{name}: REQUIRED in bench/aot_checks.py does not name this kernel"]
-    required = REQUIRED[kernel]
+    required = REQUIRED.get(kernel, Required())
     found = [f"spills: {row['spills']} local loads and stores"] if row["spills"] else []
     if row["shared"] > SHARED_LIMIT:
         found.append(f"{row['shared']} bytes of shared memory, a block has {SHARED_LIMIT}")

@@ -50,10 +50,7 @@ class Item:
 
 _HEAD = SIZE * 2
 _ROW = WIDTH * 2
-# Kernels that a step spends no time in to speak of: sums of sums, and rows that a cache still has.
-SMALL = (
-    "part_sums_columns", "grad_norm_finish", "token_order_blocks", "embed_smear_rows",
-)  # fmt: skip
+# Not of those that a step spends no time in to speak of: sums of sums, and rows that a cache has.
 ITEMS: Mapping[str, Item] = {
     "qk_rope_forward": Item(
         "4 tokens with a value", ("bf16", "8", "8", "1", "Rotated16", "false"),

@@ -62,7 +62,7 @@ class Epilogue:
         return self.flops / steps
 
 
-TOKENS, WIDTH = 98304, 512
+TOKENS, WIDTH, HIDDEN = 98304, 512, 1536
 UNIT = 2 * TOKENS * WIDTH  # bytes of a bf16 tensor of the tokens
 EPILOGUES = [
     # dz, y, v -> dy, dv, of which v and dv have half of the heads
@@ -76,6 +76,12 @@ EPILOGUES = [
         "linear_residual", "forward", "triton", {"impl": "reference", "norm_impl": "auto"},
         "98304 tokens", {"width": WIDTH, "inner": WIDTH},
         2 * TOKENS * WIDTH * WIDTH, 3 * UNIT,
+    ),
+    # x, x0 and the branch -> their sum
+    Epilogue(
+        "linear_mix", "forward", "triton", {"impl": "reference", "norm_impl": "auto"},
+        "98304 tokens", {"width": WIDTH, "inner": HIDDEN},
+        2 * TOKENS * WIDTH * HIDDEN, 4 * UNIT,
     ),
     # q, k and v, twice as wide together as x, each read and written
     Epilogue(

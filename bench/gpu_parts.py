@@ -17,6 +17,7 @@ from bench import losses, parts
 from bench.parts import ROOT, Command, Part
 from pgolf import extension
 from pgolf.errors import DataError
+from pgolf.ops import operator
 
 NAMES = (
     "data", "build", "tests", "attention", "step", "ops", "memcheck", "synccheck", "racecheck",
@@ -38,13 +39,16 @@ CHOICES = (
       for name in ("residual_norm", "qk_rope", "leaky_relu2_mlp", "softcap_cross_entropy")),
     "triton",
 )  # fmt: skip
-OPERATORS = (
-    "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
-    "embed_smear", "scaled_copies", "xsa_linear", "linear_residual", "linear_qk_rope",
-)  # fmt: skip
 # Of weights, gradients and states, which the record has in fp32.
 FP32_OPERATORS = (
     "param_update", "muon_momentum", "grad_norm", "part_sums", "weight_cast", "fake_quant",
+)  # fmt: skip
+# All others but attention, for which `attention` is a part: first what a step spends most time in.
+_FIRST = (
+    "leaky_relu2_mlp", "residual_norm", "qk_rope", "softcap_cross_entropy", "xsa", "newton_schulz",
+)  # fmt: skip
+OPERATORS = (
+    *_FIRST, *(n for n in operator.OPERATORS if n not in {*_FIRST, *FP32_OPERATORS, "attention"})
 )  # fmt: skip
 TUNED = ("leaky_relu2_mlp", "newton_schulz")
 SAMPLES = ("98304", "bank", "matrices", "pr1473", "1536x512", "512x1536", "512x512")

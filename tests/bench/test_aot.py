@@ -129,9 +129,9 @@ def test_every_cuda_kernel_passes_the_gate() -> None:
     assert set(compiled) == {(k, arch) for k in aot_cuda.kernels() for arch in aot_cuda.ARCHS}
 
 
-def test_every_kernel_says_what_it_is_built_around() -> None:
+def test_kernels_that_say_what_they_are_built_around_are_there() -> None:
     of_triton = json.loads((ROOT / "triton_kernels" / "configs.json").read_text()).keys()
-    assert of_triton | aot_cuda.kernels() == REQUIRED.keys()
+    assert of_triton | aot_cuda.kernels() >= REQUIRED.keys()
 
 
 @needs_triton
@@ -175,9 +175,12 @@ def test_what_fails_whatever_the_versions(changed: dict, message: str) -> None:
     assert wrong("leaky_relu2_up_tma", **UP | changed) == [message]
 
 
-def test_a_new_kernel_has_to_say_what_it_is_built_around() -> None:
-    message = "x: REQUIRED in bench/aot_checks.py does not name this kernel"
-    assert wrong("new") == [message]
+def test_of_a_new_kernel_spills_and_memory_are_checked() -> None:
+    assert failures("x", "new", True, {"spills": 0, "shared": 0}) == []
+    assert failures("x", "new", True, {"spills": 2, "shared": 2**18}) == [
+        "x: spills: 2 local loads and stores",
+        "x: 262144 bytes of shared memory, a block has 232448",
+    ]
 
 
 def test_the_quantiser_divides_correctly_rounded() -> None:

@@ -29,10 +29,11 @@ from ..triton.interpreter import repair  # noqa: E402
 
 repair()
 CPU, GPU = torch.device("cpu"), "a toy GPU"
-XSA_LINEAR, LINEAR_RESIDUAL, LINEAR_QK_ROPE = epilogues.EPILOGUES
+XSA_LINEAR, LINEAR_RESIDUAL, LINEAR_MIX, LINEAR_QK_ROPE = epilogues.EPILOGUES
 SMALL = {
     "xsa_linear": (((1, 3, 4, 64), (1, 3, 2, 64), (16, 256)), {}),
     "linear_residual": (((3, 16), (32, 16), (3, 32)), {"factored": True}),
+    "linear_mix": (((3, 16), (32, 16), (3, 32)), {"factored": True}),
     "linear_qk_rope": (
         ((1, 3, 16), (384, 16), (3, 8), (3, 8), (2,)),
         {"heads": 2, "kv_heads": 2, "eps": 1e-6},

@@ -4,6 +4,8 @@ Triton kernels go by their names, CUDA kernels by their files in csrc/cuda, such
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,7 +23,6 @@ import torch  # noqa: E402
 from tests.triton.interpreter import repair  # noqa: E402
 
 from ..simt.emulator import built_objects  # noqa: E402
-from .checks import CHECKS  # noqa: E402
 from .cuda import (  # noqa: E402
     cuda_kernels,
     cuda_mutants,
@@ -105,13 +106,20 @@ def main(argv: list[str]) -> int:
 
 
 def triton_subject(kernel: str) -> Subject:
-    return Subject(kernel_mutants(kernel), CHECKS.get(kernel, ()), put_in_place, 10.0)
+    return Subject(kernel_mutants(kernel), triton_checks(kernel), put_in_place, 10.0)
+
+
+def triton_checks(kernel: str) -> Sequence[Callable[[], None]]:
+    """Those of a kernel; none where its module has no file of them."""
+    name = f"{__package__}.checks.{module_of(kernel)}"
+    known = importlib.util.find_spec(name)
+    return importlib.import_module(name).CHECKS.get(kernel, ()) if known else ()
 
 
 def cuda_subject(kernel: str) -> Subject:
     use_emulator()
-    from .cuda_checks import checks_of  # imports what looks for the emulated kernels
-
+    # It imports what looks for the emulated kernels.
+    checks_of = importlib.import_module(f"{__package__}.checks.cuda").checks_of
     build = built_objects()
 
     def prepare(mutant: Mutant, folder: str) -> None:

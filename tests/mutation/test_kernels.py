@@ -24,9 +24,9 @@ def proofs() -> Iterator[Any]:
     for module in sorted({module_of(kernel) for kernel in kernels()}):
         some = [kernel for kernel in kernels() if module_of(kernel) == module]
         sources = (f"triton_kernels/{module}.py", "triton_kernels/configs.json")
-        yield proof(some, module, *sources)
+        yield proof(some, module, *sources, f"tests/mutation/checks/{module}.py")
     for kernel in cuda_kernels():
-        sources = ("tests/simt", *cuda_sources(kernel))
+        sources = ("tests/simt", "tests/mutation/checks/cuda.py", *cuda_sources(kernel))
         yield proof([kernel], kernel, *sources)
 
 

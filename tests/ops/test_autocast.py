@@ -25,6 +25,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MATMULS = {
     "attention": ("q", "k", "v"),
     "leaky_relu2_mlp": ("h", "w_up", "w_down"),
+    "linear_mix": ("z", "w", "x"),
     "linear_residual": ("z", "w", "x"),
     "linear_qk_rope": ("x", "w", "value"),
     "softcap_cross_entropy": ("x", "w"),

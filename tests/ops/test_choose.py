@@ -341,6 +341,10 @@ def linear_residual_of(width: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(5, 8), torch.randn(width, 8), torch.randn(5, width)
 
 
+def linear_mix_of(width: int) -> tuple[torch.Tensor, ...]:
+    return linear_residual_of(width)
+
+
 def xsa_linear_of(width: int) -> tuple[torch.Tensor, ...]:
     heads = width // 8
     y, v = torch.randn(1, 5, heads, 8), torch.randn(1, 5, heads // 2, 8)
@@ -352,7 +356,9 @@ def linear_qk_rope_of(width: int) -> tuple:
     return torch.randn(1, 5, width), torch.randn(32, width), *angles, torch.randn(2), 2, 1
 
 
-@pytest.mark.parametrize("arguments", [linear_residual_of, xsa_linear_of, linear_qk_rope_of])
+@pytest.mark.parametrize(
+    "arguments", [linear_residual_of, linear_mix_of, xsa_linear_of, linear_qk_rope_of]
+)
 def test_sizes_that_are_timed_may_be_dynamic(arguments) -> None:
     torch._dynamo.reset()
     operator = OPERATORS[arguments.__name__.removesuffix("_of")]

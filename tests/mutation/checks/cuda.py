@@ -19,8 +19,8 @@ from pgolf.ops.operator import OPERATORS, Operator, Sample
 from pgolf.ops.testing import Call, Function
 from pgolf.ops.token_sums import token_sums
 
-from ..ops import test_embed_smear as smear
-from ..ops import (
+from ...ops import test_embed_smear as smear
+from ...ops import (
     test_joined_norm,
     test_multi_tensor,
     test_qk_rope,
@@ -30,11 +30,11 @@ from ..ops import (
     test_token_sums,
     test_weight_cast,
 )
-from ..ops import test_operators as t
-from ..ops import test_residual_norm as norm
-from ..ops import test_softcap_cross_entropy as loss
-from ..ops.cases import is_empty, small, takes
-from ..ops.guards import GuardZones
+from ...ops import test_operators as t
+from ...ops import test_residual_norm as norm
+from ...ops import test_softcap_cross_entropy as loss
+from ...ops.cases import is_empty, small, takes
+from ...ops.guards import GuardZones
 
 # The operators that launch a file's kernels, where that is not the one of the file's name.
 LAUNCHED_BY: dict[str, tuple[str, ...]] = {
