@@ -380,7 +380,7 @@ def test_candidates_for_tuning_of_the_gemm_before(candidate: candidates.Candidat
 def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
     """Dots, and an eighth of g and x, before the last products, the others before it is stored."""
     block_m, block_n, block_k = gemm.block_shape(configs()[KERNEL][0])
-    x = random_inputs(block_m, 2 * block_k, block_n, scaled=False)  # one tile
+    x = random_inputs(block_m, 2 * block_k, 2 * block_n, scaled=False)  # two tiles
     x.g, x.x = x.g.contiguous(), x.x.contiguous()
     taken, events = addresses(x.g, x.x, x.dots), []
     load, dot = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot
@@ -404,9 +404,10 @@ def test_what_the_epilogue_reads_is_requested_early(monkeypatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_descriptor_store", noted_store)
     x.both()
     eighth = [block_m * block_n // 8] * 2  # elements
-    assert events == [
+    of_tile = [
         "products", 3 * block_m, *eighth, "products", *[*eighth, "stored"] * 7, "stored"
     ]  # fmt: skip
+    assert events == of_tile * 2
 
 
 def test_every_configuration_is_reached() -> None:
