@@ -307,7 +307,8 @@ class Block(nn.Module):
         # (A script leaves linear_residual out: there it is these two steps.)
         impl = self.ops.get("linear_residual", "reference")
         # Under autocast the state may be of another dtype than the product.
-        if impl == "reference" or autocasting(x.device):
+        kernels = self.ops["residual_norm"] != "reference" and not autocasting(x.device)
+        if impl == "reference" or not kernels:
             branch = self.attn(h, weights, *seen, as_product=False)
             return self._normed(
                 "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on

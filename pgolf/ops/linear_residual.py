@@ -8,9 +8,10 @@ product of two factors (`Factored`). The gradient is that of the two steps: `res
 and torch's matmuls. On a GPU without TMA, for fp32, and for what is not aligned the forward pass is
 torch's matmul and the row kernel of `residual_norm` too.
 
-With `ops=`: where this operator is the reference, a model takes torch's matmul and `residual_norm`
-as `residual_norm=` names it; where it is not, the gradient takes `residual_norm` so. `auto` is the
-reference but on a GPU where the other was found to be faster (`python -m bench tune --epilogues`).
+With `ops=`: where this operator or `residual_norm` is the reference, a model takes torch's matmul
+and `residual_norm` as `residual_norm=` names it; where neither is, this one, whose gradient takes
+`residual_norm` so. `auto` is the reference but on a GPU where the other was found to be faster
+(`python -m bench tune --epilogues`).
 Shapes: x, x_in, h (..., D), z (..., K), w (D, K).
 """
 
@@ -24,17 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
-from pgolf.ops.derivatives import register_gradient, rerouted, ticket
 from pgolf.ops.factored import Factored
-from pgolf.ops.inputs import Inputs, outside_autocast, without_autocast
-from pgolf.ops.launch import in_triton, launcher
-from pgolf.ops.opaque import opaque
+from pgolf.ops.inputs import Inputs, outside_autocast
+from pgolf.ops.launch import in_triton
 from pgolf.ops.operator import Operator, Sample, Work, register
-from pgolf.ops.part_sums import check_deferred
-from pgolf.ops.residual_norm import WIDTH_LIMITS, residual_norm, sums_of
+from pgolf.ops.product import Product
+from pgolf.ops.residual_norm import WIDTH_LIMITS, residual_norm
 from pgolf.ops.residual_norm import reference as norm_reference
-from pgolf.ops.residual_norm_kernels import backward
-from pgolf.ops.tensors import check_alike, compute_dtype, contiguous, nbytes, unit_stride
+from pgolf.ops.tensors import check_alike, nbytes
 
 _INPUTS = Inputs(
     "linear_residual", ("z", "w", "x", "x_in_scale"), alike=("z", "w", "x"), wide=("x_in_scale",),
@@ -100,7 +98,7 @@ def linear_residual(
         impl: 'auto', 'reference' (torch's matmul, then `residual_norm`) or 'triton' (fp32, bf16;
             D <= 4096; see above for what runs where its GEMM is not possible).
         norm_impl: of `residual_norm`, in the gradient or in the two steps of the reference; None:
-            'reference' if `impl` is, else 'auto'.
+            'reference' if `impl` is, else 'auto'. A product is taken by its kernels only.
 
     Returns:
         (x_in, h), as `residual_norm`.
@@ -112,130 +110,14 @@ def linear_residual(
     _check(z, w, x, out, scale, eps)
     chosen = resolve("linear_residual", impl, x, width=x.size(-1), inner=z.size(-1))
     norm_impl = norm_impl or ("reference" if impl == "reference" else "auto")
+    norm = {"x_in_scale": x_in_scale, "scale": scale, "eps": eps, "sums": sums, "impl": norm_impl}
     if chosen == "reference":
         if out is not None:
             raise ValueError("linear_residual: impl=reference takes no ticket: leave `out` out")
-        return residual_norm(
-            x, branch=F.linear(z, w), x_in_scale=x_in_scale, scale=scale, eps=eps,
-            factored=factored, sums=sums, impl=norm_impl,
-        )  # fmt: skip
-    norm_impl = resolve("residual_norm", norm_impl, x, width=x.size(-1))
-    _check_products(x, x_in_scale, sums, norm_impl)
-    settings = scale, eps, chosen, norm_impl
-    x_in, h, factor = _forward(z, w, x, out, x_in_scale, sums, *settings)
-    h = Factored(rerouted(x_in, h), factor.detach())
+        return residual_norm(x, branch=F.linear(z, w), factored=factored, **norm)
+    product = Product(z, w, out)
+    x_in, h = residual_norm(x, branch=product, factored=True, linear=chosen, **norm)
     return x_in, h if factored else h.product()
-
-
-def _check_products(
-    x: Tensor, x_in_scale: Tensor | None, sums: Tensor | None, norm_impl: str
-) -> None:
-    """Of arguments that are for `residual_norm`'s kernels."""
-    if x_in_scale is not None:
-        wanted, wide = x.shape[-1:], compute_dtype(x.dtype)
-        if x_in_scale.shape != wanted or x_in_scale.dtype != wide or x_in_scale.device != x.device:
-            raise ValueError(
-                f"linear_residual: x_in_scale is {x_in_scale.dtype} {tuple(x_in_scale.shape)} on "
-                f"{x_in_scale.device}: for this x it has to be {wide} {tuple(wanted)} on {x.device}"
-            )
-        if norm_impl == "reference":
-            raise ValueError(
-                "linear_residual: norm_impl=reference takes no products: multiply them out"
-            )
-    if sums is not None:
-        own = sums_of(x.shape[:-1].numel(), x_in_scale=x_in_scale)
-        check_deferred("linear_residual", sums, own, norm_impl)
-
-
-# --- the opaque operator --------------------------------------------------------------------------
-
-
-@opaque("pgolf::linear_residual", mutates_args=())
-def _forward(
-    z: Tensor, w: Tensor, x: Tensor, out: Tensor | None, x_in_scale: Tensor | None,
-    sums: Tensor | None, scale: float, eps: float, impl: str, norm_impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x_in, the ticket of it as a factor of h, and the other factor (...,)."""
-    z2, x2 = _rows(z), _rows(x)
-    with without_autocast(z):
-        (w,) = contiguous(w)
-        made = launcher("linear_residual", impl, "forward")(z2, w, x2, scale, eps)
-        x_in, factor = made[1:] if made else _in_two_steps(z2, w, x2, scale, eps, norm_impl)
-    return x_in.view(x.shape), ticket(x), factor.view(x.shape[:-1])
-
-
-@_forward.register_fake
-def _(z, w, x, out, x_in_scale, sums, scale, eps, impl, norm_impl):
-    factor = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
-    return x.new_empty(x.shape), ticket(x), factor
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t (..., C) as a matrix whose rows are contiguous."""
-    return unit_stride(t.reshape(t.shape[:-1].numel(), t.size(-1)))
-
-
-def _in_two_steps(
-    z: Tensor, w: Tensor, x: Tensor, scale: float, eps: float, norm_impl: str
-) -> tuple[Tensor, Tensor]:
-    """x_in and the factor of h by a matmul and a pass over its result."""
-    branch = z @ w.t()
-    if norm_impl == "reference":
-        x_in = x + branch
-        mean = x_in.to(compute_dtype(x.dtype)).square().mean(-1)
-        return x_in, scale * (mean + eps).rsqrt()
-    forward = launcher("residual_norm", norm_impl, "forward")
-    _, x_in, _, factor = forward(x.contiguous(), branch, *[None] * 6, scale, eps, True, False)
-    return x_in, factor
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, w, _, out, x_in_scale, sums, ctx.scale, ctx.eps, _, ctx.norm_impl = inputs
-    x_in, _, factor = output
-    ctx.set_materialize_grads(False)
-    ctx.is_product, ctx.deferred = out is not None, sums is not None
-    need_z, need_w = (not ctx.is_product and need for need in ctx.needs_input_grad[:2])
-    ctx.save_for_backward(
-        x_in, factor, x_in_scale, z if need_w else None, w if need_z else None
-    )
-
-
-def _gradient(ctx: Any, d_x_in: Tensor | None, dh: Tensor | None, d_factor: None) -> tuple:
-    x_in, factor, x_in_scale, z, w = ctx.saved_tensors
-    d_scale = d_sums = None
-    # Where nobody has taken h, the gradient of the sum is that of x already.
-    goes_on = dh is None and x_in_scale is None
-    if goes_on or ctx.norm_impl == "reference":
-        dx = _gradient_of_norm(d_x_in, dh, x_in, factor / ctx.scale)
-    else:
-        nothing = [None] * 8
-        dx, *_, d_scale = backward(
-            None, d_x_in, dh, x_in, factor, *nothing, x_in_scale, ctx.scale, ctx.eps, True,
-            ctx.deferred, ctx.norm_impl,
-        )  # fmt: skip
-        if ctx.deferred:
-            d_scale, d_sums = None, d_scale
-        elif x_in_scale is None:
-            d_scale = None
-    rows = dx.reshape(-1, dx.size(-1))
-    dz = None if w is None else dx @ w
-    dw = None if z is None else rows.t() @ z.reshape(rows.size(0), z.size(-1))
-    d_out = dx if ctx.is_product else None
-    return dz, dw, dx, d_out, d_scale, d_sums, None, None, None, None
-
-
-def _gradient_of_norm(
-    d_x_in: Tensor | None, dh: Tensor | None, x_in: Tensor, rstd: Tensor
-) -> Tensor:
-    """`residual_norm`'s with a factored h, in plain torch."""
-    if dh is None:
-        return torch.zeros_like(x_in) if d_x_in is None else d_x_in
-    n, g = x_in.to(rstd.dtype) * rstd[..., None], dh.to(rstd.dtype)
-    dx = g - n * (g * n).mean(-1, keepdim=True)
-    return (dx if d_x_in is None else dx + d_x_in).to(x_in.dtype)
-
-
-register_gradient("linear_residual", _forward, _gradient, _setup_context)
 
 
 # --- the operator ---------------------------------------------------------------------------------

@@ -215,7 +215,9 @@ def test_the_norm_before_it_only_hands_on(before: str) -> None:
     with Recorder() as recorder:
         assert call.problem(run) == ""
     names = {call[0]._schema.name for call in recorder.calls}
-    assert names == {f"pgolf::{before}", "pgolf::norm_mlp", "pgolf::norm_mlp_backward"}
+    assert names - {"pgolf::product"} == {
+        "pgolf::residual_norm", "pgolf::norm_mlp", "pgolf::norm_mlp_backward"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto", "triton"])
