@@ -34,7 +34,7 @@ class Case:
 def cases() -> list[Case]:
     """All of them, in a fixed order."""
     return [
-        *_xsa(), *_mlp(), *_xsa_linear(), *_linear_residual(), *_linear_qk_rope(),
+        *_xsa(), *_mlp(), *_xsa_linear(), *_linear_residual(), *_norm_mlp(), *_linear_qk_rope(),
         *_newton_schulz(), *_fake_quant(),
     ]  # fmt: skip
 
@@ -133,6 +133,23 @@ def _linear_residual() -> Iterator[Case]:
         yield Case(
             f"bf16{label}", "bf16",
             lambda z=z, w=w, added=added: linear_residual(z, w, x, 0.5, 1e-6, **added, tma=True),
+        )  # fmt: skip
+
+
+def _norm_mlp() -> Iterator[Case]:
+    """With and without factors of x."""
+    from pgolf.triton_kernels.norm_mlp import gradient
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    x, post = _meta(TOKENS, WIDTH, dtype=bf16), _meta(TOKENS, HIDDEN, dtype=bf16)
+    w_up, w_down = _meta(HIDDEN, WIDTH, dtype=bf16), _meta(WIDTH, HIDDEN, dtype=bf16)
+    bits, factor = _meta(TOKENS, HIDDEN // 32, dtype=torch.int32), _meta(TOKENS, dtype=fp32)
+    for label, x_scale in (("", None), (", factors of x", _meta(WIDTH, dtype=fp32))):
+        yield Case(
+            f"bf16 with norm{label}", "bf16",
+            lambda x_scale=x_scale: gradient(
+                x, x, x, factor, w_up, w_down, post, bits, 0.5, 0.01, x_scale, tma=True
+            ),
         )  # fmt: skip
 
 

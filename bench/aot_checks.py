@@ -55,6 +55,7 @@ REQUIRED = {
     "leaky_relu2_dgrad": POINTER_GEMM,
     "xsa_linear_dgrad_tma": SAVING_TMA_GEMM,
     "linear_residual_tma": SAVING_TMA_GEMM,
+    "norm_mlp_dgrad_tma": SAVING_TMA_GEMM,
     "linear_qk_rope_tma": TMA_GEMM,
     "newton_schulz_norms": Required(always=("LDG.128",)),
     "newton_schulz_scale": VECTORS,

@@ -34,6 +34,7 @@ CANDIDATES = {
     "leaky_relu2_dgrad_tma": [Candidate(SHARING, 4, 3)],  # 8 warps need 171 registers a thread
     "xsa_linear_dgrad_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 3)],
     "linear_residual_tma": [Candidate({**SHARING, "BLOCK_M": 64}, 4, 3)],
+    "norm_mlp_dgrad_tma": [Candidate(SHARING, 4, 3)],
     "linear_qk_rope_tma": [
         Candidate({**SHARING, "BLOCK_M": 64}, 4, 3), Candidate({**SHARING, "PER_SM": 1}, 8, 4)
     ],

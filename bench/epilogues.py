@@ -19,7 +19,7 @@ from pgolf.errors import PgolfError
 from pgolf.files import atomic_write
 from pgolf.ops import choose, timed
 from pgolf.ops.operator import OPERATORS
-from pgolf.ops.testing import Call, kernel
+from pgolf.ops.testing import Call, as_tuple, kernel
 
 FASTER = 0.98  # it has to save 2 % of the pass, or noise decides
 REPEATS = 20
@@ -88,6 +88,13 @@ EPILOGUES = [
         "linear_qk_rope", "forward", "triton", {"impl": "reference", "rope_impl": "auto"},
         "98304 tokens", {"size": 64, "heads": 8, "kv_heads": 4, "pairs": 8, "width": WIDTH},
         2 * TOKENS * WIDTH * 2 * WIDTH, 4 * UNIT,
+    ),
+    # what x gets from elsewhere and from the product, and x -> dx
+    Epilogue(
+        "norm_mlp", "backward", "triton",
+        {"impl": "reference", "mlp_impl": "auto", "norm_impl": "auto"},
+        "98304 tokens", {"width": WIDTH, "hidden": HIDDEN},
+        2 * TOKENS * WIDTH * HIDDEN, 4 * UNIT,
     ),
 ]  # fmt: skip
 
@@ -161,8 +168,8 @@ def forward(call: Call, function: Callable) -> Callable[[], object]:
 def backward(call: Call, function: Callable) -> Callable[[], object]:
     """The backward pass of a call, again and again."""
     leaves = call.leaves()
-    out = call.on(function, *leaves)
-    (upstream,) = call.upstream([out])
+    out = as_tuple(call.on(function, *leaves))
+    upstream = call.upstream(out)
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 

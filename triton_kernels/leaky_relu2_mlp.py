@@ -90,6 +90,16 @@ def differentiate(acc, post, packed, rstd, rows, t, slope):
 
 
 @triton.jit
+def products_of_rows(a, b, first, n):
+    """Sums of a * b along rows, over their columns from `first` on that are below n.
+
+    Beyond lies anything.
+    """
+    columns = first + tl.arange(0, a.shape[1])
+    return tl.sum(tl.where((columns < n)[None, :], a * b.to(tl.float32), 0.0), axis=1)
+
+
+@triton.jit
 def leaky_relu2_up_tma(
     h, w_up, post, bits, rstd, t, d, f, words, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -121,11 +131,14 @@ def leaky_relu2_up_tma(
 
 @triton.jit
 def leaky_relu2_dgrad_tma(
-    dout, w_down, post, bits, rstd, dpre, t, d, f, words, slope,
+    dout, w_down, post, bits, rstd, dpre, dots, t, d, f, words, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PER_SM: tl.constexpr,
 ):  # fmt: skip
     """dpre from descriptors of dout (t, d), w_down (d, f) and dpre (t, f) and a pointer to post.
+
+    dots, where they are wanted: (tiles of columns, t) parts of the products of dpost's rows with
+    post's.
 
     The epilogue goes through a tile in quarters. It finds signs and post of the first two, which
     were requested before the last products, and requests those of the others two quarters ahead.
@@ -134,6 +147,8 @@ def leaky_relu2_dgrad_tma(
     f = tl.multiple_of(f, 8)  # as TMA asks of dpre's rows, so that post is read 16 bytes at once
     tiles_m, tiles_n = tl.cdiv(t, BLOCK_M), tl.cdiv(f, BLOCK_N)
     QUARTER: tl.constexpr = BLOCK_N // 4
+    # Whether factors are loaded for a tile or for each quarter: whichever takes fewer registers.
+    ONCE: tl.constexpr = dots is not None and PER_SM == 1
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PER_SM == 1
     ):
@@ -152,7 +167,10 @@ def leaky_relu2_dgrad_tma(
             following = load_post(post, rows, 4 * tile_n + 1, wanted, f, QUARTER)
             acc = tl.dot(left, right, acc)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        scale = load_rstd(rstd, rows, t) if rstd is not None and ONCE else None
+        each = None if ONCE else rstd
         sums = halves(acc)
+        of_rows = tl.zeros((BLOCK_M,), tl.float32)
         for half in tl.static_range(2):
             parts, packed = halves(sums[half]), halves(signs)
             if half == 0:
@@ -163,8 +181,14 @@ def leaky_relu2_dgrad_tma(
                 this = following
                 if half == 0:
                     following = load_post(post, rows, part + 2, t, f, QUARTER)
-                value = differentiate(parts[i], saved, packed[i], rstd, rows, t, slope)
+                value = differentiate(parts[i], saved, packed[i], each, rows, t, slope)
+                if scale is not None:
+                    value *= scale
                 dpre.store([tile_m * BLOCK_M, part * QUARTER], value.to(tl.bfloat16))
+                if dots is not None:
+                    of_rows += products_of_rows(parts[i], saved, part * QUARTER, f)
+        if dots is not None:
+            tl.store(dots + tile_n.to(tl.int64) * t + rows, of_rows, mask=rows < t)
 
 
 @triton.jit
@@ -264,6 +288,7 @@ def down_dgrad(
     slope: float,
     rstd: Tensor | None = None,
     tma: bool | None = None,
+    dots: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the pre-activation: through the down projection, the activation, the row scale.
 
@@ -272,6 +297,8 @@ def down_dgrad(
         w_down: (D, F), the same dtype.
         post, bits: as `up` returned them, contiguous.
         slope, rstd, tma: as given to `up`.
+        dots: (`dot_parts` of F, T) fp32 contiguous: is filled with parts of the products of the
+            rows of dout @ w_down with those of post. TMA only.
 
     Returns:
         dpre (T, F) in dout's dtype: the gradient of h @ w_up^T, which is times rstd already.
@@ -291,7 +318,7 @@ def down_dgrad(
                 dout=TensorDescriptor.from_tensor(dout, [block_m, block_k]),
                 w_down=TensorDescriptor.from_tensor(w_down, [block_k, block_n]),
                 dpre=TensorDescriptor.from_tensor(dpre, [block_m, block_n // 4]),
-                post=post, bits=bits, rstd=rstd, **sizes,
+                post=post, bits=bits, rstd=rstd, dots=dots, **sizes,
             )  # fmt: skip
         else:
             config = _pick_pointer("leaky_relu2_dgrad", dout)
@@ -303,6 +330,11 @@ def down_dgrad(
                 PRECISION=dot_precision(dout.dtype),
             )  # fmt: skip
     return dpre
+
+
+def dot_parts(f: int) -> int:
+    """How many parts `down_dgrad` has of the products of rows of f columns."""
+    return cdiv(f, pick("leaky_relu2_dgrad_tma").blocks["BLOCK_N"])
 
 
 def _pick_pointer(kernel: str, x: Tensor) -> Config:

@@ -55,6 +55,7 @@ def operator_sizes(
         "residual_norm": {"width": config.dim},
         "linear_residual": {"width": config.dim, "inner": config.dim},
         "linear_mix": {"width": config.dim, "inner": config.mlp_hidden},
+        "norm_mlp": {"width": config.dim, "hidden": config.mlp_hidden},
         "softcap_cross_entropy": {"columns": config.vocab_size},
         "muon_momentum": {"dtype": ns_dtype},
         "newton_schulz": {"dtype": ns_dtype},

@@ -23,6 +23,7 @@ from pgolf.model.layers import BlockWeights, LayerVectors, Stream
 from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import autocasting
 from pgolf.ops.joined_norm import joined_norm
+from pgolf.ops.norm_mlp import sums_of as sums_of_mlp
 from pgolf.ops.part_sums import Sums, deferred
 from pgolf.ops.qk_rope import sums_of as sums_of_gain
 from pgolf.ops.residual_norm import residual_norm
@@ -47,7 +48,8 @@ class Join(NamedTuple):
         mix: (2, D) where the sum is a later layer's skip; else None.
         total_scale: (D,) that layer's factor of it.
         sums: what takes the gradients of mix[0] and total_scale.
-        goes_on: the same of the state before the MLP: x_in_scale and sums of `residual_norm`.
+        goes_on: the same of the state before the MLP: x_in_scale and sums of `residual_norm` or
+            `norm_mlp`.
     """
 
     weights: BlockWeights
@@ -143,10 +145,16 @@ def with_joins(model: "GPT", layers: Sequence[LayerVectors], x0: Tensor) -> list
     # The factors of sums that are skips, for the layers that take them.
     partners = {i: of_skip[2 * encoder - i] for i in own}
     part = sums_of_norm(tokens, x_in_scale=of_x0[0]).parts
+
+    def sums_of_x(i: int, factor: Tensor) -> Sums:  # of the state before the MLP of layer i - 1
+        if model.blocks[i - 1].mlp.takes_norm(x0.device):
+            return sums_of_mlp(tokens, factor)
+        return Sums(part, [factor])
+
     wanted = [
         sums_of_copies(tokens, of_x0),
         *(sums_of_gain(tokens, v.gain) for v in layers),
-        *(Sums(part, [factor]) for factor in of_x.values()),
+        *(sums_of_x(i, factor) for i, factor in of_x.items()),
         *(Sums(part, [own[i], partner]) for i, partner in partners.items()),
     ]
     of_copies, *others = deferred(wanted, model.ops["part_sums"])

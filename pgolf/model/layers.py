@@ -19,6 +19,7 @@ from pgolf.ops.inputs import autocasting
 from pgolf.ops.leaky_relu2_mlp import leaky_relu2_mlp
 from pgolf.ops.linear_qk_rope import linear_qk_rope
 from pgolf.ops.linear_residual import linear_residual
+from pgolf.ops.norm_mlp import norm_mlp
 from pgolf.ops.product import Product
 from pgolf.ops.qk_rope import qk_rope
 from pgolf.ops.residual_norm import residual_norm
@@ -146,6 +147,12 @@ class MLP(nn.Module):
     def matrices(self) -> list[Matrix]:
         """Up, down."""
         return [self.fc, self.proj]
+
+    def takes_norm(self, device: torch.device) -> bool:
+        """Whether the norm before it is left to `norm_mlp`. (A script leaves that out.)"""
+        whole = self.ops.get("norm_mlp", "reference") != "reference"
+        # Under autocast the state may be of another dtype than the product.
+        return whole and self.ops["leaky_relu2_mlp"] == "triton" and not autocasting(device)
 
     def forward(
         self, h: Factored, weights: BlockWeights, as_product: bool
@@ -276,12 +283,22 @@ class Block(nn.Module):
         else:
             weights, goes_on = join.weights, join.goes_on
             total, x, h = join.enter(stream, skip, self.norm)
-        x, h = self._attended(x, h, weights, goes_on, vectors, rope, value, attend)
-        if self.norm["linear"] == "reference" or autocasting(x.device):
-            return BlockOutput(total, Stream(x, self.mlp(h, weights, False), weights.mlp_scale))
-        if weights.mlp_scale is not None:
-            weights = weights._replace(down=scaled_rows(weights.down, weights.mlp_scale))
-        return BlockOutput(total, Stream(x, self.mlp(h, weights, True)))
+        whole = self.mlp.takes_norm(x.device)
+        before, behind = ({}, goes_on) if whole else (goes_on, {})
+        x, h = self._attended(x, h, weights, before, vectors, rope, value, attend)
+        scale = weights.mlp_scale
+        as_product = self.norm["linear"] != "reference" and not autocasting(x.device)
+        if as_product and scale is not None:
+            weights, scale = weights._replace(down=scaled_rows(weights.down, scale)), None
+        if whole:
+            x, branch = norm_mlp(
+                x, weights.up, weights.down, self.mlp.slope, scale=self.norm["scale"],
+                eps=self.norm["eps"], factor=h.factor, as_product=as_product,
+                impl=self.ops["norm_mlp"], norm_impl=self.norm["impl"], **behind,
+            )  # fmt: skip
+        else:
+            branch = self.mlp(h, weights, as_product)
+        return BlockOutput(total, Stream(x, branch, scale))
 
     def _attended(
         self, x: Tensor, h: Factored, weights: BlockWeights, goes_on: Mapping[str, Any], *seen: Any

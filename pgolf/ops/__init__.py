@@ -11,6 +11,7 @@ from pgolf.ops.linear_qk_rope import linear_qk_rope
 from pgolf.ops.linear_residual import linear_residual
 from pgolf.ops.muon_momentum import muon_momentum
 from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_all
+from pgolf.ops.norm_mlp import norm_mlp
 from pgolf.ops.param_update import param_update
 from pgolf.ops.part_sums import part_sums
 from pgolf.ops.qk_rope import qk_rope
@@ -34,6 +35,7 @@ __all__ = [
     "muon_momentum",
     "newton_schulz",
     "newton_schulz_all",
+    "norm_mlp",
     "param_update",
     "part_sums",
     "qk_rope",

@@ -51,22 +51,46 @@ def reference(
     return F.linear(activation(F.linear(h, w_up), slope, rstd), w_down)
 
 
-def _check_rows(x: Tensor, slope: float, rstd: Tensor | None) -> None:
+def _check_rows(
+    operator: str, x: Tensor, slope: float, rstd: Tensor | None, of_rows: str = "rstd"
+) -> None:
     if not x.dim():
-        raise ValueError("leaky_relu2_mlp: the input has no dimensions: it has to be (..., D)")
+        raise ValueError(f"{operator}: the input has no dimensions: it has to be (..., D)")
     if not 0.0 <= slope <= 1.0:  # NaN too
-        raise ValueError(f"leaky_relu2_mlp: slope={slope}: it has to be 0 (relu^2) to 1")
+        raise ValueError(f"{operator}: slope={slope}: it has to be 0 (relu^2) to 1")
     if rstd is not None:
         if rstd.shape != x.shape[:-1]:
             raise ValueError(
-                f"leaky_relu2_mlp: rstd is {tuple(rstd.shape)}: for these rows it has to be "
+                f"{operator}: {of_rows} is {tuple(rstd.shape)}: for these rows it has to be "
                 f"{tuple(x.shape[:-1])}"
             )
         wanted = compute_dtype(x.dtype)
         if rstd.dtype != wanted:
-            raise ValueError(f"leaky_relu2_mlp: rstd is {rstd.dtype}: it has to be {wanted}")
+            raise ValueError(f"{operator}: {of_rows} is {rstd.dtype}: it has to be {wanted}")
         if rstd.device != x.device:
-            raise ValueError(f"leaky_relu2_mlp: rstd is on {rstd.device}, the rows on {x.device}")
+            raise ValueError(f"{operator}: {of_rows} is on {rstd.device}, the rows on {x.device}")
+
+
+def check_mlp(
+    operator: str, name: str, x: Tensor, w_up: Tensor, w_down: Tensor, slope: float,
+    rstd: Tensor | None, of_rows: str = "rstd",
+) -> None:  # fmt: skip
+    """Raise ValueError unless an MLP's tensors fit; `name` is that of x, `of_rows` that of rstd."""
+    _check_rows(operator, x, slope, rstd, of_rows)
+    if w_up.dim() != 2:
+        raise ValueError(f"{operator}: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
+    for of, w, wanted in (
+        ("w_up", w_up, (w_up.size(0), x.size(-1))),
+        ("w_down", w_down, (x.size(-1), w_up.size(0))),
+    ):
+        if tuple(w.shape) != wanted:
+            raise ValueError(
+                f"{operator}: {of} is {tuple(w.shape)}: with {name} {tuple(x.shape)} and "
+                f"{w_up.size(0)} hidden units it has to be {wanted}"
+            )
+    if not w_up.numel():
+        raise ValueError(f"{operator}: w_up is {tuple(w_up.shape)}: it has no elements")
+    check_alike(operator, **{name: x}, w_up=w_up, w_down=w_down)
 
 
 def leaky_relu2_mlp(
@@ -93,21 +117,7 @@ def leaky_relu2_mlp(
         TypeError, ValueError, RuntimeError: as `xsa`.
     """
     h, w_up, w_down, rstd = _INPUTS(h, w_up, w_down, rstd)
-    _check_rows(h, slope, rstd)
-    if w_up.dim() != 2:
-        raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has to be (F, D)")
-    for name, w, wanted in (
-        ("w_up", w_up, (w_up.size(0), h.size(-1))),
-        ("w_down", w_down, (h.size(-1), w_up.size(0))),
-    ):
-        if tuple(w.shape) != wanted:
-            raise ValueError(
-                f"leaky_relu2_mlp: {name} is {tuple(w.shape)}: with h {tuple(h.shape)} and "
-                f"{w_up.size(0)} hidden units it has to be {wanted}"
-            )
-    if not w_up.numel():
-        raise ValueError(f"leaky_relu2_mlp: w_up is {tuple(w_up.shape)}: it has no elements")
-    check_alike("leaky_relu2_mlp", h=h, w_up=w_up, w_down=w_down)
+    check_mlp("leaky_relu2_mlp", "h", h, w_up, w_down, slope, rstd)
     impl = resolve("leaky_relu2_mlp", impl, h)
     if impl == "reference":
         if as_product:
@@ -125,7 +135,7 @@ def leaky_relu2_mlp(
 # --- the opaque operators -------------------------------------------------------------------------
 
 
-def _words(post: Tensor) -> Tensor:
+def words_of(post: Tensor) -> Tensor:
     """Room for the sign bits of post (T, F)."""
     return post.new_empty((post.size(0), -(-post.size(1) // 32)), dtype=torch.int32)
 
@@ -146,7 +156,7 @@ def _mlp(
 @_mlp.register_fake
 def _(h, w_up, w_down, rstd, slope, as_product, impl):
     post = h.new_empty((h.size(0), w_up.size(0)))
-    return ticket(h) if as_product else h.new_empty(h.shape), post, _words(post)
+    return ticket(h) if as_product else h.new_empty(h.shape), post, words_of(post)
 
 
 @opaque("pgolf::leaky_relu2_down_dgrad", mutates_args=())
@@ -201,7 +211,7 @@ def _around_matmuls(run: Run) -> dict[str, Callable]:
 
     def up(h: Tensor, w_up: Tensor, slope: float, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
         post = h @ w_up.t()
-        bits = _words(post)
+        bits = words_of(post)
         run(
             "leaky_relu2", post, post.data_ptr(), post.data_ptr(), bits.data_ptr(),
             *addresses(rstd), DTYPE_CODES[post.dtype], *post.shape, slope,

@@ -190,10 +190,15 @@ def _gradient(
     ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
 ) -> tuple:
     x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix, *scales = ctx.saved_tensors
-    dx, dbranch, dskip, dx0, parameters = backward(
-        d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix,
-        *scales, *ctx.settings,
-    )  # fmt: skip
+    factors = branch_scale, skip_weight, mix, *scales
+    if dh is None and d_x_in is not None and all(f is None for f in factors) and not ctx.deferred:
+        # Nobody has taken h: to all that was added goes what has come, and no kernel starts.
+        dx, dbranch, dskip, dx0, parameters = *[d_x_in] * 4, rstd.new_empty(0)
+    else:
+        dx, dbranch, dskip, dx0, parameters = backward(
+            d_total, d_x_in, dh, x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0,
+            mix, *scales, *ctx.settings,
+        )  # fmt: skip
     d_sums, d_mix, of_parameters = None, None, [None] * 4
     if ctx.deferred:
         d_sums = parameters

@@ -67,7 +67,7 @@ def counted(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(counted):
-    steps = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope")
+    steps = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope", "norm_mlp")
     return counted(replace(TINY, ops=",".join(["triton", *(f"{n}=reference" for n in steps)])))
 
 

@@ -29,7 +29,7 @@ from ..triton.interpreter import repair  # noqa: E402
 
 repair()
 CPU, GPU = torch.device("cpu"), "a toy GPU"
-XSA_LINEAR, LINEAR_RESIDUAL, LINEAR_MIX, LINEAR_QK_ROPE = epilogues.EPILOGUES
+XSA_LINEAR, LINEAR_RESIDUAL, LINEAR_MIX, LINEAR_QK_ROPE, NORM_MLP = epilogues.EPILOGUES
 SMALL = {
     "xsa_linear": (((1, 3, 4, 64), (1, 3, 2, 64), (16, 256)), {}),
     "linear_residual": (((3, 16), (32, 16), (3, 32)), {"factored": True}),
@@ -38,6 +38,7 @@ SMALL = {
         ((1, 3, 16), (384, 16), (3, 8), (3, 8), (2,)),
         {"heads": 2, "kv_heads": 2, "eps": 1e-6},
     ),
+    "norm_mlp": (((3, 32), (24, 32), (32, 24)), {}),
 }
 
 
@@ -140,6 +141,18 @@ def test_a_forward_pass_is_timed_as_a_model_takes_it(monkeypatch, capsys) -> Non
     assert "it breaks even at 258 TFLOP/s" in said
     epilogues.write(GPU, {"linear_residual": verdict})
     assert auto(epilogue=LINEAR_RESIDUAL).impl == "triton" and auto().impl == "reference"
+
+
+def test_the_mlp_with_its_norm_is_timed_backward(capsys) -> None:
+    seen: list = []
+    verdict = epilogues.decide(NORM_MLP, CPU, GPU, taking(0.1, 0.2, seen))
+    assert seen == [
+        ("epilogue", ["leaky_relu2_dgrad_tma", "norm_mlp_dgrad_tma"] * 2), ("steps", [])
+    ]  # fmt: skip
+    assert "it breaks even at 378 TFLOP/s" in capsys.readouterr().out
+    epilogues.write(GPU, {"norm_mlp": verdict})
+    assert auto(epilogue=NORM_MLP).impl == "triton"
+    assert auto(epilogue=NORM_MLP, hidden=1408).impl == "reference"
 
 
 def test_the_projection_to_queries_and_keys_is_timed_forward(capsys) -> None:

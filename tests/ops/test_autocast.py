@@ -28,6 +28,7 @@ MATMULS = {
     "linear_mix": ("z", "w", "x"),
     "linear_residual": ("z", "w", "x"),
     "linear_qk_rope": ("x", "w", "value"),
+    "norm_mlp": ("x", "w_up", "w_down"),
     "softcap_cross_entropy": ("x", "w"),
     "xsa_linear": ("y", "v", "w"),
 }

@@ -356,8 +356,12 @@ def linear_qk_rope_of(width: int) -> tuple:
     return torch.randn(1, 5, width), torch.randn(32, width), *angles, torch.randn(2), 2, 1
 
 
+def norm_mlp_of(width: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(5, width), torch.randn(24, width) / 8, torch.randn(width, 24) / 8
+
+
 @pytest.mark.parametrize(
-    "arguments", [linear_residual_of, linear_mix_of, xsa_linear_of, linear_qk_rope_of]
+    "arguments", [linear_residual_of, linear_mix_of, xsa_linear_of, linear_qk_rope_of, norm_mlp_of]
 )
 def test_sizes_that_are_timed_may_be_dynamic(arguments) -> None:
     torch._dynamo.reset()

@@ -19,7 +19,7 @@ repair()
 
 SINGLE_PASS = ("fake_quant", "weight_cast", "xsa")
 # Half of each is an operator of the compiled half; their own tests count.
-WITH_ROWS = ("linear_residual", "linear_mix", "linear_qk_rope")
+WITH_ROWS = ("linear_residual", "linear_mix", "linear_qk_rope", "norm_mlp")
 
 
 class Traffic:

@@ -184,9 +184,9 @@ def test_only_what_a_script_never_does_is_missing(script):
         "pgolf.child", "pgolf.model.deferred_sums", "pgolf.model.joined", "pgolf.model.masters",
         "pgolf.ops.grad_norm", "pgolf.ops.joined_norm", "pgolf.ops.linear_mix",
         "pgolf.ops.linear_qk_rope", "pgolf.ops.linear_residual", "pgolf.ops.muon_momentum",
-        "pgolf.ops.param_update", "pgolf.ops.part_sums", "pgolf.ops.residual_norm_kernels",
-        "pgolf.ops.scaled_copies", "pgolf.ops.stacked", "pgolf.ops.timed", "pgolf.ops.token_sums",
-        "pgolf.ops.xsa_linear",
+        "pgolf.ops.norm_mlp", "pgolf.ops.param_update", "pgolf.ops.part_sums",
+        "pgolf.ops.residual_norm_kernels", "pgolf.ops.scaled_copies", "pgolf.ops.stacked",
+        "pgolf.ops.timed", "pgolf.ops.token_sums", "pgolf.ops.xsa_linear",
     }  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
     packed = max((t for t in texts if isinstance(t, str)), key=len).encode("latin1")
     _, *parts = bz2.decompress(packed).decode().split("\0")
     table = json.loads(dict(zip(parts[::2], parts[1::2], strict=True))["configs.json"])
-    epilogues = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope")
+    epilogues = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope", "norm_mlp")
     whole = {k: v for k, v in configs().items() if not k.startswith(epilogues)}
     assert {k: [dataclasses.replace(Config(**row), reason=whole[k][i].reason)
                 for i, row in enumerate(rows)] for k, rows in table.items()} == whole  # fmt: skip
@@ -235,7 +235,7 @@ def test_a_script_has_the_tile_sizes_of_its_kernels(script):
 
 def test_operators_that_a_script_leaves_out_are_not_asked_of_it(config):
     """Or it could not read its own settings."""
-    epilogues = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope")
+    epilogues = ("xsa_linear", "linear_residual", "linear_mix", "linear_qk_rope", "norm_mlp")
     for ops, left in (
         (",".join(f"{name}=triton" for name in epilogues), "auto"),
         ("xsa=reference,part_sums=cpu", "xsa=reference"),

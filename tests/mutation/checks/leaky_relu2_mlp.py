@@ -1,5 +1,6 @@
 """What mutants of the LeakyReLU^2 MLP have to get past."""
 
+import pytest
 import torch
 
 from .tiles import small_tiles
@@ -37,9 +38,20 @@ def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
     assert sum(map(len, record.writes)) == len(record.written)  # no tile is computed twice
 
 
+def mlp_with_dots() -> None:
+    """What the gradient of the norm takes from the epilogue, over several tiles of columns."""
+    small_tiles("leaky_relu2", BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, GROUP_M=2)
+    from tests.triton import test_norm_mlp as t
+
+    t.gemm.H100_SMS = 2
+    t.test_dots_are_products_of_rows(70, 48, 264, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        t.test_dots_beyond_int32(patch)
+
+
 CHECKS = {
     "leaky_relu2_up_tma": [mlp_with_tma],
-    "leaky_relu2_dgrad_tma": [mlp_with_tma],
+    "leaky_relu2_dgrad_tma": [mlp_with_tma, mlp_with_dots],
     "leaky_relu2_up": [mlp_with_pointers],
     "leaky_relu2_dgrad": [mlp_with_pointers],
 }
