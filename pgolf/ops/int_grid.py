@@ -49,7 +49,6 @@ def row_step(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)
 
 
-row_scale = row_step  # tests/triton/test_fake_quant.py still asks for it by this name
 
 
 def _nearest(w: Tensor, step: Tensor, multiple: int) -> Tensor:

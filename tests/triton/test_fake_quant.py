@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops.int_grid import row_codes, row_scale
+from pgolf.ops.int_grid import row_codes, row_step
 from pgolf.triton_kernels.fake_quant import fake_quant, fake_quant_backward
 from pgolf.triton_kernels.launch import configs, intercepted
 
@@ -22,7 +22,7 @@ def defined(w: Tensor, clip_factor: Tensor, bits: int, floor: float, multiple: i
     """(value, scale, whether each gradient passes) in float32, from the export's functions."""
     w = w.float()
     amax = w.abs().amax(dim=1)
-    scale = row_scale(amax.where(amax.isfinite(), torch.nan) * clip_factor, bits, floor)
+    scale = row_step(amax.where(amax.isfinite(), torch.nan) * clip_factor, bits, floor)
     value = row_codes(w, scale, bits, multiple, full) * scale[:, None]
     codes = torch.round(w / scale[:, None])
     if multiple != 1:
