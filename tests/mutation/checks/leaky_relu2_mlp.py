@@ -41,7 +41,7 @@ def _mlp(dtype: torch.dtype, shape: tuple[int, int, int], tma: bool) -> None:
 def mlp_with_dots() -> None:
     """What the gradient of the norm takes from the epilogue, over several tiles of columns."""
     small_tiles("leaky_relu2", BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, GROUP_M=2)
-    from tests.triton import test_norm_mlp as t
+    from tests.triton import test_norm_mlp_dots as t
 
     t.gemm.H100_SMS = 2
     t.test_dots_are_products_of_rows(70, 48, 264, 0.5)
