@@ -49,8 +49,6 @@ def row_step(clip: Tensor, bits: int | Tensor, floor: float = 0.0) -> Tensor:
     return _round_fp16(step.clamp(SMALLEST_STEP, LARGEST_STEP).float()).to(clip.dtype)
 
 
-
-
 def _nearest(w: Tensor, step: Tensor, multiple: int) -> Tensor:
     """Codes before clipping."""
     codes = torch.round(w / step[:, None])

@@ -51,9 +51,13 @@ def joined_norm(
     Raises:
         ValueError, RuntimeError: as `residual_norm`.
     """
-    x = terms[-1]
-    first, product = handed_on("joined_norm", terms[0], x, linear)
-    terms = [first, *terms[1:]]
+    x, product = terms[0], (None, None, "")
+    if isinstance(x, Product):
+        if len(terms) == 1:
+            raise ValueError("joined_norm: a Product alone: it is the first of several terms")
+        x = terms[1]
+        first, product = handed_on("joined_norm", terms[0], x, linear)
+        terms = [first, *terms[1:]]
     check_alike("joined_norm", **{f"term {i}": t for i, t in enumerate(terms)})
     wide = compute_dtype(x.dtype)
     if len(terms) != len(factors) or not 1 <= len(terms) <= MOST_TERMS:
@@ -80,7 +84,7 @@ def joined_norm(
     if impl == "reference":
         raise ValueError("joined_norm: impl=reference takes no products: use residual_norm")
     given = [f.detach() for f in factors if f is not None]
-    x_in, h, factor = _forward(terms, given, *product, scale, eps, impl)
+    x_in, h, factor = _forward(list(terms), given, *product, scale, eps, impl)
     return x_in, Factored(rerouted(x_in, h), factor.detach())
 
 

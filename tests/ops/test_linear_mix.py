@@ -201,6 +201,8 @@ def test_who_takes_products() -> None:
     for how in ({"impl": "reference"}, {"branch_scale": scale}):
         with pytest.raises(ValueError, match="a Product as branch is for kernels, without a"):
             residual_norm(x, branch=PRODUCT, **how)
+    with pytest.raises(ValueError, match="joined_norm: a Product alone"):
+        joined_norm([PRODUCT], [scale])
     with pytest.raises(ValueError, match="linear_mix: impl=cuda: there is no 'cuda'"):
         residual_norm(x, branch=PRODUCT, linear="cuda")
     with pytest.raises(ValueError, match="impl=triton: it takes at most 4096 elements a row"):
