@@ -65,7 +65,7 @@ class Join(NamedTuple):
     def enter(
         self, stream: Stream, skip: Tensor | None, norm: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor, Factored]:
-        """The sum, where it is a skip, x_in and h. norm: scale, eps and impl."""
+        """The sum, where it is a skip, x_in and h. norm: scale, eps, impl and linear."""
         if self.mix is not None:
             return residual_norm(
                 stream.x, branch=stream.branch, x0=self.x0, mix=self.mix, x0_is_product=True,

@@ -126,12 +126,8 @@ class Attention(nn.Module):
 
 
 def linear_of_branches(ops: Mapping[str, str]) -> str:
-    """What multiplies where a branch of an MLP is added up; only kernels of the norm leave it that.
-
-    (A script leaves `linear_mix` out.)
-    """
-    kernels = ops["residual_norm"] != "reference"
-    return ops.get("linear_mix", "reference") if kernels else "reference"
+    """What multiplies where a branch of an MLP is added up. (A script leaves `linear_mix` out.)"""
+    return ops.get("linear_mix", "reference")
 
 
 class MLP(nn.Module):
@@ -307,8 +303,7 @@ class Block(nn.Module):
         # (A script leaves linear_residual out: there it is these two steps.)
         impl = self.ops.get("linear_residual", "reference")
         # Under autocast the state may be of another dtype than the product.
-        kernels = self.ops["residual_norm"] != "reference" and not autocasting(x.device)
-        if impl == "reference" or not kernels:
+        if impl == "reference" or autocasting(x.device):
             branch = self.attn(h, weights, *seen, as_product=False)
             return self._normed(
                 "leaky_relu2_mlp", x, branch=branch, branch_scale=weights.attn_scale, **goes_on

@@ -18,6 +18,7 @@ from torch import Tensor
 from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
 from pgolf.ops.factored import Factored
+from pgolf.ops.inputs import without_autocast
 from pgolf.ops.launch import launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.product import Product, handed_on
@@ -99,12 +100,12 @@ def _forward(
     """
     x, *others = terms
     others, factors = contiguous(*others), contiguous(*factors)
-    settings = scale, eps, True, False
     if z is not None:
-        made = by_gemm(z, w, others[0], _added(others, factors), *settings, linear)
+        made = by_gemm(z, w, others[0], _added(others, factors), scale, eps, False, linear)
         if made is not None:
             return made[1:]
-        x = z @ w.t()
+        with without_autocast(z):
+            x = z @ w.t()
     (x,) = contiguous(x)
     of_x = factors.pop() if not others else None
     nothing = [None] * (MOST_TERMS - 1 - len(others))
@@ -113,7 +114,7 @@ def _forward(
     of_branch, of_skip, of_x0 = [*factors[:-1], *nothing, *factors[-1:]]
     inputs = x, branch, of_branch, skip, of_skip, x0, of_x, of_x0
     forward = launcher("residual_norm", impl, "forward")
-    return forward(*inputs, *settings)[1:]
+    return forward(*inputs, scale, eps, True, False)[1:]
 
 
 def _added(terms: list[Tensor], factors: list[Tensor]) -> dict[str, Tensor | None]:

@@ -129,7 +129,7 @@ def leaky_relu2_mlp(
     out = out.view(h.shape)
     if not as_product:
         return out
-    return Product(post.detach().view(*h.shape[:-1], -1), w_down.detach(), out)
+    return Product(post.detach().view(*h.shape[:-1], w_up.size(0)), w_down.detach(), out)
 
 
 # --- the opaque operators -------------------------------------------------------------------------

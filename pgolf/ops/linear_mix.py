@@ -11,8 +11,8 @@ steps.
 
 With `ops=`: it decides how the layers of a model take the branch of the MLP before them, for which
 they hand on a `Product`: `residual_norm` and `joined_norm` take one as `branch`, and what
-multiplies it as `linear`. Under autocast, where `residual_norm` is plain torch, and behind the last
-layer, whose h is written, it is two steps. `auto` is the reference but on a GPU where the other was
+multiplies it as `linear`. Under autocast, and where h is not a product, as behind the last layer,
+it is two steps. `auto` is the reference but on a GPU where the other was
 found to be faster (`python -m bench tune --epilogues`).
 Shapes: x, skip, x0, total, x_in, h (..., D), z (..., K), w (D, K), skip_weight (D,), mix (2, D).
 """
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.ops.choose import beyond, resolve
+from pgolf.ops.choose import beyond
 from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_triton
@@ -78,7 +78,7 @@ def linear_mix(
         impl: 'auto', 'reference' (torch's matmul, then `residual_norm`) or 'triton' (fp32, bf16;
             D <= 4096; see above for what runs where its GEMM is not possible).
         norm_impl: of `residual_norm`, in the gradient or in the two steps of the reference; None:
-            'reference' if `impl` is, else 'auto'. A product is taken by its kernels only.
+            'reference' if `impl` is, else 'auto'.
 
     Returns:
         (x_in, h), or (total, x_in, h), as `residual_norm`.
@@ -88,11 +88,9 @@ def linear_mix(
     """
     z, w, x, x0, mix, skip, skip_weight = _INPUTS(z, w, x, x0, mix, skip, skip_weight)
     norm_impl = norm_impl or ("reference" if impl == "reference" else "auto")
-    chosen = resolve("linear_mix", impl, x, width=x.size(-1), inner=z.size(-1))
-    branch = F.linear(z, w) if chosen == "reference" else Product(z, w)
     return residual_norm(
-        x, branch=branch, skip=skip, skip_weight=skip_weight, x0=x0, mix=mix, scale=scale, eps=eps,
-        keep_total=keep_total, factored=factored, impl=norm_impl, linear=chosen,
+        x, branch=Product(z, w), skip=skip, skip_weight=skip_weight, x0=x0, mix=mix, scale=scale,
+        eps=eps, keep_total=keep_total, factored=factored, impl=norm_impl, linear=impl,
     )  # fmt: skip
 
 

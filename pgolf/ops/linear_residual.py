@@ -8,10 +8,9 @@ product of two factors (`Factored`). The gradient is that of the two steps: `res
 and torch's matmuls. On a GPU without TMA, for fp32, and for what is not aligned the forward pass is
 torch's matmul and the row kernel of `residual_norm` too.
 
-With `ops=`: where this operator or `residual_norm` is the reference, a model takes torch's matmul
-and `residual_norm` as `residual_norm=` names it; where neither is, this one, whose gradient takes
-`residual_norm` so. `auto` is the reference but on a GPU where the other was found to be faster
-(`python -m bench tune --epilogues`).
+With `ops=`: where this operator is the reference, a model takes torch's matmul and `residual_norm`
+as `residual_norm=` names it; where it is not, the gradient takes `residual_norm` so. `auto` is the
+reference but on a GPU where the other was found to be faster (`python -m bench tune --epilogues`).
 Shapes: x, x_in, h (..., D), z (..., K), w (D, K).
 """
 
@@ -98,7 +97,7 @@ def linear_residual(
         impl: 'auto', 'reference' (torch's matmul, then `residual_norm`) or 'triton' (fp32, bf16;
             D <= 4096; see above for what runs where its GEMM is not possible).
         norm_impl: of `residual_norm`, in the gradient or in the two steps of the reference; None:
-            'reference' if `impl` is, else 'auto'. A product is taken by its kernels only.
+            'reference' if `impl` is, else 'auto'.
 
     Returns:
         (x_in, h), as `residual_norm`.

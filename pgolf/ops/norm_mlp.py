@@ -127,7 +127,7 @@ def norm_mlp(
     x = rerouted(x, through)
     if not as_product:
         return x, out
-    return x, Product(post.detach().view(*x.shape[:-1], -1), w_down.detach(), out)
+    return x, Product(post.detach().view(*x.shape[:-1], w_up.size(0)), w_down.detach(), out)
 
 
 def _check(x: Tensor, x_in_scale: Tensor | None, scale: float, eps: float) -> None:
@@ -276,7 +276,7 @@ register_gradient("norm_mlp", _forward, _gradient, _setup_context)
 
 
 def samples() -> list[Sample]:
-    """Ragged widths, negative and no slopes; the recipes' at 98,304 tokens."""
+    """Ragged widths, a negative scale, no slope; the recipes' at 98,304 tokens."""
 
     def make(tokens: int, width: int, hidden: int, slope: float = 0.5, **options: Any):
         def build(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pgolf.ops.choose import resolve
 from pgolf.ops.derivatives import register_gradient, rerouted, ticket
+from pgolf.ops.inputs import without_autocast
 from pgolf.ops.opaque import opaque
 from pgolf.ops.tensors import check_alike
 
@@ -26,8 +27,9 @@ class Product(NamedTuple):
     out: Tensor | None = None
 
     def multiplied(self) -> Tensor:
-        """(..., D), by torch's matmul."""
-        found = F.linear(self.z, self.w)
+        """(..., D), by torch's matmul, in the dtype of its factors."""
+        with without_autocast(self.z):
+            found = F.linear(self.z, self.w)
         return found if self.out is None else rerouted(found, self.out)
 
     def ticketed(self) -> "Product":
@@ -42,12 +44,13 @@ Operands = tuple[Tensor | None, Tensor | None, str]
 
 
 def handed_on(
-    operator: str, branch: Tensor | Product | None, x: Tensor, linear: str
+    operator: str, branch: Tensor | Product | None, x: Tensor, linear: str, fused: bool = True
 ) -> tuple[Tensor | None, Operands]:
     """What stands for a branch that `operator` adds to x, and what of it is still to be multiplied.
 
     Args:
         linear: implementation of `linear_mix` for a `Product`.
+        fused: whether the operator can leave it to one; if not, it is multiplied here.
 
     Raises:
         ValueError, RuntimeError: the product is not one of x's shape, dtype and device, or as
@@ -57,16 +60,20 @@ def handed_on(
         return branch, (None, None, "")
     z, w, out = branch
     inner = z.size(-1) if z.dim() else 0
-    shapes = [tuple(t.shape) for t in (z, w, *([] if out is None else [out]))]
-    wanted = [(*x.shape[:-1], inner), (x.size(-1), inner), tuple(x.shape)]
-    if not inner or shapes != wanted[: len(shapes)]:
+    wanted = (*x.shape[:-1], inner), (x.size(-1), inner)
+    if not inner or (tuple(z.shape), tuple(w.shape)) != wanted:
         raise ValueError(
-            f"{operator}: a product of z {shapes[0]} and w {shapes[1]}: for x {tuple(x.shape)} "
-            f"they have to be {(*x.shape[:-1], 'K')} and ({x.size(-1)}, K)"
+            f"{operator}: a product of z {tuple(z.shape)} and w {tuple(w.shape)}: for x "
+            f"{tuple(x.shape)} they have to be ({', '.join(map(str, (*x.shape[:-1], 'K')))}) and "
+            f"({x.size(-1)}, K)"
+        )
+    if out is not None and out.shape != x.shape:
+        raise ValueError(
+            f"{operator}: a product's ticket is {tuple(out.shape)}: it has to be {tuple(x.shape)}"
         )
     check_alike(operator, x=x, z=z, w=w)
     impl = resolve("linear_mix", linear, x, width=x.size(-1), inner=inner)
-    if impl == "reference":
+    if impl == "reference" or not fused:
         return branch.multiplied(), (None, None, "")
     z, w, ticket = branch.ticketed()
     return ticket, (z, w, impl)

@@ -173,7 +173,7 @@ def residual_norm(
     Args:
         x: (..., D) residual stream.
         branch: (..., D) output of attention or MLP; None adds nothing. A `Product` is multiplied
-            here; for kernels only, and without a branch_scale.
+            here; then there is no branch_scale.
         branch_scale: (D,) factors of branch; None is 1.
         skip: (..., D) state of an earlier layer; None adds nothing.
         skip_weight: (D,) factors of skip; None is 1.
@@ -203,35 +203,32 @@ def residual_norm(
     Raises:
         ValueError, RuntimeError: as `xsa`.
     """
-    if isinstance(branch, Product) and (
-        branch_scale is not None or _resolved(x, impl) == "reference"
-    ):
-        raise ValueError(
-            "residual_norm: a Product as branch is for kernels, without a branch_scale: multiply "
-            "it out, or w's rows by the scale"
-        )
-    branch, product = handed_on("residual_norm", branch, x, linear)
+    given = x if isinstance(branch, Product) else branch  # of the same shape and dtype
     x, *rest = _INPUTS(
-        x, branch, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale
+        x, given, branch_scale, skip, skip_weight, x0, mix, total_scale, x_in_scale
     )
     others = dict(zip(_INPUTS.optional, rest, strict=True))
     _check(x, others, scale, eps, keep_total, factored)
-    impl = _resolved(x, impl)
+    impl, product = _resolved(x, impl), (None, None, "")
+    if isinstance(branch, Product):
+        if branch_scale is not None:
+            raise ValueError("residual_norm: branch_scale of a Product: multiply w's rows by it")
+        fused = factored or impl != "reference"
+        others["branch"], product = handed_on("residual_norm", branch, x, linear, fused)
     if sums is not None:
-        learned = [others[name] for name in _PARAMETERS]
-        own = sums_of(x.shape[:-1].numel(), *learned, x0_is_product)
+        own = sums_of(x.shape[:-1].numel(), *(others[n] for n in _PARAMETERS), x0_is_product)
         check_deferred("residual_norm", sums, own, impl)
     products = [others.pop(name) for name in ("total_scale", "x_in_scale")]
     if impl == "reference":
         if x0_is_product or any(p is not None for p in products):
             raise ValueError("residual_norm: impl=reference takes no products: multiply them out")
-        return reference(
-            x, **others, scale=scale, eps=eps, keep_total=keep_total, factored=factored
-        )
-    adds, mix = branch is not None or skip is not None, others["mix"]
+        if product[0] is None:
+            return reference(
+                x, **others, scale=scale, eps=eps, keep_total=keep_total, factored=factored
+            )
+    adds, mix = others["branch"] is not None or skip is not None, others["mix"]
     mixes = mix is not None
-    if not mixes:
-        others["x0"] = None
+    others["x0"] = others["x0"] if mixes else None
     stores_total = adds and mixes and (keep_total or _learns(mix))
     settings = scale, eps, factored, x0_is_product, stores_total, impl
     total, x_in, h, rstd = forward(x, *others.values(), *products, sums, *product, *settings)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops.derivatives import register_gradient, ticket
+from pgolf.ops.inputs import without_autocast
 from pgolf.ops.launch import DTYPE_CODES, Run, launcher
 from pgolf.ops.opaque import opaque
 from pgolf.ops.part_sums import sum_parts
@@ -87,28 +88,30 @@ def forward(
     if z is not None:
         added = {"skip": skip, "of_skip": skip_weight, "x0": x0}
         added |= dict(zip(("of_total", "of_x0"), mixes, strict=True))
-        made = by_gemm(z, w, x, added, *settings, linear) if factored else None
+        made = by_gemm(z, w, x, added, scale, eps, stores_total, linear) if factored else None
         if made is not None:
             return made
-        branch = z @ w.t()
+        with without_autocast(z):
+            branch = z @ w.t()
+    if impl == "reference":
+        return _in_plain_torch(x, branch, skip, skip_weight, x0, mix, scale, eps, stores_total)
     inputs = x, *contiguous(branch), branch_scale, skip, skip_weight, x0
     return launcher("residual_norm", impl, "forward")(*inputs, *mixes, *settings)
 
 
 def by_gemm(
     z: Tensor, w: Tensor, x: Tensor, added: dict[str, Tensor | None], scale: float, eps: float,
-    factored: bool, stores_total: bool, linear: str,
+    stores_total: bool, linear: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """What `forward` returns, in one GEMM with what is added; None: it is not possible.
+    """What `forward` returns of a factored h, in one GEMM; None: it is not possible.
 
     Args:
-        added: arguments of the launcher, of the shape of x or (D,).
+        added: arguments of the launcher: skip and x0 as x, and factors (D,).
     """
-    if not factored:  # a product multiplied out is a launch again
-        return None
-    added = {name: t if t is None or t.dim() == 1 else _rows(t) for name, t in added.items()}
-    run = launcher("linear_mix", linear, "forward")
-    made = run(_rows(z), *contiguous(w), _rows(x), scale, eps, **added, keep_total=stores_total)
+    states = {n: _rows(t) for n, t in added.items() if n in ("skip", "x0") and t is not None}
+    run, operands = launcher("linear_mix", linear, "forward"), (_rows(z), *contiguous(w), _rows(x))
+    with without_autocast(z):
+        made = run(*operands, scale, eps, **added | states, keep_total=stores_total)
     if made is None:
         return None
     total, x_in, factor = made
@@ -119,6 +122,21 @@ def by_gemm(
 def _rows(t: Tensor) -> Tensor:
     """t (..., C) as a matrix whose rows are contiguous."""
     return unit_stride(t.reshape(t.shape[:-1].numel(), t.size(-1)))
+
+
+def _in_plain_torch(
+    x: Tensor, branch: Tensor, skip: Tensor | None, skip_weight: Tensor | None, x0: Tensor | None,
+    mix: Tensor | None, scale: float, eps: float, stores_total: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `forward` returns of a factored h, without kernels."""
+    wide = compute_dtype(x.dtype)
+    total = x.to(wide) + branch
+    if skip is not None:
+        total = total + (skip if skip_weight is None else skip_weight * skip)
+    x_in = total if mix is None else mix[0] * total + mix[1] * x0
+    factor = scale * (x_in.square().mean(-1) + eps).rsqrt()
+    kept = total.to(x.dtype) if stores_total else _or_empty(x, False)
+    return kept, x_in.to(x.dtype), ticket(x), factor
 
 
 @forward.register_fake
@@ -190,6 +208,8 @@ def _gradient(
     ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None, d_rstd: None
 ) -> tuple:
     x_in, rstd, total, branch, branch_scale, skip, skip_weight, x0, mix, *scales = ctx.saved_tensors
+    if ctx.settings[-1] == "reference":
+        return _gradient_in_plain_torch(ctx, d_total, d_x_in, dh)
     factors = branch_scale, skip_weight, mix, *scales
     if dh is None and d_x_in is not None and all(f is None for f in factors) and not ctx.deferred:
         # Nobody has taken h: to all that was added goes what has come, and no kernel starts.
@@ -220,6 +240,31 @@ def _gradient(
         None if mix is None else dx0, d_mix, *d_scales, d_sums, *[None] * 3,
         *(None for _ in ctx.settings), None,
     )  # fmt: skip
+
+
+def _gradient_in_plain_torch(
+    ctx: Any, d_total: Tensor | None, d_x_in: Tensor | None, dh: Tensor | None
+) -> tuple:
+    """`_gradient` of a factored h and a branch without a factor, open to torch.compile."""
+    x_in, factor, total, _, _, skip, skip_weight, x0, mix, *_ = ctx.saved_tensors
+    scale, dtype, wide = ctx.settings[0], x_in.dtype, factor.dtype
+    g = torch.zeros_like(x_in, dtype=wide) if d_x_in is None else d_x_in.to(wide)
+    if dh is not None:
+        n = x_in.to(wide) * (factor / scale)[..., None]
+        g = g + dh - n * (dh * n).mean(-1, keepdim=True)
+    d = g if mix is None else mix[0] * g
+    d = d if d_total is None else d + d_total
+    rows = tuple(range(x_in.dim() - 1))
+    d_weight = d_mix = None
+    if skip_weight is not None:
+        d_weight = (d * skip).sum(rows)
+    if mix is not None and total is not None:
+        d_mix = torch.stack([(g * total).sum(rows), (g * x0).sum(rows)])
+    dx = d.to(dtype)
+    dskip = dx if skip_weight is None else (skip_weight * d).to(dtype)
+    dx0 = None if mix is None else (mix[1] * g).to(dtype)
+    given = dx, dx, None, dskip if ctx.adds[1] else None, d_weight, dx0, d_mix
+    return (*given, *[None] * (6 + len(ctx.settings) + 1))
 
 
 register_gradient("residual_norm", forward, _gradient, _setup_context)

@@ -70,6 +70,24 @@ def test_auto_waits_for_a_gpu(device: str, compiled: bool) -> None:
 
 
 @here
+@pytest.mark.parametrize("form", ["plain", "mix", "total", "skip", "skip without mix"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_with_the_norm_in_plain_torch(dtype: torch.dtype, form: str) -> None:
+    """As where there are kernels of Triton alone: the GEMM, and all gradients."""
+    sample = next(s for s in OPERATOR.samples() if s.label == form)
+    call = Call.of(OPERATOR, sample, dtype)
+
+    def run(*args: Tensor, **named: object) -> tuple[Tensor, ...]:
+        *others, h = linear_mix(*args, **named, impl="triton", norm_impl="reference")
+        return (*others, h.product())
+
+    with Started() as started:
+        assert call.problem(run) == ""
+    readable = dtype == BF16 and call.arguments["z"].size(-1) % 8 == 0
+    assert started == [KERNEL] * readable * len(started) and bool(started) == readable
+
+
+@here
 def test_one_launch_and_neither_product_nor_branch_is_kept() -> None:
     call = Call.of(OPERATOR, OPERATOR.samples()[2], BF16, contiguous=True)
     kept, leaves = [], call.leaves()
@@ -179,10 +197,10 @@ PRODUCT = Product(torch.ones(2, 3, 64), torch.ones(32, 64))
     ("change", "message"),
     [
         ({"z": torch.ones(())}, r"a product of z \(\) and w \(32, 64\): for x \(2, 3, 32\) they"),
-        ({"z": torch.ones(3, 64)}, r"they have to be \(2, 3, 'K'\) and \(32, K\)"),
+        ({"z": torch.ones(3, 64)}, r"they have to be \(2, 3, K\) and \(32, K\)"),
         ({"w": torch.ones(31, 64)}, r"z \(2, 3, 64\) and w \(31, 64\)"),
         ({"w": torch.ones(32, 63)}, r"w \(32, 63\): for x \(2, 3, 32\)"),
-        ({"out": torch.ones(2, 32)}, r"they have to be"),
+        ({"out": torch.ones(2, 32)}, r"ticket is \(2, 32\): it has to be \(2, 3, 32\)"),
         ({"w": torch.ones(32, 64, dtype=BF16)}, "w is torch.bfloat16 and x is torch.float32"),
         ({"w": torch.ones(32, 64, device="meta")}, "w is on meta and x on cpu: move one"),
     ],
@@ -198,19 +216,48 @@ def test_products_that_are_refused(change: dict, message: str) -> None:
 @here
 def test_who_takes_products() -> None:
     x, scale = torch.ones(2, 3, 32), torch.ones(32)
-    for how in ({"impl": "reference"}, {"branch_scale": scale}):
-        with pytest.raises(ValueError, match="a Product as branch is for kernels, without a"):
-            residual_norm(x, branch=PRODUCT, **how)
+    with pytest.raises(ValueError, match="branch_scale of a Product: multiply w's rows by it"):
+        residual_norm(x, branch=PRODUCT, branch_scale=scale)
     with pytest.raises(ValueError, match="joined_norm: a Product alone"):
         joined_norm([PRODUCT], [scale])
     with pytest.raises(ValueError, match="linear_mix: impl=cuda: there is no 'cuda'"):
         residual_norm(x, branch=PRODUCT, linear="cuda")
+    plain = residual_norm(x, branch=PRODUCT, impl="reference", linear="triton")
+    assert torch.equal(plain[1], residual_norm(x, branch=x + 63, impl="reference")[1])
     with pytest.raises(ValueError, match="impl=triton: it takes at most 4096 elements a row"):
         linear_mix(torch.ones(1, 2), torch.ones(4097, 2), torch.ones(1, 4097), impl="triton")
     x_in, _ = residual_norm(x.requires_grad_(), branch=PRODUCT, linear="triton")
     (dx,) = torch.autograd.grad(x_in.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="residual_norm: its kernels have first derivatives"):
         torch.autograd.grad(dx.sum(), x)
+
+
+@here
+@pytest.mark.parametrize("linear", ["triton", "reference"])
+def test_autocast_stays_out_of_products(linear: str) -> None:
+    """A kernel would read a product in bf16 as one in fp32."""
+    z, w, x = tensors((4, 48), (32, 48), (4, 32), dtype=FP32)
+    for run in (
+        lambda: residual_norm(x, branch=Product(z, w), factored=True, linear=linear),
+        lambda: joined_norm([Product(z, w), x], [None, torch.ones(32)], linear=linear),
+    ):
+        wanted, normed = run()
+        with torch.autocast("cpu", BF16):
+            x_in, h = run()
+        assert torch.equal(x_in, wanted) and torch.equal(h.product(), normed.product())
+
+
+@here
+def test_products_of_one_row_and_of_none() -> None:
+    z, w, x, x0 = tensors((48,), (32, 48), (32,), (32,))
+    (mix,) = tensors((2, 32), dtype=FP32)
+    one = linear_mix(z, w, x, x0, mix, factored=True, impl="triton")
+    rows = linear_mix(z[None], w, x[None], x0[None], mix, factored=True, impl="triton")
+    assert torch.equal(one[0], rows[0][0]) and torch.equal(one[1].factor, rows[1].factor[0])
+    up, down, none = *tensors((48, 32), (32, 48)), torch.empty(0, 32, dtype=BF16)
+    for mlp in implementations(OPERATORS["leaky_relu2_mlp"]):
+        product = leaky_relu2_mlp(none, up, down, impl=mlp, as_product=True)
+        assert product.z.shape == (0, 48) and product.out.shape == (0, 32)
 
 
 # --- in a model -----------------------------------------------------------------------------------

@@ -73,12 +73,16 @@ def test_auto_waits_for_a_gpu(device: str, compiled: bool) -> None:
 
 
 @here
+@pytest.mark.parametrize("norm_impl", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_results_and_gradients(dtype: torch.dtype) -> None:
-    """In fp32 without the GEMM."""
+def test_results_and_gradients(dtype: torch.dtype, norm_impl: str) -> None:
+    """With the norm's gradient by its kernel and in plain torch; in fp32 without the GEMM."""
 
     def run(z: Tensor, w: Tensor, x: Tensor, impl: str = "triton") -> tuple[Tensor, Tensor]:
-        x_in, h = linear_residual(z, w, x, scale=-0.5, eps=0.1, factored=True, impl=impl)
+        how = {"norm_impl": norm_impl} if impl == "triton" else {}
+        x_in, h = linear_residual(
+            z, w, x, scale=-0.5, eps=0.1, factored=True, impl=impl, **how
+        )
         return x_in, h.product()
 
     call = Call(
@@ -228,7 +232,7 @@ def test_refused_by_kernels() -> None:
         linear_residual(torch.ones(1, 2), torch.ones(4097, 2), wide, impl="triton")
     for how, message in (
         ({"x_in_scale": torch.ones(25)}, r"x_in_scale is torch.float32 \(25,\) on cpu"),
-        ({"norm_impl": "reference"}, "a Product as branch is for kernels"),
+        ({"x_in_scale": torch.ones(32), "norm_impl": "reference"}, "takes no products"),
         ({"sums": torch.ones(2, 32)}, r"sums is \(2, 32\): .* has to be \(1, 0\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -271,7 +275,7 @@ def test_a_model_on_it_is_the_model_without(
         found.append([loss, *gradients])
     if dtype == BF16:
         epilogues = ["xsa_linear_dgrad_tma"] * (xsa_linear_impl == "triton")
-        assert started == ["linear_residual_tma"] * 3 * (kernels != "none") + epilogues
+        assert started == ["linear_residual_tma"] * 3 + epilogues
     rtol, atol = (0.1, 0.02) if dtype == BF16 else (1e-4, 1e-4)
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=rtol, atol=atol * plain.abs().max().item())

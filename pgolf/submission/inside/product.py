@@ -1,10 +1,7 @@
 """In place of pgolf.ops.product: a script multiplies where it has something to multiply."""
 
+handed_on = None  # nobody has a product to hand on
+
 
 class Product:
     """There is none."""
-
-
-def handed_on(operator, branch, x, linear):
-    """The branch as it is."""
-    return branch, None
