@@ -53,9 +53,9 @@ def joined_norm(
         ValueError, RuntimeError: as `residual_norm`.
     """
     x, product = terms[0], (None, None, "")
+    if any(isinstance(t, Product) for t in (terms[1:] if len(terms) > 1 else terms)):
+        raise ValueError("joined_norm: only the first of several terms may be a Product")
     if isinstance(x, Product):
-        if len(terms) == 1:
-            raise ValueError("joined_norm: a Product alone: it is the first of several terms")
         x = terms[1]
         first, product = handed_on("joined_norm", terms[0], x, linear)
         terms = [first, *terms[1:]]

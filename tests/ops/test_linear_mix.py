@@ -218,8 +218,9 @@ def test_who_takes_products() -> None:
     x, scale = torch.ones(2, 3, 32), torch.ones(32)
     with pytest.raises(ValueError, match="branch_scale of a Product: multiply w's rows by it"):
         residual_norm(x, branch=PRODUCT, branch_scale=scale)
-    with pytest.raises(ValueError, match="joined_norm: a Product alone"):
-        joined_norm([PRODUCT], [scale])
+    for terms, factors in (([PRODUCT], [scale]), ([x, PRODUCT], [None, scale])):
+        with pytest.raises(ValueError, match="only the first of several terms may be a Product"):
+            joined_norm(terms, factors)
     with pytest.raises(ValueError, match="linear_mix: impl=cuda: there is no 'cuda'"):
         residual_norm(x, branch=PRODUCT, linear="cuda")
     plain = residual_norm(x, branch=PRODUCT, impl="reference", linear="triton")
