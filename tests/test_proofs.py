@@ -140,8 +140,16 @@ def test_a_changed_harness_runs_all_of_its_proofs(root):
 
 
 def test_a_changed_rule_runs_what_is_judged_by_it(root):
+    """CUDA kernels; those of Triton are judged by their own tests."""
     touch(root / "pgolf" / "ops" / "testing.py")
-    assert {n for n in everything(root) if "/mutation/" in n} <= prove(root)
+    judged = {n for n in everything(root) if "/mutation/" in n and n.endswith(".cu]")}
+    assert judged and judged <= prove(root)
+
+
+def test_a_changed_test_of_a_triton_kernel_proves_no_other_again(root):
+    touch(root / "tests" / "triton" / "test_linear_residual.py")
+    mutants = {n for n in prove(root) if "/mutation/" in n}
+    assert [n.partition("[")[2] for n in mutants] == ["linear_residual]"]
 
 
 @pytest.mark.parametrize("name", VERSIONS)

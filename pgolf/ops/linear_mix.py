@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.ops.choose import beyond
+from pgolf.ops.choose import beyond, resolve
 from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_triton
@@ -87,10 +87,15 @@ def linear_mix(
         TypeError, ValueError, RuntimeError: as `residual_norm`.
     """
     z, w, x, x0, mix, skip, skip_weight = _INPUTS(z, w, x, x0, mix, skip, skip_weight)
+    for name, t in (("z", z), ("x", x)):
+        if not t.dim():
+            wanted = "(..., K)" if name == "z" else "(..., D)"
+            raise ValueError(f"linear_mix: {name} has no dimensions: it has to be {wanted}")
+    chosen = resolve("linear_mix", impl, x, width=x.size(-1), inner=z.size(-1))
     norm_impl = norm_impl or ("reference" if impl == "reference" else "auto")
     return residual_norm(
         x, branch=Product(z, w), skip=skip, skip_weight=skip_weight, x0=x0, mix=mix, scale=scale,
-        eps=eps, keep_total=keep_total, factored=factored, impl=norm_impl, linear=impl,
+        eps=eps, keep_total=keep_total, factored=factored, impl=norm_impl, linear=chosen,
     )  # fmt: skip
 
 

@@ -107,4 +107,4 @@ def _gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return None if w is None else d_out @ w, dw
 
 
-register_gradient("product", _ticket, _gradient, _setup_context)
+register_gradient("linear_residual or linear_mix", _ticket, _gradient, _setup_context)
