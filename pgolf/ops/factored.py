@@ -1,6 +1,9 @@
 """A result that is a product of two factors which nobody has multiplied out."""
 
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,3 +24,19 @@ class Factored(NamedTuple):
         if self.factor is None:
             return self.y
         return (self.y * self.factor[..., None]).to(self.y.dtype)
+
+
+def with_h_multiplied(function: Callable, public: Callable | None = None) -> Callable:
+    """What tests and benchmarks call for an operator whose last result may be `Factored`.
+
+    Args:
+        public: whose signature it has; `function` if None.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+        *others, h = function(*args, **named)
+        return (*others, h.product() if isinstance(h, Factored) else h)
+
+    call.__signature__ = inspect.signature(public or function)
+    return call

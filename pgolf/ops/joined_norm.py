@@ -21,7 +21,7 @@ from pgolf.ops.factored import Factored
 from pgolf.ops.inputs import without_autocast
 from pgolf.ops.launch import launcher
 from pgolf.ops.opaque import opaque
-from pgolf.ops.product import Product, handed_on
+from pgolf.ops.product import MULTIPLIED, Product, handed_on
 from pgolf.ops.residual_norm_kernels import backward, by_gemm
 from pgolf.ops.tensors import check_alike, compute_dtype, contiguous
 
@@ -52,7 +52,7 @@ def joined_norm(
     Raises:
         ValueError, RuntimeError: as `residual_norm`.
     """
-    x, product = terms[0], (None, None, "")
+    x, product = terms[0], MULTIPLIED
     if any(isinstance(t, Product) for t in (terms[1:] if len(terms) > 1 else terms)):
         raise ValueError("joined_norm: only the first of several terms may be a Product")
     if isinstance(x, Product):

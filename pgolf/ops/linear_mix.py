@@ -17,9 +17,6 @@ found to be faster (`python -m bench tune --epilogues`).
 Shapes: x, skip, x0, total, x_in, h (..., D), z (..., K), w (D, K), skip_weight (D,), mix (2, D).
 """
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
-from pgolf.ops.factored import Factored
+from pgolf.ops.factored import Factored, with_h_multiplied
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_triton
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -161,23 +158,11 @@ def cost(
     )  # fmt: skip
 
 
-def _of_samples(function: Callable) -> Callable:
-    """What tests and benchmarks call: h is multiplied out."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **named: Any) -> tuple[Tensor, ...]:
-        *others, h = function(*args, **named)
-        return (*others, h.product() if isinstance(h, Factored) else h)
-
-    call.__signature__ = inspect.signature(linear_mix)
-    return call
-
-
 OPERATOR = register(
     Operator(
         name="linear_mix",
-        call=_of_samples(linear_mix),
-        reference=_of_samples(reference),
+        call=with_h_multiplied(linear_mix),
+        reference=with_h_multiplied(reference, linear_mix),
         differentiable=("z", "w", "x", "x0", "mix", "skip", "skip_weight"),
         implementations={"triton": in_triton("linear_residual", forward="linear_residual")},
         preferred={

@@ -14,9 +14,6 @@ reference but on a GPU where the other was found to be faster (`python -m bench 
 Shapes: x, x_in, h (..., D), z (..., K), w (D, K).
 """
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops.choose import beyond, resolve
-from pgolf.ops.factored import Factored
+from pgolf.ops.factored import Factored, with_h_multiplied
 from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_triton
 from pgolf.ops.operator import Operator, Sample, Work, register
@@ -165,23 +162,11 @@ def cost(
     )  # fmt: skip
 
 
-def _of_samples(function: Callable) -> Callable:
-    """What tests and benchmarks call: h is multiplied out."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        x_in, h = function(*args, **named)
-        return x_in, h.product() if isinstance(h, Factored) else h
-
-    call.__signature__ = inspect.signature(linear_residual)
-    return call
-
-
 OPERATOR = register(
     Operator(
         name="linear_residual",
-        call=_of_samples(linear_residual),
-        reference=_of_samples(reference),
+        call=with_h_multiplied(linear_residual),
+        reference=with_h_multiplied(reference, linear_residual),
         differentiable=("z", "w", "x"),
         implementations={"triton": in_triton("linear_residual", forward="linear_residual")},
         preferred={

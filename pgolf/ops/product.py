@@ -41,23 +41,22 @@ class Product(NamedTuple):
 
 # z, w and who multiplies them: an implementation of `linear_mix`. Without z nobody has to.
 Operands = tuple[Tensor | None, Tensor | None, str]
+MULTIPLIED: Operands = (None, None, "")
 
 
 def handed_on(
-    operator: str, branch: Tensor | Product | None, x: Tensor, linear: str, fused: bool = True
-) -> tuple[Tensor | None, Operands]:
-    """What stands for a branch that `operator` adds to x, and what of it is still to be multiplied.
+    operator: str, branch: Product, x: Tensor, linear: str, fused: bool = True
+) -> tuple[Tensor, Operands]:
+    """What stands for a product that `operator` adds to x, and what of it is still to be done.
 
     Args:
-        linear: implementation of `linear_mix` for a `Product`.
+        linear: implementation of `linear_mix`.
         fused: whether the operator can leave it to one; if not, it is multiplied here.
 
     Raises:
         ValueError, RuntimeError: the product is not one of x's shape, dtype and device, or as
             `choose.resolve`.
     """
-    if not isinstance(branch, Product):
-        return branch, (None, None, "")
     z, w, out = branch
     inner = z.size(-1) if z.dim() else 0
     wanted = (*x.shape[:-1], inner), (x.size(-1), inner)
@@ -74,7 +73,7 @@ def handed_on(
     check_alike(operator, x=x, z=z, w=w)
     impl = resolve("linear_mix", linear, x, width=x.size(-1), inner=inner)
     if impl == "reference" or not fused:
-        return branch.multiplied(), (None, None, "")
+        return branch.multiplied(), MULTIPLIED
     z, w, ticket = branch.ticketed()
     return ticket, (z, w, impl)
 

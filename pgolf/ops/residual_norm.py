@@ -41,7 +41,7 @@ from pgolf.ops.inputs import Inputs, outside_autocast
 from pgolf.ops.launch import in_extension
 from pgolf.ops.operator import Operator, Sample, Work, register
 from pgolf.ops.part_sums import Sums, check_deferred, deferred
-from pgolf.ops.product import Product, handed_on
+from pgolf.ops.product import MULTIPLIED, Product, handed_on
 from pgolf.ops.residual_norm_kernels import forward, launchers, part_count
 from pgolf.ops.tensors import compute_dtype, nbytes
 
@@ -209,7 +209,7 @@ def residual_norm(
     )
     others = dict(zip(_INPUTS.optional, rest, strict=True))
     _check(x, others, scale, eps, keep_total, factored)
-    impl, product = _resolved(x, impl), (None, None, "")
+    impl, product = _resolved(x, impl), MULTIPLIED
     if isinstance(branch, Product):
         if branch_scale is not None:
             raise ValueError("residual_norm: branch_scale of a Product: multiply w's rows by it")
